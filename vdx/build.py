@@ -1,0 +1,104 @@
+"""`build(spec, TABLE)`: the only place where a name in a config becomes an object.
+
+A spec is a mapping `{"name": row of the table, **fields}`. `fill` does the same for a
+section whose class is fixed. Both reject unknown keys and wrong types with the nearest known
+key, so that a typo in a config or on the command line fails before anything is compiled.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_FLAX_FIELDS = {"parent", "name"}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be meant; the message says what to write instead."""
+
+
+def nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _fields(cls) -> dict[str, Any]:
+    """Configurable fields of a dataclass or flax module, with their annotations."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)
+            if f.init and f.name not in _FLAX_FIELDS}
+
+
+def _convert(value, hint, where: str):
+    """`value` as the annotated type: int to float, list to tuple, nothing else."""
+    if hint is Any or isinstance(hint, str | TypeVar):
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _convert(value, option, where)
+            except ConfigError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            if len(args) == 2 and args[1] is Ellipsis:
+                return tuple(_convert(v, args[0], where) for v in value)
+            if len(args) == len(value):
+                return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
+    elif origin is Callable or (origin is not None and issubclass(origin, Callable)):
+        if callable(value):
+            return value
+    elif origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif isinstance(hint, type) and hint not in (int, float) and isinstance(value, hint):
+        return value
+    shown = getattr(hint, "__name__", None) if origin is None else str(hint)
+    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {shown or hint}.")
+
+
+def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given) -> T:
+    """An instance of the dataclass or module `cls` from a section of a config.
+
+    `given` are fields that the program supplies and the config may not set.
+    Raises ConfigError for an unknown key, a wrong type, or a missing key.
+    """
+    hints = _fields(cls)
+    allowed = [k for k in hints if k not in given]
+    values = {}
+    for key, value in spec.items():
+        if key not in allowed:
+            raise ConfigError(f"Unknown key {where}.{key}.{nearest(key, allowed)} "
+                              f"Known keys: {', '.join(allowed) or 'none'}.")
+        values[key] = _convert(value, hints[key], f"{where}.{key}")
+    required = {f.name for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing = [k for k in allowed if k in required and k not in values]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}.")
+    return cls(**values, **given)
+
+
+def lookup(name: str, table: Mapping[str, T], where: str) -> T:
+    """The row `name` of a table; raises ConfigError that lists the rows."""
+    if name not in table:
+        raise ConfigError(f"{where}: unknown name {name!r}.{nearest(name, table)} "
+                          f"Known: {', '.join(map(str, table))}.")
+    return table[name]
+
+
+def build(spec: Mapping[str, Any], table: Mapping[str, Callable[..., T]], where: str,
+          **given) -> T:
+    """The object that a spec `{"name": ..., **fields}` names in a table."""
+    if "name" not in spec:
+        raise ConfigError(f"{where} lacks a name. Known: {', '.join(table)}.")
+    row = lookup(spec["name"], table, where)
+    return fill(row, {k: v for k, v in spec.items() if k != "name"}, where, **given)

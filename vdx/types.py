@@ -1,0 +1,40 @@
+"""Names that every module shares: array aliases, the batch, the conditioning ports.
+
+Axis letters, everywhere: b batch, t frames, h w space, c channels, d features, n heads,
+l text length, s any flattened sequence. Arrays are channels-last.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+__all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "Ports", "UInt8"]
+
+# A batch is a flat dict whose arrays share the leading axis b:
+#   video      uint8  [b t h w 3]   pixels, or
+#   latents    float  [b t h w c]   cached latents, already normalised
+#   text       int32  [b l]         token ids, or float [b l d] cached embeddings
+#   text_mask  bool   [b l]         True on real tokens
+#   fps        float32 [b]          frames per second of this clip
+#   num_frames int32  [b]           pixel frames in this clip
+Batch = Mapping[str, Array]
+Params = Mapping[str, Any]
+
+
+@flax.struct.dataclass
+class Ports:
+    """Where conditioning enters a network. A port that is None is not used.
+
+    tokens: float [b l d], read by cross-attention; tokens_mask: bool [b l].
+    vector: float [b d], added to the time embedding and so to every modulation.
+    concat: float [b t h w c], concatenated to the noisy input's channels.
+    add:    float [b t h w d], added to the patch embeddings (control residuals).
+    """
+
+    tokens: Array | None = None
+    tokens_mask: Array | None = None
+    vector: Array | None = None
+    concat: Array | None = None
+    add: Array | None = None
