@@ -1,0 +1,104 @@
+"""Loss weights against the formulas of their papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdx.diffusion.losses import WEIGHTS, bin_by_time, denoising_loss
+from vdx.diffusion.process import PREDICTIONS, PROCESSES
+
+T = jnp.array([0.06, 0.2, 0.4, 0.6, 0.7])  # every alpha and sigma is above the floor of 0.05
+
+
+def random_pair(seed, b=len(T)):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [jax.random.normal(k, (b, 2, 3, 3, 4)) for k in keys]
+
+
+def loss_of(process, weight, x0_guess, x0, noise, t):
+    """The loss of the prediction that means `x0_guess` at x_t."""
+    x_t = process.add_noise(x0, noise, t)
+    alpha, sigma = (f(t)[:, None, None, None, None] for f in (process.alpha, process.sigma))
+    prediction = process.from_x0_noise(x0_guess, (x_t - alpha * x0_guess) / sigma, t)
+    return denoising_loss(process, weight, prediction, x0, noise, x_t, t)
+
+
+@pytest.mark.parametrize("kind,formula", [
+    ("noise", lambda snr, g: jnp.minimum(snr, g) / snr),
+    ("v", lambda snr, g: jnp.minimum(snr, g) / (snr + 1)),
+    ("x0", jnp.minimum),
+])
+def test_min_snr_as_published(kind, formula):
+    process = PROCESSES["variance_preserving"](prediction=kind)
+    snr = jnp.exp(process.log_snr(T))
+    got = WEIGHTS["min_snr"](gamma=5.0)(process, T)
+    np.testing.assert_allclose(got, formula(snr, 5.0), rtol=1e-4)
+
+
+def test_min_snr_of_flow_velocity():
+    t = np.asarray(T)
+    snr = ((1 - t) / t) ** 2
+    got = WEIGHTS["min_snr"]()(PROCESSES["rectified_flow"](), T)
+    np.testing.assert_allclose(got, np.minimum(snr, 5) * t**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("weight", ["min_snr", "velocity"])
+def test_weighted_loss_does_not_depend_on_the_prediction(name, weight):
+    guess, x0, noise = random_pair(0)
+    losses = [loss_of(PROCESSES[name](prediction=kind), WEIGHTS[weight](), guess, x0, noise, T)
+              for kind in PREDICTIONS]
+    for loss in losses[1:]:
+        np.testing.assert_allclose(loss, losses[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name,velocity", [("variance_preserving", "v"),
+                                           ("rectified_flow", "velocity")])
+def test_velocity_weight_is_the_velocity_loss(name, velocity):
+    guess, x0, noise = random_pair(1)
+    plain = loss_of(PROCESSES[name](prediction=velocity), WEIGHTS["none"](), guess, x0, noise, T)
+    for kind in PREDICTIONS:
+        got = loss_of(PROCESSES[name](prediction=kind), WEIGHTS["velocity"](), guess, x0, noise, T)
+        np.testing.assert_allclose(got, plain, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weights_are_finite_at_the_ends(name, kind, weight):
+    ends = jnp.array([0.0, 1e-6, 1 - 1e-6, 1.0])
+    got = WEIGHTS[weight]()(PROCESSES[name](prediction=kind), ends)
+    assert got.shape == (4,) and np.all(np.isfinite(got)) and np.all(got >= 0)
+    if weight == "velocity":
+        assert np.all(got <= 2 / 0.05**2)
+    if weight == "min_snr" and kind == "x0":
+        assert got[0] == pytest.approx(5)
+    if weight == "min_snr" and kind == "noise" and name == "rectified_flow":
+        assert got[-1] == pytest.approx(1)
+
+
+def test_loss_is_a_float32_mean_per_sample():
+    process = PROCESSES["rectified_flow"]()
+    x0, noise, prediction = (a.astype(jnp.bfloat16) for a in random_pair(2))
+    x_t = process.add_noise(x0, noise, T)
+    loss = denoising_loss(process, WEIGHTS["none"](), prediction, x0, noise, x_t, T)
+    p, x, n = (np.asarray(a, np.float64) for a in (prediction, x0, noise))
+    np.testing.assert_allclose(loss, ((p - (n - x)) ** 2).mean((1, 2, 3, 4)), rtol=1e-5)
+    assert loss.dtype == jnp.float32
+
+
+def test_loss_with_a_time_per_frame():
+    process = PROCESSES["rectified_flow"](prediction="x0")
+    x0, noise, guess = random_pair(3)
+    t = jnp.stack([T, T[::-1]], axis=1)
+    x_t = process.add_noise(x0, noise, t)
+    got = denoising_loss(process, WEIGHTS["velocity"](), guess, x0, noise, x_t, t)
+    want = (((guess - x0) / t[:, :, None, None, None]) ** 2).mean((1, 2, 3, 4))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_bin_by_time():
+    sums, counts = bin_by_time(jnp.array([1.0, 2, 4, 8, 16]), jnp.array([0, 0.24, 0.25, 0.6, 1]), 4)
+    np.testing.assert_array_equal(sums, [3, 4, 8, 16])
+    np.testing.assert_array_equal(counts, [2, 1, 1, 1])

@@ -1,0 +1,270 @@
+"""From a source to batches: shuffled, bucketed, sharded over hosts, exactly resumable.
+
+Everything is a pure function of the global position p, a count of examples since the start of
+training: its epoch p // len(source), its place in that epoch's permutation, its random numbers
+and its bucket. A batch therefore does not depend on threads, workers, hosts or interruptions,
+and one integer, the number of batches consumed, is the whole state.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+from grain.experimental import index_shuffle
+
+from vdx.data.record import BadRecord
+
+ATTEMPTS = 9      # a record and up to 8 substitutes
+MIN_SEEN = 50     # records before the share of bad ones is judged
+_ENDLESS = 1 << 48
+_SHUFFLE, _EXAMPLE = 1, 2  # keep the two random streams of one seed apart
+
+Example = dict[str, Any]
+
+
+class DataError(ValueError):
+    """The data set as a whole cannot be trained on: empty, or too many bad records."""
+
+
+class Source(Protocol):
+    """A data set: `source[i]` is a Record, or a dict that is a ready example."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """How batches are read; the section of a config.
+
+    global_batch: examples in a batch, all hosts together.
+    workers: processes that read and decode; 0 reads in threads of this process.
+    threads: reading threads in each process; 0 reads when asked, which eases debugging.
+    prefetch: batches read ahead.
+    max_bad_rate: stop when clearly more than this share of the records is bad.
+    """
+
+    global_batch: int
+    seed: int = 0
+    shuffle: bool = True
+    workers: int = 0
+    threads: int = 4
+    prefetch: int = 2
+    max_bad_rate: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bad:
+    position: int
+    attempt: int
+    index: int
+    key: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """This host's examples from batch `start` on, as a random-access source for grain.
+
+    An item is (example or None, [_Bad]). A bad record travels in the item instead of being
+    raised: grain skips what raises, and the consumer can count in order and without locks.
+    """
+
+    source: Source
+    to_example: Callable[..., Example]
+    loader: Loader
+    num_frames: tuple[int, ...]
+    host_index: int
+    local_batch: int
+    start: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, item: int) -> tuple[Example | None, list[_Bad]]:
+        batch, place = divmod(item, self.local_batch)
+        batch += self.start
+        position = batch * self.loader.global_batch + self.host_index * self.local_batch + place
+        frames = self.num_frames[batch % len(self.num_frames)]
+        return self.at(position, frames)
+
+    def at(self, position: int, frames: int) -> tuple[Example | None, list[_Bad]]:
+        """The example at a global position, or a substitute that depends on it alone."""
+        bad: list[_Bad] = []
+        for attempt in range(ATTEMPTS if len(self.source) > 1 else 1):
+            rng = np.random.default_rng([self.loader.seed, _EXAMPLE, position, attempt])
+            index = self.index(position)
+            if attempt:  # any other record than the first choice
+                index = (index + 1 + int(rng.integers(len(self.source) - 1))) % len(self.source)
+            try:
+                return self.read(index, frames, rng), bad
+            except BadRecord as error:
+                bad.append(_Bad(position, attempt, index, error.key, error.reason))
+            except Exception as error:
+                error.add_note(f"while reading record {index} for position {position}")
+                raise
+        return None, bad
+
+    def index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.source))
+        if not self.loader.shuffle:
+            return place
+        entropy = np.random.SeedSequence([self.loader.seed, _SHUFFLE, epoch])
+        return index_shuffle(place, max_index=len(self.source) - 1,
+                             seed=int(entropy.generate_state(1)[0]), rounds=4)
+
+    def read(self, index: int, frames: int, rng: np.random.Generator) -> Example:
+        item = self.source[index]
+        if not isinstance(item, Mapping):
+            return self.to_example(item, num_frames=frames, rng=rng)
+        if "num_frames" in item and int(item["num_frames"]) != frames:
+            raise BadRecord(str(item.get("key", index)),
+                            f"holds {int(item['num_frames'])} frames, this batch needs {frames}")
+        return dict(item)
+
+
+class Batches:
+    """An endless iterator of batches (dicts of arrays that share the leading axis).
+
+    position: global batches consumed, the whole state; `seek` moves there.
+    seen, bad: records tried and refused on this host since construction.
+    wait_seconds: seconds spent inside next(), for the share of time lost to data.
+    """
+
+    def __init__(self, stream: _Stream, bad_log: Path | None):
+        self._stream, self._bad_log = stream, bad_log
+        self._items: Any = None
+        self.position = self.seen = self.bad = 0
+        self.wait_seconds = 0.0
+        self._named: dict[str, str] = {}
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Example:
+        begin = time.perf_counter()
+        try:
+            if self._items is None:
+                self._items = _read_ahead(dataclasses.replace(self._stream, start=self.position))
+            batch = _stack([self._take() for _ in range(self._stream.local_batch)])
+        except BaseException:  # begin this batch again next time, rather than skip what it had
+            self.close()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - begin
+        self.position += 1
+        return batch
+
+    def seek(self, position: int) -> None:
+        """Continues as if `position` batches had been consumed, whatever was read ahead."""
+        if position < 0:
+            raise ValueError(f"Position {position} is negative; it counts batches consumed.")
+        self.close()
+        self.position = position
+
+    def close(self) -> None:
+        """Ends reading ahead, its threads and worker processes; next() starts them again."""
+        if self._items is not None:
+            self._items.close()
+            self._items = None
+
+    def _take(self) -> Example:
+        example, bad = next(self._items)
+        self.seen += len(bad) + (example is not None)
+        self.bad += len(bad)
+        for one in bad:
+            self._report(one)
+        rate = self._stream.loader.max_bad_rate
+        # Three standard deviations of grace: one bad record among the first 50 is not a rate.
+        allowed = rate * self.seen + 3 * math.sqrt(rate * self.seen)
+        if example is None:
+            raise DataError(f"No usable record in {len(bad)} tries at position "
+                            f"{bad[0].position}:{_names({b.key: b.reason for b in bad})}")
+        if (self.seen >= MIN_SEEN or rate == 0) and self.bad > allowed:
+            raise DataError(f"{self.bad} of {self.seen} records are bad, more than "
+                            f"max_bad_rate = {rate} allows. Mend or remove them, or raise "
+                            f"max_bad_rate:{_names(self._named)}")
+        return example
+
+    def _report(self, one: _Bad) -> None:
+        if one.key not in self._named:
+            logging.warning("Bad record %s: %s", one.key, one.reason)
+        self._named[one.key] = one.reason
+        if self._bad_log is not None:
+            row = dataclasses.asdict(one) | {"host": self._stream.host_index}
+            with self._bad_log.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def make_loader(source: Source, *, to_example: Callable[..., Example] | None = None,
+                num_frames: tuple[int, ...] = (16,), host_index: int = 0, host_count: int = 1,
+                bad_log: str | Path | None = None, **settings) -> Batches:
+    """Batches of this host's share of every global batch.
+
+    to_example: `to_example(record, num_frames=, rng=)` -> dict of arrays of one example; may be
+      left out for a source of ready examples.
+    num_frames: the lengths of clips in frames; batch k has length num_frames[k % len].
+    host_index, host_count: host h has the h-th contiguous share of every global batch.
+    bad_log: a JSON-lines file that names every bad record.
+    settings: fields of Loader.
+
+    Raises DataError for an empty source and ValueError for numbers that do not fit; next()
+    raises DataError when too many records are bad, and whatever else reading raised.
+    """
+    loader = Loader(**settings)
+    if loader.global_batch < 1 or loader.global_batch % host_count:
+        raise ValueError(f"global_batch = {loader.global_batch} cannot be shared by "
+                         f"{host_count} hosts; make it a multiple of {host_count}.")
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
+    if not num_frames or min(num_frames) < 1:
+        raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
+    if min(loader.seed, loader.workers, loader.threads, loader.prefetch) < 0:
+        raise ValueError(f"seed, workers, threads and prefetch cannot be negative: {loader}.")
+    if len(source) == 0:
+        raise DataError(f"The data set is empty: {source!r:.500}.")
+    stream = _Stream(source, to_example or _not_ready, loader, tuple(num_frames), host_index,
+                     loader.global_batch // host_count, start=0)
+    return Batches(stream, Path(bad_log) if bad_log is not None else None)
+
+
+def _not_ready(record, **_):
+    raise TypeError(f"The source gives {type(record).__name__}, not examples: pass to_example.")
+
+
+def _read_ahead(stream: _Stream):
+    """grain's iterator over a stream, in order, read ahead by threads or processes."""
+    loader = stream.loader
+    ahead = loader.prefetch * stream.local_batch
+    dataset = grain.MapDataset.source(stream)
+    if not loader.workers:
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(loader.threads, ahead)))
+    if not flags.FLAGS.is_parsed():  # grain's workers inherit flags and hang without
+        flags.FLAGS.mark_as_parsed()
+    each = max(1, math.ceil(ahead / loader.workers))
+    options = grain.MultiprocessingOptions(loader.workers, per_worker_buffer_size=each)
+    reading = grain.ReadOptions(loader.threads, min(loader.threads, each))
+    return iter(dataset.to_iter_dataset(reading).mp_prefetch(options))
+
+
+def _stack(examples: list[Example]) -> Example:
+    """One batch; raises DataError that names the example whose keys or shapes differ."""
+    shapes = [{k: np.shape(v) for k, v in e.items()} for e in examples]
+    for example, shape in zip(examples, shapes, strict=True):
+        if shape != shapes[0]:
+            raise DataError(f"Examples of one batch differ: {examples[0].get('key')} is "
+                            f"{shapes[0]}, {example.get('key')} is {shape}.")
+    return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+
+
+def _names(reasons: Mapping[str, str], most: int = 10) -> str:
+    lines = [f"\n  {key}: {reason}" for key, reason in list(reasons.items())[:most]]
+    return "".join(lines) + (f"\n  and {len(reasons) - most} more" if len(reasons) > most else "")

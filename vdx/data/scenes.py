@@ -1,0 +1,378 @@
+"""Procedural captioned scenes whose state is known exactly at every instant.
+
+A scene is a few coloured shapes that move over a background. It is a function of
+(seed, split, index) only, and can be drawn at any time, resolution and frame rate, so one
+source serves training, the judging of prompt following and the physics metrics.
+
+World coordinates: the frame is the unit square, x to the right and y down; time in seconds;
+speeds in frame widths per second; angles in radians, clockwise on the screen. A radius is a
+fraction of the shorter side of the frame, so shapes keep their aspect in any frame.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+
+from vdx.build import ConfigError, nearest
+from vdx.data.record import Record
+from vdx.data.scene_captions import describe
+
+__all__ = ["BACKGROUNDS", "CAMERAS", "COLOURS", "MOTIONS", "SHAPES", "STYLES", "Object",
+           "Scene", "Scenes", "background", "describe", "is_heldout", "paint"]
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {"red": (228, 32, 40), "green": (40, 176, 56), "blue": (48, 92, 246),
+           "yellow": (250, 226, 50), "purple": (170, 60, 222), "cyan": (50, 216, 226),
+           "orange": (250, 132, 24), "white": (246, 246, 246)}
+# The velocity of each motion in units of the object's speed.
+VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = (*VELOCITIES, "grow", "shrink", "turn", "bounce")
+STYLES = ("flat", "outlined", "soft")
+SIZES = {"small": 0.125, "large": 0.18}    # radius
+SPEEDS = {"slow": 0.14, "fast": 0.28}      # widths per second
+CAMERAS = {"static": 0.0, "pan left": 0.1, "pan right": -0.1}  # how fast the world goes right
+# Two tones and the pattern that mixes them; tones stay dark so that every object stands out.
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
+    "black": ((0, 0, 0), (0, 0, 0), ""), "grey": ((74, 74, 78), (74, 74, 78), ""),
+    "dark blue": ((16, 22, 64), (16, 22, 64), ""), "brown": ((60, 40, 28), (60, 40, 28), ""),
+    "stripes": ((22, 26, 34), (54, 60, 72), "stripes"),
+    "dots": ((28, 24, 36), (70, 64, 84), "dots"),
+    "checks": ((24, 30, 28), (56, 66, 62), "checks"),
+}
+PERIOD = 0.25             # of the background patterns
+STAY = 2.0                # seconds that a moving object stays wholly inside the frame
+GROWTH = 1.6              # relative growth per second, for each width per second of speed
+SHRINK_FROM = 1.5         # a shrinking object starts larger, so that it is still seen at the end
+RADII = (0.05, 0.5)       # growth and shrinkage end here
+TURN = 10.7               # radians per second, for each width per second of speed
+BOUNCE_PERIOD = {"slow": 1.2, "fast": 0.8}  # seconds from floor to floor
+OUTLINE, FILL = 0.2, 0.55  # width of an outline in radii; brightness inside it
+SOFT = 0.22               # half width of a soft edge in radii
+REACH = 1.2               # no shape or style is seen farther than this many radii from its centre
+BOTTOM = {"circle": 1.0, "ring": 1.0, "square": 0.84, "cross": 1.0, "triangle": 0.56,
+          "star": 1.12 * math.cos(math.pi / 5)}  # lowest point of an upright shape, in radii
+HELDOUT_ONE_IN = 5
+
+
+def is_heldout(colour: str, shape: str, motion: str) -> bool:
+    """Whether the combination belongs to the "heldout" split: about one in five does."""
+    return zlib.crc32(f"{colour} {shape} {motion}".encode()) % HELDOUT_ONE_IN == 0
+
+
+@functools.lru_cache
+def _triples(shapes, colours, motions, split: str) -> tuple[tuple[str, str, str], ...]:
+    """The (colour, shape, motion) combinations of a split; what is round cannot visibly turn."""
+    wanted = {"train": (False,), "heldout": (True,), "all": (False, True)}[split]
+    return tuple((c, s, m) for c, s, m in itertools.product(colours, shapes, motions)
+                 if not (m == "turn" and s in ("circle", "ring"))
+                 and is_heldout(c, s, m) in wanted)
+
+
+@functools.lru_cache
+def _settings(backgrounds, cameras) -> tuple[tuple[str, str], ...]:
+    """The (background, camera) pairs; over a plain background a pan could not be seen."""
+    return tuple((b, c) for b, c in itertools.product(backgrounds, cameras)
+                 if c == "static" or BACKGROUNDS[b][2])
+
+
+# Drawing ------------------------------------------------------------------------------------
+
+def _star(x, y, points: int, outer: float, inner: float):
+    """Distance to a star with its first point up: fold to one wedge, whose edge is a line."""
+    sector = math.tau / points
+    turns = np.arctan2(x, -y) / np.float32(sector)
+    theta = np.abs(turns - np.rint(turns)) * np.float32(sector)
+    rho = np.hypot(x, y)
+    dx, dy = inner * math.cos(sector / 2) - outer, inner * math.sin(sector / 2)
+    slope = math.atan2(-dx, dy)  # direction of the edge's outward normal
+    return rho * np.cos(theta - np.float32(slope)) - outer * math.cos(slope)
+
+
+def _distance(shape: str, x, y):
+    """Signed distance in radii from the edge of the upright unit shape, negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1.0
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.74) - 0.26
+    if shape == "triangle":
+        return _star(x, y, 3, 1.12, 0.56)
+    if shape == "star":
+        return _star(x, y, 5, 1.12, 0.5)
+    x, y = np.abs(x), np.abs(y)
+    far = np.maximum(x, y)
+    return far - 0.84 if shape == "square" else np.maximum(far - 1.0, np.minimum(x, y) - 0.34)
+
+
+def paint(shape: str, style: str, dx, dy, radius, angle=0.0):
+    """Coverage and brightness, both in [0, 1], of a shape at offsets from its centre.
+
+    dx, dy: float32 offsets in pixels, x right and y down; radius in pixels and angle in
+    radians broadcast against them.
+    """
+    radius = np.asarray(radius, np.float32)
+    if np.any(angle):
+        cos, sin = np.cos(angle, dtype=np.float32), np.sin(angle, dtype=np.float32)
+        dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
+    edge = _distance(shape, dx / radius, dy / radius) * radius
+    shade: Any = np.float32(1.0)
+    if style == "soft":
+        cover = np.clip(0.5 - edge / np.maximum(2 * SOFT * radius, 1.0), 0.0, 1.0)
+        return cover * cover * (3.0 - 2.0 * cover), shade
+    if style == "outlined":
+        shade = FILL + (1.0 - FILL) * np.clip(0.5 + edge + OUTLINE * radius, 0.0, 1.0)
+    return np.clip(0.5 - edge, 0.0, 1.0), shade
+
+
+def _wave(position, pixels: float):
+    """A square wave of the pattern's period in [-1, 1], its edges one pixel wide."""
+    ramp = 0.25 - np.abs(position / PERIOD % 1.0 - 0.5)
+    return np.clip(2.0 * ramp * PERIOD * pixels, -1.0, 1.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _still(name: str, height: int, width: int) -> np.ndarray:
+    return background(name, np.zeros(1), height, width)
+
+
+def background(name: str, shift: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The background moved right by `shift` [t] widths: float32 [t h w 3] in [0, 255]."""
+    dark, light, pattern = BACKGROUNDS[name]
+    x = (np.arange(width) + 0.5) / width - shift[:, None, None]
+    y = (np.arange(height)[:, None] + 0.5) / width  # in widths, so that patterns keep aspect
+    if pattern == "dots":
+        far = np.hypot(x / PERIOD % 1.0 - 0.5, y / PERIOD % 1.0 - 0.5) * PERIOD
+        mix = np.clip(0.5 + (0.07 - far) * width, 0.0, 1.0)
+    elif pattern == "checks":
+        mix = 0.5 + 0.5 * _wave(x, width) * _wave(y, width)
+    else:
+        mix = np.broadcast_to(0.5 + 0.5 * _wave(x, width), (len(shift), height, width))
+    low, high = np.array(dark, np.float32), np.array(light, np.float32)
+    return low + mix.astype(np.float32)[..., None] * (high - low)
+
+
+def _draw(canvas: np.ndarray, item: "Object", style: str, state: dict[str, np.ndarray]) -> None:
+    """Paint one object over the canvas [t h w 3], only where it can be seen."""
+    height, width = canvas.shape[1:3]
+    radius = state["size"] * min(height, width)
+    centre = state["center"] * (width, height)
+    side = math.ceil(2 * (REACH * radius.max() + 1))
+    kw, kh = min(side, width), min(side, height)
+    # The window follows the object and is kept in the frame; outside, coverage is zero anyway.
+    left = np.clip(np.rint(centre[:, 0] - kw / 2), 0, width - kw).astype(int)
+    top = np.clip(np.rint(centre[:, 1] - kh / 2), 0, height - kh).astype(int)
+    dx = (left - centre[:, 0] + 0.5)[:, None, None] + np.arange(kw)
+    dy = (top - centre[:, 1] + 0.5)[:, None, None] + np.arange(kh)[:, None]
+    cover, shade = paint(item.shape, style, dx.astype(np.float32), dy.astype(np.float32),
+                         radius[:, None, None], state["angle"][:, None, None])
+    colour = (cover * shade)[..., None] * np.array(COLOURS[item.colour], np.float32)
+    keep = 1.0 - cover[..., None]
+    for i, (x, y) in enumerate(zip(left.tolist(), top.tolist(), strict=True)):
+        window = canvas[i, y:y + kh, x:x + kw]
+        window *= keep[i]
+        window += colour[i]
+
+
+# Scenes -------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One shape: words, and the numbers that fix its path in world coordinates.
+
+    x, y: centre at time 0 (for a bounce, y is the lowest position of the centre);
+    radius, angle: at time 0; rise, phase: height of a bounce and where in it time 0 falls.
+    """
+
+    shape: str
+    colour: str
+    motion: str
+    size: str
+    speed: str
+    x: float = 0.5
+    y: float = 0.5
+    radius: float = 0.15
+    angle: float = 0.0
+    rise: float = 0.0
+    phase: float = 0.0
+
+    def state(self, times: np.ndarray) -> dict[str, np.ndarray]:
+        """center [t 2], size [t] (the radius), angle [t], in world coordinates, any time."""
+        rate, still = SPEEDS[self.speed], np.zeros_like(times)
+        vx, vy = VELOCITIES.get(self.motion, (0, 0))
+        x, y = self.x + rate * vx * times, self.y + rate * vy * times
+        size, angle = still + self.radius, still + self.angle
+        if self.motion in ("grow", "shrink"):
+            sign = 1.0 if self.motion == "grow" else -1.0
+            size = np.clip(self.radius * np.exp(sign * GROWTH * rate * times), *RADII)
+        elif self.motion == "turn":
+            angle = self.angle + TURN * rate * times
+        elif self.motion == "bounce":
+            u = (self.phase + times / BOUNCE_PERIOD[self.speed]) % 1.0
+            y = self.y - self.rise * 4.0 * u * (1.0 - u)
+        return {"center": np.stack([x, y], -1), "size": size, "angle": angle}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Objects (the first one is the main one, drawn on top), where they are, and the words."""
+
+    objects: tuple[Object, ...]
+    background: str = "black"
+    camera: str = "static"
+    style: str = "flat"
+    caption: str = ""
+
+    def state(self, times) -> list[dict[str, np.ndarray]]:
+        """For each object the exact center [t 2], size [t] and angle [t] at times [t] seconds.
+
+        Frame coordinates, the camera included: (0, 0) is the upper left corner of the frame
+        and (1, 1) the lower right one; size is the radius over the frame's shorter side.
+        """
+        times = np.asarray(times, np.float64)
+        states = [item.state(times) for item in self.objects]
+        for state in states:
+            state["center"][:, 0] += CAMERAS[self.camera] * times
+        return states
+
+    def render(self, times, height: int, width: int) -> np.ndarray:
+        """uint8 [t h w 3] at times [t] seconds, edges antialiased over one pixel."""
+        times = np.asarray(times, np.float64)
+        shift = CAMERAS[self.camera] * times
+        back = background(self.background, shift, height, width) if shift.any() else \
+            _still(self.background, height, width)
+        canvas = np.empty((len(times), height, width, 3), np.float32)
+        canvas[:] = back
+        for item, state in reversed(list(zip(self.objects, self.state(times), strict=True))):
+            _draw(canvas, item, self.style, state)
+        canvas += 0.5  # the cast truncates
+        return canvas.astype(np.uint8)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The words of the main object and the scene, and of every object under "objects"."""
+        words = [{k: getattr(o, k) for k in ("shape", "colour", "motion", "size", "speed")}
+                 for o in self.objects]
+        return {**words[0], "background": self.background, "camera": self.camera,
+                "style": self.style, "objects": words}
+
+
+def _between(rng: np.random.Generator, low: float, high: float) -> float:
+    """Uniform in [low, high], the middle where that is empty."""
+    return low + (high - low) * float(rng.random()) if low < high else (low + high) / 2
+
+
+def _place(words: tuple[str, str, str], camera: str, rng: np.random.Generator) -> Object:
+    """An object of that colour, shape and motion, wholly in the frame for STAY seconds."""
+    colour, shape, motion = words
+    size = "small" if rng.random() < 0.5 else "large"
+    # Speeds add up under a moving camera: a fast object would leave the frame.
+    speed = "fast" if rng.random() < 0.5 and camera == "static" else "slow"
+    radius, rate = SIZES[size] * (SHRINK_FROM if motion == "shrink" else 1.0), SPEEDS[speed]
+    largest = radius * (math.exp(GROWTH * rate * STAY) if motion == "grow" else 1.0)
+    margin = REACH * largest
+    vx, vy = VELOCITIES.get(motion, (0, 0))
+    dx, dy = (rate * vx + CAMERAS[camera]) * STAY, rate * vy * STAY
+    x = _between(rng, margin - min(dx, 0.0), 1.0 - margin - max(dx, 0.0))
+    y = _between(rng, margin - min(dy, 0.0), 1.0 - margin - max(dy, 0.0))
+    angle = rise = phase = 0.0
+    if motion == "turn":
+        angle = _between(rng, 0.0, math.tau)
+    elif motion == "bounce":  # it starts between the top and half way down, so it lands soon
+        y = 1.0 - radius * BOTTOM[shape]
+        rise, phase = _between(rng, 0.32, 0.48), _between(rng, 0.5, 0.8)
+    return Object(shape, colour, motion, size, speed, x, y, radius, angle, rise, phase)
+
+
+def _gap(objects: list[Object]) -> float:
+    """Distance at time 0 between the first and the last object; 1 where circles touch."""
+    one, two = objects[0], objects[-1]
+    y1, y2 = (o.y - o.rise * 4 * o.phase * (1 - o.phase) for o in (one, two))
+    return math.hypot(one.x - two.x, y1 - y2) / (one.radius + two.radius)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """A source of `size` procedural clips; clip i depends on (seed, split, i) and the vocabulary.
+
+    split: "train" never shows a held-out (colour, shape, motion), "heldout" shows only those,
+    "all" shows both. shapes ... styles restrict the vocabulary. duration: seconds of a clip.
+    Raises ConfigError for an unknown word and for a selection that is empty.
+    """
+
+    height: int = 32
+    width: int = 32
+    seed: int = 0
+    size: int = 1_000_000
+    split: str = "train"
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    motions: tuple[str, ...] = MOTIONS
+    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
+    cameras: tuple[str, ...] = tuple(CAMERAS)
+    styles: tuple[str, ...] = STYLES
+    max_objects: int = 2
+    duration: float = STAY
+
+    def __post_init__(self):
+        known = {"shapes": SHAPES, "colours": COLOURS, "motions": MOTIONS, "styles": STYLES,
+                 "backgrounds": BACKGROUNDS, "cameras": CAMERAS}
+        for field, words in known.items():
+            chosen = getattr(self, field)
+            for word in chosen:
+                if word not in words:
+                    raise ConfigError(f"Scenes.{field}: unknown word {word!r}."
+                                      f"{nearest(word, words)} Known: {', '.join(words)}.")
+            if not chosen:
+                raise ConfigError(f"Scenes.{field} is empty. Known: {', '.join(words)}.")
+        if self.split not in ("train", "heldout", "all"):
+            raise ConfigError(f"Scenes.split is {self.split!r}. Known: train, heldout, all.")
+        if self.max_objects not in (1, 2):
+            raise ConfigError(f"Scenes.max_objects is {self.max_objects}, expected 1 or 2.")
+        if min(self.height, self.width, self.size) < 1 or self.seed < 0 or self.duration <= 0:
+            raise ConfigError("Scenes.height, width, size and duration must be positive, seed "
+                              f"not negative: {self}.")
+        triples = _triples(self.shapes, self.colours, self.motions, self.split)
+        if not triples:
+            raise ConfigError(f"Scenes: no {self.split!r} combination of {self.colours}, "
+                              f"{self.shapes} and {self.motions}. Choose more words, split "
+                              "'all', or for 'turn' a shape that is not round.")
+        if self.max_objects > len({colour for colour, _, _ in triples}):
+            raise ConfigError("Scenes.max_objects is 2: two objects need two colours, and the "
+                              f"{self.split!r} combinations have only {triples[0][0]!r}.")
+        if not _settings(self.backgrounds, self.cameras):
+            raise ConfigError(f"Scenes: a pan needs a patterned background, and {self.backgrounds}"
+                              " are plain. Add stripes, dots or checks, or camera 'static'.")
+
+    def scene(self, index: int) -> Scene:
+        """Scene `index`, the same in every process. Raises IndexError outside [0, size)."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"Scenes has clips 0 to {self.size - 1}, not {index}.")
+        split = ("train", "heldout", "all").index(self.split)
+        # Counter-based, so that any clip is drawn without the ones before it.
+        rng = np.random.Generator(np.random.Philox(key=((4 * self.seed + split) << 64) + index))
+        settings = _settings(self.backgrounds, self.cameras)
+        place, camera = settings[int(rng.random() * len(settings))]
+        style = self.styles[int(rng.random() * len(self.styles))]
+        triples = _triples(self.shapes, self.colours, self.motions, self.split)
+        words = [triples[int(rng.random() * len(triples))]]
+        if self.max_objects > 1 and rng.random() < 0.5:
+            others = [t for t in triples if t[0] != words[0][0]]
+            words.append(others[int(rng.random() * len(others))])
+        # Of a few arrangements of two objects the one with the most room between them.
+        tries = [[_place(w, camera, rng) for w in words] for _ in range(8 if words[1:] else 1)]
+        objects = max(tries, key=_gap)
+        bare = Scene(tuple(objects), place, camera, style)
+        return dataclasses.replace(bare, caption=describe(bare, rng))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Record:
+        scene = self.scene(index)
+        read = functools.partial(scene.render, height=self.height, width=self.width)
+        return Record(f"scenes/{self.split}/{self.seed}/{index}", scene.caption, self.duration,
+                      None, read, scene.attributes)

@@ -1,0 +1,185 @@
+"""A config made real: every section checked and turned into the object it names.
+
+`Experiment` is what the entrypoints share: `vdx.main` trains it, `vdx.sample` draws from it,
+`vdx.evaluate` judges it. The resolved config is all that is needed to make it again.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from vdx.build import build, fill, nearest
+from vdx.data.pipeline import Batches, make_loader
+from vdx.data.sources import SOURCES
+from vdx.data.transforms import ClipSampling, to_example
+from vdx.diffusion.losses import WEIGHTS
+from vdx.diffusion.process import PROCESSES, TIMES
+from vdx.generate.pipeline import Generator, Sampling
+from vdx.models.denoiser import Denoiser
+from vdx.parallel import MeshSpec, param_shardings
+from vdx.train.checkpoint import Checkpoints
+from vdx.train.optim import Optimizer
+from vdx.train.state import TrainState, init_state
+from vdx.train.step import Objective
+from vdx.types import Params
+
+Spec = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """source: the training clips, a row of SOURCES. heldout: fields of the source that make it
+    the held-out set. clip, loader: fields of ClipSampling and Loader. height, width: pixels."""
+
+    source: Spec
+    loader: Spec
+    heldout: Spec = dataclasses.field(default_factory=dict)
+    clip: Spec | None = None
+    height: int = 32
+    width: int = 32
+    path: str | None = None      # where configs let `source` point, for a short command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Counts are in steps; 0 turns an action off.
+
+    ema: decay of the averaged weights. eval_clips: clips of the held-out and of the training
+    set whose loss is measured at the fixed noise `levels`. bins: noise levels of the logged
+    loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...
+    """
+
+    steps: int
+    ema: float = 0.999
+    log_every: int = 20
+    eval_every: int = 500
+    sample_every: int = 500
+    save_every: int = 500
+    keep: int = 2
+    eval_clips: int = 64
+    levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    bins: int = 5
+    wall: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Judging:
+    """Prompt following on held-out scenes: how many prompts; 0 where truth is not known."""
+
+    prompts: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    backbone: Spec
+    signals: Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """The top level of a config."""
+
+    data: Spec
+    model: Spec
+    process: Spec
+    train: Spec
+    seed: int = 0
+    time: Spec = dataclasses.field(default_factory=lambda: {"name": "uniform"})
+    loss: Spec = dataclasses.field(default_factory=lambda: {"name": "none"})
+    optim: Spec = dataclasses.field(default_factory=dict)
+    mesh: Spec = dataclasses.field(default_factory=dict)
+    sample: Spec = dataclasses.field(default_factory=dict)
+    judge: Spec = dataclasses.field(default_factory=dict)
+
+
+class Experiment:
+    """The objects of a config. Raises ConfigError for whatever cannot be meant."""
+
+    def __init__(self, config: Spec):
+        self.config = dict(config)
+        top = fill(Sections, config, "config")
+        self.seed = top.seed
+        self.data = fill(Data, top.data, "config.data")
+        self.training = fill(Training, top.train, "config.train")
+        self.judging = fill(Judging, top.judge, "config.judge")
+        self.optimizer = fill(Optimizer, top.optim, "config.optim")
+        self.mesh_spec = fill(MeshSpec, top.mesh, "config.mesh")
+        self.sampling = fill(Sampling, top.sample, "config.sample")
+        self.clip = None if self.data.clip is None else \
+            fill(ClipSampling, self.data.clip, "config.data.clip")
+        model = fill(Model, top.model, "config.model")
+        self.model = Denoiser(model.backbone, model.signals)
+        jax.eval_shape(self.model.new_params, jax.random.key(0))     # says what is wrong, now
+        self.process = build(top.process, PROCESSES, "config.process")
+        self.objective = Objective(self.model, self.process,
+                                   build(top.time, TIMES, "config.time"),
+                                   build(top.loss, WEIGHTS, "config.loss"), self.training.bins)
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        return self.optimizer.make(self.training.steps)
+
+    def source(self, heldout: bool = False):
+        spec = {**self.data.source, **(self.data.heldout if heldout else {})}
+        return build(spec, SOURCES, "config.data.source")
+
+    def batches(self, *, heldout: bool = False, seed: int | None = None,
+                workdir: Path | None = None, **settings) -> Batches:
+        """This process's share of the batches; `settings` override fields of the loader."""
+        make = lengths = None
+        if self.clip is not None:
+            lengths = self.clip.lengths
+            make = functools.partial(to_example, clip=self.clip, height=self.data.height,
+                                     width=self.data.width, tokenize=self.model.tokenizer())
+        log = None if workdir is None else workdir / "bad_records.jsonl"
+        return make_loader(
+            self.source(heldout), to_example=make, num_frames=lengths,
+            host_index=jax.process_index(), host_count=jax.process_count(), bad_log=log,
+            **{"seed": self.seed if seed is None else seed, **self.data.loader, **settings})
+
+    def init(self) -> TrainState:
+        """The state at step 0. Traceable, so that jit can create it where it will lie."""
+        return init_state(self.model, self.tx, self.seed)
+
+    def generator(self, sampling: Sampling | None = None,
+                  size: tuple[int, int] | None = None) -> Generator:
+        height, width = size or (self.data.height, self.data.width)
+        return Generator(self.model, self.process, sampling or self.sampling,
+                         (height, width, self.model.channels))
+
+
+    def clip_default(self) -> tuple[int, float]:
+        """(frames, frames per second) of a clip when nobody says otherwise: the longest clips
+        of training at their usual rate."""
+        if self.clip is None:
+            raise ConfigError("config.data.clip is not set: say --num_frames and --fps.")
+        rates = self.clip.rates
+        return max(self.clip.lengths), rates[len(rates) // 2] if rates else 8.0
+
+
+def load(workdir: Path) -> Experiment:
+    """The experiment that a workdir holds."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: {workdir} is not the workdir of a run. "
+                                "Train first: python -m vdx.main --config=... --workdir=...")
+    return Experiment(json.loads(path.read_text()))
+
+
+def open_ema(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Params, int]:
+    """(averaged parameters, step) of the newest checkpoint, laid out on the mesh."""
+    shapes = jax.eval_shape(experiment.model.new_params, jax.random.key(0))
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                        shapes, param_shardings(mesh, shapes))
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.restore_ema(like), checkpoints.newest()
+    finally:
+        checkpoints.close()

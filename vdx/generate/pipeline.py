@@ -1,0 +1,110 @@
+"""From prompts to videos: conditioning, guidance, one scan over sampler steps, pixels."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdx.build import lookup
+from vdx.diffusion.guidance import Guidance, guided
+from vdx.diffusion.samplers import SAMPLERS, sample, time_grid
+from vdx.models.denoiser import Denoiser
+from vdx.parallel import constrain
+from vdx.types import Array, Batch, Params, PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How clips are drawn: the `sample` section of a config.
+
+    steps: network evaluations of a first-order sampler. guidance: scale of classifier-free
+    guidance on the text. rescale, interval: see vdx.diffusion.guidance. shift: time shift of
+    the grid. batch: clips drawn at once.
+    """
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 3.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    shift: float = 1.0
+    batch: int = 16
+
+    def __post_init__(self):
+        lookup(self.sampler, SAMPLERS, "config.sample.sampler")
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(f"sample.steps = {self.steps} and sample.batch = {self.batch} "
+                             "must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Draws clips from a trained denoiser. `frame_shape` is (h, w, c) of the model's space."""
+
+    model: Denoiser
+    process: Any
+    sampling: Sampling
+    frame_shape: tuple[int, int, int]
+
+    def __call__(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
+                 num_frames: int, fps: float, noise: np.ndarray | None = None) -> np.ndarray:
+        """float32 [n t h w c], one clip a prompt, at most `sampling.batch` at a time.
+
+        Clip i starts from noise drawn from seeds[i] alone, or from noise[i] if given
+        (float32 [n t h w c]). Runs under the current mesh; every process gets all clips.
+        """
+        shape = (num_frames, *self.frame_shape)
+        if noise is not None and noise.shape != (len(prompts), *shape):
+            raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
+                             f"{(len(prompts), *shape)} [b t h w c].")
+        self.model.num_tokens((1, *shape))      # says early if the sizes do not fit the patches
+        tokenize, chunk = self.model.tokenizer(), self._chunk(len(prompts))
+        out = []
+        for start in range(0, len(prompts), chunk):
+            # The last chunk is filled up by repetition, so that one program serves all.
+            rows = [min(i, len(prompts) - 1) for i in range(start, start + chunk)]
+            ids, mask = zip(*(tokenize(prompts[i]) for i in rows), strict=True)
+            batch = {"text": np.stack(ids), "text_mask": np.stack(mask),
+                     "fps": np.full(chunk, fps, np.float32),
+                     "num_frames": np.full(chunk, num_frames, np.int32)}
+            given = None if noise is None else noise[np.asarray(rows)]
+            x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
+            out.append(np.asarray(x0)[:len(prompts) - start])
+        return np.concatenate(out)
+
+    def _chunk(self, clips: int) -> int:
+        """Clips at once: what is asked for, up to `batch`, rounded up to fill the mesh."""
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+        return -(-min(clips, self.sampling.batch) // parts) * parts
+
+    @functools.cached_property
+    def _draw(self):
+        mesh = jax.sharding.get_abstract_mesh()
+        whole = None if mesh.empty else jax.sharding.PartitionSpec()
+        return jax.jit(self._from_seeds, static_argnums=4, out_shardings=whole)
+
+    def _from_seeds(self, params, batch, seeds, noise, shape) -> Array:
+        if noise is None:
+            noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+        batch = {k: constrain(v, " ".join(["b", *"xyz"[:v.ndim - 1]])) for k, v in batch.items()}
+        return self.draw(params, batch, noise, jax.random.key(seeds[0]))
+
+    def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
+        """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
+        s, b = self.sampling, noise.shape[0]
+        keep = self.model.drop_masks(b, False)
+        # Guidance strengthens the text; frame rate and duration hold for both branches.
+        null = {**keep, **{k: jnp.ones(b, bool) for k in ("text", "embeddings") if k in keep}}
+        bind = {"params": params}
+        denoise = guided(
+            lambda x, t, ports: self.model.apply(bind, x, self.process.network_time(t), ports),
+            self.model.apply(bind, batch, keep, method="condition"),
+            self.model.apply(bind, batch, null, method="condition"),
+            Guidance(s.guidance, s.rescale, s.interval))
+        return sample(denoise, self.process, SAMPLERS[s.sampler](), noise,
+                      time_grid(self.process, s.steps, s.shift), key)

@@ -1,0 +1,88 @@
+"""Train: python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
+
+The same command resumes an interrupted run. At the end the workdir holds checkpoints, samples,
+`eval.json` where the data's truth is known, and `report.html`, the page to open.
+"""
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import vdx
+from vdx.evaluate import judge
+from vdx.experiment import Experiment
+from vdx.generate.video_io import write_json
+from vdx.generate.wall import draw_wall
+from vdx.metrics.report import write_report
+from vdx.parallel import path_str
+from vdx.train.loop import train
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The experiment, e.g. configs/t2v_tiny.py.")
+flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    config = json.loads(FLAGS.config.to_json())
+    run(config, Path(FLAGS.workdir))
+
+
+def run(config: dict, workdir: Path) -> None:
+    """Everything that the command does, from a resolved config."""
+    experiment = Experiment(config)
+    mesh = experiment.mesh_spec.make()
+    primary = jax.process_index() == 0
+    if primary:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", config)
+
+    with jax.set_mesh(mesh):
+        generator = experiment.generator()
+
+        def on_sample(step, ema):
+            frames, fps = experiment.clip_default()
+            draw_wall(generator, ema, experiment.training.wall, workdir / "samples" / f"{step:08d}",
+                      num_frames=frames, fps=fps)
+            if primary:
+                write_report(workdir)
+
+        if primary:
+            write_json(workdir / "run.json", run_facts(experiment, mesh))
+        done = train(experiment, workdir, mesh, on_sample)
+        if experiment.judging.prompts:
+            judge(experiment, done.state.ema, workdir, step=int(done.state.step))
+    if primary:
+        page = write_report(workdir)
+        print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
+
+
+def run_facts(experiment: Experiment, mesh) -> dict:
+    """What the report says about where a run came from."""
+    import flax, grain, numpy, optax, orbax.checkpoint  # noqa: E401, PLC0415  only their versions
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True, check=False).stdout.strip() or None
+    return {
+        "command": " ".join(["python -m vdx.main", *sys.argv[1:]]),
+        "commit": commit,
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        "mesh": {k: v for k, v in mesh.shape.items()},
+        "versions": {"vdx": vdx.__version__, "python": platform.python_version()} | {
+            m.__name__: getattr(m, "__version__", "?")
+            for m in (jax, flax, optax, grain, orbax.checkpoint, numpy)},
+    }
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)

@@ -1,0 +1,34 @@
+"""Attention behind one function, and cross-attention to conditioning tokens."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from vdx.models.layers import RMSNorm
+from vdx.types import Array, Bool, Float
+
+def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"],
+           mask: Bool[Array, "b s"] | None = None) -> Float[Array, "b q n d"]:
+    """softmax(q k^T / sqrt(d)) v; `mask` is True on keys that may be seen."""
+    mask4 = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask4)
+
+
+class CrossAttention(nn.Module):
+    """Queries from the grid [b t h w d], keys and values from tokens [b l e]."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w d"], tokens: Float[Array, "b l e"],
+                 mask: Bool[Array, "b l"] | None) -> Float[Array, "b t h w d"]:
+        width, (t, h, w) = x.shape[-1], x.shape[1:4]
+        q = RMSNorm(name="q_norm")(nn.Dense(width, name="q", dtype=self.dtype)(x))
+        k = RMSNorm(name="k_norm")(nn.Dense(width, name="k", dtype=self.dtype)(tokens))
+        v = nn.Dense(width, name="v", dtype=self.dtype)(tokens)
+        q = rearrange(q, "b t h w (n d) -> b (t h w) n d", n=self.heads)
+        k, v = (rearrange(a, "b l (n d) -> b l n d", n=self.heads) for a in (k, v))
+        y = rearrange(attend(q, k, v, mask), "b (t h w) n d -> b t h w (n d)", t=t, h=h, w=w)
+        return nn.Dense(width, name="out", dtype=self.dtype)(y)

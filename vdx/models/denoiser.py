@@ -1,0 +1,77 @@
+"""The model that is trained: conditioning signals and a backbone, with one set of parameters."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vdx.build import build
+from vdx.models.conditioning import Conditioning, Drop
+from vdx.models.text import Tokenize
+from vdx.models.transformer import Transformer
+from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer}
+
+
+class Denoiser(nn.Module):
+    """`condition(batch, drop) -> ports`, `__call__(x_t, time, ports) -> prediction`.
+
+    backbone: a row of BACKBONES with its fields. signals: rows of SIGNALS with theirs.
+    """
+
+    backbone: Mapping[str, Any]
+    signals: Mapping[str, Mapping[str, Any]]
+
+    def setup(self):
+        self.network, self.conditioning = self.parts()
+
+    def __call__(self, x: Array, time: Array, ports: Ports) -> Array:
+        return self.network(x, time, ports)
+
+    def condition(self, batch: Batch, drop: Drop) -> Ports:
+        return self.conditioning(batch, drop)
+
+    def train_view(self, x: Array, time: Array, batch: Batch, drop: Drop) -> Array:
+        """Both at once: what a training step needs, and what creates every parameter."""
+        return self(x, time, self.condition(batch, drop))
+
+    @nn.nowrap
+    def parts(self) -> tuple[Any, Conditioning]:
+        network = build(self.backbone, BACKBONES, "config.model.backbone", parent=None)
+        return network, Conditioning(network.dims()[0], self.signals, parent=None)
+
+    @nn.nowrap
+    def new_params(self, key: PRNGKeyArray) -> Params:
+        """Fresh parameters. They depend on no size of the clip, so one patch is enough.
+
+        Raises ConfigError for a backbone or a signal that cannot be built.
+        """
+        network, conditioning = self.parts()
+        x = jnp.zeros((1, *network.patch, network.channels))
+        return self.init(key, x, jnp.zeros(1), conditioning.example(),
+                         self.drop_masks(1, False), method="train_view")["params"]
+
+    @property
+    def channels(self) -> int:
+        return self.parts()[0].channels
+
+    @nn.nowrap
+    def num_tokens(self, shape: tuple[int, ...]) -> int:
+        """Tokens of one clip of a batch of shape [b t h w c]."""
+        return math.prod(self.parts()[0].grid(shape[1:]))
+
+    @nn.nowrap
+    def drop_masks(self, batch_size: int, dropped: bool) -> dict[str, Array]:
+        return {name: jnp.full(batch_size, dropped) for name in self.signals}
+
+    @nn.nowrap
+    def random_drop(self, key: PRNGKeyArray, batch_size: int) -> dict[str, Array]:
+        return self.parts()[1].random_drop(key, batch_size)
+
+    @nn.nowrap
+    def tokenizer(self) -> Tokenize:
+        """The host function caption -> (ids, mask) that this model's text signal expects."""
+        return self.parts()[1].row("text", parent=None).net(parent=None).tokenizer()

@@ -1,0 +1,117 @@
+"""Layers that more than one network uses: norms, embeddings, rotary positions, the MLP.
+
+Mixed precision: parameters are float32; matrix products run in the module's `dtype`; norms,
+modulation and softmax run in float32 because their sums lose too much in bfloat16.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdx.types import Array, Float
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": nn.gelu,          # tanh form, as in Wan and T5
+    "silu": nn.silu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),   # Primer (So et al. 2021); the cheapest on a CPU
+}
+
+
+def layer_norm(x: Array, eps: float = 1e-6) -> Array:
+    """LayerNorm without parameters over the last axis, in float32; the modulation scales it."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    var = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(var + eps)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with scale and bias, in float32, returned in the input's dtype."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
+
+
+def sinusoidal(x: Float[Array, "..."], width: int, max_period: float = 1e4) -> Array:
+    """[...] -> [... width]: cosines then sines of x at geometric frequencies (Vaswani 2017)."""
+    half = width // 2
+    freqs = np.exp(-np.log(max_period) * np.arange(half) / half).astype(np.float32)
+    angles = x.astype(jnp.float32)[..., None] * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+class EmbedMLP(nn.Module):
+    """Sinusoid -> dense -> SiLU -> dense: the embedding of a scalar (time, frame rate, ...)."""
+
+    width: int
+    sinusoid: int = 256
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Array:
+        x = sinusoidal(x, self.sinusoid)   # float32: a bfloat16 time loses neighbouring steps
+        x = nn.silu(nn.Dense(self.width, name="up", dtype=jnp.float32)(x))
+        return nn.Dense(self.width, name="down", dtype=jnp.float32)(x)
+
+
+class MLP(nn.Module):
+    """dense -> activation -> dense, back to the input's width unless `out` is given."""
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: jnp.dtype = jnp.float32
+    out: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = nn.Dense(self.hidden, name="up", dtype=self.dtype)(x)
+        h = ACTIVATIONS[self.activation](h)
+        return nn.Dense(self.out or x.shape[-1], name="down", dtype=self.dtype)(h)
+
+
+def rope_table(grid: tuple[int, int, int], head_width: int,
+               theta: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [t h w 1 head_width/2] of 3D rotary positions (Su et al. 2021).
+
+    The head's channel pairs are divided between the axes as in Wan: 2 * (head_width // 6)
+    channels each for h and w, the rest for t. Angles are built in float64.
+    """
+    if head_width % 2:
+        raise ValueError(f"Rotary positions need an even head width, not {head_width}.")
+    space = 2 * (head_width // 6)
+    angles = []
+    for axis, width in zip(range(3), (head_width - 2 * space, space, space), strict=True):
+        freqs = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        shape = [1, 1, 1, len(freqs)]
+        shape[axis] = grid[axis]
+        table = (np.arange(grid[axis])[:, None] * freqs).reshape(shape)
+        angles.append(np.broadcast_to(table, (*grid, len(freqs))))
+    full = np.concatenate(angles, -1)[..., None, :]
+    return np.cos(full).astype(np.float32), np.sin(full).astype(np.float32)
+
+
+def apply_rope(x: Float[Array, "b t h w n d"], rope) -> Array:
+    """Rotates channel i against channel i + d/2 (half-split form), in float32."""
+    cos, sin = rope
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)

@@ -1,0 +1,135 @@
+"""Generate: python -m vdx.sample --workdir=runs/tiny --prompt="a red circle moves right" \\
+    --out=out.mp4
+
+Beside the mp4 a JSON manifest holds all that went into it: `--from_manifest=out.json` makes the
+same clip again, bit for bit on the same machine. `--prompts_file` has one prompt a line, and
+--out is then a folder.
+"""
+
+import dataclasses
+import hashlib
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import vdx
+from vdx.build import fill, lookup
+from vdx.diffusion.samplers import SAMPLERS
+from vdx.experiment import Experiment, load, open_ema
+from vdx.generate.pipeline import Sampling
+from vdx.generate.video_io import read_json, to_uint8, write_json, write_video
+from vdx.generate.wall import write_clips
+from vdx.types import Params
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """All that decides the clips of one call, besides the weights."""
+
+    prompts: tuple[str, ...]
+    seed: int            # clip i takes seed + i
+    num_frames: int
+    fps: float
+    sampling: dict
+
+    def draw(self, experiment: Experiment, params: Params) -> np.ndarray:
+        """float32 [n t h w c]."""
+        sampling = fill(Sampling, self.sampling, "sampling")
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        return experiment.generator(sampling)(params, self.prompts, seeds,
+                                              num_frames=self.num_frames, fps=self.fps)
+
+
+def from_flags(experiment: Experiment) -> Request:
+    """A request from the command line; what is not given is as the model was trained."""
+    if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
+        raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
+    prompts = (FLAGS.prompt,)
+    if FLAGS.prompts_file:
+        prompts = tuple(p for line in Path(FLAGS.prompts_file).read_text().splitlines()
+                        if (p := line.strip()))
+    if not prompts:
+        raise app.UsageError(f"{FLAGS.prompts_file} holds no prompt.")
+    given = {k: v for k in ("sampler", "steps", "guidance") if (v := getattr(FLAGS, k)) is not None}
+    frames, fps = experiment.clip_default()
+    return Request(prompts, FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
+                   {**dataclasses.asdict(experiment.sampling), **given})
+
+
+def fingerprint(params: Params) -> str:
+    """sha256 over the weights, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def write(request: Request, videos: np.ndarray, out: Path, weights: dict) -> None:
+    """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json."""
+    pixels = to_uint8(videos)
+    manifest = {"request": dataclasses.asdict(request), "weights": weights,
+                "versions": {"vdx": vdx.__version__, "jax": jax.__version__,
+                             "python": platform.python_version()},
+                "device": jax.devices()[0].device_kind,
+                "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
+    if len(pixels) == 1 and out.suffix:
+        write_video(out, pixels[0], request.fps)
+        write_json(out.with_suffix(".json"), manifest)
+        return
+    rows = [{"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)]
+    manifest["clips"] = write_clips(out, pixels, request.fps, rows)
+    write_json(out / "manifest.json", manifest)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    out, manifest = Path(FLAGS.out), None
+    workdir = FLAGS.workdir
+    if FLAGS.from_manifest:
+        manifest = read_json(Path(FLAGS.from_manifest))
+        workdir = workdir or manifest["weights"]["workdir"]
+    if workdir is None:
+        raise app.UsageError("Give --workdir, the workdir of a run of vdx.main.")
+    experiment = load(Path(workdir))
+    request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
+    if len(request.prompts) > 1 and out.suffix:
+        raise app.UsageError(f"{len(request.prompts)} prompts need a folder: --out={out.stem}")
+    lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
+
+    with jax.set_mesh(experiment.mesh_spec.make()) as mesh:
+        params, step = open_ema(experiment, Path(workdir), mesh)
+        weights = {"workdir": str(workdir), "step": step, "sha256": fingerprint(params)}
+        if manifest and manifest["weights"]["sha256"] != weights["sha256"]:
+            raise app.UsageError(
+                f"The weights in {workdir} (step {step}) are not those of the manifest (step "
+                f"{manifest['weights']['step']}); the clip cannot be made again from them.")
+        videos = request.draw(experiment, params)
+    if jax.process_index() == 0:
+        write(request, videos, out, weights)
+        if FLAGS.save_array:
+            np.save(FLAGS.save_array, videos)
+        print(f"Wrote {out}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The workdir of a run of vdx.main.")
+    flags.DEFINE_string("prompt", None, "What to show.")
+    flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
+    flags.DEFINE_string("from_manifest", None, "Make the clips of this manifest again.")
+    flags.DEFINE_string("out", "out.mp4", "An mp4, or a folder for several prompts.")
+    flags.DEFINE_string("save_array", None, "Also save float32 [n t h w c] in [-1, 1] as .npy.")
+    flags.DEFINE_integer("seed", 0, "Clip i takes seed + i.")
+    flags.DEFINE_string("sampler", None, f"One of {', '.join(SAMPLERS)}.")
+    flags.DEFINE_integer("steps", None, "Sampler steps.", lower_bound=1)
+    flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
+    flags.DEFINE_integer("num_frames", None, "Frames of the clip.", lower_bound=1)
+    flags.DEFINE_float("fps", None, "Frames per second, also told to the model.", lower_bound=0.1)
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)

@@ -1,0 +1,117 @@
+"""One training step: noise a clip, predict, compare, update. Pure, jitted once per clip shape."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vdx.diffusion.losses import bin_by_time, denoising_loss
+from vdx.models.denoiser import Denoiser
+from vdx.train.state import TrainState
+from vdx.types import Array, Batch, Params, PRNGKeyArray
+
+Metrics = dict[str, Array]
+
+
+def clean(batch: Batch) -> Array:
+    """x0 [b t h w c] float32: cached latents as they are, pixels from uint8 to [-1, 1]."""
+    if "latents" in batch:
+        return batch["latents"].astype(jnp.float32)
+    return batch["video"].astype(jnp.float32) / 127.5 - 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is learned: process, distribution of times, weight of the loss."""
+
+    model: Denoiser
+    process: Any
+    times: Any
+    weight: Any
+    bins: int = 5
+
+    def losses(self, params: Params, batch: Batch, t: Array, noise: Array, drop) -> Array:
+        """Per-clip loss [b] at times t [b] for this noise and these dropped signals."""
+        x0 = clean(batch)
+        x_t = self.process.add_noise(x0, noise, t)
+        prediction = self.model.apply({"params": params}, x_t, self.process.network_time(t),
+                                      batch, drop, method="train_view")
+        return denoising_loss(self.process, self.weight, prediction, x0, noise, x_t, t)
+
+    def draw(self, batch: Batch, key: PRNGKeyArray):
+        """Times [b], noise like x0, and drop masks for a batch, all from one key."""
+        x0 = clean(batch)
+        k_time, k_noise, k_drop = jax.random.split(key, 3)
+        t = self.times.sample(k_time, x0.shape[0], self.model.num_tokens(x0.shape))
+        noise = jax.random.normal(k_noise, x0.shape)
+        return t, noise, self.model.random_drop(k_drop, x0.shape[0])
+
+    def loss(self, params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+        t, noise, drop = self.draw(batch, key)
+        losses = self.losses(params, batch, t, noise, drop)
+        sums, counts = bin_by_time(losses, t, self.bins)
+        return losses.mean(), {"bin_sums": sums, "bin_counts": counts}
+
+
+def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_decay: float,
+                    accumulate: int = 1) -> Callable[[TrainState, Batch], tuple]:
+    """step(state, batch) -> (state, metrics). The caller jits it, with shardings and donation.
+
+    With `accumulate` = a the batch is cut into a microbatches and gradients are averaged.
+    """
+    grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
+
+    def gradients(params, batch, key):
+        if accumulate == 1:
+            return grad_fn(params, batch, key)
+        # Strided, so that a microbatch takes rows from every device's share.
+        micro = {k: jnp.swapaxes(v.reshape(-1, accumulate, *v.shape[1:]), 0, 1)
+                 for k, v in batch.items()}
+
+        def body(total, inputs):
+            one, i = inputs
+            return jax.tree.map(jnp.add, total, grad_fn(params, one, jax.random.fold_in(key, i))), None
+
+        shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda v: v[0], micro), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        ((loss, aux), grads), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulate)))
+        return (loss / accumulate, aux), jax.tree.map(lambda g: g / accumulate, grads)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, aux), grads = gradients(state.params, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # The average follows quickly at first, so that early samples are not of the initial weights.
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
+        return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+
+    return step
+
+
+def make_eval_step(objective: Objective, levels: tuple[float, ...]):
+    """eval(params, batch, key) -> per-clip losses [levels b], with and without conditioning.
+
+    Noise is fixed by `key`, so that two evaluations differ by the weights alone.
+    """
+    def evaluate(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array]:
+        x0 = clean(batch)
+        b = x0.shape[0]
+
+        def at(level_key):
+            level, k = level_key
+            noise = jax.random.normal(k, x0.shape)
+            t = jnp.full(b, level)
+            keep = objective.model.drop_masks(b, False)
+            null = objective.model.drop_masks(b, True)
+            return (objective.losses(params, batch, t, noise, keep),
+                    objective.losses(params, batch, t, noise, null))
+
+        return jax.lax.map(at, (jnp.asarray(levels), jax.random.split(key, len(levels))))
+
+    return evaluate
