@@ -57,9 +57,7 @@ def _convert(value, hint, where: str):
             return dict(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif isinstance(hint, type) and hint not in (int, float) and isinstance(value, hint):
+    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (isinstance(hint, type) and hint not in (int, float) and isinstance(value, hint)):
         return value
     shown = getattr(hint, "__name__", None) if origin is None else str(hint)
     raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {shown or hint}.")

@@ -21,7 +21,6 @@ from vdx.experiment import Experiment
 from vdx.generate.video_io import write_json
 from vdx.generate.wall import draw_wall
 from vdx.metrics.report import write_report
-from vdx.parallel import path_str
 from vdx.train.loop import train
 
 FLAGS = flags.FLAGS
@@ -67,7 +66,11 @@ def run(config: dict, workdir: Path) -> None:
 
 def run_facts(experiment: Experiment, mesh) -> dict:
     """What the report says about where a run came from."""
-    import flax, grain, numpy, optax, orbax.checkpoint  # noqa: E401, PLC0415  only their versions
+    import flax
+    import grain
+    import numpy
+    import optax
+    import orbax.checkpoint
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True, check=False).stdout.strip() or None
     return {

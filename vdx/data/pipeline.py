@@ -81,7 +81,7 @@ class _Stream:
     source: Source
     to_example: Callable[..., Example]
     loader: Loader
-    num_frames: tuple[int, ...]
+    num_frames: tuple[int, ...] | None
     host_index: int
     local_batch: int
     start: int
@@ -93,10 +93,10 @@ class _Stream:
         batch, place = divmod(item, self.local_batch)
         batch += self.start
         position = batch * self.loader.global_batch + self.host_index * self.local_batch + place
-        frames = self.num_frames[batch % len(self.num_frames)]
+        frames = self.num_frames and self.num_frames[batch % len(self.num_frames)]
         return self.at(position, frames)
 
-    def at(self, position: int, frames: int) -> tuple[Example | None, list[_Bad]]:
+    def at(self, position: int, frames: int | None) -> tuple[Example | None, list[_Bad]]:
         """The example at a global position, or a substitute that depends on it alone."""
         bad: list[_Bad] = []
         for attempt in range(ATTEMPTS if len(self.source) > 1 else 1):
@@ -121,11 +121,11 @@ class _Stream:
         return index_shuffle(place, max_index=len(self.source) - 1,
                              seed=int(entropy.generate_state(1)[0]), rounds=4)
 
-    def read(self, index: int, frames: int, rng: np.random.Generator) -> Example:
+    def read(self, index: int, frames: int | None, rng: np.random.Generator) -> Example:
         item = self.source[index]
         if not isinstance(item, Mapping):
             return self.to_example(item, num_frames=frames, rng=rng)
-        if "num_frames" in item and int(item["num_frames"]) != frames:
+        if frames and "num_frames" in item and int(item["num_frames"]) != frames:
             raise BadRecord(str(item.get("key", index)),
                             f"holds {int(item['num_frames'])} frames, this batch needs {frames}")
         return dict(item)
@@ -205,13 +205,14 @@ class Batches:
 
 
 def make_loader(source: Source, *, to_example: Callable[..., Example] | None = None,
-                num_frames: tuple[int, ...] = (16,), host_index: int = 0, host_count: int = 1,
+                num_frames: tuple[int, ...] | None = None, host_index: int = 0, host_count: int = 1,
                 bad_log: str | Path | None = None, **settings) -> Batches:
     """Batches of this host's share of every global batch.
 
     to_example: `to_example(record, num_frames=, rng=)` -> dict of arrays of one example; may be
       left out for a source of ready examples.
-    num_frames: the lengths of clips in frames; batch k has length num_frames[k % len].
+    num_frames: the lengths of clips in frames; batch k has length num_frames[k % len];
+      None where the source gives ready examples, of whatever length.
     host_index, host_count: host h has the h-th contiguous share of every global batch.
     bad_log: a JSON-lines file that names every bad record.
     settings: fields of Loader.
@@ -225,13 +226,14 @@ def make_loader(source: Source, *, to_example: Callable[..., Example] | None = N
                          f"{host_count} hosts; make it a multiple of {host_count}.")
     if not 0 <= host_index < host_count:
         raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
-    if not num_frames or min(num_frames) < 1:
+    if (num_frames or to_example) and min(num_frames or (0,)) < 1:
         raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
     if min(loader.seed, loader.workers, loader.threads, loader.prefetch) < 0:
         raise ValueError(f"seed, workers, threads and prefetch cannot be negative: {loader}.")
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
-    stream = _Stream(source, to_example or _not_ready, loader, tuple(num_frames), host_index,
+    stream = _Stream(source, to_example or _not_ready, loader,
+                     tuple(num_frames) if num_frames else None, host_index,
                      loader.global_batch // host_count, start=0)
     return Batches(stream, Path(bad_log) if bad_log is not None else None)
 

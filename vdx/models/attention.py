@@ -8,6 +8,7 @@ from einops import rearrange
 from vdx.models.layers import RMSNorm
 from vdx.types import Array, Bool, Float
 
+
 def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"],
            mask: Bool[Array, "b s"] | None = None) -> Float[Array, "b q n d"]:
     """softmax(q k^T / sqrt(d)) v; `mask` is True on keys that may be seen."""

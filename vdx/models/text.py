@@ -44,7 +44,7 @@ class ByteEncoder(nn.Module):
     stride: int = 4
 
     def tokenizer(self) -> Tokenize:
-        from transformers import ByT5Tokenizer   # slow to import, and only the host needs it
+        from transformers import ByT5Tokenizer  # slow to import, and only the host needs it
         tokenizer = ByT5Tokenizer(extra_ids=0)
 
         def tokenize(caption: str) -> tuple[np.ndarray, np.ndarray]:

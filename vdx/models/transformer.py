@@ -5,7 +5,6 @@ time embedding for the whole network plus a learned table in each block. The des
 Wan 2.1, so that its weights are a configuration of this class.
 """
 
-from functools import partial
 
 import flax.linen as nn
 import jax

@@ -73,7 +73,8 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
 
         def body(total, inputs):
             one, i = inputs
-            return jax.tree.map(jnp.add, total, grad_fn(params, one, jax.random.fold_in(key, i))), None
+            new = grad_fn(params, one, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, new), None
 
         shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda v: v[0], micro), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -85,7 +86,7 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
         (loss, aux), grads = gradients(state.params, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # The average follows quickly at first, so that early samples are not of the initial weights.
+        # The average follows quickly at first: early samples should not show initial weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}

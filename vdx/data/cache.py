@@ -1,0 +1,127 @@
+"""The layout of records on disk: encoded videos, or latents and text computed once.
+
+Records are ArrayRecord files prepared by tensorflow_datasets, which needs no TensorFlow for
+this. What cached latents are for is written beside them as `metadata.json` (which encoder,
+which weights), so that a stale cache can be told from a fresh one.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vdx.data.record import BadRecord
+
+__all__ = ["check_latents", "latent_features", "ready_example", "video_features",
+           "write_records"]
+
+
+def video_features():
+    """Features of encoded videos: video (the bytes of an mp4), caption, key."""
+    import tensorflow_datasets as tfds
+    return tfds.features.FeaturesDict({
+        "video": tfds.features.Tensor(shape=(), dtype=np.object_),
+        "caption": tfds.features.Text(), "key": tfds.features.Text()})
+
+
+def latent_features(latents: tuple[int | None, ...], text_dim: int):
+    """Features of cached latents.
+
+    latents: float16 of this shape [t h w c], normalised; None where it varies.
+    text: float16 [l text_dim], only the real tokens, so l varies; caption: their source.
+    fps: frames per second; num_frames: pixel frames; key: names the clip.
+    """
+    import tensorflow_datasets as tfds
+    return tfds.features.FeaturesDict({
+        "latents": tfds.features.Tensor(shape=tuple(latents), dtype=np.float16),
+        "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16),
+        "caption": tfds.features.Text(), "fps": np.float32, "num_frames": np.int32,
+        "key": tfds.features.Text()})
+
+
+def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> None:
+    """Raises BadRecord if a row is not what `metadata` promises.
+
+    metadata: latents, the expected shape with None where it varies; text, the shape
+      [longest l, d]. Both may be absent, and are then not compared.
+    """
+    found = {"latents": np.shape(row["latents"]), "text": np.shape(row["text"])}
+    shape = tuple(metadata.get("latents") or (None,) * 4)
+    longest, width = metadata.get("text") or (None, None)
+    if len(found["latents"]) != len(shape) or any(
+            want not in (None, have) for want, have in zip(shape, found["latents"], strict=True)):
+        raise BadRecord(key, f"latents have the shape {found['latents']}, expected {shape}")
+    if len(found["text"]) != 2 or width not in (None, found["text"][1]):
+        raise BadRecord(key, f"text has the shape {found['text']}, expected (l, {width})")
+    if longest is not None and found["text"][0] > longest:
+        raise BadRecord(key, f"text has {found['text'][0]} tokens, at most {longest} expected")
+    for name in ("latents", "text"):
+        if not np.isfinite(np.asarray(row[name], np.float16)).all():
+            raise BadRecord(key, f"{name} hold NaN or infinity, in float16")
+    if not (row["fps"] > 0 and row["num_frames"] > 0):
+        raise BadRecord(key, f"fps = {row['fps']} and num_frames = {row['num_frames']}; both "
+                             "must be positive")
+
+
+def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> dict:
+    """A row as an example of a batch: text padded to the longest and given its mask.
+
+    Gives latents float16 [t h w c], text float16 [longest d], text_mask bool [longest],
+    fps float32, num_frames int32, key. Raises BadRecord.
+    """
+    check_latents(row, key, metadata)
+    length = len(row["text"])
+    longest = (metadata.get("text") or (length,))[0]
+    return {"latents": np.asarray(row["latents"]),
+            "text": np.pad(row["text"], ((0, longest - length), (0, 0))),
+            "text_mask": np.arange(longest) < length, "fps": np.float32(row["fps"]),
+            "num_frames": np.int32(row["num_frames"]), "key": key}
+
+
+def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, Any]]], features,
+                  *, shards: int | None = None, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Writes a data set that `Records(path)` reads; it appears at `path` whole or not at all.
+
+    splits: name -> examples, each a dict with the features' keys, kept in their order.
+    features: `video_features()` or `latent_features(...)`.
+    shards: files in a split; None lets TFDS choose by size.
+    metadata: JSON values kept with the data; for latents see `check_latents`.
+    Raises ValueError if `path` exists or an example does not fit; nothing is left behind then.
+    """
+    import tensorflow_datasets as tfds
+    path, facts = Path(path), dict(metadata or {})
+    if path.exists():
+        raise ValueError(f"{path} is already there: remove it, or write elsewhere.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name, VERSION = "vdx", tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True,
+                                         metadata=tfds.core.MetadataDict(facts))
+
+        def _split_generators(self, dl_manager):
+            return {name: _numbered(examples, facts) for name, examples in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError  # _split_generators hands out the generators themselves
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        builder = Builder(data_dir=scratch, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
+            num_shards=shards, try_download_gcs=False))
+        shutil.move(builder.data_dir, path)
+    return path
+
+
+def _numbered(examples, metadata) -> Iterator[tuple[int, dict]]:
+    for number, example in enumerate(examples):
+        if "latents" in example:
+            check_latents(example, str(example.get("key", number)), metadata)
+            example = {**example, "latents": np.asarray(example["latents"], np.float16),
+                       "text": np.asarray(example["text"], np.float16)}
+        yield number, dict(example)

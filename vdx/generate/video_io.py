@@ -1,0 +1,121 @@
+"""Clips on disk: mp4 and WebP out, frames with their times in, JSON beside them."""
+
+import json
+import os
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from vdx.data.sources import open_video
+
+__all__ = ["read_json", "read_video", "to_uint8", "write_json", "write_video", "write_webp"]
+
+BT709 = 1          # the number of this colour matrix, its primaries and its curve in H.264
+LIMITED = 1        # the range of luma in H.264 that every player expects: 16 to 235
+
+
+def to_uint8(x) -> np.ndarray:
+    """Floats in [-1, 1] of any shape -> uint8, rounded; values outside are clipped."""
+    x = np.asarray(x, np.float32)
+    return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+
+
+@contextmanager
+def _whole_or_not(path: str | Path):
+    """A scratch path beside `path` that takes its name when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check(frames: np.ndarray, fps: float) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise ValueError(f"Frames are {frames.dtype} {frames.shape}, expected uint8 [t h w 3].")
+    if not fps > 0:
+        raise ValueError(f"fps = {fps} must be positive.")
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, min_side: int = 128) -> None:
+    """uint8 [t h w 3] -> an H.264 mp4 that any player shows, at exactly `fps`.
+
+    Small clips are enlarged by a whole factor until the shorter side has `min_side` pixels:
+    players blur tiny videos, and 4:2:0 smears colours over two pixels. An odd height or width
+    gets its last row or column twice, since 4:2:0 has none. Raises ValueError.
+    """
+    _check(frames, fps)
+    factor = -(-min_side // min(frames.shape[1:3]))
+    if factor > 1:
+        frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
+    with _whole_or_not(path) as part, \
+            av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        stream = out.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.time_base = 1 / rate
+        codec.color_range = LIMITED
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709",
+                                   dst_color_range="MPEG")
+            frame.pts, frame.time_base = number, 1 / rate
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """(frames uint8 [t h w 3], seconds float64 [t] from the first frame).
+
+    Raises ValueError, naming the file, if it does not decode whole.
+    """
+    try:
+        container, stream = open_video(str(path))
+        with container:
+            decoded = [(f.pts, f.is_corrupt, f.to_ndarray(format="rgb24"))
+                       for f in container.decode(stream)]
+            tick = float(stream.time_base)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} is not a readable video: {error.strerror}.") from error
+    stamps, corrupt, frames = zip(*decoded, strict=True) if decoded else ((), (), ())
+    if not frames or any(corrupt):
+        raise ValueError(f"{path} {'has damaged' if frames else 'holds no'} frames.")
+    return np.stack(frames), (np.array(stamps) - stamps[0]) * tick
+
+
+def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """uint8 [t h w 3] -> an animated lossless WebP, which a README shows. Raises ValueError."""
+    _check(frames, fps)
+    ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)  # milliseconds, no drift
+    images = [Image.fromarray(frame) for frame in frames]
+    with _whole_or_not(path) as part:
+        images[0].save(part, format="WEBP", save_all=True, append_images=images[1:],
+                       duration=np.diff(ends).tolist(), loop=0, lossless=True, quality=100)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Whole or not at all; what JSON does not know is written as its `str`."""
+    with _whole_or_not(path) as part:
+        part.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n",
+                        encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value; raises ValueError that names the file if it is not there or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
