@@ -21,7 +21,7 @@ def loss_of(process, weight, x0_guess, x0, noise, t):
     x_t = process.add_noise(x0, noise, t)
     alpha, sigma = (f(t)[:, None, None, None, None] for f in (process.alpha, process.sigma))
     prediction = process.from_x0_noise(x0_guess, (x_t - alpha * x0_guess) / sigma, t)
-    return denoising_loss(process, weight, prediction, x0, noise, x_t, t)
+    return denoising_loss(process, weight, prediction, x0, noise, t)
 
 
 @pytest.mark.parametrize("kind,formula", [
@@ -81,8 +81,7 @@ def test_weights_are_finite_at_the_ends(name, kind, weight):
 def test_loss_is_a_float32_mean_per_sample():
     process = PROCESSES["rectified_flow"]()
     x0, noise, prediction = (a.astype(jnp.bfloat16) for a in random_pair(2))
-    x_t = process.add_noise(x0, noise, T)
-    loss = denoising_loss(process, WEIGHTS["none"](), prediction, x0, noise, x_t, T)
+    loss = denoising_loss(process, WEIGHTS["none"](), prediction, x0, noise, T)
     p, x, n = (np.asarray(a, np.float64) for a in (prediction, x0, noise))
     np.testing.assert_allclose(loss, ((p - (n - x)) ** 2).mean((1, 2, 3, 4)), rtol=1e-5)
     assert loss.dtype == jnp.float32
@@ -92,8 +91,7 @@ def test_loss_with_a_time_per_frame():
     process = PROCESSES["rectified_flow"](prediction="x0")
     x0, noise, guess = random_pair(3)
     t = jnp.stack([T, T[::-1]], axis=1)
-    x_t = process.add_noise(x0, noise, t)
-    got = denoising_loss(process, WEIGHTS["velocity"](), guess, x0, noise, x_t, t)
+    got = denoising_loss(process, WEIGHTS["velocity"](), guess, x0, noise, t)
     want = (((guess - x0) / t[:, :, None, None, None]) ** 2).mean((1, 2, 3, 4))
     np.testing.assert_allclose(got, want, rtol=1e-5)
 

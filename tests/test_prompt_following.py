@@ -151,6 +151,14 @@ def test_nothing_is_read_where_nothing_is():
     assert read_attributes(video)["motion"] == "none"
 
 
+@pytest.mark.parametrize("high, wide", [(4, 14), (5, 10), (18, 3)])
+def test_a_shape_that_no_scene_has_is_none(high, wide):
+    video = np.zeros((16, 32, 32, 3), np.uint8)
+    for i, frame in enumerate(video):
+        frame[8:8 + high, 3 + i // 2:3 + i // 2 + wide] = COLOURS["red"]
+    assert read_attributes(video) == {"colour": "red", "shape": "none", "motion": "right"}
+
+
 def test_the_vocabulary_can_be_restricted():
     video = planted(colour="orange").render(TIMES, 32, 32)
     assert read_attributes(video, colours=("blue", "green"))["colour"] == "none"

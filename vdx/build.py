@@ -34,33 +34,29 @@ def _fields(cls) -> dict[str, Any]:
 
 def _convert(value, hint, where: str):
     """`value` as the annotated type: int to float, list to tuple, nothing else."""
-    if hint is Any or isinstance(hint, str | TypeVar):
-        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (types.UnionType, typing.Union):
         for option in args:
             try:
                 return _convert(value, option, where)
             except ConfigError:
                 continue
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            if len(args) == 2 and args[1] is Ellipsis:
-                return tuple(_convert(v, args[0], where) for v in value)
-            if len(args) == len(value):
-                return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
-    elif origin is Callable or (origin is not None and issubclass(origin, Callable)):
-        if callable(value):
+    elif origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is Ellipsis:
+            args = args[:1] * len(value)
+        if len(args) == len(value):
+            return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
+    elif isinstance(value, bool):          # a bool is an int to Python, not to a config
+        if hint is bool:
             return value
-    elif origin is not None and issubclass(origin, Mapping):
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, int | float):
         return float(value)
-    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (isinstance(hint, type) and hint not in (int, float) and isinstance(value, hint)):
-        return value
-    shown = getattr(hint, "__name__", None) if origin is None else str(hint)
-    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {shown or hint}.")
+    elif isinstance(value, origin or hint):
+        return dict(value) if isinstance(value, Mapping) else value
+    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected "
+                      f"{getattr(hint, '__name__', hint) if origin is None else hint}.")
 
 
 def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given) -> T:

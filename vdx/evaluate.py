@@ -13,7 +13,8 @@ from absl import app, flags, logging
 from vdx.build import ConfigError
 from vdx.data.scenes import Scenes
 from vdx.experiment import Experiment, load, open_ema
-from vdx.generate.video_io import to_uint8, write_json
+from vdx.files import write_json
+from vdx.generate.video_io import to_uint8
 from vdx.generate.wall import write_clips
 from vdx.metrics.prompt_following import ATTRIBUTES, score
 from vdx.metrics.report import write_report
@@ -45,12 +46,22 @@ def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> d
     result = {"step": step, "prompts": count, "sampler": sampling.sampler,
               "steps": sampling.steps, "guidance": sampling.guidance,
               "scores": drawn["accuracy"], "chance": drawn["chance"],
-              "true_renders": true["accuracy"], "confusion": drawn["confusion"]}
+              "true_renders": true["accuracy"], "confusion": confusion(truth, drawn["readings"])}
     if jax.process_index() == 0:
         rows = write_clips(workdir / "eval", videos, fps, rows)
         result["examples"] = [{**row, "file": f"eval/{row['file']}"} for row in rows]
         write_json(workdir / "eval.json", result)
     return result
+
+
+def confusion(truth: list[dict], read: list[dict]) -> dict[str, dict[str, dict[str, int]]]:
+    """For each attribute {what was asked: {what was read: clips}}."""
+    out: dict = {name: {} for name in ATTRIBUTES}
+    for wanted, got in zip(truth, read, strict=True):
+        for name in ATTRIBUTES:
+            row = out[name].setdefault(wanted[name], {})
+            row[got[name]] = row.get(got[name], 0) + 1
+    return out
 
 
 def table(result: dict) -> str:

@@ -15,7 +15,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from vdx.build import build, fill
+from vdx.build import ConfigError, build, fill
 from vdx.data.pipeline import Batches, make_loader
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example

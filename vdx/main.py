@@ -5,7 +5,6 @@ The same command resumes an interrupted run. At the end the workdir holds checkp
 """
 
 import datetime
-import json
 import platform
 import subprocess
 import sys
@@ -13,26 +12,23 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import vdx
+from vdx.config import is_override, resolve
 from vdx.evaluate import judge
 from vdx.experiment import Experiment
-from vdx.generate.video_io import write_json
+from vdx.files import write_json
 from vdx.generate.wall import draw_wall
 from vdx.metrics.report import write_report
 from vdx.train.loop import train
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The experiment, e.g. configs/t2v_tiny.py.")
-flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    config = json.loads(FLAGS.config.to_json())
-    run(config, Path(FLAGS.workdir))
+    run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir))
 
 
 def run(config: dict, workdir: Path) -> None:
@@ -86,6 +82,9 @@ def run_facts(experiment: Experiment, mesh) -> dict:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.DEFINE_string("config", None, "The experiment, e.g. configs/t2v_tiny.py. Any value in "
+                        "it can be set: --config.train.steps=100", required=True)
+    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.",
+                        required=True)
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

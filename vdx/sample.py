@@ -19,8 +19,9 @@ import vdx
 from vdx.build import fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.experiment import Experiment, load, open_ema
+from vdx.files import read_json, write_json
 from vdx.generate.pipeline import Sampling
-from vdx.generate.video_io import read_json, to_uint8, write_json, write_video
+from vdx.generate.video_io import to_uint8, write_video
 from vdx.generate.wall import write_clips
 from vdx.types import Params
 
@@ -49,10 +50,11 @@ def from_flags(experiment: Experiment) -> Request:
     """A request from the command line; what is not given is as the model was trained."""
     if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
         raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
-    prompts = (FLAGS.prompt,)
     if FLAGS.prompts_file:
-        prompts = tuple(p for line in Path(FLAGS.prompts_file).read_text().splitlines()
-                        if (p := line.strip()))
+        lines = Path(FLAGS.prompts_file).read_text().splitlines()
+        prompts = tuple(p for line in lines if (p := line.strip()))
+    else:
+        prompts = (FLAGS.prompt,)
     if not prompts:
         raise app.UsageError(f"{FLAGS.prompts_file} holds no prompt.")
     given = {k: v for k in ("sampler", "steps", "guidance") if (v := getattr(FLAGS, k)) is not None}

@@ -23,8 +23,7 @@ Batch = Mapping[str, Array]
 Params = Mapping[str, Any]
 
 
-@flax.struct.dataclass
-class Ports:
+class Ports(flax.struct.PyTreeNode):
     """Where conditioning enters a network. A port that is None is not used.
 
     tokens: float [b l d], read by cross-attention; tokens_mask: bool [b l].

@@ -97,8 +97,10 @@ def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, A
         raise ValueError(f"{path} is already there: remove it, or write elsewhere.")
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder,  # type: ignore[call-arg]
+                  skip_registration=True):
         name, VERSION = "vdx", tfds.core.Version("1.0.0")
+        code_path = None  # nothing to download; TFDS would look for checksums beside this file
 
         def _info(self):
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True,

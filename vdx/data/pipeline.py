@@ -93,7 +93,7 @@ class _Stream:
         batch, place = divmod(item, self.local_batch)
         batch += self.start
         position = batch * self.loader.global_batch + self.host_index * self.local_batch + place
-        frames = self.num_frames and self.num_frames[batch % len(self.num_frames)]
+        frames = self.num_frames[batch % len(self.num_frames)] if self.num_frames else None
         return self.at(position, frames)
 
     def at(self, position: int, frames: int | None) -> tuple[Example | None, list[_Bad]]:

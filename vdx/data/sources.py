@@ -22,9 +22,10 @@ from vdx.data.cache import ready_example
 from vdx.data.record import BadRecord, Record
 from vdx.data.scenes import Scenes
 
-__all__ = ["SOURCES", "Records", "VideoFolder", "decode", "open_video", "video_record"]
+__all__ = ["SOURCES", "Records", "VideoFolder", "decode", "open_video", "pixels",
+           "video_record"]
 
-VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 SPLITS = ("all", "train", "heldout")
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
 
@@ -40,6 +41,12 @@ def open_video(file: str | io.BytesIO):
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # the loader's own threads share the cores
     return container, stream
+
+
+def pixels(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [h w 3] of a decoded frame, upright: phones store the turn beside the picture."""
+    turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    return np.ascontiguousarray(turned)
 
 
 def _probe(file: str | io.BytesIO) -> tuple[np.ndarray, float, float]:
@@ -79,9 +86,7 @@ def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
             if frame.is_corrupt:
                 raise ValueError("damaged frame")
             if frame.pts in needed:
-                # Phones store the turn of the picture beside it.
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                found[frame.pts] = np.ascontiguousarray(pixels)
+                found[frame.pts] = pixels(frame)
                 if len(found) == len(needed):
                     break
     if len(found) < len(needed):

@@ -61,14 +61,12 @@ WEIGHTS = {"none": NoWeight, "min_snr": MinSNR, "velocity": VelocityWeight}
 
 
 def denoising_loss(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
-                   x_t: Array, t: Array) -> Array:
+                   t: Array) -> Array:
     """Weighted mean squared error of each sample: float32 [b].
 
-    `prediction`, `x0`, `noise`, `x_t` are [b t h w c] in any float type, t is [b] or [b t];
-    the mean is over t h w c. `x_t` is not needed by a squared error, whose target is x0 and
-    noise alone; losses that read the denoised video do need it.
+    `prediction`, `x0` and `noise` are [b t h w c] in any float type, t is [b] or [b t]; the
+    mean is over t h w c.
     """
-    del x_t
     target = process.from_x0_noise(x0, noise, t)
     error = jnp.square(prediction.astype(jnp.float32) - target)
     return jnp.mean(expand(weight(process, t), error) * error, axis=range(1, error.ndim))

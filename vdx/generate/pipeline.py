@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vdx.build import lookup
@@ -99,12 +98,11 @@ class Generator:
         s, b = self.sampling, noise.shape[0]
         keep = self.model.drop_masks(b, False)
         # Guidance strengthens the text; frame rate and duration hold for both branches.
-        null = {**keep, **{k: jnp.ones(b, bool) for k in ("text", "embeddings") if k in keep}}
-        bind = {"params": params}
+        null = {k: v | (k in ("text", "embeddings")) for k, v in keep.items()}
         denoise = guided(
-            lambda x, t, ports: self.model.apply(bind, x, self.process.network_time(t), ports),
-            self.model.apply(bind, batch, keep, method="condition"),
-            self.model.apply(bind, batch, null, method="condition"),
+            lambda x, t, ports: self.model.run(params, x, self.process.network_time(t), ports),
+            self.model.run(params, batch, keep, method="condition"),
+            self.model.run(params, batch, null, method="condition"),
             Guidance(s.guidance, s.rescale, s.interval))
         return sample(denoise, self.process, SAMPLERS[s.sampler](), noise,
                       time_grid(self.process, s.steps, s.shift), key)

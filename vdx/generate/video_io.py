@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from vdx.data.sources import open_video
+from vdx.data.sources import open_video, pixels
 
 __all__ = ["read_json", "read_video", "to_uint8", "write_json", "write_video", "write_webp"]
 
@@ -68,8 +68,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, min_side: int 
         codec.time_base = 1 / rate
         codec.color_range = LIMITED
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709",
                                    dst_color_range="MPEG")
             frame.pts, frame.time_base = number, 1 / rate
@@ -85,8 +85,7 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         container, stream = open_video(str(path))
         with container:
-            decoded = [(f.pts, f.is_corrupt, f.to_ndarray(format="rgb24"))
-                       for f in container.decode(stream)]
+            decoded = [(f.pts, f.is_corrupt, pixels(f)) for f in container.decode(stream)]
             tick = float(stream.time_base)
     except av.error.FFmpegError as error:
         raise ValueError(f"{path} is not a readable video: {error.strerror}.") from error

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from vdx.files import write_json
 from vdx.generate.pipeline import Generator
-from vdx.generate.video_io import to_uint8, write_json, write_video
+from vdx.generate.video_io import to_uint8, write_video
 from vdx.types import Params
 
 

@@ -38,7 +38,7 @@ NONE = "none"
 SYMMETRY = {"square": 4, "triangle": 3, "star": 5, "cross": 4}  # equal looks in a full turn
 DIFFERENT = 36.0    # of 441: how far a pixel's colour is from the background's to count
 MISFIT = 40.0       # a named colour explains the object's pixels to within this distance
-LIKENESS = 0.8      # cosine with its template below which a shape is not believed
+LIKENESS = 0.85     # cosine with its template below which a shape is not believed
 GRID = 32           # samples along a template's side; finer windows are subsampled
 SHAPE_FRAMES = 5    # frames that vote on the shape
 FINALISTS = 7       # looks (shape and style) that are compared at these sizes too
@@ -112,9 +112,10 @@ class _Track:
         line = _rgb(colour) - back
         power = np.maximum((line * line).sum(-1), 1.0)
         self.amount = np.clip(((video - back) * line).sum(-1) / power, 0.0, 1.2)
-        # Half of the noise is clipped away, and most pixels are background.
-        floor = max(0.2, 4.0 * float(np.sqrt((np.minimum(self.amount, 0.2) ** 2).mean())))
-        mass = np.where(self.amount > min(floor, 0.4), self.amount, 0.0)
+        # What is faint is noise; above it even the dark fill of an outlined shape counts.
+        faint = self.amount[self.amount < 0.2]
+        floor = min(max(0.2, 5.5 * float(np.sqrt((faint * faint).mean()))), 0.4)
+        mass = np.where(self.amount > floor, self.amount, 0.0)
         height, width = mass.shape[1:]
         self.area = mass.sum((1, 2))
         self.seen = np.flatnonzero(self.area > 0.003 * height * width)

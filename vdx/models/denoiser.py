@@ -39,6 +39,11 @@ class Denoiser(nn.Module):
         return self(x, time, self.condition(batch, drop))
 
     @nn.nowrap
+    def run(self, params: Params, *args, method: str = "__call__") -> Any:
+        """`apply` for a model whose parameters are all there is."""
+        return self.apply({"params": params}, *args, method=method)
+
+    @nn.nowrap
     def parts(self) -> tuple[Any, Conditioning]:
         network = build(self.backbone, BACKBONES, "config.model.backbone", parent=None)
         return network, Conditioning(network.dims()[0], self.signals, parent=None)

@@ -6,6 +6,7 @@ A mixer is a linen module `(heads, dtype)` that maps the token grid [b t h w d] 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,11 +19,10 @@ from vdx.parallel import constrain
 from vdx.types import Array, Float
 
 
-@flax.struct.dataclass
-class MixContext:
+class MixContext(flax.struct.PyTreeNode):
     """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin)."""
 
-    rope: tuple[Array, Array]
+    rope: tuple[Any, Any]
 
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch.
@@ -46,7 +46,8 @@ class GridAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], context: MixContext) -> Float[Array, "b t h w d"]:
+    def __call__(self, x: Float[Array, "b t h w d"],
+                 context: MixContext) -> Float[Array, "b t h w d"]:
         width, (grid, flat, split) = x.shape[-1], OVER[self.over]
         # What is attended over must lie on one device, so the context axis splits another one
         # (for "full" XLA gathers keys and values).

@@ -24,10 +24,9 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        b, l, d = x.shape
-        q, k, v = (nn.Dense(d, name=name)(x).reshape(b, l, self.heads, d // self.heads)
-                   for name in "qkv")
-        return nn.Dense(d, name="out")(attend(q, k, v, mask).reshape(b, l, d))
+        d, split = x.shape[-1], (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
+        q, k, v = (nn.Dense(d, name=name)(x).reshape(split) for name in "qkv")
+        return nn.Dense(d, name="out")(attend(q, k, v, mask).reshape(x.shape))
 
 
 class ByteEncoder(nn.Module):

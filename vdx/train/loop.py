@@ -37,7 +37,7 @@ class Window:
                "speed/clips_per_s": len(rows) * clips_per_step / elapsed,
                "speed/data_wait": (waited - self.waited) / elapsed}
         out |= {f"train/loss_t{a:.1f}-{b:.1f}": float(s / n)
-                for a, b, s, n in zip(edges, edges[1:], sums, counts, strict=True) if n}
+                for a, b, s, n in zip(edges[:-1], edges[1:], sums, counts, strict=True) if n}
         self.steps, self.began, self.waited = [], time.perf_counter(), waited
         return out
 

@@ -10,19 +10,18 @@ from jax.sharding import Mesh
 
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import opt_shardings, param_shardings, replicated
-from vdx.types import Array, Params
+from vdx.types import Params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """step: int32 steps taken; params, opt_state and ema float32, sharded alike; key: the seed
     that every random draw of the run is folded from."""
 
-    step: Array
+    step: Any
     params: Params
     opt_state: Any
     ema: Params
-    key: Array
+    key: Any
 
 
 def init_state(model: Denoiser, tx: optax.GradientTransformation, seed: int) -> TrainState:

@@ -37,9 +37,9 @@ class Objective:
         """Per-clip loss [b] at times t [b] for this noise and these dropped signals."""
         x0 = clean(batch)
         x_t = self.process.add_noise(x0, noise, t)
-        prediction = self.model.apply({"params": params}, x_t, self.process.network_time(t),
-                                      batch, drop, method="train_view")
-        return denoising_loss(self.process, self.weight, prediction, x0, noise, x_t, t)
+        prediction = self.model.run(params, x_t, self.process.network_time(t), batch, drop,
+                                    method="train_view")
+        return denoising_loss(self.process, self.weight, prediction, x0, noise, t)
 
     def draw(self, batch: Batch, key: PRNGKeyArray):
         """Times [b], noise like x0, and drop masks for a batch, all from one key."""

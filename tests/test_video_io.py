@@ -1,0 +1,118 @@
+"""Clips written are the clips read: rate, colours, sizes, and no half-written files."""
+
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from vdx.generate.video_io import (
+    read_json,
+    read_video,
+    to_uint8,
+    write_json,
+    write_video,
+    write_webp,
+)
+
+COLOURS = [(228, 32, 40), (40, 176, 56), (48, 92, 246), (250, 226, 50), (0, 0, 0), (255, 255, 255)]
+
+
+def clip(height=32, width=48, frames=6):
+    """Frame i is flat in colour i."""
+    flat = np.array([COLOURS[i % len(COLOURS)] for i in range(frames)], np.uint8)
+    return np.broadcast_to(flat[:, None, None], (frames, height, width, 3)).copy()
+
+
+@pytest.mark.parametrize("fps, rate", [(12, Fraction(12)), (8.5, Fraction(17, 2)),
+                                       (24000 / 1001, Fraction(24000, 1001)), (1, Fraction(1))])
+def test_the_rate_is_exact(tmp_path, fps, rate):
+    write_video(tmp_path / "a.mp4", clip(), fps)
+    with av.open(str(tmp_path / "a.mp4")) as video:
+        assert video.streams.video[0].average_rate == rate
+    frames, times = read_video(tmp_path / "a.mp4")
+    np.testing.assert_allclose(times, np.arange(6) / float(rate), atol=1e-4)
+    assert len(frames) == 6
+
+
+def test_colours_survive_and_the_file_says_which_matrix(tmp_path):
+    write_video(tmp_path / "a.mp4", clip(), 12)
+    frames, _ = read_video(tmp_path / "a.mp4")
+    assert np.abs(frames[:, ::4, ::4].astype(int) - clip()).max() <= 4
+    with av.open(str(tmp_path / "a.mp4")) as video:
+        codec = video.streams.video[0].codec_context
+        assert (codec.pix_fmt, codec.colorspace, codec.color_range) == ("yuv420p", 1, 1)
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # a browser may begin before the end
+
+
+@pytest.mark.parametrize("size, min_side, written", [
+    ((32, 48), 128, (128, 192)), ((64, 64), 128, (128, 128)), ((50, 70), 128, (150, 210)),
+    ((31, 45), 1, (32, 46)), ((160, 128), 128, (160, 128)), ((1, 3), 16, (16, 48))])
+def test_small_clips_are_enlarged_by_whole_factors_and_odd_sizes_fit(
+        tmp_path, size, min_side, written):
+    write_video(tmp_path / "a.mp4", clip(*size), 12, min_side)
+    assert read_video(tmp_path / "a.mp4")[0].shape == (6, *written, 3)
+
+
+def test_single_pixels_keep_their_colour_when_enlarged(tmp_path):
+    frames = np.zeros((3, 32, 32, 3), np.uint8)
+    frames[:, 10, 11] = (250, 30, 30)
+    write_video(tmp_path / "a.mp4", frames, 12)
+    back = read_video(tmp_path / "a.mp4")[0][:, 41:43, 45:47].mean((1, 2))  # inside the 4x4 block
+    assert np.abs(back - (250, 30, 30)).max() < 40
+
+
+@pytest.mark.parametrize("write", [write_video, write_webp])
+def test_nothing_half_written_is_left(tmp_path, write):
+    path = tmp_path / ("a.mp4" if write is write_video else "a.webp")
+    path.write_bytes(b"the old one")
+    for frames, fps in ((clip().astype(float), 12), (clip()[:0], 12), (clip(), 0), (clip()[0], 9)):
+        with pytest.raises(ValueError):
+            write(path, frames, fps)
+    assert path.read_bytes() == b"the old one"
+    write(path, clip(), 12)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_webp_is_lossless_and_keeps_time(tmp_path):
+    write_webp(tmp_path / "a.webp", clip(frames=5), 12)
+    image, lengths = Image.open(tmp_path / "a.webp"), []
+    assert image.n_frames == 5
+    for i in range(5):
+        image.seek(i)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), clip(frames=5)[i])
+        lengths.append(image.info["duration"])
+    assert sum(lengths) == round(5000 / 12)
+
+
+def test_a_file_that_is_no_video_is_named(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"a\.mp4 is not a readable video"):
+        read_video(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match=r"b\.mp4 is not a readable video"):
+        read_video(tmp_path / "b.mp4")
+
+
+def test_to_uint8_rounds_and_clips():
+    assert to_uint8([-2, -1, -0.9999, 0, 0.999, 1, 3]).tolist() == [0, 0, 0, 128, 255, 255, 255]
+    steps = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(steps / np.float32(127.5) - 1), steps)
+
+
+def test_json_round_trip(tmp_path):
+    write_json(tmp_path / "a.json", {"prompt": "ein Würfel", "path": tmp_path})
+    assert read_json(tmp_path / "a.json") == {"prompt": "ein Würfel", "path": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"b\.json cannot be read"):
+        read_json(tmp_path / "b.json")
+
+
+def test_importing_the_data_side_brings_no_heavy_library():
+    code = ("import sys, vdx.data.sources, vdx.data.pipeline, vdx.data.transforms, "
+            "vdx.generate.video_io; "
+            "print({'torch', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))")
+    said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert said.stdout.strip() == "set()"
