@@ -73,7 +73,8 @@ def constrain(x: Array, axes: str, context: str = "") -> Array:
     if mesh.empty:
         return x
     rule = {"b": BATCH, "n": ("tensor",), "f": ("tensor",), context: ("context",)}
-    spec = [rule.get(letter) for letter in axes.split()]
+    spec = [rule.get(letter) if size > 1 else None     # one entry is never split
+            for letter, size in zip(axes.split(), x.shape, strict=True)]
     for letter, size, names in zip(axes.split(), x.shape, spec, strict=True):
         parts = math.prod(mesh.shape[n] for n in names or ())
         if size % parts:

@@ -7,6 +7,7 @@ and one integer, the number of batches consumed, is the whole state.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from vdx.data.record import BadRecord
 ATTEMPTS = 9      # a record and up to 8 substitutes
 MIN_SEEN = 50     # records before the share of bad ones is judged
 _ENDLESS = 1 << 48
+_SMALL = 1 << 16   # records whose permutation is kept in memory
 _SHUFFLE, _EXAMPLE = 1, 2  # keep the two random streams of one seed apart
 
 Example = dict[str, Any]
@@ -117,9 +119,7 @@ class _Stream:
         epoch, place = divmod(position, len(self.source))
         if not self.loader.shuffle:
             return place
-        entropy = np.random.SeedSequence([self.loader.seed, _SHUFFLE, epoch])
-        return index_shuffle(place, max_index=len(self.source) - 1,
-                             seed=int(entropy.generate_state(1)[0]), rounds=4)
+        return _shuffled(place, len(self.source), self.loader.seed, epoch)
 
     def read(self, index: int, frames: int | None, rng: np.random.Generator) -> Example:
         item = self.source[index]
@@ -129,6 +129,22 @@ class _Stream:
             raise BadRecord(str(item.get("key", index)),
                             f"holds {int(item['num_frames'])} frames, this batch needs {frames}")
         return dict(item)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> tuple[int, np.ndarray | None]:
+    """(seed, permutation) of an epoch; no permutation where it would take much memory."""
+    entropy = np.random.SeedSequence([seed, _SHUFFLE, epoch])
+    order = np.random.default_rng(entropy).permutation(size) if size <= _SMALL else None
+    return int(entropy.generate_state(1)[0]), order
+
+
+def _shuffled(place: int, size: int, seed: int, epoch: int) -> int:
+    """Where the epoch's permutation of `size` records sends `place`."""
+    seed, order = _order(size, seed, epoch)
+    if order is not None:  # index_shuffle needs no memory, but milliseconds for a small set
+        return int(order[place])
+    return index_shuffle(place, max_index=size - 1, seed=seed, rounds=4)
 
 
 class Batches:

@@ -160,7 +160,7 @@ def _noise_levels(rows: Rows) -> str:
     for split, name, colour in (("train", "training", BLUE), ("heldout", "held-out", ORANGE),
                                 ("seen", "seen clips", GREEN)):
         start = f"{split}/loss_t"
-        keys = sorted({k for row in rows.values() for k in row if re.fullmatch(start + r"[\d.-]+", k)})
+        keys = sorted({k for r in rows.values() for k in r if re.fullmatch(start + r"[\d.-]+", k)})
         shades = sample_colorscale(LEVELS, np.linspace(0, 1, max(len(keys), 2)).tolist())
         traces = [trace for key, shade in zip(keys, shades, strict=False) for trace in _curve(
             rows, key, key.replace(start, "t = ").replace("-", "–"), shade, split == "train")]
