@@ -11,6 +11,7 @@ import pytest
 from vdx.build import ConfigError, build
 from vdx.data.record import BadRecord
 from vdx.data.sources import SOURCES, Records, VideoFolder, video_record
+from vdx.generate.video_io import write_video
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 UNEVEN = [0.0, 0.1, 0.15, 0.4, 1.0, 1.04, 1.5]  # seconds; a variable frame rate
@@ -153,6 +154,31 @@ def flipped(data):
     begin, size = data.index(b"mdat"), len(data) - data.index(b"mdat")
     middle = slice(begin + size // 4, begin + 3 * size // 4)
     return data[:middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop:]
+
+
+def test_a_file_cut_between_two_frames_is_found_before_it_is_decoded(tmp_path):
+    data = noise_clip(tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as video:
+        ends = [p.pos for p in video.demux(video.streams.video[0]) if p.size]
+    (tmp_path / "a.mp4").write_bytes(data[:sorted(ends)[6]])
+    with pytest.raises(BadRecord, match=r"truncated: [0-9] of 10 frames"):
+        video_record("a", "", lambda: str(tmp_path / "a.mp4"))
+
+
+def test_a_frame_that_the_decoder_paints_over_is_a_bad_record(tmp_path):
+    path, reasons = tmp_path / "a.mp4", []
+    ramp = np.add.outer(np.arange(64), np.arange(64))
+    write_video(path, np.stack([np.stack([ramp + 9 * t] * 3, -1) % 250 for t in range(12)])
+                .astype(np.uint8), 12, min_side=64)
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for place in rng.integers(data.index(b"mdat") + 800, len(data) - 100, 12):
+        path.write_bytes(data[:place] + rng.bytes(8) + data[place + 8:])
+        try:
+            record = video_record("a", "", lambda: str(path))
+            record.read(record.timestamps)
+        except BadRecord as error:
+            reasons.append(error.reason)
+    assert sum("damaged frame" in r for r in reasons) >= 6, reasons
 
 
 def without_picture(path):

@@ -50,8 +50,10 @@ def test_random_starts_are_on_frames_and_reach_both_ends():
 def test_rounded_timestamps_make_no_judder():
     record = footage(timestamps=np.round(np.arange(48) / 24, 3), fps=24)
     for seed in range(50):
-        frames, _ = shown(ClipSampling(16, fps=24.0), record, 16, seed)
+        clip = ClipSampling(16, fps=24.0)
+        frames, _ = shown(clip, record, 16, seed)
         assert np.diff(frames).tolist() == [1] * 15
+        assert clip.times(record, 16, RNG(seed))[0][0] in record.timestamps
 
 
 def test_variable_frame_rate_is_sampled_by_time():

@@ -1,0 +1,48 @@
+"""Text to video on a folder of your own captioned clips, from scratch, in pixel space.
+
+    python -m vdx.main --config=configs/t2v_folder.py --config.data.path=FOLDER \\
+        --workdir=runs/folder
+
+FOLDER holds videos and `metadata.jsonl` with rows {"file_name": ..., "caption": ...}, or videos
+with a .txt of the same name beside each.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict({
+        "seed": 0,
+        "data": {
+            "path": "",
+            "heldout": {"split": "heldout"},
+            # 12 frames at 12 fps: one second. Shorter clips begin again.
+            "clip": {"num_frames": (8,), "fps": (8.0,), "short": "loop"},
+            "height": 32,
+            "width": 32,
+            "loader": {"global_batch": 32},
+        },
+        "model": {
+            "backbone": {"name": "transformer", "width": 192, "depth": 6, "heads": 6,
+                         "patch": (4, 4, 4), "pattern": "full"},
+            "signals": {
+                "text": {"encoder": {"name": "bytes", "width": 96, "depth": 1, "heads": 3}},
+                "fps": {},
+                "num_frames": {},
+            },
+        },
+        "process": {"name": "rectified_flow", "prediction": "x0"},
+        "time": {"name": "uniform", "shift": 3.0},
+        "loss": {"name": "none"},
+        "optim": {"learning_rate": 1e-3, "warmup": 100, "schedule": "cosine"},
+        "mesh": {"data": -1},
+        "train": {
+            "steps": 3000, "ema": 0.998, "eval_every": 500, "sample_every": 500,
+            "save_every": 500,
+            "wall": (),
+        },
+        "sample": {"sampler": "dpmpp_2m", "steps": 30, "guidance": 3.0, "batch": 16},
+    })
+    config.data.source = ConfigDict({"name": "folder", "path": config.data.get_ref("path"),
+                                     "split": "train"})
+    return config
