@@ -1,6 +1,6 @@
 """Text to video on a TPU pod: 16 frames of 256x256 at 8 fps, about 600M parameters.
 
-    python -m vdx.main --config=configs/t2v_base.py --workdir=gs://BUCKET/t2v_base \\
+    python -m vdx.main --config=configs/t2v_base.py --workdir=/mnt/runs/t2v_base \\
         --config.data.path=/data/latents
 
 Hardware: written for a v5e-64 or v5p-32 slice (FSDP over all chips); any slice works whose chips

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vdx.files import read_json, write_json
 from vdx.generate.video_io import (
-    read_json,
     read_video,
     to_uint8,
-    write_json,
     write_video,
     write_webp,
 )
@@ -104,8 +103,8 @@ def test_to_uint8_rounds_and_clips():
 
 
 def test_json_round_trip(tmp_path):
-    write_json(tmp_path / "a.json", {"prompt": "ein Würfel", "path": tmp_path})
-    assert read_json(tmp_path / "a.json") == {"prompt": "ein Würfel", "path": str(tmp_path)}
+    write_json(tmp_path / "a.json", {"prompt": "ein Würfel"})
+    assert read_json(tmp_path / "a.json") == {"prompt": "ein Würfel"}
     with pytest.raises(ValueError, match=r"b\.json cannot be read"):
         read_json(tmp_path / "b.json")
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vdx.build import ConfigError
 
-WORDS = {"true": True, "false": False, "none": None}
+WORDS = {"true": True, "false": False, "null": None}   # "none" is a name in several tables
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -37,7 +37,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal, true, false or none; anything else is a string."""
+    """A Python literal, true, false or null; anything else is a string."""
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from vdx.build import ConfigError, build, fill
-from vdx.data.pipeline import Batches, make_loader
+from vdx.data.pipeline import Batches, Loader, make_loader
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import WEIGHTS
@@ -114,6 +114,7 @@ class Experiment:
         self.sampling = fill(Sampling, top.sample, "config.sample")
         self.clip = None if self.data.clip is None else \
             fill(ClipSampling, self.data.clip, "config.data.clip")
+        fill(Loader, {"seed": self.seed, **self.data.loader}, "config.data.loader")
         model = fill(Model, top.model, "config.model")
         self.model = Denoiser(model.backbone, model.signals)
         jax.eval_shape(self.model.new_params, jax.random.key(0))     # says what is wrong, now

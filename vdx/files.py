@@ -1,21 +1,34 @@
-"""JSON files that are whole or not there."""
+"""Files that are whole or not there, and JSON."""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
+@contextmanager
+def whole_or_not(path: str | Path) -> Iterator[Path]:
+    """A scratch path beside `path` that takes its name when the block ends well."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError or ValueError that names the file."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with whole_or_not(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value; raises ValueError that names the file if it is not there or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error

@@ -28,6 +28,8 @@ FLAGS = flags.FLAGS
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    if FLAGS.distributed:
+        jax.distributed.initialize()
     run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir))
 
 
@@ -86,5 +88,7 @@ if __name__ == "__main__":
                         "it can be set: --config.train.steps=100", required=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.",
                         required=True)
+    flags.DEFINE_bool("distributed", False, "This is one of several processes (hosts) of a run; "
+                      "its place among them is found by jax.distributed.initialize().")
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

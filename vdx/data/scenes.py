@@ -265,10 +265,11 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random()) if low < high else (low + high) / 2
 
 
-def _place(words: tuple[str, str, str], camera: str, rng: np.random.Generator) -> Object:
+def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
+           rng: np.random.Generator) -> Object:
     """An object of that colour, shape and motion, wholly in the frame for STAY seconds."""
     colour, shape, motion = words
-    size = "small" if rng.random() < 0.5 else "large"
+    size = sizes[int(rng.random() * len(sizes))]
     # Speeds add up under a moving camera: a fast object would leave the frame.
     speed = "fast" if rng.random() < 0.5 and camera == "static" else "slow"
     radius, rate = SIZES[size] * (SHRINK_FROM if motion == "shrink" else 1.0), SPEEDS[speed]
@@ -299,7 +300,7 @@ class Scenes:
     """A source of `size` procedural clips; clip i depends on (seed, split, i) and the vocabulary.
 
     split: "train" never shows a held-out (colour, shape, motion), "heldout" shows only those,
-    "all" shows both. shapes ... styles restrict the vocabulary. duration: seconds of a clip.
+    "all" shows both. shapes ... sizes restrict the vocabulary. duration: seconds of a clip.
     Raises ConfigError for an unknown word and for a selection that is empty.
     """
 
@@ -314,12 +315,13 @@ class Scenes:
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
     cameras: tuple[str, ...] = tuple(CAMERAS)
     styles: tuple[str, ...] = STYLES
+    sizes: tuple[str, ...] = tuple(SIZES)
     max_objects: int = 2
     duration: float = STAY
 
     def __post_init__(self):
         known = {"shapes": SHAPES, "colours": COLOURS, "motions": MOTIONS, "styles": STYLES,
-                 "backgrounds": BACKGROUNDS, "cameras": CAMERAS}
+                 "backgrounds": BACKGROUNDS, "cameras": CAMERAS, "sizes": SIZES}
         for field, words in known.items():
             chosen = getattr(self, field)
             for word in chosen:
@@ -363,7 +365,7 @@ class Scenes:
             others = [t for t in triples if t[0] != words[0][0]]
             words.append(others[int(rng.random() * len(others))])
         # Of a few arrangements of two objects the one with the most room between them.
-        tries = [[_place(w, camera, rng) for w in words] for _ in range(8 if words[1:] else 1)]
+        tries = [[_place(w, camera, self.sizes, rng) for w in words] for _ in range(8 if words[1:] else 1)]
         objects = max(tries, key=_gap)
         bare = Scene(tuple(objects), place, camera, style)
         return dataclasses.replace(bare, caption=describe(bare, rng))

@@ -155,6 +155,6 @@ def to_example(record: Record, *, clip: ClipSampling, height: int, width: int, t
         raise BadRecord(record.key, f"gave frames {frames.dtype} {frames.shape}, expected uint8 "
                                     f"({num_frames}, h, w, 3)")
     text, mask = tokenize(record.caption)
-    return {"video": resize(frames, height, width), "text": np.asarray(text, np.int32),
+    return {"video": resize(frames, height, width), "text": np.asarray(text),
             "text_mask": np.asarray(mask, bool), "fps": np.float32(fps),
             "num_frames": np.int32(num_frames), "key": record.key}

@@ -1,19 +1,16 @@
-"""Clips on disk: mp4 and WebP out, frames with their times in, JSON beside them."""
+"""Clips on disk: mp4 and WebP out, frames with their times in."""
 
-import json
-import os
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
 
 from vdx.data.sources import open_video, pixels
+from vdx.files import whole_or_not
 
-__all__ = ["read_json", "read_video", "to_uint8", "write_json", "write_video", "write_webp"]
+__all__ = ["read_video", "to_uint8", "write_video", "write_webp"]
 
 BT709 = 1          # the number of this colour matrix, its primaries and its curve in H.264
 LIMITED = 1        # the range of luma in H.264 that every player expects: 16 to 235
@@ -23,19 +20,6 @@ def to_uint8(x) -> np.ndarray:
     """Floats in [-1, 1] of any shape -> uint8, rounded; values outside are clipped."""
     x = np.asarray(x, np.float32)
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
-
-
-@contextmanager
-def _whole_or_not(path: str | Path):
-    """A scratch path beside `path` that takes its name when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check(frames: np.ndarray, fps: float) -> None:
@@ -59,7 +43,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, min_side: int 
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
-    with _whole_or_not(path) as part, \
+    with whole_or_not(path) as part, \
             av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out:
         stream = out.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
         stream.height, stream.width = frames.shape[1:3]
@@ -100,21 +84,6 @@ def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
     _check(frames, fps)
     ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)  # milliseconds, no drift
     images = [Image.fromarray(frame) for frame in frames]
-    with _whole_or_not(path) as part:
+    with whole_or_not(path) as part:
         images[0].save(part, format="WEBP", save_all=True, append_images=images[1:],
                        duration=np.diff(ends).tolist(), loop=0, lossless=True, quality=100)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Whole or not at all; what JSON does not know is written as its `str`."""
-    with _whole_or_not(path) as part:
-        part.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n",
-                        encoding="utf-8")
-
-
-def read_json(path: str | Path) -> Any:
-    """The value; raises ValueError that names the file if it is not there or not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error

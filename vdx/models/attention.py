@@ -16,6 +16,18 @@ def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Arra
     return jax.nn.dot_product_attention(q, k, v, mask=mask4)
 
 
+class SelfAttention(nn.Module):
+    """Bidirectional attention over a padded sequence [b l d]; `mask` [b l] is True on tokens."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        d, split = x.shape[-1], (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
+        q, k, v = (nn.Dense(d, name=name)(x).reshape(split) for name in "qkv")
+        return nn.Dense(d, name="out")(attend(q, k, v, mask).reshape(x.shape))
+
+
 class CrossAttention(nn.Module):
     """Queries from the grid [b t h w d], keys and values from tokens [b l e]."""
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vdx.build import ConfigError, build
 from vdx.models.layers import MLP, EmbedMLP
-from vdx.models.text import ENCODERS
+from vdx.models.text import ENCODERS, FROZEN, Tokenize
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
 
 Drop = Mapping[str, Bool[Array, "b"]]
@@ -36,6 +36,10 @@ class Text(nn.Module):
         return build(self.encoder, ENCODERS, "config.model.signals.text.encoder", **given)
 
     @nn.nowrap
+    def tokenizer(self) -> Tokenize:
+        return self.net(parent=None).tokenizer()
+
+    @nn.nowrap
     def example(self) -> Batch:
         length = self.net(parent=None).length
         return {"text": jnp.zeros((1, length), jnp.int32), "text_mask": jnp.ones((1, length), bool)}
@@ -56,17 +60,35 @@ class Text(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Cached text embeddings (batch key `text` [b l features]). Port `tokens`.
+    """Text embeddings (batch key `text` [b l features]), computed once and stored with the
+    clips, or by a frozen `encoder`, a row of FROZEN, while captions are read. Port `tokens`.
 
     Null value: one learned token.
     """
 
     width: int
     features: int = 4096
+    encoder: Mapping[str, Any] | None = None
     dropout: float = 0.1
 
     @nn.nowrap
+    def tokenizer(self) -> Tokenize:
+        """Raises ConfigError without an encoder, or with one of another width."""
+        where = "config.model.signals.embeddings"
+        if self.encoder is None:
+            raise ConfigError("The text of this model is cached embeddings, and nothing here "
+                              f"turns a caption into one. Set {where}.encoder.name to one of: "
+                              f"{', '.join(FROZEN)}.")
+        encoder = build(self.encoder, FROZEN, f"{where}.encoder")
+        if encoder.width != self.features:
+            raise ConfigError(f"{where}.features = {self.features}, but its encoder "
+                              f"{self.encoder['name']!r} gives {encoder.width}.")
+        return encoder.tokenizer()
+
+    @nn.nowrap
     def example(self) -> Batch:
+        if self.encoder is not None:
+            self.tokenizer()           # says now what is wrong with it
         return {"text": jnp.zeros((1, 1, self.features)), "text_mask": jnp.ones((1, 1), bool)}
 
     @nn.compact

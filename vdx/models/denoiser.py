@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vdx.build import build
+from vdx.build import ConfigError, build
 from vdx.models.conditioning import Conditioning, Drop
 from vdx.models.text import Tokenize
 from vdx.models.transformer import Transformer
@@ -78,5 +78,10 @@ class Denoiser(nn.Module):
 
     @nn.nowrap
     def tokenizer(self) -> Tokenize:
-        """The host function caption -> (ids, mask) that this model's text signal expects."""
-        return self.parts()[1].row("text", parent=None).net(parent=None).tokenizer()
+        """The host function caption -> (ids or features, mask) of this model's text signal."""
+        rows = [self.parts()[1].row(name, parent=None) for name in self.signals]
+        found = [row for row in rows if hasattr(row, "tokenizer")]
+        if len(found) != 1:
+            raise ConfigError("config.model.signals needs one signal that reads captions, 'text' "
+                              f"or 'embeddings', and has: {', '.join(self.signals) or 'none'}.")
+        return found[0].tokenizer()

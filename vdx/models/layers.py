@@ -4,7 +4,9 @@ Mixed precision: parameters are float32; matrix products run in the module's `dt
 modulation and softmax run in float32 because their sums lose too much in bfloat16.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from vdx.types import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,          # tanh form, as in Wan and T5
+    "gelu_exact": partial(nn.gelu, approximate=False),     # BERT
     "silu": nn.silu,
     "relu2": lambda x: jnp.square(nn.relu(x)),   # Primer (So et al. 2021); the cheapest on a CPU
 }
@@ -87,6 +90,27 @@ class MLP(nn.Module):
         h = nn.Dense(self.hidden, name="up", dtype=self.dtype)(x)
         h = ACTIVATIONS[self.activation](h)
         return nn.Dense(self.out or x.shape[-1], name="down", dtype=self.dtype)(h)
+
+
+def dct_basis(patch: tuple[int, int, int], channels: int, width: int) -> np.ndarray:
+    """The `width` lowest frequencies of a patch [pt*ph*pw*channels, width], orthonormal columns.
+
+    3D DCT-II of each channel, ordered by spatial-temporal frequency, channels in turn; columns
+    beyond the patch's size are zero. Video is smooth and noise is white, so these are the
+    directions in which a noisy patch says most: a projection to start training from.
+    """
+    def dct(n: int) -> np.ndarray:
+        k, x = np.arange(n)[None], np.arange(n)[:, None] + 0.5
+        return np.cos(np.pi * k * x / n) * np.sqrt(np.where(k == 0, 1, 2) / n)   # [x k]
+
+    basis = np.einsum("ta,hb,wc->thwabc", *(dct(n) for n in patch))
+    frequency = sum(np.square(k / n) for k, n in zip(np.indices(patch), patch, strict=True))
+    order = np.argsort(frequency.ravel(), kind="stable")
+    basis = basis.reshape(math.prod(patch), -1)[:, order]
+    every = np.einsum("pk,cd->pckd", basis, np.eye(channels)).reshape(len(basis) * channels, -1)
+    out = np.zeros((len(every), width), np.float32)
+    out[:, :every.shape[1]] = every[:, :width]
+    return out
 
 
 def rope_table(grid: tuple[int, int, int], head_width: int,

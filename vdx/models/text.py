@@ -1,7 +1,8 @@
-"""Text encoders behind one interface: a row of ENCODERS turns token ids into features.
+"""Text encoders. ENCODERS are trained with the denoiser, FROZEN ones run on the host.
 
-Each row has `tokenizer()`, a host function caption -> (ids int32 [l], mask bool [l]), used by
-the data pipeline, and `__call__(ids [b l], mask [b l]) -> (features [b m d], mask [b m])`.
+A row of ENCODERS has `tokenizer()`, a host function caption -> (ids int32 [l], mask bool [l])
+for the data pipeline, and `__call__(ids [b l], mask [b l]) -> (features [b m d], mask [b m])`.
+A row of FROZEN has `width` d and a `tokenizer()` that gives features [l d] in place of ids.
 """
 
 from collections.abc import Callable
@@ -10,23 +11,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.models.attention import attend
+from vdx.build import ConfigError
+from vdx.models.attention import SelfAttention
 from vdx.models.layers import MLP, LayerNorm
+from vdx.models.minilm import MiniLM
 from vdx.types import Array, Bool, Int
 
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
-
-
-class SelfAttention(nn.Module):
-    """Bidirectional attention over a padded sequence [b l d]; `mask` [b l] is True on tokens."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        d, split = x.shape[-1], (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
-        q, k, v = (nn.Dense(d, name=name)(x).reshape(split) for name in "qkv")
-        return nn.Dense(d, name="out")(attend(q, k, v, mask).reshape(x.shape))
 
 
 class ByteEncoder(nn.Module):
@@ -55,6 +46,10 @@ class ByteEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> tuple[Array, Array]:
+        if self.length % self.stride or self.width % self.heads:
+            raise ConfigError(f"The text encoder 'bytes' has length = {self.length} over stride = "
+                              f"{self.stride} and width = {self.width} over heads = {self.heads}; "
+                              "choose multiples.")
         keep = mask[..., None]   # padding must not reach the convolutions
         x = nn.Embed(384, self.width, name="bytes")(ids) * keep
         x = nn.gelu(nn.Conv(self.width, (5,), name="local")(x)) * keep
@@ -70,3 +65,4 @@ class ByteEncoder(nn.Module):
 
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {"bytes": ByteEncoder}
+FROZEN: dict[str, Callable[..., MiniLM]] = {"minilm": MiniLM}

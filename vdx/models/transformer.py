@@ -6,6 +6,8 @@ Wan 2.1, so that its weights are a configuration of this class.
 """
 
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from einops import rearrange
 
 from vdx.build import ConfigError, lookup
 from vdx.models.attention import CrossAttention
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, layer_norm, rope_table
+from vdx.models.layers import MLP, EmbedMLP, LayerNorm, dct_basis, layer_norm, rope_table
 from vdx.models.mixers import MIXERS, PATTERNS, MixContext
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
@@ -34,6 +36,15 @@ REMAT = {
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def low_frequencies(patch: tuple[int, int, int], out: bool = False):
+    """An initializer for the projection of patches to features, or (`out`) back."""
+    def init(key, shape, dtype=jnp.float32):
+        pixels, width = shape[::-1] if out else shape
+        basis = dct_basis(patch, pixels // math.prod(patch), width)
+        return jnp.asarray(basis.T * 0.5 if out else basis, dtype)
+    return init
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -88,7 +99,8 @@ class Transformer(nn.Module):
     size: a row of SIZES; width, depth and heads override it.
     patch: frames, rows and columns of one token; the grid must divide by it.
     pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth.
-    remat: a row of REMAT. dtype: compute type of the matrix products.
+    rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
+    a small one. remat: a row of REMAT. dtype: compute type of the matrix products.
     """
 
     channels: int = 3
@@ -100,6 +112,7 @@ class Transformer(nn.Module):
     heads: int | None = None
     mlp_ratio: float = 4.0
     activation: str = "gelu"
+    rope_theta: float = 10_000.0
     remat: str = "none"
     dtype: str = "float32"
 
@@ -136,7 +149,8 @@ class Transformer(nn.Module):
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
 
         x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
-        x = nn.Dense(width, name="patch", dtype=dtype)(x)
+        # Patches start as their lowest frequencies, and are drawn from them again at the end.
+        x = nn.Dense(width, name="patch", dtype=dtype, kernel_init=low_frequencies(self.patch))(x)
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
@@ -150,7 +164,7 @@ class Transformer(nn.Module):
         if ports.tokens is not None:
             ports = ports.replace(tokens=ports.tokens.astype(dtype))
 
-        context = MixContext(rope=rope_table(grid, width // heads))
+        context = MixContext(rope=rope_table(grid, width // heads, self.rope_theta))
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
         layers = nn.scan(period, variable_axes={"params": 0}, split_rngs={"params": True},
@@ -162,5 +176,5 @@ class Transformer(nn.Module):
         shift, scale = ((emb + row)[:, None, None, None] for row in table)
         x = modulate(x, shift, scale).astype(dtype)
         x = nn.Dense(pt * ph * pw * self.channels, name="unpatch", dtype=jnp.float32,
-                     kernel_init=nn.initializers.zeros)(x)
+                     kernel_init=low_frequencies(self.patch, out=True))(x)
         return rearrange(x, "b t h w (i j k c) -> b (t i) (h j) (w k) c", i=pt, j=ph, k=pw)

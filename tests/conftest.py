@@ -1,0 +1,48 @@
+"""Eight simulated devices for the whole suite; set before anything imports jax."""
+
+import os
+
+COUNT = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Options of jax.jit for programs that run a few times: LLVM's optimizations are half of the
+    time to compile, and change nothing of what is tested."""
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """randomise(shapes, seed): numpy parameters for a tree of shapes (or of other parameters).
+
+    No layer is at zero, as many are when fresh: it would hide what lies before it. Norms' scales
+    stay near one; kernels keep the size of what passes through. Needs no compilation.
+    """
+    def one(path, leaf, rng):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.1 * noise
+        fan = np.prod(leaf.shape[-2:-1]) if path[-1].key == "kernel" else 25
+        return (noise / np.sqrt(fan)).astype(np.float32)
+
+    def all_leaves(shapes, seed=0):
+        rng = np.random.default_rng(seed)
+        return jax.tree_util.tree_map_with_path(lambda p, leaf: one(p, leaf, rng), shapes)
+
+    return all_leaves
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    """Runs a test in the repository's root, where `configs/` is found."""
+    monkeypatch.chdir(ROOT)

@@ -1,0 +1,213 @@
+"""Signals: what is kept arrives, what is dropped is the null value, clip by clip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdx.build import ConfigError
+from vdx.models.conditioning import SIGNALS, Conditioning, merge
+from vdx.models.denoiser import Denoiser
+from vdx.models.text import ENCODERS
+from vdx.types import Ports
+
+WIDTH, LENGTH = 16, 16
+BYTES = {"name": "bytes", "length": LENGTH, "width": 12, "depth": 1, "heads": 2, "stride": 4}
+FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6}}
+RNG = np.random.default_rng(0)
+TOKENIZE = ENCODERS["bytes"](length=LENGTH).tokenizer()
+
+
+def captions(*texts):
+    ids, mask = zip(*map(TOKENIZE, texts), strict=True)
+    return {"text": np.stack(ids), "text_mask": np.stack(mask)}
+
+
+BATCHES = {
+    "text": (captions("a red ball", "blue"), captions("two cats", "")),
+    "embeddings": tuple({"text": RNG.normal(size=(2, 3, 6)).astype(np.float32),
+                         "text_mask": np.array(mask, bool)}
+                        for mask in ([[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]])),
+    "fps": ({"fps": np.array([8.0, 24.0], np.float32)}, {"fps": np.array([12, 30.0], np.float32)}),
+    "num_frames": ({"num_frames": np.array([16, 32], np.int32)},
+                   {"num_frames": np.array([17, 8], np.int32)}),
+}
+
+
+def differences(a: Ports, b: Ports) -> np.ndarray:
+    """[b], the largest difference of what the network can see."""
+    def seen(p):
+        return [] if p.tokens is None else [jnp.where(p.tokens_mask[..., None], p.tokens, 0.0)]
+    pairs = zip([*seen(a), a.vector], [*seen(b), b.vector], strict=True)
+    return np.max([np.abs(x - y).reshape(len(x), -1).max(1) for x, y in pairs if x is not None], 0)
+
+
+@pytest.fixture(scope="module", params=SIGNALS)
+def signal(request, randomise):
+    """(name, batch, another batch, jitted function of batch and drop [b])."""
+    name = request.param
+    module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
+    shapes = jax.eval_shape(module.init, jax.random.key(0), module.example(),
+                            {name: jnp.zeros(1, bool)})["params"]
+    params = randomise(shapes)
+    run = jax.jit(lambda batch, drop: module.apply({"params": params}, batch,
+                                                   {name: jnp.asarray(drop)}))
+    return name, *BATCHES[name], run
+
+
+def test_what_is_kept_arrives_and_what_is_dropped_is_the_same_for_all(signal):
+    _, batch, other, run = signal
+    keep, drop = [False, False], [True, True]
+    assert (differences(run(batch, keep), run(other, keep)) > 1e-3).all()
+    assert (differences(run(batch, drop), run(other, drop)) == 0).all()
+    assert (differences(run(batch, drop), run(batch, keep)) > 1e-3).all()
+
+
+def test_clips_are_dropped_one_by_one(signal):
+    _, batch, _, run = signal
+    kept, dropped = run(batch, [False, False]), run(batch, [True, True])
+    mixed = run(batch, [True, False])
+    np.testing.assert_array_equal(differences(mixed, dropped) == 0, [True, False])
+    np.testing.assert_array_equal(differences(mixed, kept) == 0, [False, True])
+
+
+def test_a_null_value_is_learned(signal, randomise, quick):
+    """Its gradient is not zero when the signal is dropped."""
+    name, batch, *_ = signal
+    module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
+    drop = {name: jnp.ones(2, bool)}
+    params = randomise(jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"])
+
+    def loss(params):
+        p = module.apply({"params": params}, batch, drop)
+        return sum(jnp.sum(jnp.sin(v)) for v in (p.tokens, p.vector) if v is not None)
+
+    grads = jax.jit(jax.grad(loss), compiler_options=quick)(params)[name]
+    null = grads["encoder"]["bytes"]["embedding"][1] if name == "text" else grads["null"]
+    assert np.abs(null).max() > 0
+    if name == "text":          # the caption itself has no part in it
+        assert not np.asarray(grads["encoder"]["bytes"]["embedding"][3:]).any()
+
+
+def test_dropped_text_is_the_empty_caption(randomise):
+    module = Conditioning(WIDTH, {"text": FIELDS["text"]})
+    example, drop = module.example(), lambda *d: {"text": jnp.array(d)}
+    params = randomise(jax.eval_shape(module.init, jax.random.key(0), example, drop(False)))
+    got = module.apply(params, captions("a red ball"), drop(True))
+    want = module.apply(params, captions(""), drop(False))
+    assert differences(got, want) == 0
+    np.testing.assert_array_equal(got.tokens_mask, want.tokens_mask)
+
+
+def test_drop_rates_and_independence():
+    module = Conditioning(WIDTH, {"fps": {"dropout": 0.1}, "num_frames": {"dropout": 0.5},
+                                  "text": {"encoder": BYTES, "dropout": 0.0}})
+    clips = 20_000
+    drop = jax.tree.map(np.asarray, module.random_drop(jax.random.key(0), clips))
+    assert not drop["text"].any()
+    for name, rate in (("fps", 0.1), ("num_frames", 0.5)):
+        sigma = np.sqrt(rate * (1 - rate) / clips)
+        assert abs(drop[name].mean() - rate) < 4 * sigma
+    both = (drop["fps"] & drop["num_frames"]).mean()                # signals are independent
+    assert abs(both - 0.05) < 4 * np.sqrt(0.05 * 0.95 / clips)
+    after = (drop["fps"][1:] & drop["fps"][:-1]).mean()             # and so are clips
+    assert abs(after - 0.01) < 4 * np.sqrt(0.01 * 0.99 / clips)
+    again = module.random_drop(jax.random.key(1), clips)["fps"]
+    assert (np.asarray(again) != drop["fps"]).any()
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def encoder(request, randomise):
+    """(parameters, function of length -> encoder) for every trained encoder, made small."""
+    small = {"bytes": {k: v for k, v in BYTES.items() if k not in ("name", "length")}}
+    make = lambda length: ENCODERS[request.param](length=length, **small[request.param])
+    ids = jnp.zeros((1, LENGTH), jnp.int32)
+    return randomise(jax.eval_shape(make(LENGTH).init, jax.random.key(0), ids, ids == 0)), make
+
+
+def test_features_do_not_depend_on_padding(encoder):
+    params, make = encoder
+    run = jax.jit(lambda ids, mask: make(LENGTH).apply(params, ids, mask))
+    batch = captions("a red", "blue ball moves")
+    x, mask = run(batch["text"], batch["text_mask"])
+    spoilt = np.where(batch["text_mask"], batch["text"], 77)       # ids under the mask are unread
+    np.testing.assert_array_equal(run(spoilt, batch["text_mask"])[0], x)
+    short = params["params"] | {"position_table": params["params"]["position_table"][:2]}
+    got, short_mask = make(8).apply({"params": short}, batch["text"][:1, :8],
+                                    batch["text_mask"][:1, :8])    # 6 bytes fit into 8
+    np.testing.assert_array_equal(short_mask[0], mask[0, :2])
+    np.testing.assert_allclose(got[0], x[0, :2], atol=1e-5)
+    assert not mask[0, 2:].any()
+
+
+def test_every_byte_counts(encoder):
+    params, make = encoder
+    texts = ["a red ball", "b red ball", "a rad ball", "a red balk", "a red bal"]
+    batch = captions(*texts)
+    x, mask = make(LENGTH).apply(params, batch["text"], batch["text_mask"])
+    x = np.where(mask[..., None], x, 0)
+    assert all(np.abs(row - x[0]).max() > 1e-3 for row in x[1:])
+
+
+def test_bytes_are_cut_with_the_end_token_kept():
+    for text in ("", "abc", "x" * (LENGTH - 1), "x" * LENGTH, "é" * LENGTH):
+        data = text.encode()[:LENGTH - 1]
+        ids, mask = TOKENIZE(text)
+        assert ids.dtype == np.int32 and mask.dtype == bool and len(ids) == len(mask) == LENGTH
+        want = [b + 3 for b in data] + [1]                         # ByT5: 0 padding, 1 end
+        assert ids.tolist() == want + [0] * (LENGTH - len(want))
+        assert mask.sum() == len(want)
+
+
+def test_merge():
+    tokens, wide = np.ones((1, 2, 3)), np.zeros((1, 4, 3))
+    one = Ports(tokens=tokens, tokens_mask=np.ones((1, 2), bool), vector=np.ones((1, 3)),
+                concat=np.ones((1, 1, 1, 1, 2)), add=np.ones((1, 1, 1, 1, 3)))
+    two = Ports(tokens=wide, tokens_mask=np.zeros((1, 4), bool), vector=2 * np.ones((1, 3)),
+                concat=np.zeros((1, 1, 1, 1, 1)), add=np.ones((1, 1, 1, 1, 3)))
+    got = merge([one, Ports(), two])
+    np.testing.assert_array_equal(got.tokens, np.concatenate([tokens, wide], 1))
+    np.testing.assert_array_equal(got.tokens_mask, [[1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(got.vector, [[3, 3, 3]])
+    assert got.concat.shape[-1] == 3 and got.add.max() == 2
+    assert merge([]) == Ports()
+
+
+SMALL = {"name": "transformer", "width": WIDTH, "depth": 1, "heads": 2, "patch": (2, 4, 4)}
+
+
+def test_every_signal_changes_the_prediction(randomise):
+    names = ["text", "fps", "num_frames"]
+    model = Denoiser(SMALL, {name: FIELDS.get(name, {}) for name in names})
+    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    x = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
+    time = np.array([0.2, 0.7], np.float32)
+    run = jax.jit(lambda batch, drop: model.run(params, x, time, batch, drop, method="train_view"))
+    batch = {k: v for name in names for k, v in BATCHES[name][0].items()}
+    keep = model.drop_masks(2, False)
+    plain = run(batch, keep)
+    for name in names:
+        changed = run(batch | BATCHES[name][1], keep)
+        dropped = run(batch, keep | {name: jnp.ones(2, bool)})
+        for other in (changed, dropped):
+            assert (np.abs(other - plain).max((1, 2, 3, 4)) > 1e-3).all(), name
+        again = run(batch | BATCHES[name][1], keep | {name: jnp.ones(2, bool)})
+        np.testing.assert_array_equal(again, dropped)
+
+
+@pytest.mark.parametrize(("signals", "message"), [
+    ({"txt": {}}, "Did you mean 'text'"), ({"fps": {"dropuot": 1}}, "Did you mean 'dropout'"),
+    ({"text": {"encoder": {"name": "byte"}}}, "Did you mean 'bytes'"),
+    ({"text": {"encoder": BYTES | {"stride": 5}}}, "length = 16 over stride = 5.*multiples"),
+    ({"text": {"encoder": BYTES | {"heads": 5}}}, "width = 12 over heads = 5; choose multiples"),
+    ({"text": {"encoder": {"name": "minilm"}}}, "unknown name 'minilm'"),   # it is not trained
+])
+def test_signals_that_cannot_be(signals, message):
+    with pytest.raises(ConfigError, match=message):
+        Denoiser(SMALL, signals).new_params(jax.random.key(0))
+
+
+def test_embeddings_of_another_width():
+    module = Conditioning(WIDTH, {"embeddings": {"features": 7}})
+    with pytest.raises(ConfigError, match=r"are 6 wide.*features = 7"):
+        module.init(jax.random.key(0), BATCHES["embeddings"][0], {"embeddings": jnp.zeros(2, bool)})

@@ -1,0 +1,125 @@
+"""Layers against their definitions in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from vdx.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    EmbedMLP,
+    LayerNorm,
+    RMSNorm,
+    apply_rope,
+    layer_norm,
+    rope_table,
+    sinusoidal,
+)
+
+RNG = np.random.default_rng(0)
+X = 3 * RNG.normal(size=(2, 3, 12)) + 1
+X32 = jnp.asarray(X, jnp.float32)
+DEFINITIONS = {
+    "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "gelu_exact": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def close(got, want, tol=2e-6):
+    np.testing.assert_allclose(got, want, rtol=tol, atol=tol)
+
+
+def test_rms_norm():
+    scale = RNG.normal(size=12)
+    want = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * scale
+    close(RMSNorm().apply({"params": {"scale": scale.astype(np.float32)}}, X32), want)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-1])
+def test_layer_norm(eps):
+    scale, bias = RNG.normal(size=(2, 12))
+    plain = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + eps)
+    close(layer_norm(X32, eps), plain)
+    params = {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)}
+    close(LayerNorm(eps).apply({"params": params}, X32), plain * scale + bias)
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(), LayerNorm()])
+def test_norms_work_in_float32_and_return_the_type_they_got(norm):
+    x = (100 + X).astype(jnp.bfloat16)          # the mean is large against the differences
+    params = norm.init(jax.random.key(0), X32)
+    got = norm.apply(params, x)
+    assert got.dtype == jnp.bfloat16
+    want = norm.apply(params, x.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_the_mlp(name):
+    close(ACTIVATIONS[name](X32), DEFINITIONS[name](X))
+    a, b, c, d = (RNG.normal(size=s) / 4 for s in [(12, 20), 20, (20, 12), 12])
+    params = {"up": {"kernel": a, "bias": b}, "down": {"kernel": c, "bias": d}}
+    params = jax.tree.map(lambda v: v.astype(np.float32), params)
+    close(MLP(20, name).apply({"params": params}, X32), DEFINITIONS[name](X @ a + b) @ c + d, 1e-5)
+
+
+def test_sinusoidal_and_its_mlp(randomise):
+    x = np.array([0.0, 0.3, 999.0])
+    freqs = np.array([10_000.0 ** (-i / 4) for i in range(4)])
+    want = np.concatenate([np.cos(x[:, None] * freqs), np.sin(x[:, None] * freqs)], -1)
+    close(sinusoidal(jnp.asarray(x, jnp.float32), 8), want, 1e-4)    # 999 in float32: 3e-5 rad
+    layer = EmbedMLP(6, sinusoid=8)
+    params = randomise(jax.eval_shape(layer.init, jax.random.key(0), jnp.ones(1))["params"])
+    up, down = params["up"], params["down"]
+    h = DEFINITIONS["silu"](want @ up["kernel"] + up["bias"])
+    got = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))
+    close(got, h @ down["kernel"] + down["bias"], 1e-4)
+
+
+@pytest.mark.parametrize(("head", "widths"), [
+    (64, (24, 20, 20)), (16, (8, 4, 4)), (128, (44, 42, 42)), (4, (4, 0, 0))])
+def test_rope_table_divides_the_channels_as_documented(head, widths):
+    grid = (3, 4, 5)
+    cos, sin = rope_table(grid, head)
+    assert cos.shape == sin.shape == (*grid, 1, head // 2) and sum(widths) == head
+    for t, h, w in [(0, 0, 0), (2, 1, 4), (1, 3, 0)]:
+        angles = [place * 10_000.0 ** (-2 * i / width) for place, width in
+                  zip((t, h, w), widths, strict=True) for i in range(width // 2)]
+        close(cos[t, h, w, 0], np.cos(angles))
+        close(sin[t, h, w, 0], np.sin(angles))
+
+
+def test_rope_rotates_pairs_half_a_head_apart():
+    rope = rope_table((1, 1, 3), 12)
+    x = RNG.normal(size=(1, 1, 1, 3, 1, 12))
+    angles = np.arctan2(rope[1], rope[0]).astype(np.float64)
+    pairs = (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * angles)
+    want = np.concatenate([pairs.real, pairs.imag], -1)
+    close(apply_rope(jnp.asarray(x, jnp.float32), rope), want)
+
+
+def test_rope_scores_depend_on_differences_of_position_alone():
+    grid = (4, 4, 4)
+    rope = rope_table(grid, 24)
+    q, k = (jnp.broadcast_to(jnp.asarray(RNG.normal(size=24), jnp.float32), (1, *grid, 1, 24))
+            for _ in "qk")
+    q, k = (np.asarray(apply_rope(x, rope))[0, ..., 0, :] for x in (q, k))
+    score = lambda a, b: q[a] @ k[b]
+    for a, b in [((0, 0, 0), (1, 2, 1)), ((2, 1, 0), (0, 1, 2)), ((1, 1, 1), (1, 1, 1))]:
+        moved = tuple(np.add(a, 1)), tuple(np.add(b, 1))
+        close(score(*moved), score(a, b), 1e-5)
+        for axis in range(3):                                # and on those of every axis
+            other = list(b)
+            other[axis] += 1
+            assert abs(score(a, tuple(other)) - score(a, b)) > 1e-3
+
+
+def test_rope_keeps_the_type_and_refuses_an_odd_head():
+    x = jnp.ones((1, 2, 1, 1, 1, 6), jnp.bfloat16)
+    assert apply_rope(x, rope_table((2, 1, 1), 6)).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="even head width, not 5"):
+        rope_table((1, 1, 1), 5)

@@ -1,0 +1,181 @@
+"""The whole path at a very small size: train, resume, sample, judge, report."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vdx.config import resolve
+from vdx.experiment import load, open_ema
+from vdx.files import read_json
+from vdx.main import run
+from vdx.sample import fingerprint
+from vdx.train import loop
+from vdx.train.log import read_rows
+
+ROOT = Path(__file__).parents[1]
+MICRO = [
+    "--config.train.steps=6", "--config.train.log_every=2", "--config.train.eval_every=3",
+    "--config.train.sample_every=6", "--config.train.save_every=3", "--config.train.eval_clips=8",
+    "--config.data.loader.global_batch=8", "--config.judge.prompts=4",
+    "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
+    "--config.model.backbone.heads=2", "--config.sample.steps=3",
+    "--config.train.wall=('a red circle moves right', 'a blue square turns')",
+]
+# Python that dies on importing what the core path must not need.
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "tensorflow"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def config(*extra: str) -> dict:
+    return resolve(str(ROOT / "configs" / "t2v_tiny.py"), [*MICRO, *extra])
+
+
+def command(module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
+    """A vdx command as a user runs it, on one device, with torch and TensorFlow blocked."""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", BLOCK, module, *args], cwd=ROOT, env=env,
+                          capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory) -> Path:
+    """A finished run, made by the real command in its own process."""
+    out = tmp_path_factory.mktemp("run") / "micro"
+    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={out}", *MICRO)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    steps = [r["step"] for r in rows if "train/loss" in r]
+    assert steps == [2, 4, 6]
+    assert all(np.isfinite(r["train/loss"]) and 0 <= r["speed/data_wait"] <= 1
+               for r in rows if "train/loss" in r)
+    assert [r["step"] for r in rows if "heldout/loss" in r] == [3, 6]
+    assert read_json(workdir / "config.json")["train"]["steps"] == 6
+    result = read_json(workdir / "eval.json")
+    assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
+    assert result["true_renders"]["all"] == 1.0
+    assert len(list((workdir / "samples" / "00000006").glob("*.mp4"))) == 2
+    page = (workdir / "report.html").read_text()
+    assert "a red circle moves right" in page and "samples/00000006/000.mp4" in page
+    assert any((workdir / "tensorboard").iterdir())
+
+
+def test_bins_average_to_the_loss(workdir):
+    """Every clip is in one bin, so the mean loss lies between the extremes of the bins."""
+    for row in read_rows(workdir / "metrics.jsonl"):
+        bins = [v for k, v in row.items() if k.startswith("train/loss_t")]
+        if bins:
+            assert min(bins) <= row["train/loss"] <= max(bins)
+
+
+def test_resume_is_exact(workdir, tmp_path):
+    """6 steps = 3 steps + the same command again, in every bit."""
+    halved = tmp_path / "halved"
+    shutil.copytree(workdir, halved)
+    shutil.rmtree(halved / "checkpoints" / "6")
+    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={halved}", *MICRO)
+    assert weights(halved) == weights(workdir)
+    first, second = ({r["step"]: r["train/loss"] for r in read_rows(w / "metrics.jsonl")
+                      if "train/loss" in r} for w in (workdir, halved))
+    assert second[6] != 0 and set(second) >= {2, 4, 6}
+    heldout = [[r["heldout/loss"] for r in read_rows(w / "metrics.jsonl")
+                if r["step"] == 6 and "heldout/loss" in r][-1] for w in (workdir, halved)]
+    assert heldout[0] == heldout[1]
+
+
+def weights(workdir: Path) -> str:
+    experiment = load(workdir)
+    mesh = experiment.mesh_spec.make(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return fingerprint(open_ema(experiment, workdir, mesh)[0])
+
+
+def test_sample_and_make_again(workdir, tmp_path):
+    """The manifest alone makes the same clip again, bit for bit."""
+    out, array = tmp_path / "out.mp4", tmp_path / "x.npy"
+    command("vdx.sample", f"--workdir={workdir}", "--prompt=a red circle moves right",
+            f"--out={out}", f"--save_array={array}", "--seed=5", "--steps=4", "--fps=4")
+    manifest = read_json(out.with_suffix(".json"))
+    assert manifest["request"]["seed"] == 5 and manifest["request"]["sampling"]["steps"] == 4
+    assert manifest["request"]["fps"] == 4.0
+    again, array2 = tmp_path / "again.mp4", tmp_path / "y.npy"
+    command("vdx.sample", f"--from_manifest={out.with_suffix('.json')}", f"--out={again}",
+            f"--save_array={array2}")
+    np.testing.assert_array_equal(np.load(array), np.load(array2))
+    assert out.read_bytes() == again.read_bytes()
+    assert np.load(array).shape == (1, 16, 32, 32, 3)
+
+
+def test_sample_from_a_file_of_prompts(workdir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square moves up\n\na green cross grows\n")
+    out = tmp_path / "clips"
+    command("vdx.sample", f"--workdir={workdir}", f"--prompts_file={prompts}", f"--out={out}",
+            "--sampler=euler", "--num_frames=8")
+    manifest = read_json(out / "manifest.json")
+    assert [c["prompt"] for c in manifest["clips"]] == ["a blue square moves up",
+                                                        "a green cross grows"]
+    assert (out / "001.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--prompt=x", "--sampler=dpm"], "Did you mean"),
+    (["--prompt=x", "--num_frames=7"], "multiples of the patch"),
+    ([], "--prompt"),
+])
+def test_bad_requests_are_explained(workdir, tmp_path, args, message):
+    done = command("vdx.sample", f"--workdir={workdir}", f"--out={tmp_path / 'o.mp4'}", *args,
+                   check=False)
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / "o.mp4").exists()
+
+
+def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
+    manifest = tmp_path / "m.json"
+    manifest.write_text(json.dumps({
+        "request": {"prompts": ["x"], "seed": 0, "num_frames": 16, "fps": 8.0,
+                    "sampling": {"sampler": "euler"}},
+        "weights": {"workdir": str(workdir), "step": 6, "sha256": "0" * 64}}))
+    done = command("vdx.sample", f"--from_manifest={manifest}", f"--out={tmp_path / 'o.mp4'}",
+                   check=False)
+    assert done.returncode != 0 and "not those of the manifest" in done.stderr
+
+
+def test_one_compile_for_the_run(tmp_path, monkeypatch):
+    """Three batches, one program: nothing about a batch may reach the compiler."""
+    made = []
+    real = loop.make_train_step
+
+    def counting(*args, **kwargs):
+        step = real(*args, **kwargs)
+
+        def traced(*a):
+            made.append(1)
+            return step(*a)
+        return traced
+
+    monkeypatch.setattr(loop, "make_train_step", counting)
+    run(config("--config.train.steps=3", "--config.train.eval_every=0", "--config.mesh.data=1",
+               "--config.mesh.fsdp=8", "--config.train.sample_every=0", "--config.judge.prompts=0",
+               "--config.train.save_every=0"), tmp_path / "once")
+    assert len(made) == 1
