@@ -44,6 +44,7 @@ class Data:
     clip: Spec | None = None
     height: int = 32
     width: int = 32
+    mean: float = 0.0            # of the pixels in [-1, 1]; subtracted, as from a VAE's latents
     path: str | None = None      # where configs let `source` point, for a short command line
 
 
@@ -121,7 +122,8 @@ class Experiment:
         self.process = build(top.process, PROCESSES, "config.process")
         self.objective = Objective(self.model, self.process,
                                    build(top.time, TIMES, "config.time"),
-                                   build(top.loss, WEIGHTS, "config.loss"), self.training.bins)
+                                   build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
+                                   self.data.mean)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -153,7 +155,7 @@ class Experiment:
                   size: tuple[int, int] | None = None) -> Generator:
         height, width = size or (self.data.height, self.data.width)
         return Generator(self.model, self.process, sampling or self.sampling,
-                         (height, width, self.model.channels))
+                         (height, width, self.model.channels), self.data.mean)
 
 
     def clip_default(self) -> tuple[int, float]:

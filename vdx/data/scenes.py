@@ -365,7 +365,8 @@ class Scenes:
             others = [t for t in triples if t[0] != words[0][0]]
             words.append(others[int(rng.random() * len(others))])
         # Of a few arrangements of two objects the one with the most room between them.
-        tries = [[_place(w, camera, self.sizes, rng) for w in words] for _ in range(8 if words[1:] else 1)]
+        tries = [[_place(w, camera, self.sizes, rng) for w in words]
+                 for _ in range(8 if words[1:] else 1)]
         objects = max(tries, key=_gap)
         bare = Scene(tuple(objects), place, camera, style)
         return dataclasses.replace(bare, caption=describe(bare, rng))

@@ -42,12 +42,14 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """Draws clips from a trained denoiser. `frame_shape` is (h, w, c) of the model's space."""
+    """Draws clips from a trained denoiser. `frame_shape` is (h, w, c) of the model's space,
+    `mean` what training subtracted from the pixels."""
 
     model: Denoiser
     process: Any
     sampling: Sampling
     frame_shape: tuple[int, int, int]
+    mean: float = 0.0
 
     def __call__(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
                  num_frames: int, fps: float, noise: np.ndarray | None = None) -> np.ndarray:
@@ -104,5 +106,6 @@ class Generator:
             self.model.run(params, batch, keep, method="condition"),
             self.model.run(params, batch, null, method="condition"),
             Guidance(s.guidance, s.rescale, s.interval))
-        return sample(denoise, self.process, SAMPLERS[s.sampler](), noise,
-                      time_grid(self.process, s.steps, s.shift), key)
+        x0 = sample(denoise, self.process, SAMPLERS[s.sampler](), noise,
+                    time_grid(self.process, s.steps, s.shift), key)
+        return x0 + self.mean

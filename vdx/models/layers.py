@@ -74,7 +74,9 @@ class EmbedMLP(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Array:
         x = sinusoidal(x, self.sinusoid)   # float32: a bfloat16 time loses neighbouring steps
         x = nn.silu(nn.Dense(self.width, name="up", dtype=jnp.float32)(x))
-        return nn.Dense(self.width, name="down", dtype=jnp.float32)(x)
+        # Small at first (Peebles & Xie 2023), or it would modulate at random what it knows not.
+        return nn.Dense(self.width, name="down", dtype=jnp.float32,
+                        kernel_init=nn.initializers.normal(0.02))(x)
 
 
 class MLP(nn.Module):

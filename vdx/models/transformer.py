@@ -100,7 +100,9 @@ class Transformer(nn.Module):
     patch: frames, rows and columns of one token; the grid must divide by it.
     pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth.
     rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
-    a small one. remat: a row of REMAT. dtype: compute type of the matrix products.
+    a small one. time_scale: multiplies the time that is embedded; below 1 neighbouring noise
+    levels share what they learn, which a short training needs. remat: a row of REMAT. dtype:
+    compute type of the matrix products.
     """
 
     channels: int = 3
@@ -113,6 +115,7 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     rope_theta: float = 10_000.0
+    time_scale: float = 1.0
     remat: str = "none"
     dtype: str = "float32"
 
@@ -155,7 +158,7 @@ class Transformer(nn.Module):
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
 
-        emb = EmbedMLP(width, name="time")(time)
+        emb = EmbedMLP(width, name="time")(time * self.time_scale)
         if ports.vector is not None:
             emb = emb + ports.vector
         modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,

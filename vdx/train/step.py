@@ -16,13 +16,6 @@ from vdx.types import Array, Batch, Params, PRNGKeyArray
 Metrics = dict[str, Array]
 
 
-def clean(batch: Batch) -> Array:
-    """x0 [b t h w c] float32: cached latents as they are, pixels from uint8 to [-1, 1]."""
-    if "latents" in batch:
-        return batch["latents"].astype(jnp.float32)
-    return batch["video"].astype(jnp.float32) / 127.5 - 1.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What is learned: process, distribution of times, weight of the loss."""
@@ -32,10 +25,18 @@ class Objective:
     times: Any
     weight: Any
     bins: int = 5
+    mean: float = 0.0
+
+    def clean(self, batch: Batch) -> Array:
+        """x0 [b t h w c] float32: cached latents as they are, or pixels from uint8 to [-1, 1],
+        less their mean (a constant offset is slow to learn)."""
+        if "latents" in batch:
+            return batch["latents"].astype(jnp.float32)
+        return batch["video"].astype(jnp.float32) / 127.5 - 1.0 - self.mean
 
     def losses(self, params: Params, batch: Batch, t: Array, noise: Array, drop) -> Array:
         """Per-clip loss [b] at times t [b] for this noise and these dropped signals."""
-        x0 = clean(batch)
+        x0 = self.clean(batch)
         x_t = self.process.add_noise(x0, noise, t)
         prediction = self.model.run(params, x_t, self.process.network_time(t), batch, drop,
                                     method="train_view")
@@ -43,7 +44,7 @@ class Objective:
 
     def draw(self, batch: Batch, key: PRNGKeyArray):
         """Times [b], noise like x0, and drop masks for a batch, all from one key."""
-        x0 = clean(batch)
+        x0 = self.clean(batch)
         k_time, k_noise, k_drop = jax.random.split(key, 3)
         t = self.times.sample(k_time, x0.shape[0], self.model.num_tokens(x0.shape))
         noise = jax.random.normal(k_noise, x0.shape)
@@ -101,7 +102,7 @@ def make_eval_step(objective: Objective, levels: tuple[float, ...]):
     Noise is fixed by `key`, so that two evaluations differ by the weights alone.
     """
     def evaluate(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array]:
-        x0 = clean(batch)
+        x0 = objective.clean(batch)
         b = x0.shape[0]
 
         def at(level_key):
