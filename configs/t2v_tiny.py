@@ -2,14 +2,15 @@
 
     python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
 
-Procedural scenes of one moving shape, 16 frames of 32x32 at 8 fps, pixel space.
+Procedural scenes of one moving shape, 8 frames of 32x32 at 8 fps, in pixel space; 2 CPU cores
+and 4 GB. See the README for the time it takes and the prompt following it reaches.
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    return ConfigDict({
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict({
         "seed": 0,
         "data": {
             "source": {
@@ -44,19 +45,26 @@ def get_config() -> ConfigDict:
         # The clip, not the noise, is what a narrow network can predict from large patches.
         "process": {"name": "rectified_flow", "prediction": "x0"},
         # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
-        "time": {"name": "uniform", "shift": 4.0},
+        "time": {"name": "logit_normal", "shift": 4.0},
         "loss": {"name": "velocity", "min_sigma": 0.3},
         "optim": {"learning_rate": 3e-3, "warmup": 100, "schedule": "cosine"},
         "mesh": {"data": -1},
         "train": {
-            "steps": 2400, "ema": 0.998, "eval_every": 600, "sample_every": 1000,
-            "save_every": 1000, "log_every": 50,
+            "steps": 2000, "ema": 0.998, "eval_every": 500, "sample_every": 500,
+            "save_every": 500, "log_every": 50,
             "wall": ("a red circle moves right", "a blue square moves up",
                      "a green triangle moves left", "a yellow cross grows",
                      "a purple circle grows", "a cyan square shrinks",
                      "a red triangle shrinks", "a blue cross moves down"),
         },
-        "sample": {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5, "shift": 4.0,
+        "sample": {"sampler": "dpmpp_2m", "steps": 20, "guidance": 2.0, "shift": 4.0,
                    "batch": 32},
         "judge": {"prompts": 128},
     })
+    if variant == "minilm":        # a pretrained, frozen encoder instead of the byte-level one
+        del config.model.signals["text"]
+        config.model.signals.embeddings = ConfigDict(
+            {"features": 384, "encoder": {"name": "minilm", "length": 24}})
+    elif variant:
+        raise ValueError(f"t2v_tiny has the variant 'minilm', not {variant!r}.")
+    return config

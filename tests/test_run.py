@@ -31,11 +31,7 @@ MICRO = [
 # Python that dies on importing what the core path must not need.
 BLOCK = """
 import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "tensorflow"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
+sys.modules["torch"] = sys.modules["tensorflow"] = None
 import runpy
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
