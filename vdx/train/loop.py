@@ -103,7 +103,7 @@ def train(experiment, workdir: Path, mesh, on_sample) -> Run:
     try:
         for step in range(start + 1, t.steps + 1):
             state, metrics = step_fn(state, put_batch(mesh, next(batches)))
-            if len(window.steps) >= t.log_every:
+            if window.steps and (step - 1) % t.log_every == 0:
                 write(step - 1)
             window.steps.append(metrics)
             jax.block_until_ready(before)      # at most two steps in flight, so memory is bounded
