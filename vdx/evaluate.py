@@ -79,7 +79,8 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
-    with jax.set_mesh(experiment.mesh_spec.make()) as mesh:
+    mesh = experiment.mesh_spec.make()
+    with jax.set_mesh(mesh):
         params, step = open_ema(experiment, workdir, mesh)
         print(table(judge(experiment, params, workdir, step)))
     print(f"Open {write_report(workdir)}")

@@ -105,7 +105,8 @@ def main(argv):
         raise app.UsageError(f"{len(request.prompts)} prompts need a folder: --out={out.stem}")
     lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
 
-    with jax.set_mesh(experiment.mesh_spec.make()) as mesh:
+    mesh = experiment.mesh_spec.make()
+    with jax.set_mesh(mesh):
         params, step = open_ema(experiment, Path(workdir), mesh)
         weights = {"workdir": str(workdir), "step": step, "sha256": fingerprint(params)}
         if manifest and manifest["weights"]["sha256"] != weights["sha256"]:
