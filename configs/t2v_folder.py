@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
         "data": {
             "path": "",
             "heldout": {"split": "heldout"},
-            # 12 frames at 12 fps: one second. Shorter clips begin again.
+            # One second. Shorter clips begin again.
             "clip": {"num_frames": (8,), "fps": (8.0,), "short": "loop"},
             "height": 32,
             "width": 32,

@@ -54,7 +54,8 @@ class Training:
 
     ema: decay of the averaged weights. eval_clips: clips of the held-out and of the training
     set whose loss is measured at the fixed noise `levels`. bins: noise levels of the logged
-    loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...
+    loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...; empty:
+    the first captions of the data.
     """
 
     steps: int
@@ -150,6 +151,14 @@ class Experiment:
     def init(self) -> TrainState:
         """The state at step 0. Traceable, so that jit can create it where it will lie."""
         return init_state(self.model, self.tx, self.seed)
+
+    @functools.cached_property
+    def wall(self) -> tuple[str, ...]:
+        """Prompts of the samples drawn during training; by default the first eight captions."""
+        if self.training.wall:
+            return self.training.wall
+        source = self.source()
+        return tuple(source[i].caption for i in range(min(8, len(source))))
 
     def generator(self, sampling: Sampling | None = None,
                   size: tuple[int, int] | None = None) -> Generator:

@@ -47,7 +47,7 @@ def run(config: dict, workdir: Path) -> None:
 
         def on_sample(step, ema):
             frames, fps = experiment.clip_default()
-            draw_wall(generator, ema, experiment.training.wall, workdir / "samples" / f"{step:08d}",
+            draw_wall(generator, ema, experiment.wall, workdir / "samples" / f"{step:08d}",
                       num_frames=frames, fps=fps)
             if primary:
                 write_report(workdir)
