@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vdx.files import read_json
-from vdx.train.log import read_rows
+from vdx.files import read_json, read_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     "VDX_FULL_RUN" not in os.environ, reason="needs VDX_FULL_RUN, the workdir of a full run")]

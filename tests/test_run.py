@@ -13,11 +13,10 @@ import pytest
 
 from vdx.config import resolve
 from vdx.experiment import load, open_ema
-from vdx.files import read_json
+from vdx.files import read_json, read_rows
 from vdx.main import run
 from vdx.sample import fingerprint
 from vdx.train import loop
-from vdx.train.log import read_rows
 
 ROOT = Path(__file__).parents[1]
 MICRO = [

@@ -1,14 +1,14 @@
-"""Files that are whole or not there, and JSON."""
+"""Files that are whole or not there, JSON, and JSON lines."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_or_not(path: str | Path) -> Iterator[Path]:
     """A scratch path beside `path` that takes its name when the block ends well."""
     path = Path(path)
@@ -32,3 +32,12 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a killed run may have left half a line."""
+    rows = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

@@ -6,10 +6,8 @@ All text from files is escaped, since captions come from anywhere. The page's fr
 and the look of all charts are in `report_template.html`.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -22,6 +20,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
+
+from vdx.files import read_rows, whole_or_not
 
 __all__ = ["write_report"]
 
@@ -68,10 +68,9 @@ def write_report(workdir: Path) -> Path:
 
 def _write(path: Path, content: bytes) -> Path:
     """Whole or not at all, for the browser that reloads while a run is writing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    return temporary.replace(path)
+    with whole_or_not(path) as part:
+        part.write_bytes(content)
+    return path
 
 
 def _read_json(path: Path) -> Any:
@@ -82,22 +81,13 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a killed run may have left half a line."""
-    rows = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
 def _read_metrics(path: Path) -> Rows:
     """A resumed run logs some steps again: of each value of a step the last counts.
 
     Values and not rows, since training and evaluation log a row each for one step.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for row in _read_lines(path):
+    for row in read_rows(path):
         if isinstance(row.get("step"), int):
             rows.setdefault(row["step"], {}).update(row)
     return dict(sorted(rows.items()))
@@ -287,7 +277,7 @@ def _examples(workdir: Path, examples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _bad_records(workdir: Path) -> str:
-    bad = _read_lines(workdir / "bad_records.jsonl")
+    bad = read_rows(workdir / "bad_records.jsonl")
     return f"<p>{len(bad):,} skipped. The first {min(BAD_RECORDS, len(bad))}:</p>" + _table(
         ["record", "reason"], ([escape(str(row.get(key, ""))) for key in ("key", "reason")]
                                for row in bad[:BAD_RECORDS])) if bad else "<p>None skipped.</p>"

@@ -9,6 +9,8 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from vdx.files import read_rows
+
 
 class Log:
     """Writes one row of scalars at a time; silent on every process but the first.
@@ -47,17 +49,6 @@ class Log:
         if self.primary:
             self.file.close()
             self.events.close()
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics file; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def last_seconds(path: Path, step: int) -> float:
