@@ -137,7 +137,7 @@ def test_resize_keeps_the_centre_and_the_shape():
 
 def test_an_example_has_the_fields_of_a_batch():
     def tokenize(caption):
-        return np.array([len(caption), 7]), np.array([1, 0])
+        return np.array([len(caption), 7], np.int32), np.array([1, 0])
     made = to_example(footage(), clip=ClipSampling(8, fps=6.0), height=4, width=6,
                       tokenize=tokenize, num_frames=8, rng=RNG(0))
     kinds = {k: (v.dtype, v.shape) for k, v in made.items() if k != "key"}
