@@ -8,11 +8,12 @@ import pytest
 from vdx.build import ConfigError
 from vdx.models.conditioning import SIGNALS, Conditioning, merge
 from vdx.models.denoiser import Denoiser
-from vdx.models.text import ENCODERS
+from vdx.models.text import ENCODERS, ngram_hashes, word_index
 from vdx.types import Ports
 
 WIDTH, LENGTH = 16, 16
-BYTES = {"name": "bytes", "length": LENGTH, "width": 12, "depth": 1, "heads": 2, "stride": 4}
+BYTES = {"name": "bytes", "length": LENGTH, "width": 12, "depth": 1, "heads": 2,
+         "words": 6, "buckets": 64}
 FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6}}
 RNG = np.random.default_rng(0)
 TOKENIZE = ENCODERS["bytes"](length=LENGTH).tokenizer()
@@ -132,11 +133,10 @@ def test_features_do_not_depend_on_padding(encoder):
     x, mask = run(batch["text"], batch["text_mask"])
     spoilt = np.where(batch["text_mask"], batch["text"], 77)       # ids under the mask are unread
     np.testing.assert_array_equal(run(spoilt, batch["text_mask"])[0], x)
-    short = params["params"] | {"position_table": params["params"]["position_table"][:2]}
-    got, short_mask = make(8).apply({"params": short}, batch["text"][:1, :8],
+    got, short_mask = make(8).apply(params, batch["text"][:1, :8],
                                     batch["text_mask"][:1, :8])    # 6 bytes fit into 8
-    np.testing.assert_array_equal(short_mask[0], mask[0, :2])
-    np.testing.assert_allclose(got[0], x[0, :2], atol=1e-5)
+    np.testing.assert_array_equal(short_mask[0], mask[0])
+    np.testing.assert_allclose(got[0, :2], x[0, :2], atol=1e-5)
     assert not mask[0, 2:].any()
 
 
@@ -147,6 +147,26 @@ def test_every_byte_counts(encoder):
     x, mask = make(LENGTH).apply(params, batch["text"], batch["text_mask"])
     x = np.where(mask[..., None], x, 0)
     assert all(np.abs(row - x[0]).max() > 1e-3 for row in x[1:])
+
+
+def test_words_end_at_spaces_and_after_twelve_bytes():
+    text = "a red " + "x" * 30 + " ball"
+    data = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None] + 3
+    got = np.asarray(word_index(data))[0]
+    parts = ["".join(c for c, w in zip(text, got, strict=True) if w == i)
+             for i in range(got.max() + 1)]
+    assert parts == ["a ", "red ", "x" * 12, "x" * 12, "x" * 6 + " ", "ball"]
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_equal_ngrams_have_equal_hashes_and_others_do_not(n):
+    ids = RNG.integers(3, 6, (4, 40)).astype(np.int32)              # few letters: many repeats
+    hashes = np.asarray(ngram_hashes(ids, n))
+    assert hashes.min() >= 0
+    padded = np.pad(ids, ((0, 0), (n - 1, 0)))
+    grams = np.lib.stride_tricks.sliding_window_view(padded, n, axis=1).reshape(-1, n)
+    same = (grams[:, None] == grams).all(-1)
+    np.testing.assert_array_equal(hashes.reshape(-1)[:, None] == hashes.reshape(-1), same)
 
 
 def test_bytes_are_cut_with_the_end_token_kept():

@@ -14,6 +14,7 @@ from vdx.models.layers import (
     RMSNorm,
     apply_rope,
     layer_norm,
+    place_table,
     rope_table,
     sinusoidal,
 )
@@ -91,6 +92,18 @@ def test_rope_table_divides_the_channels_as_documented(head, widths):
                   zip((t, h, w), widths, strict=True) for i in range(width // 2)]
         close(cos[t, h, w, 0], np.cos(angles))
         close(sin[t, h, w, 0], np.sin(angles))
+
+
+def test_places_differ_and_a_clip_twice_as_fine_has_the_same_ones():
+    table = place_table((2, 4, 8), 32)
+    assert table.shape == (2, 4, 8, 32) and np.abs(table).max() <= 1
+    flat = table.reshape(-1, 32)
+    far = np.abs(flat[:, None] - flat).max(-1) + np.eye(len(flat))
+    assert far.min() > 0.1
+    # The slowest cosine of the rows says how far down a token is, whatever the grid.
+    height = lambda n: place_table((1, n, 1), 30)[0, :, 0, 10]
+    close(height(4), np.cos(np.pi * (np.arange(4) + 0.5) / 4))
+    close(height(8).reshape(4, 2).mean(1), height(4), 0.03)
 
 
 def test_rope_rotates_pairs_half_a_head_apart():

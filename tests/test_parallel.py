@@ -77,7 +77,7 @@ class Steps:
         with jax.set_mesh(self.mesh):
             state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), params,
                                jax.random.key(3))
-            self.shardings = state_shardings(self.mesh, tx, state)
+            self.shardings = state_shardings(self.mesh, state)
             state = jax.jit(lambda s: s, out_shardings=self.shardings)(state)
             batch = put_batch(self.mesh, batch)
             step = jax.jit(make_train_step(experiment.objective, tx, 0.99), donate_argnums=0,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 MICRO = [
     "--config.train.steps=6", "--config.train.log_every=2", "--config.train.eval_every=3",
     "--config.train.sample_every=6", "--config.train.save_every=2", "--config.train.eval_clips=8",
-    "--config.data.loader.global_batch=8", "--config.judge.prompts=4",
+    "--config.data.loader.global_batch=8", "--config.data.clip.num_frames=(8,)", "--config.judge.prompts=4",
     "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2", "--config.sample.steps=3",
     "--config.train.wall=('a red circle moves right', 'a blue square turns')",

@@ -47,6 +47,14 @@ def test_random_starts_are_on_frames_and_reach_both_ends():
     assert starts == set(range(17))
 
 
+def test_only_rates_that_the_footage_fills_are_drawn():
+    clip = ClipSampling((8, 16), fps=(8.0, 4.0))
+    drawn = lambda n: {clip.times(procedural(2.0), n, RNG(seed))[1] for seed in range(40)}
+    assert drawn(8) == {4.0, 8.0} and drawn(16) == {8.0}
+    with pytest.raises(BadRecord, match="too short"):               # none does
+        clip.times(procedural(1.0), 16, RNG(0))
+
+
 def test_rounded_timestamps_make_no_judder():
     record = footage(timestamps=np.round(np.arange(48) / 24, 3), fps=24)
     for seed in range(50):

@@ -4,6 +4,7 @@
 `vdx.evaluate` judges it. The resolved config is all that is needed to make it again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from vdx.build import ConfigError, build, fill
 from vdx.data.pipeline import Batches, Loader, make_loader
+from vdx.data.record import BadRecord
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import WEIGHTS
@@ -44,7 +47,8 @@ class Data:
     clip: Spec | None = None
     height: int = 32
     width: int = 32
-    mean: float = 0.0            # of the pixels in [-1, 1]; subtracted, as from a VAE's latents
+    mean: float | None = None    # of the pixels in [-1, 1]; subtracted, as from a VAE's latents.
+    #                              None: `measured` finds it
     path: str | None = None      # where configs let `source` point, for a short command line
 
 
@@ -124,7 +128,7 @@ class Experiment:
         self.objective = Objective(self.model, self.process,
                                    build(top.time, TIMES, "config.time"),
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
-                                   self.data.mean)
+                                   self.data.mean or 0.0)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -164,16 +168,30 @@ class Experiment:
                   size: tuple[int, int] | None = None) -> Generator:
         height, width = size or (self.data.height, self.data.width)
         return Generator(self.model, self.process, sampling or self.sampling,
-                         (height, width, self.model.channels), self.data.mean)
-
+                         (height, width, self.model.channels), self.data.mean or 0.0)
 
     def clip_default(self) -> tuple[int, float]:
-        """(frames, frames per second) of a clip when nobody says otherwise: the longest clips
-        of training at their usual rate."""
+        """(frames, frames per second) of a clip when nobody says otherwise: the first length
+        and the first rate of training."""
         if self.clip is None:
             raise ConfigError("config.data.clip is not set: say --num_frames and --fps.")
-        rates = self.clip.rates
-        return max(self.clip.lengths), rates[len(rates) // 2] if rates else 8.0
+        return self.clip.lengths[0], self.clip.rates[0] if self.clip.rates else 8.0
+
+
+def measured(config: Spec, clips: int = 64) -> Spec:
+    """The config with what only its data can tell: the mean of the pixels, over a few clips."""
+    experiment = Experiment(config)
+    if experiment.data.mean is not None or experiment.clip is None:
+        return config
+    source, rng, means = experiment.source(), np.random.default_rng(experiment.seed), []
+    for i in rng.permutation(len(source))[:clips].tolist():
+        with contextlib.suppress(BadRecord):       # the pipeline counts and names it
+            record = source[i]
+            times, _ = experiment.clip.times(record, experiment.clip.lengths[0], rng)
+            means.append(record.read(times).mean() / 127.5 - 1.0)
+    if not means:
+        return config                              # the pipeline says what is wrong
+    return {**config, "data": {**config["data"], "mean": round(float(np.mean(means)), 4)}}
 
 
 def load(workdir: Path) -> Experiment:

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -116,10 +115,20 @@ def param_shardings(mesh: Mesh, params, rules=PARAM_RULES):
     return out
 
 
-def opt_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state, params_shardings):
-    """Optimizer moments lie where their parameters lie; counters are replicated."""
-    return optax.tree.map_params(tx, lambda _, s: s, opt_state, params_shardings,
-                                 transform_non_params=lambda _: replicated(mesh))
+def opt_shardings(mesh: Mesh, opt_state, params_shardings):
+    """Optimizer moments lie where their parameters lie; counters are replicated.
+
+    A moment is known by its path, which ends in that of its parameter.
+    """
+    known = {path_str(path): s for path, s in
+             jax.tree_util.tree_flatten_with_path(params_shardings)[0]}
+
+    def one(path, _):
+        parts = path_str(path).split("/")
+        tails = ("/".join(parts[i:]) for i in range(len(parts)))
+        return next((known[tail] for tail in tails if tail in known), replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

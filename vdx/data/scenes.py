@@ -33,8 +33,8 @@ COLOURS = {"red": (228, 32, 40), "green": (40, 176, 56), "blue": (48, 92, 246),
 VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*VELOCITIES, "grow", "shrink", "turn", "bounce")
 STYLES = ("flat", "outlined", "soft")
-SIZES = {"small": 0.125, "large": 0.18}    # radius
-SPEEDS = {"slow": 0.14, "fast": 0.28}      # widths per second
+SIZES = {"small": 0.15, "large": 0.25}     # radius
+SPEEDS = {"slow": 0.12, "fast": 0.2}       # widths per second
 CAMERAS = {"static": 0.0, "pan left": 0.1, "pan right": -0.1}  # how fast the world goes right
 # Two tones and the pattern that mixes them; tones stay dark so that every object stands out.
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
@@ -46,10 +46,10 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] =
 }
 PERIOD = 0.25             # of the background patterns
 STAY = 2.0                # seconds that a moving object stays wholly inside the frame
-GROWTH = 1.6              # relative growth per second, for each width per second of speed
+GROWTH = 1.7              # relative growth per second, for each width per second of speed
 SHRINK_FROM = 1.5         # a shrinking object starts larger, so that it is still seen at the end
 RADII = (0.05, 0.5)       # growth and shrinkage end here
-TURN = 10.7               # radians per second, for each width per second of speed
+TURN = 12.5               # radians per second, for each width per second of speed
 BOUNCE_PERIOD = {"slow": 1.2, "fast": 0.8}  # seconds from floor to floor
 OUTLINE, FILL = 0.2, 0.55  # width of an outline in radii; brightness inside it
 SOFT = 0.22               # half width of a soft edge in radii

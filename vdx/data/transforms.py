@@ -27,7 +27,8 @@ class ClipSampling:
 
     num_frames: the lengths of clips; each batch has one of them.
     fps: frames per second of the clip, or several of which each clip draws one. Only rates up
-      to the footage's own are drawn: above it frames would repeat and the motion stutter.
+      to the footage's own are drawn, above it frames would repeat and the motion stutter; and
+      of these those at which the footage fills the clip, if there are any.
     stride: instead of fps, every stride-th frame of the footage, whatever its rate.
     start: "random", "first" or "centre".
     short: what to do with a record shorter than the clip: "error" refuses it, "hold" repeats
@@ -76,7 +77,7 @@ class ClipSampling:
 
     def _at_rate(self, record, num_frames, rng) -> tuple[np.ndarray, float]:
         stamps = record.timestamps
-        fps = self._rate(record, rng)
+        fps = self._rate(record, num_frames, rng)
         span = num_frames / fps
         times = np.arange(num_frames) / fps
         if span > record.duration + _ROUNDING:
@@ -92,7 +93,7 @@ class ClipSampling:
         starts = stamps[stamps <= max(room, 0.0) + _ROUNDING]
         return times + starts[self._pick(len(starts), rng)], fps
 
-    def _rate(self, record, rng) -> float:
+    def _rate(self, record, num_frames: int, rng) -> float:
         rates = self.rates
         if record.timestamps is not None and len(record.timestamps) > 1:
             most = 1 / np.mean(np.diff(record.timestamps))
@@ -100,6 +101,8 @@ class ClipSampling:
             if not rates:
                 raise BadRecord(record.key, f"too slow: needs {min(self.rates):g} frames per "
                                             f"second, has {most:.4g}")
+        filled = tuple(r for r in rates if num_frames / r <= record.duration + _ROUNDING)
+        rates = filled or rates
         return float(rates[rng.integers(len(rates))])
 
     def _by_stride(self, record, stamps, num_frames, rng) -> tuple[np.ndarray, float]:

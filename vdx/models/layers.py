@@ -115,6 +115,26 @@ def dct_basis(patch: tuple[int, int, int], channels: int, width: int) -> np.ndar
     return out
 
 
+def place_table(grid: tuple[int, int, int], width: int) -> np.ndarray:
+    """Cosines and sines [t h w width] of each token's place, relative to the size of the grid.
+
+    Width is divided between the axes as in `rope_table`; the frequencies of an axis of n tokens
+    run geometrically from half a period to n/4 periods over the whole axis.
+    """
+    space = 2 * (width // 6)
+    tables = []
+    for axis, features in zip(range(3), (width - 2 * space, space, space), strict=True):
+        n, half = grid[axis], features // 2
+        freqs = np.pi * np.geomspace(1.0, max(n / 2, 1.0), half)
+        angles = (np.arange(n)[:, None] + 0.5) / n * freqs
+        table = np.concatenate([np.cos(angles), np.sin(angles)], -1)
+        shape = [1, 1, 1, 2 * half]
+        shape[axis] = n
+        tables.append(np.broadcast_to(table.reshape(shape), (*grid, 2 * half)))
+    out = np.concatenate(tables, -1)
+    return np.pad(out, [(0, 0)] * 3 + [(0, width - out.shape[-1])]).astype(np.float32)
+
+
 def rope_table(grid: tuple[int, int, int], head_width: int,
                theta: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [t h w 1 head_width/2] of 3D rotary positions (Su et al. 2021).

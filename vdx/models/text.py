@@ -6,8 +6,10 @@ A row of FROZEN has `width` d and a `tokenizer()` that gives features [l d] in p
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,20 +20,25 @@ from vdx.models.minilm import MiniLM
 from vdx.types import Array, Bool, Int
 
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
+SPACE = 3 + ord(" ")      # ByT5 ids: three special tokens, then the bytes
 
 
 class ByteEncoder(nn.Module):
     """Text as UTF-8 bytes (the ByT5 vocabulary), trained together with the denoiser.
 
-    It needs no files and knows every language. Two convolutions see the letters around each
-    byte and shorten the sequence by `stride`; transformer layers do the rest.
+    It needs no files and knows every language. As in the Byte Latent Transformer (Pagnoni et
+    al. 2024), hashes of the n-grams that end at a byte are embedded with it, and bytes are
+    pooled into words, so a word has its own direction from the first step: without that a short
+    training learns colours but not verbs. Transformer layers over the words do the rest.
     """
 
     length: int = 64      # bytes kept of a caption, end token included
+    words: int = 24       # kept; the last one holds what is beyond
     width: int = 192
     depth: int = 2
     heads: int = 6
-    stride: int = 4
+    ngrams: tuple[int, ...] = (3, 4, 5)
+    buckets: int = 2048   # hashes of the n-grams of one size
 
     def tokenizer(self) -> Tokenize:
         from transformers import ByT5Tokenizer  # slow to import, and only the host needs it
@@ -46,22 +53,45 @@ class ByteEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> tuple[Array, Array]:
-        if self.length % self.stride or self.width % self.heads:
-            raise ConfigError(f"The text encoder 'bytes' has length = {self.length} over stride = "
-                              f"{self.stride} and width = {self.width} over heads = {self.heads}; "
-                              "choose multiples.")
-        keep = mask[..., None]   # padding must not reach the convolutions
-        x = nn.Embed(384, self.width, name="bytes")(ids) * keep
-        x = nn.gelu(nn.Conv(self.width, (5,), name="local")(x)) * keep
-        x = nn.Conv(self.width, (self.stride,), self.stride, name="shorten")(x)
-        mask = mask.reshape(mask.shape[0], -1, self.stride).any(-1)
+        if self.width % self.heads:
+            raise ConfigError(f"The text encoder 'bytes' has width = {self.width} over heads = "
+                              f"{self.heads}; choose a multiple.")
+        embed = partial(nn.Embed, features=self.width, embedding_init=nn.initializers.normal(1.0))
+        x = embed(384, name="bytes")(ids)
+        for n in self.ngrams:
+            x = x + embed(self.buckets, name=f"ngrams_{n}")(ngram_hashes(ids, n) % self.buckets)
+        word = jnp.minimum(word_index(ids), self.words - 1)
+        member = jax.nn.one_hot(word, self.words, axis=1) * mask[:, None]    # b w l
+        count = member.sum(-1)
+        x = jnp.einsum("bwl,bld->bwd", member, x) / jnp.maximum(count, 1.0)[..., None]
+        mask = count > 0
+        x = LayerNorm(name="norm_in")(x)
         x = x + self.param("position_table", nn.initializers.normal(0.02),
-                           (x.shape[1], self.width), jnp.float32)
+                           (self.words, self.width), jnp.float32)
         for i in range(self.depth):
             x = x + SelfAttention(self.heads, name=f"attention_{i}")(
                 LayerNorm(name=f"norm_a{i}")(x), mask)
             x = x + MLP(4 * self.width, name=f"mlp_{i}")(LayerNorm(name=f"norm_b{i}")(x))
         return LayerNorm(name="norm")(x), mask
+
+
+def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:
+    """A hash of the n ids that end at each place, nothing before the first; not negative."""
+    h = jnp.zeros(ids.shape, jnp.uint32)
+    for back in range(n):
+        earlier = jnp.pad(ids, ((0, 0), (back, 0)))[:, :ids.shape[1]]
+        h = h * np.uint32(1_000_003) + earlier.astype(jnp.uint32)
+    return ((h ^ (h >> 15)) >> 1).astype(jnp.int32)
+
+
+def word_index(ids: Int[Array, "b l"], longest: int = 12) -> Int[Array, "b l"]:
+    """Which word each byte belongs to. A space ends its word, and so do `longest` bytes, or a
+    sentence without spaces would be one word."""
+    place = jnp.arange(ids.shape[1])
+    ends = jnp.pad(ids == SPACE, ((0, 0), (1, 0)))[:, :-1]         # the byte before
+    start = jax.lax.cummax(jnp.where(ends, place, 0), axis=1)
+    starts = (place - start) % longest == 0
+    return jnp.cumsum(starts, axis=1) - 1
 
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {"bytes": ByteEncoder}

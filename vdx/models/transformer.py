@@ -15,7 +15,7 @@ from einops import rearrange
 
 from vdx.build import ConfigError, lookup
 from vdx.models.attention import CrossAttention
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, dct_basis, layer_norm, rope_table
+from vdx.models.layers import MLP, EmbedMLP, LayerNorm, dct_basis, layer_norm, place_table, rope_table
 from vdx.models.mixers import MIXERS, PATTERNS, MixContext
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
@@ -100,7 +100,8 @@ class Transformer(nn.Module):
     patch: frames, rows and columns of one token; the grid must divide by it.
     pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth.
     rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
-    a small one. time_scale: multiplies the time that is embedded; below 1 neighbouring noise
+    a small one. absolute: tokens are also told their place in the clip, so that attention can
+    average places (where is the object?), which rotary positions alone learn much later. time_scale: multiplies the time that is embedded; below 1 neighbouring noise
     levels share what they learn, which a short training needs. remat: a row of REMAT. dtype:
     compute type of the matrix products.
     """
@@ -115,6 +116,7 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     rope_theta: float = 10_000.0
+    absolute: bool = False
     time_scale: float = 1.0
     remat: str = "none"
     dtype: str = "float32"
@@ -154,6 +156,8 @@ class Transformer(nn.Module):
         x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
         # Patches start as their lowest frequencies, and are drawn from them again at the end.
         x = nn.Dense(width, name="patch", dtype=dtype, kernel_init=low_frequencies(self.patch))(x)
+        if self.absolute:
+            x = x + place_table(grid, width)
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")

@@ -28,6 +28,8 @@ class Log:
         self.path = workdir / "metrics.jsonl"
         self.began = time.monotonic() - last_seconds(self.path, start)
         self.file = self.path.open("a")
+        if self.file.tell():
+            self.file.write("\n")      # a killed run may have left half a line
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
 
     def row(self, step: int, scalars: Mapping[str, float]) -> None:

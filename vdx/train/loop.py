@@ -129,7 +129,7 @@ def train(experiment, workdir: Path, mesh, on_sample) -> Run:
 def start_or_resume(experiment, workdir: Path, mesh, batches: Batches):
     """(state, shardings, step, checkpoints): step 0, or exactly where the workdir left off."""
     abstract = jax.eval_shape(experiment.init)
-    shardings = state_shardings(mesh, experiment.tx, abstract)
+    shardings = state_shardings(mesh, abstract)
     checkpoints = Checkpoints(workdir, experiment.training.keep)
     if checkpoints.latest() is None:
         return jax.jit(experiment.init, out_shardings=shardings)(), shardings, 0, checkpoints

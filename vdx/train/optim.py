@@ -1,10 +1,11 @@
-"""Optimizers: AdamW with schedule, clipping, a decay mask and gradient accumulation."""
+"""Optimizers: AdamW and Muon with schedule, clipping, a decay mask and gradient accumulation."""
 
 import dataclasses
 import re
 
 import jax
 import optax
+import optax.contrib
 
 from vdx.build import lookup
 from vdx.parallel import path_str
@@ -21,10 +22,36 @@ SCHEDULES = {
 NO_DECAY = re.compile(r"(bias|scale|table|null|embedding)$")
 
 
+# The matrices of the scanned blocks [depth, in, out]: what Muon orthogonalises.
+BLOCK_MATRIX = re.compile(r"network/layers/.*kernel$")
+
+
+def _adamw(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransformation:
+    """Loshchilov & Hutter 2019."""
+    return optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decays)
+
+
+def _muon(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransformation:
+    """Jordan et al. 2024 for the matrices of the blocks, at the update size of AdamW (Liu et al.
+    2025, "Muon is scalable"), so that one learning rate serves both; AdamW for the rest."""
+    def matrices(params: Params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+            if BLOCK_MATRIX.search(path_str(path)) else None, params)
+
+    return optax.contrib.muon(
+        rate, consistent_rms=0.2, weight_decay=o.weight_decay, weight_decay_mask=decays,
+        adam_b1=o.b1, adam_b2=o.b2, muon_weight_dimension_numbers=matrices)
+
+
+METHODS = {"adamw": _adamw, "muon": _muon}
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019): linear warm-up over `warmup` steps, then `schedule`."""
+    """A row of METHODS after clipping: linear warm-up over `warmup` steps, then `schedule`."""
 
+    method: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup: int = 100
@@ -47,7 +74,6 @@ class Optimizer:
             return jax.tree_util.tree_map_with_path(
                 lambda path, _: NO_DECAY.search(path_str(path)) is None, params)
 
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(self.rate(steps), b1=self.b1, b2=self.b2, eps=self.eps,
-                        weight_decay=self.weight_decay, mask=decays))
+        method = lookup(self.method, METHODS, "config.optim.method")
+        return optax.chain(optax.clip_by_global_norm(self.clip),
+                           method(self, self.rate(steps), decays))

@@ -32,9 +32,9 @@ def init_state(model: Denoiser, tx: optax.GradientTransformation, seed: int) -> 
                       ema=params, key=key)
 
 
-def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """Where every leaf of a (possibly abstract) state lies."""
     params = param_shardings(mesh, state.params)
     one = replicated(mesh)
     return TrainState(step=one, params=params, ema=params, key=one,
-                      opt_state=opt_shardings(mesh, tx, state.opt_state, params))
+                      opt_state=opt_shardings(mesh, state.opt_state, params))
