@@ -5,7 +5,6 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-
 from test_run import MICRO
 
 ROOT = Path(__file__).parents[1]

@@ -26,11 +26,13 @@ def test_figures(workdir, capsys):
               f"training {rows[-1]['seconds']:.0f} s, waiting for data {wait:.1%}")
     assert result["prompts"] == 128
     assert result["true_renders"]["all"] >= 0.99
-    assert result["scores"]["colour"] >= 0.9 > 3 * result["chance"]["colour"]
+    assert result["scores"]["all"] >= 0.8 > 4 * result["chance"]["all"]
+    assert wait < 0.05
+    assert rows[-1]["seconds"] < 600
 
 
 def test_captions_help(workdir):
     """The held-out loss with captions is below the loss without them, and falls in training."""
     rows = [r for r in read_rows(workdir / "metrics.jsonl") if "heldout/loss" in r]
-    assert rows[-1]["heldout/loss"] < 0.95 * rows[-1]["heldout/loss_null"]
+    assert rows[-1]["heldout/loss"] < 0.9 * rows[-1]["heldout/loss_null"]
     assert rows[-1]["heldout/loss"] < rows[0]["heldout/loss"]

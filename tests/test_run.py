@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from vdx.config import resolve
 from vdx.experiment import load, open_ema
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 MICRO = [
     "--config.train.steps=6", "--config.train.log_every=2", "--config.train.eval_every=3",
     "--config.train.sample_every=6", "--config.train.save_every=2", "--config.train.eval_clips=8",
-    "--config.data.loader.global_batch=8", "--config.data.clip.num_frames=(8,)", "--config.judge.prompts=4",
+    "--config.data.loader.global_batch=8", "--config.data.clip.num_frames=(8,)",
+    "--config.judge.prompts=4",
     "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2", "--config.sample.steps=3",
     "--config.train.wall=('a red circle moves right', 'a blue square turns')",
@@ -77,6 +79,8 @@ def test_a_run_leaves_what_it_promises(workdir):
     result = read_json(workdir / "eval.json")
     assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
     assert result["true_renders"]["all"] == 1.0
+    with Image.open(workdir / "eval" / "wall.webp") as wall:
+        assert wall.size == (6 * 160, 160) and wall.n_frames == 8
     assert len(list((workdir / "samples" / "00000006").glob("*.mp4"))) == 2
     page = (workdir / "report.html").read_text()
     assert "a red circle moves right" in page and "samples/00000006/000.mp4" in page

@@ -1,7 +1,8 @@
 """Judge: python -m vdx.evaluate --workdir=runs/tiny
 
 Prompt following: clips are drawn for held-out prompts, whose combinations of attributes never
-occurred in training, and read back from pixels. Writes `eval.json`, `eval/*.mp4` and the report.
+occurred in training, and read back from pixels. Writes `eval.json`, `eval/*.mp4`, the first
+twelve of them as one picture `eval/wall.webp`, and the report.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from vdx.data.scenes import Scenes
 from vdx.experiment import Experiment, load, open_ema
 from vdx.files import write_json
 from vdx.generate.video_io import to_uint8
-from vdx.generate.wall import write_clips
+from vdx.generate.wall import write_clips, write_sheet
 from vdx.metrics.prompt_following import ATTRIBUTES, score
 from vdx.metrics.report import write_report
 from vdx.types import Params
@@ -49,6 +50,7 @@ def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> d
               "true_renders": true["accuracy"], "confusion": confusion(truth, drawn["readings"])}
     if jax.process_index() == 0:
         rows = write_clips(workdir / "eval", videos, fps, rows)
+        write_sheet(workdir / "eval" / "wall.webp", videos[:12], prompts[:12], fps)
         result["examples"] = [{**row, "file": f"eval/{row['file']}"} for row in rows]
         write_json(workdir / "eval.json", result)
     return result

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 import vdx
 from vdx.config import is_override, resolve
 from vdx.evaluate import judge
-from vdx.experiment import Experiment, measured
+from vdx.experiment import Experiment, Spec, measured
 from vdx.files import write_json
 from vdx.generate.wall import draw_wall
 from vdx.metrics.report import write_report
@@ -34,7 +34,7 @@ def main(argv):
     run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir))
 
 
-def run(config: dict, workdir: Path) -> None:
+def run(config: Spec, workdir: Path) -> None:
     """Everything that the command does, from a resolved config."""
     config = measured(config)
     experiment = Experiment(config)

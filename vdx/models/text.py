@@ -81,7 +81,7 @@ def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:
     for back in range(n):
         earlier = jnp.pad(ids, ((0, 0), (back, 0)))[:, :ids.shape[1]]
         h = h * np.uint32(1_000_003) + earlier.astype(jnp.uint32)
-    return ((h ^ (h >> 15)) >> 1).astype(jnp.int32)
+    return ((h ^ (h >> 15)) & np.uint32(0x7FFFFFFF)).astype(jnp.int32)
 
 
 def word_index(ids: Int[Array, "b l"], longest: int = 12) -> Int[Array, "b l"]:

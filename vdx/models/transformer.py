@@ -15,7 +15,15 @@ from einops import rearrange
 
 from vdx.build import ConfigError, lookup
 from vdx.models.attention import CrossAttention
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, dct_basis, layer_norm, place_table, rope_table
+from vdx.models.layers import (
+    MLP,
+    EmbedMLP,
+    LayerNorm,
+    dct_basis,
+    layer_norm,
+    place_table,
+    rope_table,
+)
 from vdx.models.mixers import MIXERS, PATTERNS, MixContext
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
@@ -101,9 +109,10 @@ class Transformer(nn.Module):
     pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth.
     rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
     a small one. absolute: tokens are also told their place in the clip, so that attention can
-    average places (where is the object?), which rotary positions alone learn much later. time_scale: multiplies the time that is embedded; below 1 neighbouring noise
-    levels share what they learn, which a short training needs. remat: a row of REMAT. dtype:
-    compute type of the matrix products.
+    average places (where is the object?), which rotary positions alone learn much later.
+    time_scale: multiplies the time that is embedded; below 1 neighbouring noise levels share
+    what they learn, which a short training needs. remat: a row of REMAT. dtype: compute type of
+    the matrix products.
     """
 
     channels: int = 3

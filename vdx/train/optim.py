@@ -33,15 +33,17 @@ def _adamw(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransf
 
 def _muon(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransformation:
     """Jordan et al. 2024 for the matrices of the blocks, at the update size of AdamW (Liu et al.
-    2025, "Muon is scalable"), so that one learning rate serves both; AdamW for the rest."""
+    2025, "Muon is scalable"), so that one learning rate serves both; AdamW with Nesterov's
+    momentum for the rest."""
     def matrices(params: Params):
         return jax.tree_util.tree_map_with_path(
             lambda path, x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
             if BLOCK_MATRIX.search(path_str(path)) else None, params)
 
     return optax.contrib.muon(
-        rate, consistent_rms=0.2, weight_decay=o.weight_decay, weight_decay_mask=decays,
-        adam_b1=o.b1, adam_b2=o.b2, muon_weight_dimension_numbers=matrices)
+        rate, consistent_rms=0.2, eps=o.eps, weight_decay=o.weight_decay,
+        weight_decay_mask=decays, adam_b1=o.b1, adam_b2=o.b2,
+        muon_weight_dimension_numbers=matrices)
 
 
 METHODS = {"adamw": _adamw, "muon": _muon}
