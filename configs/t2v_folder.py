@@ -4,7 +4,9 @@
         --workdir=runs/folder
 
 FOLDER holds videos and `metadata.jsonl` with rows {"file_name": ..., "caption": ...}, or videos
-with a .txt of the same name beside each.
+with a .txt of the same name beside each. 8 frames of 32x32; 2 CPU cores, about 15 minutes. On 266
+captioned emoji animations the loss at fixed noise on captions it saw ends a third below the loss
+without captions. With so few clips it learns them by heart: captions it never saw gain nothing.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +40,7 @@ def get_config() -> ConfigDict:
         "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
         "mesh": {"data": -1},
         "train": {
-            "steps": 3000, "ema": 0.998, "eval_every": 500, "sample_every": 500,
+            "steps": 2500, "ema": 0.998, "eval_every": 500, "sample_every": 500,
             "save_every": 500,
             "wall": (),
         },

@@ -25,8 +25,8 @@ def get_config(variant: str = "") -> ConfigDict:
                 "max_objects": 1,
             },
             "heldout": {"split": "heldout"},
-            # Every fourth batch is longer; the first length and rate are the usual ones.
-            "clip": {"num_frames": (8, 8, 8, 16), "fps": (8.0, 4.0)},
+            # Every sixth batch is longer; the first length and rate are the usual ones.
+            "clip": {"num_frames": (8, 8, 8, 8, 8, 16), "fps": (8.0, 4.0)},
             "height": 32,
             "width": 32,
             "loader": {"global_batch": 24},
@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
         "mesh": {"data": -1},
         "train": {
-            "steps": 1800, "ema": 0.998, "eval_every": 500, "sample_every": 500,
+            "steps": 1500, "ema": 0.998, "eval_every": 500, "sample_every": 500,
             "save_every": 500, "log_every": 50,
             "wall": ("a red circle moves right", "a blue square moves up",
                      "a green triangle moves left", "a yellow cross grows",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vdx.config import resolve
+from vdx.data.cache import latent_features, write_records
 from vdx.experiment import load, open_ema
 from vdx.files import read_json, read_rows
 from vdx.main import run
@@ -75,7 +76,11 @@ def test_a_run_leaves_what_it_promises(workdir):
     assert all(np.isfinite(r["train/loss"]) and 0 <= r["speed/data_wait"] <= 1
                for r in rows if "train/loss" in r)
     assert [r["step"] for r in rows if "heldout/loss" in r] == [3, 6]
-    assert read_json(workdir / "config.json")["train"]["steps"] == 6
+    made = read_json(workdir / "config.json")
+    assert made["train"]["steps"] == 6
+    source = load(workdir).source()         # the mean of the pixels was measured, not given
+    renders = np.stack([source[i].read(np.arange(8) / 8) for i in range(200)])
+    assert abs(made["data"]["mean"] - (renders.mean() / 127.5 - 1)) < 0.05
     result = read_json(workdir / "eval.json")
     assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
     assert result["true_renders"]["all"] == 1.0
@@ -186,3 +191,22 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
                "--config.mesh.fsdp=8", "--config.train.sample_every=0", "--config.judge.prompts=0",
                "--config.train.save_every=0"), tmp_path / "once")
     assert len(made) == 1
+
+
+def test_the_base_config_trains_from_cached_latents_and_resumes(tmp_path):
+    """configs/t2v_base.py, shrunk by `:smoke`, on eight devices, through the whole entrypoint."""
+    rng = np.random.default_rng(0)
+    meta = {"latents": [4, 8, 8, 4], "text": [6, 32]}
+    rows = [{"latents": rng.normal(size=(4, 8, 8, 4)).astype(np.float16),
+             "text": rng.normal(size=(1 + i % 6, 32)).astype(np.float32), "caption": f"clip {i}",
+             "fps": 8.0, "num_frames": 4, "key": f"clip {i}"} for i in range(24)]
+    write_records(tmp_path / "data", {"train": rows[:16], "heldout": rows[16:]},
+                  latent_features((4, 8, 8, 4), 32), metadata=meta)
+    base = resolve(str(ROOT / "configs" / "t2v_base.py:smoke"),
+                   [f"--config.data.path={tmp_path / 'data'}"])
+    run(base, tmp_path / "run")
+    run({**base, "train": {**base["train"], "steps": 4}}, tmp_path / "run")
+    logged = read_rows(tmp_path / "run" / "metrics.jsonl")
+    losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
+    assert sorted(losses) == [1, 2, 3, 4] and np.isfinite(list(losses.values())).all()
+    assert (tmp_path / "run" / "report.html").exists()

@@ -49,9 +49,11 @@ def write_sheet(path: Path, videos: np.ndarray, prompts: Sequence[str], fps: flo
 
 def draw_wall(generator: Generator, params: Params, prompts: Sequence[str], folder: Path, *,
               num_frames: int, fps: float) -> None:
-    """Clip i of the wall has prompt i and seed i. Every process draws, the first one writes."""
+    """Clip i of the wall has prompt i and seed i. Every process draws, the first one writes the
+    clips and all of them as one picture, `wall.webp`."""
     seeds = list(range(len(prompts)))
     videos = to_uint8(generator(params, prompts, seeds, num_frames=num_frames, fps=fps))
     if jax.process_index() == 0:
         rows = [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
+        write_sheet(folder / "wall.webp", videos, prompts, fps, columns=4)
         write_json(folder / "samples.json", write_clips(folder, videos, fps, rows))
