@@ -65,9 +65,10 @@ def test_same_index_same_bytes_other_index_other_clip():
 def test_known_clip_does_not_change():
     """A changed generator would silently change every held-out prompt and reported number."""
     scene = Scenes(seed=0, split="heldout").scene(0)
-    assert scene.caption == ("a cyan square climbs slowly and a purple ring gets bigger "
-                             "on checks, blurry edges")
-    assert (scene.objects[0].x, scene.objects[1].y) == pytest.approx((0.2769150, 0.6416339))
+    assert scene.caption == ("a cyan square floating upwards and a purple ring gently "
+                             "getting bigger on a checkered background, soft edges")
+    assert (scene.objects[0].x, scene.objects[1].y) == pytest.approx(
+        (0.8674534, 0.6649842))
 
 
 def test_record_reads_any_instant_and_travels_to_a_worker():

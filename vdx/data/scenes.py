@@ -34,6 +34,7 @@ VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*VELOCITIES, "grow", "shrink", "turn", "bounce")
 STYLES = ("flat", "outlined", "soft")
 SIZES = {"small": 0.15, "large": 0.25}     # radius
+SHARED = 0.7                               # of the radius where two objects share the frame
 SPEEDS = {"slow": 0.12, "fast": 0.2}       # widths per second
 CAMERAS = {"static": 0.0, "pan left": 0.1, "pan right": -0.1}  # how fast the world goes right
 # Two tones and the pattern that mixes them; tones stay dark so that every object stands out.
@@ -266,13 +267,13 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
-           rng: np.random.Generator) -> Object:
+           scale: float, rng: np.random.Generator) -> Object:
     """An object of that colour, shape and motion, wholly in the frame for STAY seconds."""
     colour, shape, motion = words
     size = sizes[int(rng.random() * len(sizes))]
     # Speeds add up under a moving camera: a fast object would leave the frame.
     speed = "fast" if rng.random() < 0.5 and camera == "static" else "slow"
-    radius, rate = SIZES[size] * (SHRINK_FROM if motion == "shrink" else 1.0), SPEEDS[speed]
+    radius, rate = SIZES[size] * scale * (SHRINK_FROM if motion == "shrink" else 1.0), SPEEDS[speed]
     largest = radius * (math.exp(GROWTH * rate * STAY) if motion == "grow" else 1.0)
     margin = REACH * largest
     vx, vy = VELOCITIES.get(motion, (0, 0))
@@ -365,7 +366,8 @@ class Scenes:
             others = [t for t in triples if t[0] != words[0][0]]
             words.append(others[int(rng.random() * len(others))])
         # Of a few arrangements of two objects the one with the most room between them.
-        tries = [[_place(w, camera, self.sizes, rng) for w in words]
+        scale = SHARED if words[1:] else 1.0
+        tries = [[_place(w, camera, self.sizes, scale, rng) for w in words]
                  for _ in range(8 if words[1:] else 1)]
         objects = max(tries, key=_gap)
         bare = Scene(tuple(objects), place, camera, style)
