@@ -168,7 +168,7 @@ class Experiment:
                   size: tuple[int, int] | None = None) -> Generator:
         height, width = size or (self.data.height, self.data.width)
         return Generator(self.model, self.process, sampling or self.sampling,
-                         (height, width, self.model.channels), self.data.mean or 0.0)
+                         (height, width, self.model.channels), self.objective.mean)
 
     def clip_default(self) -> tuple[int, float]:
         """(frames, frames per second) of a clip when nobody says otherwise: the first length

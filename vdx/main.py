@@ -4,11 +4,27 @@ The same command resumes an interrupted run. At the end the workdir holds checkp
 `eval.json` where the data's truth is known, and `report.html`, the page to open.
 """
 
-import datetime
+# ruff: noqa: E402
 import os
+import sys
+
+
+def use_huge_pages() -> None:
+    """Starts this command again with glibc's memory in huge pages that it keeps, which only its
+    start can ask for: on a CPU a quarter of a training step goes into page faults."""
+    if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
+        os.environ["GLIBC_TUNABLES"] = (
+            "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
+            "glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=500000000")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+if __name__ == "__main__":
+    use_huge_pages()      # before the imports, which take seconds
+
+import datetime
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -85,18 +101,7 @@ def run_facts(experiment: Experiment, mesh) -> dict:
     }
 
 
-def use_huge_pages() -> None:
-    """Starts this command again with glibc's memory in huge pages that it keeps, which only its
-    start can ask for: on a CPU a quarter of a training step goes into page faults."""
-    if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
-        os.environ["GLIBC_TUNABLES"] = (
-            "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
-            "glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=500000000")
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == "__main__":
-    use_huge_pages()
     flags.DEFINE_string("config", None, "The experiment, e.g. configs/t2v_tiny.py. Any value in "
                         "it can be set: --config.train.steps=100", required=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.",

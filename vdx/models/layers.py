@@ -115,23 +115,34 @@ def dct_basis(patch: tuple[int, int, int], channels: int, width: int) -> np.ndar
     return out
 
 
+def _over_axes(grid: tuple[int, int, int], width: int,
+               rows: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """[t h w f], float64: rows(entries, features) of each axis, laid along it, side by side.
+
+    The features are divided between the axes as in Wan: 2 * (width // 6) each for h and w, the
+    rest for t.
+    """
+    space, tables = 2 * (width // 6), []
+    for axis, features in enumerate((width - 2 * space, space, space)):
+        table = rows(grid[axis], features)
+        shape = [1, 1, 1, table.shape[-1]]
+        shape[axis] = grid[axis]
+        tables.append(np.broadcast_to(table.reshape(shape), (*grid, table.shape[-1])))
+    return np.concatenate(tables, -1)
+
+
 def place_table(grid: tuple[int, int, int], width: int) -> np.ndarray:
     """Cosines and sines [t h w width] of each token's place, relative to the size of the grid.
 
-    Width is divided between the axes as in `rope_table`; the frequencies of an axis of n tokens
-    run geometrically from half a period to n/4 periods over the whole axis.
+    The frequencies of an axis of n tokens run geometrically from half a period to n/4 periods
+    over the whole axis.
     """
-    space = 2 * (width // 6)
-    tables = []
-    for axis, features in zip(range(3), (width - 2 * space, space, space), strict=True):
-        n, half = grid[axis], features // 2
-        freqs = np.pi * np.geomspace(1.0, max(n / 2, 1.0), half)
+    def rows(n: int, features: int) -> np.ndarray:
+        freqs = np.pi * np.geomspace(1.0, max(n / 2, 1.0), features // 2)
         angles = (np.arange(n)[:, None] + 0.5) / n * freqs
-        table = np.concatenate([np.cos(angles), np.sin(angles)], -1)
-        shape = [1, 1, 1, 2 * half]
-        shape[axis] = n
-        tables.append(np.broadcast_to(table.reshape(shape), (*grid, 2 * half)))
-    out = np.concatenate(tables, -1)
+        return np.concatenate([np.cos(angles), np.sin(angles)], -1)
+
+    out = _over_axes(grid, width, rows)
     return np.pad(out, [(0, 0)] * 3 + [(0, width - out.shape[-1])]).astype(np.float32)
 
 
@@ -139,21 +150,17 @@ def rope_table(grid: tuple[int, int, int], head_width: int,
                theta: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [t h w 1 head_width/2] of 3D rotary positions (Su et al. 2021).
 
-    The head's channel pairs are divided between the axes as in Wan: 2 * (head_width // 6)
-    channels each for h and w, the rest for t. Angles are built in float64.
+    Angles are built in float64.
     """
     if head_width % 2:
         raise ValueError(f"Rotary positions need an even head width, not {head_width}.")
-    space = 2 * (head_width // 6)
-    angles = []
-    for axis, width in zip(range(3), (head_width - 2 * space, space, space), strict=True):
-        freqs = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-        shape = [1, 1, 1, len(freqs)]
-        shape[axis] = grid[axis]
-        table = (np.arange(grid[axis])[:, None] * freqs).reshape(shape)
-        angles.append(np.broadcast_to(table, (*grid, len(freqs))))
-    full = np.concatenate(angles, -1)[..., None, :]
-    return np.cos(full).astype(np.float32), np.sin(full).astype(np.float32)
+
+    def rows(n: int, features: int) -> np.ndarray:
+        return np.arange(n)[:, None] * theta ** (-np.arange(0, features, 2, dtype=np.float64)
+                                                 / features)
+
+    angles = _over_axes(grid, head_width, rows)[..., None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def apply_rope(x: Float[Array, "b t h w n d"], rope) -> Array:

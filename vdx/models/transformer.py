@@ -166,7 +166,7 @@ class Transformer(nn.Module):
         # Patches start as their lowest frequencies, and are drawn from them again at the end.
         x = nn.Dense(width, name="patch", dtype=dtype, kernel_init=low_frequencies(self.patch))(x)
         if self.absolute:
-            x = x + place_table(grid, width)
+            x = x + jnp.asarray(place_table(grid, width), x.dtype)
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
