@@ -4,9 +4,9 @@
         --workdir=runs/folder
 
 FOLDER holds videos and `metadata.jsonl` with rows {"file_name": ..., "caption": ...}, or videos
-with a .txt of the same name beside each. 8 frames of 32x32; 2 CPU cores, about 17 minutes. On 266
+with a .txt of the same name beside each. 8 frames of 32x32; 2 CPU cores, about 15 minutes. On 266
 captioned emoji animations the loss at fixed noise on captions it saw ends a third below the loss
-without captions. With so few clips it learns them by heart: captions it never saw gain nothing.
+without captions. So few clips are learned by heart: a caption it never saw does harm.
 """
 
 from ml_collections import ConfigDict
