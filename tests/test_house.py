@@ -12,6 +12,7 @@ LEVELS = [
     {"main", "sample", "evaluate"},
     {"experiment"},
     {"train", "metrics", "generate"},
+    {"interop"},
     {"models", "diffusion", "data"},
     {"parallel"},
     {"config", "build", "files", "types"},

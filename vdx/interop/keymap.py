@@ -1,0 +1,172 @@
+"""Public weights and ours, key by key: tables of rows that are read in both directions.
+
+A row says `Row("blocks.{i}.attn1.to_q.weight", "layers/block_0/full/q/kernel[{i}]", LINEAR)`.
+Names in braces stand for numbers and appear on both sides; `[{i}]` is a place along the first
+axis of a stacked parameter, as `nn.scan` over layers keeps them. Every key of a file must be
+consumed once and every parameter filled once, or one error lists all that is wrong.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vdx.types import Params
+
+__all__ = ["CONV", "KEEP", "LINEAR", "Layout", "Place", "Row", "WeightsError", "assign", "export",
+           "gather", "patches"]
+
+
+class WeightsError(ValueError):
+    """Weights that are not those of this model; the message lists every key that disagrees."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one array is laid out there and here: `ours(theirs(x)) == x`, without a copy."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
+
+
+KEEP = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(np.transpose, np.transpose)                  # torch [out in] -> [in out]
+CONV = Layout(lambda x: np.moveaxis(x, (0, 1), (-1, -2)),    # torch [out in *k] -> [*k in out]
+              lambda x: np.moveaxis(x, (-1, -2), (0, 1)))
+
+
+def patches(patch: Sequence[int]) -> Layout:
+    """A convolution whose stride is its size, torch [out in *patch], as our dense layer over
+    flattened patches [(*patch in) out]."""
+    return Layout(lambda x: CONV.ours(x).reshape(-1, len(x)),
+                  lambda x: CONV.theirs(x.reshape(*patch, -1, x.shape[-1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """source: a key of the file. path: of our parameter, None where the key is not used."""
+
+    source: str
+    path: str | None
+    layout: Layout = KEEP
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a key of a file goes: a parameter's path, and the index in it if it is stacked."""
+
+    path: str
+    index: int | None
+    layout: Layout
+
+
+def _pattern(template: str) -> re.Pattern:
+    parts = re.split(r"\{(\w+)\}", template)
+    return re.compile("".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p)
+                              for i, p in enumerate(parts)))
+
+
+def _place(path: str, layout: Layout) -> Place:
+    name, _, index = path.removesuffix("]").partition("[")
+    return Place(name, int(index) if index else None, layout)
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """{"a/b/kernel": leaf} of a tree of parameters."""
+    return flatten_dict(params, sep="/")
+
+
+def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, Place]:
+    """key -> Place for every key that is used; `like` is our (abstract) tree of parameters.
+
+    Raises WeightsError that lists keys without a row, parameters filled by no key or by
+    several, and places outside a stack.
+    """
+    patterns = [(row, _pattern(row.source)) for row in rows]
+    leaves, found, problems = flat(like), {}, []
+    filled: dict[tuple[str, int | None], str] = {}
+    for key in keys:
+        row, match = next(((row, m) for row, p in patterns if (m := p.fullmatch(key))),
+                          (None, None))
+        if row is None or match is None:
+            problems.append(f"{key}: no such parameter in this model")
+            continue
+        if row.path is None:
+            continue
+        place = _place(row.path.format(**match.groupdict()), row.layout)
+        slot = place.path, place.index
+        if place.path not in leaves:
+            problems.append(f"{key}: this model has no {place.path}")
+        elif place.index is not None and place.index >= leaves[place.path].shape[0]:
+            problems.append(f"{key}: {place.path} has {leaves[place.path].shape[0]} layers")
+        elif slot in filled:
+            problems.append(f"{key}: {place.path} is already filled by {filled[slot]}")
+        else:
+            found[key], filled[slot] = place, key
+    whole = {path for path, index in filled if index is None}
+    for path, leaf in leaves.items():
+        holes = [] if path in whole else \
+            [i for i in range(leaf.shape[0]) if (path, i) not in filled] if leaf.shape else [0]
+        if holes and (path, 0) not in filled and len(holes) == (leaf.shape or (1,))[0]:
+            problems.append(f"{path} {leaf.shape}: not in the file")
+        elif holes:
+            problems.append(f"{path}: layers {holes} are not in the file")
+    if problems:
+        raise WeightsError(_list("These weights do not fit this model:", problems))
+    return found
+
+
+def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
+           rows: Sequence[Row]) -> Params:
+    """Our parameters (numpy, of the dtypes of `like`) from `read(key) -> array`.
+
+    Raises WeightsError as `assign` does, and for shapes that differ.
+    """
+    leaves = flat(like)
+    out: dict[str, np.ndarray] = {}
+    problems = []
+    for key, place in assign(keys, like, rows).items():
+        leaf, value = leaves[place.path], place.layout.ours(read(key))
+        shape = leaf.shape if place.index is None else leaf.shape[1:]
+        if value.shape != shape:
+            problems.append(f"{key}: is {value.shape} for {place.path} {shape}")
+        elif place.index is None:
+            out[place.path] = np.asarray(value, leaf.dtype)
+        else:
+            out.setdefault(place.path, np.empty(leaf.shape, leaf.dtype))[place.index] = value
+    if problems:
+        raise WeightsError(_list("These weights do not fit this model:", problems))
+    return unflatten_dict(out, sep="/")
+
+
+def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, array) of the file's layout for every parameter, one at a time.
+
+    The first row that leads to a place names it. Raises WeightsError that lists parameters
+    without a row.
+    """
+    by_path = [(row, _pattern(row.path)) for row in rows if row.path is not None]
+    problems = []
+    for path, leaf in flat(params).items():
+        single = next(((r, m) for r, p in by_path if (m := p.fullmatch(path))), None)
+        if single:
+            row, match = single
+            yield row.source.format(**match.groupdict()), row.layout.theirs(np.asarray(leaf))
+            continue
+        if not any(p.fullmatch(f"{path}[0]") for _, p in by_path):
+            problems.append(f"{path}: no row of the table")
+            continue
+        for index in range(leaf.shape[0]):
+            row, match = next((r, m) for r, p in by_path if (m := p.fullmatch(f"{path}[{index}]")))
+            yield (row.source.format(**match.groupdict()),
+                   row.layout.theirs(np.asarray(leaf[index])))
+    if problems:
+        raise WeightsError(_list("Parameters that this layout cannot say:", problems))
+
+
+def _list(head: str, problems: Sequence[str], most: int = 40) -> str:
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n  ".join([head, *problems[:most], *more])
