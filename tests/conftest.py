@@ -1,11 +1,16 @@
 """Eight simulated devices for the whole suite; set before anything imports jax."""
 
 import os
+import tempfile
 
 COUNT = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that several tests or their commands need are compiled once in a session.
+COMPILED = tempfile.TemporaryDirectory(prefix="vdx-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -199,7 +199,9 @@ class Trainer:
         while self.step < t.steps:
             self.take_step()
             stopping = stop.requested()
-            if stopping or self.due(t.eval_every, t.save_every, t.sample_every):
+            pause = stopping or self.step == t.steps or self.due(
+                t.eval_every, t.save_every, t.sample_every)
+            if pause and len(self.bad) < t.bad_in_row:
                 self.settle()
             if len(self.bad) >= t.bad_in_row:
                 self.roll_back()
@@ -236,8 +238,6 @@ class Trainer:
         keys = [str(k) for k in batch.get("key", ())]
         self.flying = Flying(self.step, self.batches.position - 1, keys, metrics)
         self.log.bar.update()
-        if self.step == self.t.steps:
-            self.settle()
 
     def settle(self) -> None:
         """Takes note of the step in flight."""
