@@ -45,7 +45,7 @@ from vdx.generate.wall import draw_wall
 from vdx.metrics.report import write_report
 from vdx.train.checkpoint import CheckpointError
 from vdx.train.loop import BadNumbers, Run, train
-from vdx.train.survive import STUCK, Stop, WorkdirInUse, own
+from vdx.train.survive import STUCK, Stop, WorkdirInUse, leave, own, peers
 
 FLAGS = flags.FLAGS
 
@@ -58,7 +58,7 @@ def main(argv):
                                    heartbeat_timeout_seconds=FLAGS.heartbeat)
     elif FLAGS.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
-    with explained(), Stop() as stop:
+    with explained(), peers(), Stop() as stop:
         run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), stop)
 
 
@@ -69,8 +69,7 @@ def explained():
         yield
     except (ConfigError, DataError, CheckpointError, BadNumbers, WorkdirInUse, OSError) as error:
         code = STUCK if isinstance(error, WorkerDied) else 1
-        print("\n".join(["", f"vdx: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        raise SystemExit(code) from None
+        leave(code, "\n".join([str(error), *getattr(error, "__notes__", [])]))
 
 
 def run(config: Spec, workdir: Path, stop: Stop) -> None:

@@ -8,6 +8,7 @@ Orbax reads a file with a flipped bit as other values, without an error. Here a 
 not verify is named, moved to `<workdir>/damaged`, and the next older one takes its place.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,8 +120,11 @@ class Checkpoints:
         """Waits for the last save; raises CheckpointError if it did not succeed."""
         try:
             self.wait()
-        finally:
-            self.manager.close()
+        except CheckpointError:
+            with contextlib.suppress(Exception):     # the same error once more
+                self.manager.close()
+            raise
+        self.manager.close()
 
     def delete_after(self, step: int) -> None:
         """Removes the steps beyond `step`, which a run that goes back there will make again."""

@@ -16,7 +16,7 @@ from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
 from vdx.train.log import Log
 from vdx.train.state import TrainState, state_shardings
 from vdx.train.step import make_eval_step, make_train_step
-from vdx.train.survive import Preempted, Stop, Watchdog
+from vdx.train.survive import Preempted, Stop, Watchdog, peers
 
 
 class BadNumbers(ValueError):
@@ -111,7 +111,8 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
     batches = experiment.batches(workdir=workdir)
     try:
         with Checkpoints(workdir, t.keep, t.keep_every, t.best) as checkpoints, \
-                Watchdog(t.stuck_after, (batches.kill, checkpoints.wait)) as watchdog:
+                Watchdog(t.stuck_after, (batches.kill, checkpoints.wait)) as watchdog, \
+                peers(batches.kill):
             trainer = Trainer(experiment, workdir, mesh, batches, checkpoints, watchdog)
             if jax.process_index() == 0:     # not before: what is there may not fit this config
                 write_json(workdir / "config.json", experiment.config)

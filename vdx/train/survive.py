@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["PREEMPTED", "STUCK", "Preempted", "Stop", "Watchdog", "WorkdirInUse", "own"]
+__all__ = ["PREEMPTED", "STUCK", "Preempted", "Stop", "Watchdog", "WorkdirInUse", "leave", "own",
+           "peers"]
 
 PREEMPTED, STUCK = 42, 75
 
@@ -128,6 +130,31 @@ class Watchdog:
             helper.join(self.grace)
         sys.stderr.flush()
         os._exit(STUCK)
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """Ends the program with a message. With several processes at once: Python's own way out waits
+    for the others, which wait in turn for this one."""
+    print(f"\nvdx: {message}", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(code)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def peers(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Ends this process with STUCK when one of its peers has ended. What is in the block may have
+    a save under way, which cannot finish without the peer and must not be waited for."""
+    try:
+        yield
+    except Exception as error:
+        signs = (jax.errors.JaxRuntimeError, TimeoutError)      # of a collective, of a barrier
+        lost = isinstance(error, signs) or isinstance(error.__cause__, signs)
+        if jax.process_count() == 1 or not lost or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        before_exit()
+        leave(STUCK, f"process {jax.process_index()} of {jax.process_count()} lost touch with "
+              f"another one, whose log says why: {str(error).splitlines()[0]:.300}")
 
 
 class WorkdirInUse(ValueError):
