@@ -1,4 +1,4 @@
-"""Prompts for pretrained text encoders: cleaned, as token ids of a few lengths, and back-padded.
+"""Prompts for pretrained text encoders: cleaned, as token ids of a few lengths, features padded.
 
 Runs on the host; the tokenizers are those that lie beside the weights.
 """
@@ -30,13 +30,15 @@ class PromptTokenizer:
     """prompts -> (ids int32 [b l], mask bool [b l]) by the tokenizer in `folder`.
 
     l is the smallest of `lengths` that holds the longest prompt, so that an encoder is compiled
-    at most once for each; longer prompts are cut to the last, their end token kept. Wan: the
-    default; CLIP: lengths (77,). Raises ValueError if there is no tokenizer in `folder`.
+    at most once for each; longer prompts are cut to the last, their end token kept. The default
+    is Wan's; CLIP reads lengths (77,) and is not given cleaned prompts. Raises ValueError if
+    there is no tokenizer in `folder`.
     """
 
-    def __init__(self, folder: str | Path, lengths: Sequence[int] = (64, 128, 256, 512)):
+    def __init__(self, folder: str | Path, lengths: Sequence[int] = (64, 128, 256, 512),
+                 clean: bool = True):
         from transformers import AutoTokenizer  # slow to import, and only the host needs it
-        self.lengths = sorted(lengths)
+        self.lengths, self.clean = sorted(lengths), clean
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
@@ -44,8 +46,8 @@ class PromptTokenizer:
                              "`tokenizer` beside the model's weights.") from error
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._tokenizer([clean_prompt(p) for p in prompts], truncation=True,
-                               max_length=self.lengths[-1])["input_ids"]
+        texts = [clean_prompt(p) if self.clean else p for p in prompts]
+        rows = self._tokenizer(texts, truncation=True, max_length=self.lengths[-1])["input_ids"]
         longest = max(map(len, rows))
         length = next(n for n in self.lengths if n >= longest)
         ids = np.full((len(rows), length), self._tokenizer.pad_token_id, np.int32)
