@@ -165,6 +165,6 @@ def test_when_going_back_does_not_help(mesh, memory, tmp_path):
 
 
 def test_a_streak_before_the_first_save_begins_anew(mesh, memory, tmp_path):
-    _, got = trained(experiment(dict.fromkeys((0, 1, 2), np.nan)), mesh, tmp_path / "run")
+    trained(experiment(dict.fromkeys((0, 1, 2), np.nan)), mesh, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["step"] == STEPS and rows[-1]["train/refused"] == 0
