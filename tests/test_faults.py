@@ -198,8 +198,9 @@ def test_the_best_step_is_kept_and_sampled(tmp_path):
     assert set(whole_steps(workdir)) == {lowest, STEPS}
     for flag in ("--averaged", "--noaveraged"):
         out = tmp_path / f"{flag}.mp4"
-        subprocess.run([sys.executable, "-m", "vdx.sample", f"--workdir={workdir}", "--step=best", flag,
-                        "--prompt=a red circle", f"--out={out}", "--steps=2"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "vdx.sample", f"--workdir={workdir}", "--step=best",
+                        flag, "--prompt=a red circle", f"--out={out}", "--steps=2"], cwd=ROOT,
+                       check=True)
         made = read_json(out.with_suffix(".json"))["weights"]
         assert made["step"] == lowest and made["item"] == ("ema" if flag == "--averaged" else
                                                            "params")

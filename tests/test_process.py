@@ -105,10 +105,11 @@ def pairs():
     return jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32)
 
 
-@pytest.mark.parametrize("process,kind", list(itertools.product(ALL, PREDICTIONS)), ids=str)
+@pytest.mark.parametrize("process,kind", [
+    (process, kind) for process, kind in itertools.product(ALL, PREDICTIONS)
+    # which the process rejects, see above
+    if not (kind == "noise" and getattr(process, "zero_terminal_snr", False))], ids=str)
 def test_conversions_round_trip(process, kind):
-    if kind == "noise" and getattr(process, "zero_terminal_snr", False):
-        pytest.skip("rejected by the process, see above")
     process = dataclasses.replace(process, prediction=kind)
     x0, noise = pairs()
     t = jnp.asarray(TIMES_TO_TRY)
