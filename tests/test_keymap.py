@@ -12,6 +12,7 @@ ROWS = (
     Row("patch.weight", "patch/kernel", patches((1, 2, 2))),
     Row("down.{i}.{j}.bias", "down_{i}/norm_{j}/bias"),
     Row("unused.{i}", None),
+    Row(None, "text/null"),
 )
 RNG = np.random.default_rng(0)
 THEIRS = {
@@ -25,13 +26,15 @@ LIKE = {"layers": {"q": {"kernel": np.zeros((12, 3, 4), np.float32),
                          "bias": np.zeros((12, 4), np.float32)}},
         "conv": {"kernel": np.zeros((3, 3, 3, 2, 5), np.float32)},
         "patch": {"kernel": np.zeros((8, 6), np.float32)},
-        "down_0": {"norm_1": {"bias": np.zeros(7, np.float32)}}}
+        "down_0": {"norm_1": {"bias": np.zeros(7, np.float32)}},
+        "text": {"null": np.zeros(3, np.float16)}}
 
 
 def test_there_and_back():
     ours = gather(THEIRS.get, [*THEIRS, "unused.3"], LIKE, ROWS)
     np.testing.assert_array_equal(ours["layers"]["q"]["kernel"][11],
                                   THEIRS["blocks.11.to_q.weight"].T)
+    np.testing.assert_array_equal(ours["text"]["null"], np.zeros(3, np.float16))
     back = dict(export(ours, ROWS))
     assert set(back) == set(THEIRS)
     for key, value in THEIRS.items():

@@ -47,9 +47,10 @@ def patches(patch: Sequence[int]) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """source: a key of the file. path: of our parameter, None where the key is not used."""
+    """source: a key of the file, None where the file has no such parameter and ours is zero.
+    path: of our parameter, None where the key is not used."""
 
-    source: str
+    source: str | None
     path: str | None
     layout: Layout = KEEP
 
@@ -85,7 +86,7 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
     Raises WeightsError that lists keys without a row, parameters filled by no key or by
     several, and places outside a stack.
     """
-    patterns = [(row, _pattern(row.source)) for row in rows]
+    patterns = [(row, _pattern(row.source)) for row in rows if row.source is not None]
     leaves, found, problems = flat(like), {}, []
     filled: dict[tuple[str, int | None], str] = {}
     for key in keys:
@@ -106,7 +107,7 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
             problems.append(f"{key}: {place.path} is already filled by {filled[slot]}")
         else:
             found[key], filled[slot] = place, key
-    whole = {path for path, index in filled if index is None}
+    whole = {path for path, index in filled if index is None} | set(absent(leaves, rows))
     for path, leaf in leaves.items():
         holes = [] if path in whole else \
             [i for i in range(leaf.shape[0]) if (path, i) not in filled] if leaf.shape else [0]
@@ -119,6 +120,12 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
     return found
 
 
+def absent(leaves: Iterable[str], rows: Sequence[Row]) -> list[str]:
+    """Paths of our parameters that the file does not have, and which are zero."""
+    ours = [_pattern(row.path) for row in rows if row.source is None and row.path is not None]
+    return [path for path in leaves if any(p.fullmatch(path) for p in ours)]
+
+
 def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
            rows: Sequence[Row]) -> Params:
     """Our parameters (numpy, of the dtypes of `like`) from `read(key) -> array`.
@@ -126,7 +133,8 @@ def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
     Raises WeightsError as `assign` does, and for shapes that differ.
     """
     leaves = flat(like)
-    out: dict[str, np.ndarray] = {}
+    out = {path: np.zeros(leaves[path].shape, leaves[path].dtype)
+           for path in absent(leaves, rows)}
     problems = []
     for key, place in assign(keys, like, rows).items():
         leaf, value = leaves[place.path], place.layout.ours(read(key))
@@ -148,21 +156,26 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
     The first row that leads to a place names it. Raises WeightsError that lists parameters
     without a row.
     """
-    by_path = [(row, _pattern(row.path)) for row in rows if row.path is not None]
-    problems = []
-    for path, leaf in flat(params).items():
-        single = next(((r, m) for r, p in by_path if (m := p.fullmatch(path))), None)
-        if single:
-            row, match = single
-            yield row.source.format(**match.groupdict()), row.layout.theirs(np.asarray(leaf))
-            continue
-        if not any(p.fullmatch(f"{path}[0]") for _, p in by_path):
-            problems.append(f"{path}: no row of the table")
-            continue
-        for index in range(leaf.shape[0]):
-            row, match = next((r, m) for r, p in by_path if (m := p.fullmatch(f"{path}[{index}]")))
-            yield (row.source.format(**match.groupdict()),
-                   row.layout.theirs(np.asarray(leaf[index])))
+    by_path = [(row.source, row.layout, _pattern(row.path)) for row in rows
+               if row.source is not None and row.path is not None]
+
+    def find(path: str) -> tuple[str, Layout] | None:
+        for source, layout, pattern in by_path:
+            if match := pattern.fullmatch(path):
+                return source.format(**match.groupdict()), layout
+        return None
+
+    leaves, problems = flat(params), []
+    skip = set(absent(leaves, rows))
+    for path, leaf in leaves.items():
+        stacked = find(path) is None and leaf.shape
+        slots = [f"{path}[{i}]" for i in range(leaf.shape[0])] if stacked else [path]
+        for index, slot in enumerate(slots if path not in skip else ()):
+            if (found := find(slot)) is None:
+                problems.append(f"{path}: no row of the table")
+                break
+            key, layout = found
+            yield key, layout.theirs(np.asarray(leaf[index] if stacked else leaf))
     if problems:
         raise WeightsError(_list("Parameters that this layout cannot say:", problems))
 
