@@ -67,6 +67,13 @@ def test_two_keys_for_one_parameter():
         assign([*THEIRS, "legacy.weight"], LIKE, rows)
 
 
+@pytest.mark.parametrize(("order", "key"), [((0, 1), "down.0.bias"), ((1, 0), "legacy")])
+def test_the_first_row_names_a_parameter(order, key):
+    both = Row("down.{i}.bias", "down_{i}/bias"), Row("legacy", "down_0/bias")
+    params = {"down_0": {"bias": np.ones(2)}}
+    assert [k for k, _ in export(params, [both[i] for i in order])] == [key]
+
+
 def test_a_shape_that_differs():
     wrong = {**THEIRS, "blocks.2.to_q.weight": np.zeros((4, 5), np.float32)}
     with pytest.raises(WeightsError, match=r"blocks.2.to_q.weight: is \(5, 4\) for .* \(3, 4\)"):
