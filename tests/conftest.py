@@ -1,15 +1,21 @@
 """Eight simulated devices for the whole suite; set before anything imports jax."""
 
 import os
+import tempfile
 
 COUNT = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that several tests or their commands need are compiled once in a session.
+COMPILED = tempfile.TemporaryDirectory(prefix="vdx-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -40,6 +46,31 @@ def randomise():
         return jax.tree_util.tree_map_with_path(lambda p, leaf: one(p, leaf, rng), shapes)
 
     return all_leaves
+
+
+@pytest.fixture(scope="session")
+def public_file(tmp_path_factory):
+    """public_file(model, seed): every parameter of a transformers model redrawn, saved, and the
+    file's {key: array}.
+
+    Embeddings are small, so that the eps of the norm behind them is seen.
+    """
+    def save(model, seed=0):
+        rng = np.random.default_rng(seed)
+        for name, leaf in model.named_parameters():
+            noise = rng.standard_normal(tuple(leaf.shape))
+            if "embed" in name:
+                noise = 0.05 * noise
+            elif leaf.ndim == 1:
+                noise = 0.1 * noise + ("norm" in name and name.endswith("weight"))
+            else:
+                noise = noise / np.sqrt(np.prod(leaf.shape[1:]))
+            leaf.data.copy_(leaf.new_tensor(noise))
+        folder = tmp_path_factory.mktemp("public")
+        model.eval().save_pretrained(folder)
+        return load_file(folder / "model.safetensors")
+
+    return save
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ X32 = jnp.asarray(X, jnp.float32)
 DEFINITIONS = {
     "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "gelu_exact": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }

@@ -75,8 +75,9 @@ class Steps:
         self.mesh = MeshSpec(**{"data": 1, **spec}).make(devices)
         tx = optax.chain(keep_gradient(), experiment.tx)
         with jax.set_mesh(self.mesh):
-            state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), params,
-                               jax.random.key(3))
+            zero = jnp.zeros((), jnp.int32)
+            state = TrainState(zero, params, tx.init(params), params, jax.random.key(3),
+                               jnp.float32(0), zero)
             self.shardings = state_shardings(self.mesh, state)
             state = jax.jit(lambda s: s, out_shardings=self.shardings)(state)
             batch = put_batch(self.mesh, batch)

@@ -14,11 +14,11 @@ from PIL import Image
 
 from vdx.config import resolve
 from vdx.data.cache import latent_features, write_records
-from vdx.experiment import load, open_ema
+from vdx.experiment import load, open_params
 from vdx.files import read_json, read_rows
 from vdx.main import run
-from vdx.sample import fingerprint
 from vdx.train import loop
+from vdx.train.survive import Stop
 
 ROOT = Path(__file__).parents[1]
 MICRO = [
@@ -119,7 +119,7 @@ def weights(workdir: Path) -> str:
     experiment = load(workdir)
     mesh = experiment.mesh_spec.make(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return fingerprint(open_ema(experiment, workdir, mesh)[0])
+        return open_params(experiment, workdir, mesh)[2]
 
 
 def test_sample_and_make_again(workdir, tmp_path):
@@ -131,8 +131,8 @@ def test_sample_and_make_again(workdir, tmp_path):
     assert manifest["request"]["seed"] == 5 and manifest["request"]["sampling"]["steps"] == 4
     assert manifest["request"]["fps"] == 4.0
     again, array2 = tmp_path / "again.mp4", tmp_path / "y.npy"
-    command("vdx.sample", f"--from_manifest={out.with_suffix('.json')}", f"--out={again}",
-            f"--save_array={array2}")
+    command("vdx.sample", f"--workdir={workdir}", f"--from_manifest={out.with_suffix('.json')}",
+            f"--out={again}", f"--save_array={array2}")
     np.testing.assert_array_equal(np.load(array), np.load(array2))
     assert out.read_bytes() == again.read_bytes()
     assert np.load(array).shape == (1, 8, 32, 32, 3)
@@ -167,9 +167,9 @@ def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
     manifest.write_text(json.dumps({
         "request": {"prompts": ["x"], "seed": 0, "num_frames": 8, "fps": 8.0,
                     "sampling": {"sampler": "euler"}},
-        "weights": {"workdir": str(workdir), "step": 6, "sha256": "0" * 64}}))
-    done = command("vdx.sample", f"--from_manifest={manifest}", f"--out={tmp_path / 'o.mp4'}",
-                   check=False)
+        "weights": {"workdir": str(workdir), "step": 6, "item": "ema", "identity": "0" * 64}}))
+    done = command("vdx.sample", f"--workdir={workdir}", f"--from_manifest={manifest}",
+                   f"--out={tmp_path / 'o.mp4'}", check=False)
     assert done.returncode != 0 and "not those of the manifest" in done.stderr
 
 
@@ -189,7 +189,7 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_train_step", counting)
     run(config("--config.train.steps=3", "--config.train.eval_every=0", "--config.mesh.data=1",
                "--config.mesh.fsdp=8", "--config.train.sample_every=0", "--config.judge.prompts=0",
-               "--config.train.save_every=0"), tmp_path / "once")
+               "--config.train.save_every=0"), tmp_path / "once", Stop())
     assert len(made) == 1
 
 
@@ -204,7 +204,7 @@ def test_the_base_config_trains_from_cached_latents(tmp_path):
                   latent_features((4, 8, 8, 4), 32), metadata=meta)
     base = resolve(str(ROOT / "configs" / "t2v_base.py:smoke"),
                    [f"--config.data.path={tmp_path / 'data'}"])
-    run(base, tmp_path / "run")
+    run(base, tmp_path / "run", Stop())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
     assert sorted(losses) == [1, 2, 3] and np.isfinite(list(losses.values())).all()

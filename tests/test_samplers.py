@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError
+from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.process import PREDICTIONS, PROCESSES, RectifiedFlow, VariancePreserving, expand
 from vdx.diffusion.samplers import SAMPLERS, sample, time_grid
 
@@ -226,13 +227,13 @@ def fresh_noise():
     return np.random.default_rng(1).normal(size=(STEPS, 2, 3, 2, 2, 4)).astype(np.float32)
 
 
-def our_states(process, sampler, x, times, monkeypatch):
-    """Every point that the network is asked at, and the result."""
+def our_states(process, sampler, x, times, monkeypatch, told=lambda t: t):
+    """Every point that the network, told `told(t)`, is asked at, and the result."""
     states = []
 
     def denoise(x, t):
         jax.debug.callback(lambda x: states.append(np.asarray(x)), x, ordered=True)
-        return toy(jnp, x, t[0])
+        return toy(jnp, x, told(t[0]))
 
     table = jnp.asarray(fresh_noise())
     monkeypatch.setattr(jax.random, "fold_in", lambda key, i: i)
@@ -349,3 +350,49 @@ def test_diffusers_heun_for_flow(monkeypatch):
     ours = our_states(RectifiedFlow(), SAMPLERS["heun"](), first_noise(), times, monkeypatch)
     theirs = their_states(scheduler, first_noise(), asked, monkeypatch)
     assert_same(ours, theirs)
+
+
+def flow_scheduler(grid, steps, shift):
+    """The scheduler of diffusers that a row of GRIDS comes with, set to that grid."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    code, _, name = grid.rpartition("_")
+    if name in ("euler", "plain"):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(steps, sigmas=None if code else np.linspace(1, 1 / steps, steps))
+        return scheduler
+    kind = {"unipc": "UniPCMultistepScheduler", "dpmpp": "DPMSolverMultistepScheduler"}[name]
+    scheduler = getattr(diffusers, kind)(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    if grid == "wan_unipc":
+        scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])
+    elif grid == "wan_dpmpp":
+        sigmas = torch.from_numpy(np.linspace(1, 0, steps + 1))
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        scheduler.sigmas = sigmas.float()
+        scheduler.timesteps = (sigmas[:-1] * 1000).to(torch.int64)
+    return scheduler
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20])
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_of_public_models(name, steps, shift, monkeypatch):
+    """Times, what the network is told, and every state of the sampler that goes with them."""
+    row = {"unipc": "unipc", "dpmpp": "dpmpp_2m"}.get(name.rpartition("_")[2], "euler")
+    scheduler, grid = flow_scheduler(name, steps, shift), GRIDS[name](steps, shift)
+    network = scheduler.timesteps.double().numpy()
+    ulps = 2**-22 if name == "plain" else 0    # sigmas that are given to it are shifted in float32
+    np.testing.assert_allclose(grid.times, scheduler.sigmas.double(), rtol=ulps, atol=0)
+    np.testing.assert_allclose(grid.network, network, rtol=ulps, atol=0)
+    np.testing.assert_allclose(grid.network_time(grid.times[:-1]), network, rtol=ulps, atol=0)
+    ours = our_states(RectifiedFlow(), SAMPLERS[row](), first_noise(), grid.times, monkeypatch,
+                      told=lambda t: grid.network_time(t) / 1000)
+    assert_same(ours, their_states(scheduler, first_noise(), network / 1000, monkeypatch))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_of_nothing(name):
+    for steps, shift in ((0, 3.0), (4, 0.0)):
+        with pytest.raises(ConfigError, match="must be positive"):
+            GRIDS[name](steps, shift)

@@ -13,7 +13,8 @@ from absl import app, flags, logging
 
 from vdx.build import ConfigError
 from vdx.data.scenes import Scenes
-from vdx.experiment import Experiment, load, open_ema
+from vdx.data.sources import SOURCES
+from vdx.experiment import Experiment, load, open_params
 from vdx.files import write_json
 from vdx.generate.video_io import to_uint8
 from vdx.generate.wall import write_clips, write_sheet
@@ -27,10 +28,11 @@ SEED = 10_000     # of the first judged clip; training's wall uses 0, 1, ...
 
 def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> dict:
     """Scores `config.judge.prompts` held-out prompts; returns what `eval.json` says."""
-    source = experiment.source(heldout=True)
-    if not isinstance(source, Scenes):
+    # Asked before it is made: a stranger's config could point it at any folder.
+    if SOURCES.get(str(experiment.data.source.get("name"))) is not Scenes:
         raise ConfigError("Prompt following needs data whose truth is known (source 'scenes'). "
                           "Set config.judge.prompts = 0 for other data.")
+    source = experiment.source(heldout=True)
     count, (frames, fps) = experiment.judging.prompts, experiment.clip_default()
     records = [source[i] for i in range(count)]
     prompts = [r.caption for r in records]
@@ -83,12 +85,13 @@ def main(argv):
     experiment = load(workdir)
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
-        params, step = open_ema(experiment, workdir, mesh)
+        params, step, _ = open_params(experiment, workdir, mesh, step=FLAGS.step)
         print(table(judge(experiment, params, workdir, step)))
     print(f"Open {write_report(workdir)}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir of a run of vdx.main.", required=True)
+    flags.DEFINE_string("step", None, 'A step, or "best"; default: the newest that verifies.')
     logging.set_verbosity(logging.WARNING)
     app.run(main)

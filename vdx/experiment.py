@@ -7,7 +7,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,18 @@ from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import WEIGHTS
 from vdx.diffusion.process import PROCESSES, TIMES
+from vdx.files import read_json
 from vdx.generate.pipeline import Generator, Sampling
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec, param_shardings
-from vdx.train.checkpoint import Checkpoints
+from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
 from vdx.train.optim import Optimizer
 from vdx.train.state import TrainState, init_state
 from vdx.train.step import Objective
 from vdx.types import Params
 
 Spec = Mapping[str, Any]
+MEAN_OF = 64      # clips over which the mean of the pixels is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Data:
     height: int = 32
     width: int = 32
     mean: float | None = None    # of the pixels in [-1, 1]; subtracted, as from a VAE's latents.
-    #                              None: `measured` finds it
+    #                              None: `settled` finds it
     path: str | None = None      # where configs let `source` point, for a short command line
 
 
@@ -59,7 +60,12 @@ class Training:
     ema: decay of the averaged weights. eval_clips: clips of the held-out and of the training
     set whose loss is measured at the fixed noise `levels`. bins: noise levels of the logged
     loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...; empty:
-    the first captions of the data.
+    the first captions of the data. keep: newest checkpoints that stay; keep_every: also those
+    at its multiples; best: also the one at which this metric, e.g. "heldout/loss", was lowest.
+    spike: a batch is refused if its gradient norm exceeds the running mean this many times
+    (0: only if it is not finite). bad_in_row: refused batches in a row that send the run back
+    to the checkpoint before them; rollbacks: how often, before it stops. stuck_after: seconds
+    without a step after which the program ends.
     """
 
     steps: int
@@ -69,10 +75,25 @@ class Training:
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2
+    keep_every: int = 0
+    best: str = ""
+    spike: float = 20.0
+    bad_in_row: int = 3
+    rollbacks: int = 2
+    stuck_after: float = 1800.0
     eval_clips: int = 64
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     bins: int = 5
     wall: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.keep < 1 or self.bad_in_row < 1:
+            raise ConfigError(f"config.train.keep = {self.keep} and bad_in_row = "
+                              f"{self.bad_in_row} must be at least 1.")
+        if self.best and not (self.eval_every and self.save_every % self.eval_every == 0):
+            raise ConfigError(
+                f"config.train.best = {self.best!r} needs a measurement at every save: save_every "
+                f"= {self.save_every} must be a multiple of eval_every = {self.eval_every}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +111,12 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Sections:
-    """The top level of a config."""
+    """The top level of a config.
+
+    What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
+    a run whose state and place in the data it takes over; `init`, a run whose averaged weights
+    it takes; new weights. Both name a workdir, or one step of it: runs/a/checkpoints/500.
+    """
 
     data: Spec
     model: Spec
@@ -103,6 +129,8 @@ class Sections:
     mesh: Spec = dataclasses.field(default_factory=dict)
     sample: Spec = dataclasses.field(default_factory=dict)
     judge: Spec = dataclasses.field(default_factory=dict)
+    resume: str | None = None
+    init: str | None = None
 
 
 class Experiment:
@@ -111,7 +139,7 @@ class Experiment:
     def __init__(self, config: Spec):
         self.config = dict(config)
         top = fill(Sections, config, "config")
-        self.seed = top.seed
+        self.seed, self.resume, self.init_from = top.seed, top.resume, top.init
         self.data = fill(Data, top.data, "config.data")
         self.training = fill(Training, top.train, "config.train")
         self.judging = fill(Judging, top.judge, "config.judge")
@@ -178,13 +206,18 @@ class Experiment:
         return self.clip.lengths[0], self.clip.rates[0] if self.clip.rates else 8.0
 
 
-def measured(config: Spec, clips: int = 64) -> Spec:
-    """The config with what only its data can tell: the mean of the pixels, over a few clips."""
+def settled(config: Spec, workdir: Path) -> Spec:
+    """The config with what only its data can tell, the mean of the pixels: that of the run that
+    is gone on with, if there is one, or else measured over a few clips."""
     experiment = Experiment(config)
     if experiment.data.mean is not None or experiment.clip is None:
         return config
+    earlier = [workdir] + ([locate(experiment.resume)[0]] if experiment.resume else [])
+    for path in (folder / "config.json" for folder in earlier):
+        if path.exists() and (mean := read_json(path)["data"].get("mean")) is not None:
+            return {**config, "data": {**config["data"], "mean": mean}}
     source, rng, means = experiment.source(), np.random.default_rng(experiment.seed), []
-    for i in rng.permutation(len(source))[:clips].tolist():
+    for i in rng.permutation(len(source))[:MEAN_OF].tolist():
         with contextlib.suppress(BadRecord):       # the pipeline counts and names it
             record = source[i]
             times, _ = experiment.clip.times(record, experiment.clip.lengths[0], rng)
@@ -200,16 +233,21 @@ def load(workdir: Path) -> Experiment:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: {workdir} is not the workdir of a run. "
                                 "Train first: python -m vdx.main --config=... --workdir=...")
-    return Experiment(json.loads(path.read_text()))
+    return Experiment(read_json(path))
 
 
-def open_ema(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Params, int]:
-    """(averaged parameters, step) of the newest checkpoint, laid out on the mesh."""
+def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
+                step: int | str | None = None) -> tuple[Params, int, str]:
+    """(parameters, step, identity) of a checkpoint, laid out on the mesh.
+
+    item: "ema", the averaged parameters, or "params". step: a number, "best", or None for the
+    newest that verifies. The identity is the same for the same weights. Raises CheckpointError.
+    """
     shapes = jax.eval_shape(experiment.model.new_params, jax.random.key(0))
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                         shapes, param_shardings(mesh, shapes))
-    checkpoints = Checkpoints(workdir)
-    try:
-        return checkpoints.restore_ema(like), checkpoints.newest()
-    finally:
-        checkpoints.close()
+    if item not in ("ema", "params"):
+        raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")
+    with Checkpoints(workdir, best=experiment.training.best, read_only=True) as checkpoints:
+        number = checkpoints.best_step() if step == "best" else step
+        return checkpoints.restore_params(like, item, None if number is None else int(number))

@@ -5,6 +5,7 @@ The same command resumes an interrupted run. At the end the workdir holds checkp
 """
 
 # ruff: noqa: E402
+import glob
 import os
 import sys
 
@@ -12,7 +13,9 @@ import sys
 def use_huge_pages() -> None:
     """Starts this command again with glibc's memory in huge pages that it keeps, which only its
     start can ask for: on a CPU a quarter of a training step goes into page faults."""
-    if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
+    accelerators = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*")
+    if ("GLIBC_TUNABLES" not in os.environ and sys.platform == "linux"
+            and not any(glob.glob(pattern) for pattern in accelerators)):
         os.environ["GLIBC_TUNABLES"] = (
             "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
             "glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=500000000")
@@ -22,6 +25,7 @@ def use_huge_pages() -> None:
 if __name__ == "__main__":
     use_huge_pages()      # before the imports, which take seconds
 
+import contextlib
 import datetime
 import platform
 import subprocess
@@ -31,13 +35,17 @@ import jax
 from absl import app, flags, logging
 
 import vdx
+from vdx.build import ConfigError
 from vdx.config import is_override, resolve
+from vdx.data.pipeline import DataError, WorkerDied
 from vdx.evaluate import judge
-from vdx.experiment import Experiment, Spec, measured
+from vdx.experiment import Experiment, Spec, settled
 from vdx.files import write_json
 from vdx.generate.wall import draw_wall
 from vdx.metrics.report import write_report
-from vdx.train.loop import train
+from vdx.train.checkpoint import CheckpointError
+from vdx.train.loop import BadNumbers, Run, train
+from vdx.train.survive import STUCK, Stop, WorkdirInUse, leave, own, peers
 
 FLAGS = flags.FLAGS
 
@@ -45,39 +53,55 @@ FLAGS = flags.FLAGS
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    if FLAGS.distributed:
-        jax.distributed.initialize()
-    run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir))
+    if FLAGS.coordinator:
+        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
+                                   heartbeat_timeout_seconds=FLAGS.heartbeat)
+    elif FLAGS.distributed:
+        jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
+    with explained(), peers(), Stop() as stop:
+        run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), stop)
 
 
-def run(config: Spec, workdir: Path) -> None:
+@contextlib.contextmanager
+def explained():
+    """Ends the program with a message instead of a stack trace where the message says it all."""
+    try:
+        yield
+    except (ConfigError, DataError, CheckpointError, BadNumbers, WorkdirInUse, OSError) as error:
+        code = STUCK if isinstance(error, WorkerDied) else 1
+        leave(code, "\n".join([str(error), *getattr(error, "__notes__", [])]))
+
+
+def run(config: Spec, workdir: Path, stop: Stop) -> None:
     """Everything that the command does, from a resolved config."""
-    config = measured(config)
-    experiment = Experiment(config)
-    mesh = experiment.mesh_spec.make()
     primary = jax.process_index() == 0
-    if primary:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
-
-    with jax.set_mesh(mesh):
-        generator = experiment.generator()
-
-        def on_sample(step, ema):
-            frames, fps = experiment.clip_default()
-            draw_wall(generator, ema, experiment.wall, workdir / "samples" / f"{step:08d}",
-                      num_frames=frames, fps=fps)
-            if primary:
-                write_report(workdir)
-
+    with own(workdir) if primary else contextlib.nullcontext():
+        config = settled(config, workdir)
+        experiment = Experiment(config)
+        mesh = experiment.mesh_spec.make()
+        with jax.set_mesh(mesh):
+            done = train_and_judge(experiment, workdir, mesh, stop)
         if primary:
-            write_json(workdir / "run.json", run_facts(experiment, mesh))
-        done = train(experiment, workdir, mesh, on_sample)
-        if experiment.judging.prompts:
-            judge(experiment, done.state.ema, workdir, step=int(done.state.step))
+            page = write_report(workdir)
+            print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
+
+
+def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> Run:
+    primary, generator = jax.process_index() == 0, experiment.generator()
+
+    def on_sample(step, ema):
+        frames, fps = experiment.clip_default()
+        draw_wall(generator, ema, experiment.wall, workdir / "samples" / f"{step:08d}",
+                  num_frames=frames, fps=fps)
+        if primary:
+            write_report(workdir)
+
     if primary:
-        page = write_report(workdir)
-        print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
+        write_json(workdir / "run.json", run_facts(experiment, mesh))
+    done = train(experiment, workdir, mesh, on_sample, stop)
+    if experiment.judging.prompts:
+        judge(experiment, done.state.ema, workdir, step=int(done.state.step))
+    return done
 
 
 def run_facts(experiment: Experiment, mesh) -> dict:
@@ -108,5 +132,11 @@ if __name__ == "__main__":
                         required=True)
     flags.DEFINE_bool("distributed", False, "This is one of several processes (hosts) of a run; "
                       "its place among them is found by jax.distributed.initialize().")
+    flags.DEFINE_string("coordinator", None, "Where JAX cannot find them by itself: host:port of "
+                        "the first process,")
+    flags.DEFINE_integer("num_processes", None, "how many processes there are,")
+    flags.DEFINE_integer("process_id", None, "and which of them this is.")
+    flags.DEFINE_integer("heartbeat", 100, "Seconds after which a silent process counts as dead, "
+                         "and the others end.", lower_bound=1)
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 import vdx
 from vdx.build import fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
-from vdx.experiment import Experiment, load, open_ema
+from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
 from vdx.generate.pipeline import Sampling
 from vdx.generate.video_io import to_uint8, write_video
@@ -63,19 +63,20 @@ def from_flags(experiment: Experiment) -> Request:
                    {**dataclasses.asdict(experiment.sampling), **given})
 
 
-def fingerprint(params: Params) -> str:
-    """sha256 over the weights, in the order of their paths."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Which weights a manifest's clips were made with."""
+
+    workdir: str
+    step: int
+    item: str
+    identity: str
 
 
-def write(request: Request, videos: np.ndarray, out: Path, weights: dict) -> None:
+def write(request: Request, videos: np.ndarray, out: Path, weights: Weights) -> None:
     """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json."""
     pixels = to_uint8(videos)
-    manifest = {"request": dataclasses.asdict(request), "weights": weights,
+    manifest = {"request": dataclasses.asdict(request), "weights": dataclasses.asdict(weights),
                 "versions": {"vdx": vdx.__version__, "jax": jax.__version__,
                              "python": platform.python_version()},
                 "device": jax.devices()[0].device_kind,
@@ -92,13 +93,12 @@ def write(request: Request, videos: np.ndarray, out: Path, weights: dict) -> Non
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    out, manifest = Path(FLAGS.out), None
-    workdir = FLAGS.workdir
-    if FLAGS.from_manifest:
-        manifest = read_json(Path(FLAGS.from_manifest))
-        workdir = workdir or manifest["weights"]["workdir"]
-    if workdir is None:
+    out, workdir = Path(FLAGS.out), FLAGS.workdir
+    if workdir is None:     # also with a manifest: a stranger's could name any folder
         raise app.UsageError("Give --workdir, the workdir of a run of vdx.main.")
+    manifest = read_json(FLAGS.from_manifest) if FLAGS.from_manifest else None
+    if manifest and not {"request", "weights"} <= set(manifest):
+        raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
     experiment = load(Path(workdir))
     request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
     if len(request.prompts) > 1 and out.suffix:
@@ -107,12 +107,15 @@ def main(argv):
 
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
-        params, step = open_ema(experiment, Path(workdir), mesh)
-        weights = {"workdir": str(workdir), "step": step, "sha256": fingerprint(params)}
-        if manifest and manifest["weights"]["sha256"] != weights["sha256"]:
+        item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
+        if made := fill(Weights, manifest["weights"], "manifest.weights") if manifest else None:
+            item, step = made.item, made.step
+        params, step, identity = open_params(experiment, Path(workdir), mesh, item=item, step=step)
+        weights = Weights(str(workdir), step, item, identity)
+        if made and made.identity != identity:
             raise app.UsageError(
-                f"The weights in {workdir} (step {step}) are not those of the manifest (step "
-                f"{manifest['weights']['step']}); the clip cannot be made again from them.")
+                f"The weights in {workdir} at step {step} are not those of the manifest; the clip "
+                "cannot be made again from them.")
         videos = request.draw(experiment, params)
     if jax.process_index() == 0:
         write(request, videos, out, weights)
@@ -126,6 +129,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
     flags.DEFINE_string("from_manifest", None, "Make the clips of this manifest again.")
+    flags.DEFINE_string("step", None, 'A step, or "best"; default: the newest that verifies.')
+    flags.DEFINE_bool("averaged", True, "The averaged weights, or those of the step itself.")
     flags.DEFINE_string("out", "out.mp4", "An mp4, or a folder for several prompts.")
     flags.DEFINE_string("save_array", None, "Also save float32 [n t h w c] in [-1, 1] as .npy.")
     flags.DEFINE_integer("seed", 0, "Clip i takes seed + i.")

@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,10 @@ Example = dict[str, Any]
 
 class DataError(ValueError):
     """The data set as a whole cannot be trained on: empty, or too many bad records."""
+
+
+class WorkerDied(DataError):
+    """A process that reads data ended; the same command may well go on."""
 
 
 class Source(Protocol):
@@ -191,6 +196,11 @@ class Batches:
         if self._items is not None:
             self._items.close()
             self._items = None
+
+    def kill(self) -> None:
+        """Ends worker processes at once, from any thread."""
+        for child in multiprocessing.active_children():
+            child.kill()
 
     def _take(self) -> Example:
         example, bad = next(self._items)

@@ -10,22 +10,33 @@ from vdx.types import Array, Bool, Float
 
 
 def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"],
-           mask: Bool[Array, "b s"] | None = None) -> Float[Array, "b q n d"]:
-    """softmax(q k^T / sqrt(d)) v; `mask` is True on keys that may be seen."""
+           mask: Bool[Array, "b s"] | None = None, *, bias: Float[Array, "1 n q s"] | None = None,
+           scale: float | None = None, causal: bool = False) -> Float[Array, "b q n d"]:
+    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen.
+
+    The scale is 1 / sqrt(d) unless given; `causal` hides the keys after each query. Softmax runs
+    in float32.
+    """
     mask4 = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask4)
+    return jax.nn.dot_product_attention(q, k, v, bias, mask4, scale=scale, is_causal=causal)
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention over a padded sequence [b l d]; `mask` [b l] is True on tokens."""
+    """Attention over a padded sequence [b l d]; `mask` [b l] is True on tokens, None if all are.
+
+    With `causal` a token sees itself and those before it, else all.
+    """
 
     heads: int
+    causal: bool = False
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         d, split = x.shape[-1], (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
-        q, k, v = (nn.Dense(d, name=name)(x).reshape(split) for name in "qkv")
-        return nn.Dense(d, name="out")(attend(q, k, v, mask).reshape(x.shape))
+        q, k, v = (nn.Dense(d, name=name, dtype=self.dtype)(x).reshape(split) for name in "qkv")
+        y = attend(q, k, v, mask, causal=self.causal).reshape(x.shape)
+        return nn.Dense(d, name="out", dtype=self.dtype)(y)
 
 
 class CrossAttention(nn.Module):

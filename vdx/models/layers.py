@@ -17,7 +17,8 @@ from vdx.types import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,          # tanh form, as in Wan and T5
-    "gelu_exact": partial(nn.gelu, approximate=False),     # BERT
+    "gelu_exact": partial(nn.gelu, approximate=False),     # BERT, CLIP ViT-H
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),     # OpenAI's CLIP
     "silu": nn.silu,
     "relu2": lambda x: jnp.square(nn.relu(x)),   # Primer (So et al. 2021); the cheapest on a CPU
 }

@@ -1,6 +1,7 @@
 """What a run says: a progress bar, `metrics.jsonl`, and TensorBoard event files."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ class Log:
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.primary:
-            self.bar.write(text)
+            self.bar.write(text, file=sys.stderr)      # not held back in a buffer
 
     def close(self) -> None:
         self.bar.close()

@@ -1,44 +1,54 @@
-"""The training loop: batches in, steps out; and what happens between steps."""
+"""The training loop: batches in, steps out; what happens between steps, and when a step is bad."""
 
 import dataclasses
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vdx.data.pipeline import Batches
+from vdx.files import write_json
 from vdx.parallel import put_batch, replicated
-from vdx.train.checkpoint import Checkpoints
+from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
 from vdx.train.log import Log
 from vdx.train.state import TrainState, state_shardings
 from vdx.train.step import make_eval_step, make_train_step
+from vdx.train.survive import Preempted, Stop, Watchdog, peers
+
+
+class BadNumbers(ValueError):
+    """Batch after batch was refused, also after going back; the message names the batches."""
 
 
 class Window:
-    """Metrics of the steps since the last log row. They stay on the device until `flush`,
-    which runs when a later step has been dispatched, so that reading them stalls nothing."""
+    """Metrics of the steps since the last log row; they travel with the checkpoints, so that a
+    resumed run logs the same losses."""
 
-    def __init__(self):
-        self.steps: list[Any] = []
-        self.began, self.waited = time.perf_counter(), 0.0
+    def __init__(self, rows: list[dict] | None = None):
+        self.rows = rows or []
+        self.fresh, self.began, self.waited = 0, time.perf_counter(), 0.0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append({k: np.asarray(v).tolist() for k, v in row.items()})
+        self.fresh += 1
 
     def flush(self, clips_per_step: int, waited: float, rate: float) -> dict[str, float]:
-        rows = jax.device_get(self.steps)
         elapsed = time.perf_counter() - self.began
-        sums = np.sum([r["bin_sums"] for r in rows], 0)
-        counts = np.sum([r["bin_counts"] for r in rows], 0)
-        edges = np.linspace(0, 1, len(sums) + 1)
-        out = {"train/loss": float(np.mean([r["loss"] for r in rows])),
-               "train/grad_norm": float(np.mean([r["grad_norm"] for r in rows])),
-               "train/learning_rate": rate,
-               "speed/clips_per_s": len(rows) * clips_per_step / elapsed,
+        out = {"train/learning_rate": rate,
+               "speed/clips_per_s": self.fresh * clips_per_step / elapsed,
                "speed/data_wait": (waited - self.waited) / elapsed}
-        out |= {f"train/loss_t{a:.1f}-{b:.1f}": float(s / n)
-                for a, b, s, n in zip(edges[:-1], edges[1:], sums, counts, strict=True) if n}
-        self.steps, self.began, self.waited = [], time.perf_counter(), waited
+        if rows := [r for r in self.rows if r["ok"]]:       # the rest may hold NaN
+            sums, counts = (np.sum([r[k] for r in rows], 0) for k in ("bin_sums", "bin_counts"))
+            edges = np.linspace(0, 1, len(sums) + 1)
+            out |= {f"train/{k}": float(np.mean([r[k] for r in rows]))
+                    for k in ("loss", "grad_norm")}
+            out |= {f"train/loss_t{a:.1f}-{b:.1f}": float(s / n)
+                    for a, b, s, n in zip(edges[:-1], edges[1:], sums, counts, strict=True) if n}
+        self.rows, self.fresh = [], 0
+        self.began, self.waited = time.perf_counter(), waited
         return out
 
 
@@ -79,63 +89,219 @@ class Run:
     seconds: float
 
 
-def train(experiment, workdir: Path, mesh, on_sample) -> Run:
+@dataclasses.dataclass
+class Flying:
+    """A step that has been dispatched and whose numbers have not been looked at."""
+
+    step: int
+    position: int
+    keys: list[str]
+    metrics: Mapping[str, Any]
+
+
+def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None],
+          stop: Stop) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
 
-    on_sample(step, ema) draws the wall of samples. Call under `jax.set_mesh(mesh)`.
+    on_sample(step, ema) draws the wall of samples. Call under `jax.set_mesh(mesh)`. Raises
+    Preempted when `stop` was requested and the state is saved, BadNumbers when going back to a
+    checkpoint does not help, CheckpointError, DataError.
     """
     t, begin = experiment.training, time.monotonic()
     batches = experiment.batches(workdir=workdir)
-    evaluation = Evaluation(experiment, mesh) if t.eval_every else None
-    state, shardings, start, checkpoints = start_or_resume(experiment, workdir, mesh, batches)
-    step_fn = jax.jit(make_train_step(experiment.objective, experiment.tx, t.ema,
-                                      experiment.optimizer.accumulate),
-                      donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    rate, clips = experiment.optimizer.rate(t.steps), experiment.data.loader["global_batch"]
-    log, window, before = Log(workdir, t.steps, start), Window(), None
-
-    def write(step: int) -> None:
-        row = window.flush(clips, batches.wait_seconds, float(rate(step)))
-        log.row(step, row)
-        log.bar.set_postfix(loss=f"{row['train/loss']:.4f}",
-                            clips_s=f"{row['speed/clips_per_s']:.1f}", refresh=False)
-
     try:
-        for step in range(start + 1, t.steps + 1):
-            state, metrics = step_fn(state, put_batch(mesh, next(batches)))
-            if window.steps and (step - 1) % t.log_every == 0:
-                write(step - 1)
-            window.steps.append(metrics)
-            jax.block_until_ready(before)      # at most two steps in flight, so memory is bounded
-            before = metrics["loss"]
-            log.bar.update()
-
-            last = step == t.steps
-            if evaluation and (step % t.eval_every == 0 or last):
-                log.row(step, evaluation(state.ema))
-            if t.save_every and (step % t.save_every == 0 or last):
-                checkpoints.save(step, state, batches.position)
-            if t.sample_every and (step % t.sample_every == 0 or last):
-                on_sample(step, state.ema)
-        if window.steps:
-            write(t.steps)
+        with Checkpoints(workdir, t.keep, t.keep_every, t.best) as checkpoints, \
+                Watchdog(t.stuck_after, (batches.kill, checkpoints.wait)) as watchdog, \
+                peers(batches.kill):
+            trainer = Trainer(experiment, workdir, mesh, batches, checkpoints, watchdog)
+            if jax.process_index() == 0:     # not before: what is there may not fit this config
+                write_json(workdir / "config.json", experiment.config)
+            try:
+                state = trainer.run(on_sample, stop)
+            finally:
+                stop.end_polling()
+                trainer.log.close()
     finally:
-        log.close()
         batches.close()
-        checkpoints.close()
     return Run(state, time.monotonic() - begin)
 
 
-def start_or_resume(experiment, workdir: Path, mesh, batches: Batches):
-    """(state, shardings, step, checkpoints): step 0, or exactly where the workdir left off."""
-    abstract = jax.eval_shape(experiment.init)
-    shardings = state_shardings(mesh, abstract)
-    checkpoints = Checkpoints(workdir, experiment.training.keep)
-    if checkpoints.latest() is None:
-        return jax.jit(experiment.init, out_shardings=shardings)(), shardings, 0, checkpoints
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                        abstract, shardings)
-    state, position = checkpoints.restore(like)
-    batches.seek(position)
-    return state, shardings, int(state.step), checkpoints
+class Trainer:
+    """The moving parts of a run: state, data, checkpoints, log, and the streak of bad steps."""
 
+    def __init__(self, experiment, workdir: Path, mesh, batches, checkpoints: Checkpoints,
+                 watchdog: Watchdog):
+        self.experiment, self.t = experiment, experiment.training
+        self.workdir, self.mesh, self.batches = workdir, mesh, batches
+        self.checkpoints, self.watchdog = checkpoints, watchdog
+        self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
+        self.rate = experiment.optimizer.rate(self.t.steps)
+        self.clips = experiment.data.loader["global_batch"]
+        abstract = jax.eval_shape(experiment.init)
+        self.shardings = state_shardings(mesh, abstract)
+        self.like = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract, self.shardings)
+        self.bad: list[Flying] = []          # the steps in a row that were refused
+        self.rollbacks = 0
+        self.flying: Flying | None = None
+        self.window = Window()
+        self.state, origin = self.start()
+        self.step = int(self.state.step)
+        self.log = Log(workdir, self.t.steps, self.step)
+        self.log.say(origin)
+        self.step_fn = jax.jit(
+            make_train_step(experiment.objective, experiment.tx, self.t.ema,
+                            experiment.optimizer.accumulate, self.t.spike),
+            donate_argnums=0, out_shardings=(self.shardings, replicated(mesh)))
+
+    # Where a run begins
+
+    def start(self) -> tuple[TrainState, str]:
+        """(state, where it is from): of the workdir's own checkpoints, else of `config.resume`,
+        else with the weights of `config.init`, else new."""
+        resume, init = self.experiment.resume, self.experiment.init_from
+        if mine := self.checkpoints.restore(self.like):
+            return self.adopt(*mine), f"Goes on from step {int(mine[0].step)} of {self.workdir}."
+        if resume:
+            path, step = locate(resume)
+            with Checkpoints(path, read_only=True) as other:
+                found = other.restore(self.like, None if step is None else step + 1)
+            if found is None or step not in (None, int(found[0].step)):
+                raise CheckpointError(f"config.resume = {resume!r}: there is no such checkpoint "
+                                      f"that verifies; {path} has the steps {other.steps()}.")
+            return self.adopt(*found), f"Goes on from step {int(found[0].step)} of {resume}."
+        state = self.fresh()
+        if init:
+            path, step = locate(init)
+            with Checkpoints(path, read_only=True) as other:
+                params, step, _ = other.restore_params(self.like.params, step=step)
+            copy = jax.jit(lambda p: jax.tree.map(jax.numpy.copy, p),
+                           out_shardings=self.shardings.params)
+            return (state.replace(params=params, ema=copy(params)),
+                    f"Starts with the averaged weights of {init}, step {step}.")
+        return state, "Starts with new weights."
+
+    def fresh(self) -> TrainState:
+        return jax.jit(self.experiment.init, out_shardings=self.shardings)()
+
+    def adopt(self, state: TrainState, progress: Mapping[str, Any]) -> TrainState:
+        self.batches.seek(progress["position"])
+        self.window = Window(progress["window"])
+        self.bad = [Flying(**b, metrics={}) for b in progress["bad"]]
+        self.rollbacks = progress["rollbacks"]
+        return state
+
+    # Steps
+
+    def run(self, on_sample, stop: Stop) -> TrainState:
+        t = self.t
+        stop.polled = True
+        while self.step < t.steps:
+            self.take_step()
+            stopping = stop.requested()
+            pause = stopping or self.step == t.steps or self.due(
+                t.eval_every, t.save_every, t.sample_every)
+            if pause and len(self.bad) < t.bad_in_row:
+                self.settle()
+            if len(self.bad) >= t.bad_in_row:
+                self.roll_back()
+                continue
+            scores = None
+            if self.evaluation and self.due(t.eval_every):
+                scores = self.evaluation(self.state.ema)
+                self.log.row(self.step, scores)
+            if self.due(t.save_every) or stopping:
+                self.save(scores)
+            if stopping:
+                self.log.say(f"Stopped at step {self.step}; the same command goes on from there.")
+                self.checkpoints.wait()
+                raise Preempted
+            if self.due(t.sample_every):
+                on_sample(self.step, self.state.ema)
+            self.watchdog.beat()
+        if self.window.rows:
+            self.write(self.step)
+        return self.state
+
+    def due(self, *every: int) -> bool:
+        """Whether this is the last step, or a multiple of one of `every`; 0 is never."""
+        last = self.step == self.t.steps
+        return any(n and (last or self.step % n == 0) for n in every)
+
+    def take_step(self) -> None:
+        """Dispatches a step, then looks at the one before while this one runs: so the device
+        never waits, and at most two steps are in flight."""
+        batch = next(self.batches)
+        self.state, metrics = self.step_fn(self.state, put_batch(self.mesh, batch))
+        self.step += 1
+        self.settle()
+        keys = [str(k) for k in batch.get("key", ())]
+        self.flying = Flying(self.step, self.batches.position - 1, keys, metrics)
+        self.log.bar.update()
+
+    def settle(self) -> None:
+        """Takes note of the step in flight."""
+        if self.flying is None:
+            return
+        done, self.flying = self.flying, None
+        row = jax.device_get(done.metrics)
+        self.window.add(row)
+        if row["ok"]:
+            self.bad = []
+        else:
+            self.bad.append(done)
+            self.refused(done, row)
+        if done.step % self.t.log_every == 0:
+            self.write(done.step)
+
+    def write(self, step: int) -> None:
+        accepted = self.window.rows[-1]["accepted"]
+        row = self.window.flush(self.clips, self.batches.wait_seconds, float(self.rate(accepted)))
+        self.log.row(step, {**row, "train/refused": step - accepted})
+        self.log.bar.set_postfix(clips_s=f"{row['speed/clips_per_s']:.1f}", refresh=False, **{
+            "loss": f"{row['train/loss']:.4f}"} if "train/loss" in row else {})
+
+    def save(self, scores: Mapping[str, float] | None) -> None:
+        if self.checkpoints.latest() == self.step:
+            return
+        self.checkpoints.save(self.step, self.state, {
+            "position": self.batches.position, "window": self.window.rows,
+            "bad": [{"step": b.step, "position": b.position, "keys": b.keys} for b in self.bad],
+            "rollbacks": self.rollbacks}, scores)
+
+    # Bad numbers
+
+    def refused(self, done: Flying, row: Mapping[str, Any]) -> None:
+        """Names a refused batch in the log; every process those of its own records."""
+        host = jax.process_index()
+        text = json.dumps({"step": done.step, "position": done.position, "host": host,
+                           "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"]),
+                           "keys": done.keys}, ensure_ascii=False)
+        name = f"refused_batches{f'_{host}' if host else ''}.jsonl"
+        with (self.workdir / name).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        self.log.say(f"Step {done.step} refused: loss {row['loss']:.4g}, gradient norm "
+                     f"{row['grad_norm']:.4g}. See {self.workdir / name}")
+
+    def roll_back(self) -> None:
+        """To the newest step before the streak of refused ones; the data moves on."""
+        first, t = self.bad[0].step, self.t
+        if self.rollbacks >= t.rollbacks:
+            names = "".join(f"\n  step {b.step}, batch {b.position}: {', '.join(b.keys)}"
+                            for b in self.bad)
+            raise BadNumbers(
+                f"{len(self.bad)} batches in a row gave a loss or a gradient that is not finite, "
+                f"or spikes, after going back {self.rollbacks} times. Look at these records, or "
+                "lower the learning rate; config.train.spike, bad_in_row and rollbacks set the "
+                f"limits. refused_batches.jsonl has the numbers:{names}")
+        position, rollbacks = self.batches.position, self.rollbacks + 1
+        found = self.checkpoints.restore(self.like, before=first)
+        self.state = found[0] if found else self.fresh()
+        self.step = int(self.state.step)
+        self.checkpoints.delete_after(self.step)
+        self.batches.seek(position)
+        self.bad, self.flying, self.window, self.rollbacks = [], None, Window(), rollbacks
+        self.log.say(f"{t.bad_in_row} refused in a row: back to step {self.step}, with new data.")
+        self.log.bar.n = self.step
+        self.log.bar.refresh()

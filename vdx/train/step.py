@@ -14,6 +14,7 @@ from vdx.train.state import TrainState
 from vdx.types import Array, Batch, Params, PRNGKeyArray
 
 Metrics = dict[str, Array]
+SPIKE_MEMORY = 100     # accepted steps that the running mean of the gradient norm looks back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,13 @@ class Objective:
 
 
 def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_decay: float,
-                    accumulate: int = 1) -> Callable[[TrainState, Batch], tuple]:
+                    accumulate: int = 1, spike: float = 0.0
+                    ) -> Callable[[TrainState, Batch], tuple]:
     """step(state, batch) -> (state, metrics). The caller jits it, with shardings and donation.
 
-    With `accumulate` = a the batch is cut into a microbatches and gradients are averaged.
+    With `accumulate` = a the batch is cut into a microbatches and gradients are averaged. A batch
+    whose loss or gradient is not finite, or whose gradient norm is over `spike` times the running
+    mean (0: any norm will do), is refused: the step counts, and nothing else changes in any bit.
     """
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
 
@@ -90,8 +94,16 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
         # The average follows quickly at first: early samples should not show initial weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
-        return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+        norm, n = optax.tree.norm(grads), state.accepted
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if spike:
+            ok &= (n < SPIKE_MEMORY) | (norm <= spike * state.norm)
+        new = state.replace(
+            params=params, opt_state=opt_state, ema=ema, accepted=n + 1,
+            norm=state.norm + (norm - state.norm) / jnp.minimum(n + 1, SPIKE_MEMORY))
+        kept = jax.tree.map(lambda a, b: a if a is b else jnp.where(ok, a, b), new, state)
+        metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "accepted": kept.accepted, **aux}
+        return kept.replace(step=state.step + 1), metrics
 
     return step
 
