@@ -12,7 +12,7 @@ ROWS = (
     Row("patch.weight", "patch/kernel", patches((1, 2, 2))),
     Row("down.{i}.{j}.bias", "down_{i}/norm_{j}/bias"),
     Row("unused.{i}", None),
-    Row(None, "text/null"),
+    Row("", "text/null"),
 )
 RNG = np.random.default_rng(0)
 THEIRS = {

@@ -36,7 +36,7 @@ ROWS = (
     Row("blocks.{i}.up.bias", "layers/up/bias[{i}]"),
     Row("conv.weight", "conv/kernel", CONV),
     Row("norm.weight", "norm/scale"),
-    Row(None, "text/null"),
+    Row("", "text/null"),
 )
 
 

@@ -47,10 +47,10 @@ def patches(patch: Sequence[int]) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """source: a key of the file, None where the file has no such parameter and ours is zero.
+    """source: a key of the file, "" where the file has no such parameter and ours is zero.
     path: of our parameter, None where the key is not used."""
 
-    source: str | None
+    source: str
     path: str | None
     layout: Layout = KEEP
 
@@ -111,7 +111,7 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
     Raises WeightsError that lists keys without a row, parameters filled by no key or by
     several, and places outside a stack.
     """
-    find = _finder(rows, lambda row: row.source)
+    find = _finder(rows, lambda row: row.source or None)
     leaves, found, problems = flat(like), {}, []
     filled: dict[tuple[str, int | None], str] = {}
     for key in keys:
@@ -146,7 +146,7 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
 
 def absent(leaves: Iterable[str], rows: Sequence[Row]) -> list[str]:
     """Paths of our parameters that the file does not have, and which are zero."""
-    find = _finder(rows, lambda row: row.path if row.source is None else None)
+    find = _finder(rows, lambda row: None if row.source else row.path)
     return [path for path in leaves if find(path)]
 
 
@@ -180,7 +180,7 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
     The first row that leads to a place names it. Raises WeightsError that lists parameters
     without a row.
     """
-    find = _finder(rows, lambda row: None if row.source is None else row.path)
+    find = _finder(rows, lambda row: row.path if row.source else None)
     leaves, problems = flat(params), []
     for path in absent(leaves, rows):
         del leaves[path]

@@ -120,7 +120,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
 
     block = BLOCK + (IMAGE_BLOCK if "image_tokens" in signals else ())
     out = [*rows(NETWORK, "", "network"), *rows(TEXT, "", "conditioning/embeddings"),
-           Row(None, "conditioning/embeddings/null")]
+           Row("", "conditioning/embeddings/null")]
     for i in range(depth):
         period, place = divmod(i, len(pattern))
         out += rows(block, f"blocks.{i}.", f"network/layers/block_{place}", f"[{period}]")
