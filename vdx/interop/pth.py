@@ -2,14 +2,15 @@
 
 A pickle may name any function of any module, and unpickling calls it. Here only the names that
 say "a dictionary" and "a tensor over this storage" exist, as inert stand-ins; any other is an
-error. The arrays are then views of a memory map of the file.
+error. What they say is checked after the pickle has ended, and the arrays are views of a memory
+map of the file.
 """
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,20 +25,22 @@ STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in {
 
 
 class _Dict(dict):
-    """Stands in for OrderedDict, whose attributes (torch sets `_metadata`) may be set."""
+    """Stands in for OrderedDict, which torch gives an attribute `_metadata`."""
 
 
-def _tensor(storage: Stored, offset: int, shape: tuple[int, ...], strides: tuple[int, ...],
-            *_: Any) -> Stored:
-    out = Stored(storage.file, storage.dtype, tuple(shape),
-                 storage.offset + offset * storage.dtype.itemsize, tuple(strides))
-    if min((offset, *shape, *strides), default=0) < 0 or offset + out.extent() > storage.shape[0]:
-        raise pickle.UnpicklingError(f"a tensor {out.shape} reaches beyond its storage")
-    return out
+class _Storage(NamedTuple):
+    kind: str
+    dtype: Any
+    key: str
+    device: str
+    entries: int
 
 
-def _parameter(data: Stored, *_: Any) -> Stored:
-    return data
+class _Tensor(NamedTuple):
+    storage: Any
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class _Names(pickle.Unpickler):
@@ -45,26 +48,17 @@ class _Names(pickle.Unpickler):
 
     KNOWN: Mapping[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): _Dict,
-        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-        ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *fields: _Tensor(*fields[:4]),
+        ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         **{("torch", name): dtype for name, dtype in STORAGES.items()}}
 
-    def __init__(self, file, storage):
-        super().__init__(file)
-        self.storage = storage
-
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.KNOWN[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array "
-                                         "needs") from None
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return self.KNOWN[module, name]
 
-    def persistent_load(self, pid: Any) -> Stored:
-        kind, dtype, key, _, entries = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise pickle.UnpicklingError(f"it keeps {kind} outside")
-        return self.storage(key, dtype, entries)
+    def persistent_load(self, pid: Any) -> _Storage:
+        return _Storage(*pid)
 
 
 def read_pth(path: str | Path) -> dict[str, Stored]:
@@ -80,25 +74,40 @@ def read_pth(path: str | Path) -> dict[str, Stored]:
             if entry is None:
                 raise zipfile.BadZipFile("no data.pkl inside")
             root = entry.filename.removesuffix("data.pkl")
-
-            def storage(key: str, dtype: np.dtype, entries: int) -> Stored:
-                info = archive.getinfo(f"{root}data/{key}")
-                if info.compress_type or info.file_size < entries * dtype.itemsize:
-                    raise pickle.UnpicklingError(f"the storage {key} is not whole")
-                return Stored(path, dtype, (entries,), _begins(path, info))
-
             with archive.open(entry) as f:
-                content = _Names(f, storage).load()
+                tensors = dict(_tensors(_Names(f).load(), ""))
+            arrays = {key: _stored(path, archive, root, t) for key, t in tensors.items()}
     except zipfile.BadZipFile as error:
         raise WeightsError(f"{path} is not one of PyTorch's zip files, or it is cut off ({error})."
                            " Download it again; files from before torch 1.6 must be saved anew."
                            ) from error
     except Exception as error:      # a broken or hostile pickle can fail in any way
         raise WeightsError(f"{path} is not read as weights: {error}.") from error
-    arrays = dict(_arrays(content, ""))
     if not arrays:
         raise WeightsError(f"{path} holds no arrays.")
     return arrays
+
+
+def _tensors(content: Any, prefix: str) -> Iterator[tuple[str, _Tensor]]:
+    if isinstance(content, _Tensor):
+        yield prefix.removesuffix("."), content
+    elif isinstance(content, dict):
+        for key, value in dict.items(content):
+            yield from _tensors(value, f"{prefix}{key}.")
+
+
+def _stored(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Tensor) -> Stored:
+    """Where a tensor lies; raises ValueError for one that is not within its storage."""
+    storage, offset = tensor.storage, int(tensor.offset)
+    shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.strides))
+    if not isinstance(storage, _Storage) or storage.dtype not in STORAGES.values():
+        raise ValueError("a tensor lies over no storage")
+    info, size = archive.getinfo(f"{root}data/{storage.key}"), storage.dtype.itemsize
+    out = Stored(path, storage.dtype, shape, _begins(path, info) + offset * size, strides)
+    if info.compress_type or min((offset, *shape, *strides)) < 0 or \
+            (offset + out.extent()) * size > info.file_size:
+        raise ValueError(f"a tensor {shape} reaches beyond its storage")
+    return out
 
 
 def _begins(path: Path, info: zipfile.ZipInfo) -> int:
@@ -108,11 +117,3 @@ def _begins(path: Path, info: zipfile.ZipInfo) -> int:
         header = f.read(30)
     name, extra = (int.from_bytes(header[i:i + 2], "little") for i in (26, 28))
     return info.header_offset + 30 + name + extra
-
-
-def _arrays(content: Any, prefix: str):
-    if isinstance(content, Stored):
-        yield prefix.removesuffix("."), content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from _arrays(value, f"{prefix}{key}.")

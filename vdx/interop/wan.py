@@ -96,8 +96,9 @@ OUTSIDE = {old: new for _, new, old, _ in NETWORK + TEXT + IMAGE + CONTROL}
 # Of diffusers. Without and with control; what no public model has another value for.
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6}
-# What the shapes of the weights do not tell.
-UNSEEN = {"num_attention_heads", "attention_head_dim", "rope_max_seq_len", "vace_layers", *FIXED}
+HEAD_WIDTH = 128          # of every public model
+# What the weights do not tell.
+UNSEEN = {"rope_max_seq_len", "vace_layers", *FIXED}
 KEY = re.compile(r"^((?:vace_)?blocks\.\d+\.)?(.*?)(\.weight|\.bias)?$")
 PREFIX = re.compile(r"^(model\.)?diffusion_model\.")          # of ComfyUI's files
 
@@ -148,9 +149,9 @@ def _renamed(key: re.Match) -> str:
     return block + (IN_BLOCKS if block else OUTSIDE).get(layer, layer) + leaf
 
 
-def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int = 128) -> dict[str, Any]:
-    """The `config.json` of diffusers for arrays of these names and shapes. What the shapes cannot
-    tell is taken from the public models, all of which have heads of 128.
+def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str, Any]:
+    """The `config.json` of diffusers for arrays of these names and shapes, which do not tell the
+    width of a head.
 
     Raises WeightsError for arrays that are not of a Wan transformer.
     """
@@ -162,6 +163,9 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int = 128) -> di
         raise WeightsError(listed("These are not the weights of a Wan transformer. They begin with "
                                   f"{', '.join(list(shapes)[:3])} and lack:", missing))
     (width, channels, *patch), depth = shapes[patch_key], _count(shapes, "blocks")
+    if width % head_width:
+        raise WeightsError(f"The weights are {width} wide, which is no number of heads of "
+                           f"{head_width}: attention_head_dim is another.")
     config: dict[str, Any] = {
         "_class_name": CLASSES[0], "patch_size": patch,
         "num_attention_heads": width // head_width, "attention_head_dim": head_width,
@@ -246,13 +250,15 @@ def open_wan(path: str | Path) -> Wan:
     weights.
     """
     source = diffusers_names(open_weights(path))
-    config = wan_config({key: stored.shape for key, stored in source.items()})
     given = Path(path) / "config.json"
-    if given.exists() and "num_attention_heads" in (said := read_json(given)):
-        wrong = [f"{key} = {said[key]!r}, but the weights have {value!r}"
-                 for key, value in config.items() if key in said and said[key] != value
-                 and key not in UNSEEN]
-        if wrong:
-            raise WeightsError(listed(f"{given} disagrees with the weights beside it:", wrong))
-        config = said
-    return Wan(config, source, *wan_from_config(config))
+    said = read_json(given) if given.exists() else {}
+    if "attention_head_dim" not in said:        # the original's config has other names
+        said = {}
+    config = wan_config({key: stored.shape for key, stored in source.items()},
+                        said.get("attention_head_dim", HEAD_WIDTH))
+    wrong = [f"{key} = {said[key]!r}, but the weights have {value!r}"
+             for key, value in config.items()
+             if key in said and said[key] != value and key not in UNSEEN]
+    if wrong:
+        raise WeightsError(listed(f"{given} disagrees with the weights beside it:", wrong))
+    return Wan(config | said, source, *wan_from_config(config | said))

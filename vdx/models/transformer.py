@@ -93,8 +93,8 @@ class Block(nn.Module):
 class Period(nn.Module):
     """One pass through the pattern; `nn.scan` repeats it over the depth.
 
-    With control tokens (Jiang et al. 2025, VACE) a block of their own goes before: it sees only
-    what came through the control blocks, and its projection is added after the first block.
+    Control tokens (Jiang et al. 2025, VACE) pass through a block of their own, and a projection
+    of them is added to the clip's after the first block.
     """
 
     pattern: tuple[str, ...]
