@@ -14,7 +14,9 @@ from vdx.types import Ports
 WIDTH, LENGTH = 16, 16
 BYTES = {"name": "bytes", "length": LENGTH, "width": 12, "depth": 1, "heads": 2,
          "words": 6, "buckets": 64}
-FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6}}
+FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6},
+          "image_tokens": {"features": 6, "positions": 3}, "concat": {"channels": 2},
+          "control": {"channels": 2}}
 RNG = np.random.default_rng(0)
 TOKENIZE = ENCODERS["bytes"](length=LENGTH).tokenizer()
 
@@ -32,14 +34,21 @@ BATCHES = {
     "fps": ({"fps": np.array([8.0, 24.0], np.float32)}, {"fps": np.array([12, 30.0], np.float32)}),
     "num_frames": ({"num_frames": np.array([16, 32], np.int32)},
                    {"num_frames": np.array([17, 8], np.int32)}),
+    **{name: tuple({name: RNG.normal(size=shape).astype(np.float32)} for _ in range(2))
+       for name, shape in {"image_tokens": (2, 3, 6), "concat": (2, 2, 4, 4, 2),
+                           "control": (2, 2, 4, 4, 2)}.items()},
 }
 
 
 def differences(a: Ports, b: Ports) -> np.ndarray:
     """[b], the largest difference of what the network can see."""
     def seen(p):
-        return [] if p.tokens is None else [jnp.where(p.tokens_mask[..., None], p.tokens, 0.0)]
-    pairs = zip([*seen(a), a.vector], [*seen(b), b.vector], strict=True)
+        masked = jax.tree.map(lambda x, mask: jnp.where(mask[..., None], x, 0.0), p.tokens,
+                              p.tokens_mask)
+        control = jax.tree.map(lambda x, scale: x * scale[:, None, None, None, None], p.control,
+                               p.control_scale)
+        return [masked, control, p.image_tokens, p.vector, p.concat]
+    pairs = zip(seen(a), seen(b), strict=True)
     return np.max([np.abs(x - y).reshape(len(x), -1).max(1) for x, y in pairs if x is not None], 0)
 
 
@@ -49,7 +58,7 @@ def signal(request, randomise):
     name = request.param
     module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
     shapes = jax.eval_shape(module.init, jax.random.key(0), module.example(),
-                            {name: jnp.zeros(1, bool)})["params"]
+                            {name: jnp.zeros(1, bool)}).get("params", {})
     params = randomise(shapes)
     run = jax.jit(lambda batch, drop: module.apply({"params": params}, batch,
                                                    {name: jnp.asarray(drop)}))
@@ -75,6 +84,8 @@ def test_clips_are_dropped_one_by_one(signal):
 def test_a_null_value_is_learned(signal, randomise, quick):
     """Its gradient is not zero when the signal is dropped."""
     name, batch, *_ = signal
+    if name in ("image_tokens", "concat", "control"):
+        pytest.skip("its null value is zero")
     module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
     drop = {name: jnp.ones(2, bool)}
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"])
@@ -191,13 +202,37 @@ def test_merge():
     np.testing.assert_array_equal(got.vector, [[3, 3, 3]])
     assert got.concat.shape[-1] == 3 and got.add.max() == 2
     assert merge([]) == Ports()
+    seen = merge([Ports(tokens=wide), one]).tokens_mask         # no mask: all are seen
+    np.testing.assert_array_equal(seen, [[1, 1, 1, 1, 1, 1]])
+
+
+def test_embeddings_of_one_length(randomise):
+    """Filled up with zeros, which are seen; what the mask hides is zero."""
+    module = Conditioning(WIDTH, {"embeddings": {"features": 6, "length": 5}})
+    batch, keep = BATCHES["embeddings"][0], {"embeddings": jnp.zeros(2, bool)}
+    params = randomise(jax.eval_shape(module.init, jax.random.key(0), batch, keep))
+    run = lambda text, **other: module.apply(params, batch | {"text": text} | other, keep)
+    ports = run(batch["text"])
+    assert ports.tokens.shape == (2, 5, WIDTH) and ports.tokens_mask is None
+    zero = run(np.zeros_like(batch["text"])).tokens[:, 0]
+    np.testing.assert_allclose(ports.tokens[:, 3:], jnp.stack([zero, zero], 1), atol=1e-6)
+    np.testing.assert_allclose(ports.tokens[0, 2], zero[0], atol=1e-6)          # its mask is False
+    with pytest.raises(ConfigError, match=r"Text has 6 tokens; .* at most .* = 5"):
+        run(np.zeros((2, 6, 6), np.float32), text_mask=np.ones((2, 6), bool))
+
+
+def test_image_tokens_of_another_number():
+    module = Conditioning(WIDTH, {"image_tokens": {"features": 6, "positions": 4}})
+    with pytest.raises(ConfigError, match=r"3 tokens a clip; .*positions = 4"):
+        module.init(jax.random.key(0), BATCHES["image_tokens"][0],
+                    {"image_tokens": jnp.zeros(2, bool)})
 
 
 SMALL = {"name": "transformer", "width": WIDTH, "depth": 1, "heads": 2, "patch": (2, 4, 4)}
 
 
 def test_every_signal_changes_the_prediction(randomise):
-    names = ["text", "fps", "num_frames"]
+    names = ["text", "fps", "num_frames", "image_tokens", "concat", "control"]
     model = Denoiser(SMALL, {name: FIELDS.get(name, {}) for name in names})
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
     x = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)

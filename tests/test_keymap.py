@@ -12,6 +12,7 @@ ROWS = (
     Row("patch.weight", "patch/kernel", patches((1, 2, 2))),
     Row("down.{i}.{j}.bias", "down_{i}/norm_{j}/bias"),
     Row("unused.{i}", None),
+    Row("", "text/null"),
 )
 RNG = np.random.default_rng(0)
 THEIRS = {
@@ -25,13 +26,15 @@ LIKE = {"layers": {"q": {"kernel": np.zeros((12, 3, 4), np.float32),
                          "bias": np.zeros((12, 4), np.float32)}},
         "conv": {"kernel": np.zeros((3, 3, 3, 2, 5), np.float32)},
         "patch": {"kernel": np.zeros((8, 6), np.float32)},
-        "down_0": {"norm_1": {"bias": np.zeros(7, np.float32)}}}
+        "down_0": {"norm_1": {"bias": np.zeros(7, np.float32)}},
+        "text": {"null": np.zeros(3, np.float16)}}
 
 
 def test_there_and_back():
     ours = gather(THEIRS.get, [*THEIRS, "unused.3"], LIKE, ROWS)
     np.testing.assert_array_equal(ours["layers"]["q"]["kernel"][11],
                                   THEIRS["blocks.11.to_q.weight"].T)
+    np.testing.assert_array_equal(ours["text"]["null"], np.zeros(3, np.float16))
     back = dict(export(ours, ROWS))
     assert set(back) == set(THEIRS)
     for key, value in THEIRS.items():
@@ -62,6 +65,13 @@ def test_two_keys_for_one_parameter():
     rows = (*ROWS, Row("legacy.weight", "conv/kernel", CONV))
     with pytest.raises(WeightsError, match=r"legacy.weight: conv/kernel is already filled"):
         assign([*THEIRS, "legacy.weight"], LIKE, rows)
+
+
+@pytest.mark.parametrize(("order", "key"), [((0, 1), "down.0.bias"), ((1, 0), "legacy")])
+def test_the_first_row_names_a_parameter(order, key):
+    both = Row("down.{i}.bias", "down_{i}/bias"), Row("legacy", "down_0/bias")
+    params = {"down_0": {"bias": np.ones(2)}}
+    assert [k for k, _ in export(params, [both[i] for i in order])] == [key]
 
 
 def test_a_shape_that_differs():

@@ -258,11 +258,60 @@ def test_ports_enter_where_they_say(reference):
     run = jax.jit(lambda ports: model.apply({"params": params}, CLIP, TIME, ports))
     add = RNG.normal(size=(2, 2, 2, 4, 24)).astype(np.float32)
     assert relative(run(PORTS.replace(add=0 * add)), out) < 1e-6
-    for field, value in {"add": add, "vector": PORTS.vector + 1,
-                         "tokens": PORTS.tokens + 1}.items():
+    for field, value in {"add": add, "vector": PORTS.vector + 1, "tokens": PORTS.tokens + 1,
+                         "tokens_mask": None}.items():
         assert relative(run(PORTS.replace(**{field: value})), out) > 0.01, field
     wide = shapes(model, ports=PORTS.replace(concat=CLIP))["patch"]["kernel"].shape
     assert wide == (2 * 2 * 2 * 6, 24)
+
+
+def test_a_time_for_each_frame(reference):
+    params, out, _ = reference
+    model = Transformer(**SMALL, pattern="factorized")
+    run = jax.jit(lambda time: model.apply({"params": params}, CLIP, time, PORTS))
+    same = np.repeat(TIME[:, None], 4, 1)
+    assert relative(run(same), out) < 1e-6
+    other = run(same * [0, 1, 1, 1])         # patches of two frames take the time of the first
+    assert relative(other, out) > 0.01
+    np.testing.assert_array_equal(run(same * [0, 0, 1, 1]), other)
+    with pytest.raises(ValueError, match=r"time is \(2, 3\); a clip of \(2, 4\)"):
+        run(same[:, :3])
+
+
+@pytest.fixture(scope="module")
+def controlled(randomise):
+    """(parameters, ports with image tokens and control, jitted function of the ports)."""
+    model = Transformer(**SMALL, pattern=("full", "time"))
+    ports = PORTS.replace(
+        image_tokens=RNG.normal(size=(2, 3, 24)).astype(np.float32),
+        control=RNG.normal(size=(2, 4, 4, 8, 5)).astype(np.float32),
+        control_scale=np.array([1.0, 0.5], np.float32))
+    params = randomise(shapes(model, ports=ports))
+    return params, ports, jax.jit(lambda p, ports: model.apply({"params": p}, CLIP, TIME, ports))
+
+
+def test_image_tokens_and_control_reach_the_clip(controlled):
+    params, ports, run = controlled
+    out = run(params, ports)
+    for field in ("image_tokens", "control", "control_scale"):
+        changed = run(params, ports.replace(**{field: 1 + getattr(ports, field)}))
+        assert (np.abs(changed - out).max((1, 2, 3, 4)) > 0.01).all(), field
+
+
+def test_control_of_no_weight_is_no_control(controlled):
+    params, ports, run = controlled
+    plain = run(params, ports.replace(control=None, control_scale=None))
+    np.testing.assert_allclose(run(params, ports.replace(control_scale=np.zeros(2, np.float32))),
+                               plain, atol=1e-6)
+    fresh = jax.tree.map(np.zeros_like, params["layers"]["hint"])     # as a network begins
+    silent = {**params, "layers": {**params["layers"], "hint": fresh}}
+    np.testing.assert_allclose(run(silent, ports), plain, atol=1e-6)
+
+
+def test_there_is_one_control_block_to_a_repetition_of_the_pattern(controlled):
+    params = controlled[0]["layers"]
+    assert params["control"]["full"]["q"]["kernel"].shape == (2, 24, 24)
+    assert params["control"].keys() == params["block_0"].keys()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -278,7 +327,8 @@ def test_sizes(size):
     millions = (sum(v.size for v in jax.tree.leaves(tree)) + project) / 1e6
     print(f"{size}: {millions:.0f}M")
     low, high = {"tiny": (3, 8), "S": (20, 40), "B": (100, 160), "L": (350, 450),
-                 "XL": (550, 700)}[size]
+                 "XL": (550, 700), "wan_1p3b": (1400, 1440), "wan_5b": (4950, 5050),
+                 "wan_14b": (14200, 14350)}[size]
     assert low < millions < high
 
 

@@ -17,6 +17,9 @@ __all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "
 #   latents    float  [b t h w c]   cached latents, already normalised
 #   text       int32  [b l]         token ids, or float [b l d] cached embeddings
 #   text_mask  bool   [b l]         True on real tokens
+#   image_tokens float [b m d]      features of images from a frozen encoder
+#   concat     float  [b t h w c]   channels to lie beside the noisy clip
+#   control    float  [b t h w c]   what a network's control blocks read
 #   fps        float32 [b]          frames per second of this clip
 #   num_frames int32  [b]           pixel frames in this clip
 Batch = Mapping[str, Array]
@@ -26,14 +29,20 @@ Params = Mapping[str, Any]
 class Ports(flax.struct.PyTreeNode):
     """Where conditioning enters a network. A port that is None is not used.
 
-    tokens: float [b l d], read by cross-attention; tokens_mask: bool [b l].
+    tokens: float [b l d], read by cross-attention; tokens_mask: bool [b l], None if all are seen.
+    image_tokens: float [b m d], read by a cross-attention of their own beside that of `tokens`.
     vector: float [b d], added to the time embedding and so to every modulation.
     concat: float [b t h w c], concatenated to the noisy input's channels.
     add:    float [b t h w d], added to the patch embeddings (control residuals).
+    control: float [b t h w c], read by control blocks, whose hints are added to the tokens after
+    some layers, multiplied by control_scale: float [b].
     """
 
     tokens: Array | None = None
     tokens_mask: Array | None = None
+    image_tokens: Array | None = None
     vector: Array | None = None
     concat: Array | None = None
     add: Array | None = None
+    control: Array | None = None
+    control_scale: Array | None = None

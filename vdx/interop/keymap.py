@@ -47,7 +47,8 @@ def patches(patch: Sequence[int]) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """source: a key of the file. path: of our parameter, None where the key is not used."""
+    """source: a key of the file, "" where the file has no such parameter and ours is zero.
+    path: of our parameter, None where the key is not used."""
 
     source: str
     path: str | None
@@ -69,6 +70,31 @@ def _pattern(template: str) -> re.Pattern:
                               for i, p in enumerate(parts)))
 
 
+def _finder(rows: Sequence[Row], template: Callable[[Row], str | None]):
+    """find(name) -> (row, numbers) of the first row whose template says this name, or None.
+
+    A model of a thousand arrays may have as many rows; those without numbers are looked up.
+    """
+    exact: dict[str, tuple[int, Row]] = {}
+    patterns: list[tuple[int, Row, re.Pattern]] = []
+    for place, row in enumerate(rows):
+        if (text := template(row)) is None:
+            continue
+        if "{" in text:
+            patterns.append((place, row, _pattern(text)))
+        else:
+            exact.setdefault(text, (place, row))
+
+    def find(name: str) -> tuple[Row, dict[str, str]] | None:
+        place, row = exact.get(name, (len(rows), None))
+        for earlier, other, pattern in patterns:
+            if earlier < place and (match := pattern.fullmatch(name)):
+                return other, match.groupdict()
+        return None if row is None else (row, {})
+
+    return find
+
+
 def _place(path: str, layout: Layout) -> Place:
     name, _, index = path.removesuffix("]").partition("[")
     return Place(name, int(index) if index else None, layout)
@@ -85,18 +111,17 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
     Raises WeightsError that lists keys without a row, parameters filled by no key or by
     several, and places outside a stack.
     """
-    patterns = [(row, _pattern(row.source)) for row in rows]
+    find = _finder(rows, lambda row: row.source or None)
     leaves, found, problems = flat(like), {}, []
     filled: dict[tuple[str, int | None], str] = {}
     for key in keys:
-        row, match = next(((row, m) for row, p in patterns if (m := p.fullmatch(key))),
-                          (None, None))
-        if row is None or match is None:
+        if (known := find(key)) is None:
             problems.append(f"{key}: no such parameter in this model")
             continue
+        row, numbers = known
         if row.path is None:
             continue
-        place = _place(row.path.format(**match.groupdict()), row.layout)
+        place = _place(row.path.format(**numbers), row.layout)
         slot = place.path, place.index
         if place.path not in leaves:
             problems.append(f"{key}: this model has no {place.path}")
@@ -106,7 +131,7 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
             problems.append(f"{key}: {place.path} is already filled by {filled[slot]}")
         else:
             found[key], filled[slot] = place, key
-    whole = {path for path, index in filled if index is None}
+    whole = {path for path, index in filled if index is None} | set(absent(leaves, rows))
     for path, leaf in leaves.items():
         holes = [] if path in whole else \
             [i for i in range(leaf.shape[0]) if (path, i) not in filled] if leaf.shape else [0]
@@ -115,8 +140,14 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
         elif holes:
             problems.append(f"{path}: layers {holes} are not in the file")
     if problems:
-        raise WeightsError(_list("These weights do not fit this model:", problems))
+        raise WeightsError(listed("These weights do not fit this model:", problems))
     return found
+
+
+def absent(leaves: Iterable[str], rows: Sequence[Row]) -> list[str]:
+    """Paths of our parameters that the file does not have, and which are zero."""
+    find = _finder(rows, lambda row: None if row.source else row.path)
+    return [path for path in leaves if find(path)]
 
 
 def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
@@ -126,7 +157,8 @@ def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
     Raises WeightsError as `assign` does, and for shapes that differ.
     """
     leaves = flat(like)
-    out: dict[str, np.ndarray] = {}
+    out = {path: np.zeros(leaves[path].shape, leaves[path].dtype)
+           for path in absent(leaves, rows)}
     problems = []
     for key, place in assign(keys, like, rows).items():
         leaf, value = leaves[place.path], place.layout.ours(read(key))
@@ -138,7 +170,7 @@ def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
         else:
             out.setdefault(place.path, np.empty(leaf.shape, leaf.dtype))[place.index] = value
     if problems:
-        raise WeightsError(_list("These weights do not fit this model:", problems))
+        raise WeightsError(listed("These weights do not fit this model:", problems))
     return unflatten_dict(out, sep="/")
 
 
@@ -148,25 +180,24 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
     The first row that leads to a place names it. Raises WeightsError that lists parameters
     without a row.
     """
-    by_path = [(row, _pattern(row.path)) for row in rows if row.path is not None]
-    problems = []
-    for path, leaf in flat(params).items():
-        single = next(((r, m) for r, p in by_path if (m := p.fullmatch(path))), None)
-        if single:
-            row, match = single
-            yield row.source.format(**match.groupdict()), row.layout.theirs(np.asarray(leaf))
-            continue
-        if not any(p.fullmatch(f"{path}[0]") for _, p in by_path):
-            problems.append(f"{path}: no row of the table")
-            continue
-        for index in range(leaf.shape[0]):
-            row, match = next((r, m) for r, p in by_path if (m := p.fullmatch(f"{path}[{index}]")))
-            yield (row.source.format(**match.groupdict()),
-                   row.layout.theirs(np.asarray(leaf[index])))
+    find = _finder(rows, lambda row: row.path if row.source else None)
+    leaves, problems = flat(params), []
+    for path in absent(leaves, rows):
+        del leaves[path]
+    for path, leaf in leaves.items():
+        stacked = find(path) is None and leaf.shape
+        slots = [f"{path}[{i}]" for i in range(leaf.shape[0])] if stacked else [path]
+        for index, slot in enumerate(slots):
+            if (known := find(slot)) is None:
+                problems.append(f"{path}: no row of the table")
+                break
+            row, numbers = known
+            yield (row.source.format(**numbers),
+                   row.layout.theirs(np.asarray(leaf[index] if stacked else leaf)))
     if problems:
-        raise WeightsError(_list("Parameters that this layout cannot say:", problems))
+        raise WeightsError(listed("Parameters that this layout cannot say:", problems))
 
 
-def _list(head: str, problems: Sequence[str], most: int = 40) -> str:
+def listed(head: str, problems: Sequence[str], most: int = 40) -> str:
     more = [f"and {len(problems) - most} more"] if len(problems) > most else []
     return "\n  ".join([head, *problems[:most], *more])

@@ -40,19 +40,32 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from the grid [b t h w d], keys and values from tokens [b l e]."""
+    """Queries from the grid [b t h w d], keys and values from tokens [b l e].
+
+    With image tokens [b m e] the same queries also attend to those, by keys and values of their
+    own, and both answers are added (Ye et al. 2023, IP-Adapter; Wan image-to-video).
+    """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"], tokens: Float[Array, "b l e"],
-                 mask: Bool[Array, "b l"] | None) -> Float[Array, "b t h w d"]:
+                 mask: Bool[Array, "b l"] | None,
+                 image_tokens: Float[Array, "b m e"] | None = None) -> Float[Array, "b t h w d"]:
         width, (t, h, w) = x.shape[-1], x.shape[1:4]
+
+        def keys_and_values(tokens: Array, prefix: str = "") -> tuple[Array, Array]:
+            k = nn.Dense(width, name=f"{prefix}k", dtype=self.dtype)(tokens)
+            v = nn.Dense(width, name=f"{prefix}v", dtype=self.dtype)(tokens)
+            k = RMSNorm(name=f"{prefix}k_norm")(k)
+            k, v = (rearrange(a, "b l (n d) -> b l n d", n=self.heads) for a in (k, v))
+            return k, v
+
         q = RMSNorm(name="q_norm")(nn.Dense(width, name="q", dtype=self.dtype)(x))
-        k = RMSNorm(name="k_norm")(nn.Dense(width, name="k", dtype=self.dtype)(tokens))
-        v = nn.Dense(width, name="v", dtype=self.dtype)(tokens)
         q = rearrange(q, "b t h w (n d) -> b (t h w) n d", n=self.heads)
-        k, v = (rearrange(a, "b l (n d) -> b l n d", n=self.heads) for a in (k, v))
-        y = rearrange(attend(q, k, v, mask), "b (t h w) n d -> b t h w (n d)", t=t, h=h, w=w)
+        y = attend(q, *keys_and_values(tokens), mask)
+        if image_tokens is not None:
+            y = y + attend(q, *keys_and_values(image_tokens, "image_"))
+        y = rearrange(y, "b (t h w) n d -> b t h w (n d)", t=t, h=h, w=w)
         return nn.Dense(width, name="out", dtype=self.dtype)(y)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vdx.build import ConfigError, build
-from vdx.models.layers import MLP, EmbedMLP
+from vdx.models.layers import MLP, EmbedMLP, LayerNorm
 from vdx.models.text import ENCODERS, FROZEN, Tokenize
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
 
@@ -63,12 +64,14 @@ class Embeddings(nn.Module):
     """Text embeddings (batch key `text` [b l features]), computed once and stored with the
     clips, or by a frozen `encoder`, a row of FROZEN, while captions are read. Port `tokens`.
 
-    Null value: one learned token.
+    length: captions are filled up with zeros to so many tokens and all of these are seen, as Wan
+    has it; None: padding is masked. Null value: one learned token.
     """
 
     width: int
     features: int = 4096
     encoder: Mapping[str, Any] | None = None
+    length: int | None = None
     dropout: float = 0.1
 
     @nn.nowrap
@@ -101,7 +104,14 @@ class Embeddings(nn.Module):
         first = jnp.arange(x.shape[1]) == 0
         x = jnp.where(drop[:, None, None], null * first[:, None], x)
         mask = jnp.where(drop[:, None], first, batch["text_mask"])
-        return Ports(tokens=MLP(self.width, out=self.width, name="project")(x), tokens_mask=mask)
+        project = MLP(self.width, out=self.width, name="project")
+        if self.length is None:
+            return Ports(tokens=project(x), tokens_mask=mask)
+        short = self.length - x.shape[1]
+        if short < 0:
+            raise ConfigError(f"Text has {x.shape[1]} tokens; this model reads at most "
+                              f"config.model.signals.embeddings.length = {self.length}.")
+        return Ports(tokens=project(jnp.pad(x * mask[..., None], ((0, 0), (0, short), (0, 0)))))
 
 
 class Scalar(nn.Module):
@@ -136,26 +146,108 @@ class Duration(Scalar):
     key = "num_frames"
 
 
+class ImageTokens(nn.Module):
+    """Features of images from a frozen encoder (batch key `image_tokens` [b m features]), as Wan
+    reads CLIP's: norm, MLP, norm. Port `image_tokens`.
+
+    positions: learned ones for so many tokens, if m is always that (Wan first-last-frame: those
+    of both images in a row); 0: none. Null value: features of zero.
+    """
+
+    width: int
+    features: int = 1280
+    positions: int = 0
+    dropout: float = 0.1
+
+    @nn.nowrap
+    def example(self) -> Batch:
+        return {"image_tokens": jnp.zeros((1, self.positions or 1, self.features))}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
+        x = _kept(batch["image_tokens"], drop)
+        if self.positions:
+            if x.shape[1] != self.positions:
+                raise ConfigError(f"image_tokens has {x.shape[1]} tokens a clip; this model reads "
+                                  f"config.model.signals.image_tokens.positions = "
+                                  f"{self.positions}.")
+            x = x + self.param("position_table", nn.initializers.zeros,
+                               (self.positions, self.features), jnp.float32)
+        # The two norms have torch's default epsilon, unlike those of the blocks.
+        x = LayerNorm(1e-5, name="norm_in")(x)
+        x = MLP(self.features, "gelu_exact", out=self.width, name="project")(x)
+        return Ports(image_tokens=LayerNorm(1e-5, name="norm_out")(x))
+
+
+class Concat(nn.Module):
+    """Channels beside the noisy clip (batch key `concat` [b t h w channels]), such as the latents
+    of known frames and a mask that says which. Port `concat`. Null value: zeros."""
+
+    width: int
+    channels: int
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def example(self) -> Batch:
+        return {"concat": jnp.zeros((1, 1, 1, 1, self.channels))}
+
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
+        return Ports(concat=_kept(batch["concat"], drop))
+
+
+class Control(nn.Module):
+    """What control blocks read (batch key `control` [b t h w channels]), in Wan VACE the latents
+    of what stays, of what changes, and a mask. Port `control`. Null value: hints of weight 0."""
+
+    width: int
+    channels: int
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def example(self) -> Batch:
+        return {"control": jnp.zeros((1, 1, 1, 1, self.channels))}
+
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
+        return Ports(control=batch["control"].astype(jnp.float32),
+                     control_scale=1.0 - drop.astype(jnp.float32))
+
+
+def _kept(x: Array, drop: Bool[Array, "b"]) -> Array:
+    """float32 x, zero where dropped."""
+    return jnp.where(drop.reshape(-1, *(1,) * (x.ndim - 1)), 0.0, x.astype(jnp.float32))
+
+
 SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "text": Text,
     "embeddings": Embeddings,
     "fps": FrameRate,
     "num_frames": Duration,
+    "image_tokens": ImageTokens,
+    "concat": Concat,
+    "control": Control,
 }
 
 
-def merge(ports: list[Ports]) -> Ports:
-    """Several signals at one port: tokens and concat are concatenated, vector and add summed."""
-    def gather(field):
-        return [v for p in ports if (v := getattr(p, field)) is not None]
+def _only(values: list[Array]) -> Array:
+    (value,) = values
+    return value
 
-    tokens, masks, concat = gather("tokens"), gather("tokens_mask"), gather("concat")
-    return Ports(
-        tokens=jnp.concatenate(tokens, 1) if tokens else None,
-        tokens_mask=jnp.concatenate(masks, 1) if masks else None,
-        vector=sum(v) if (v := gather("vector")) else None,
-        concat=jnp.concatenate(concat, -1) if concat else None,
-        add=sum(v) if (v := gather("add")) else None)
+
+def merge(ports: list[Ports]) -> Ports:
+    """Several signals at one port: tokens and channels are concatenated, vector and add summed;
+    control has one signal."""
+    def gather(field, combine):
+        values = [v for p in ports if (v := getattr(p, field)) is not None]
+        return combine(values) if values else None
+
+    tokens = [p for p in ports if p.tokens is not None]
+    if any(p.tokens_mask is not None for p in tokens):        # then each needs one
+        ports = [p if p.tokens is None or p.tokens_mask is not None else
+                 p.replace(tokens_mask=jnp.ones(p.tokens.shape[:2], bool)) for p in ports]
+    along, channels = partial(jnp.concatenate, axis=1), partial(jnp.concatenate, axis=-1)
+    rules = {"tokens": along, "tokens_mask": along, "image_tokens": along, "vector": sum,
+             "concat": channels, "add": sum, "control": _only, "control_scale": _only}
+    return Ports(**{field: gather(field, combine) for field, combine in rules.items()})
 
 
 class Conditioning(nn.Module):

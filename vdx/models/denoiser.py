@@ -56,8 +56,10 @@ class Denoiser(nn.Module):
         """
         network, conditioning = self.parts()
         x = jnp.zeros((1, *network.patch, network.channels))
-        return self.init(key, x, jnp.zeros(1), conditioning.example(),
-                         self.drop_masks(1, False), method="train_view")["params"]
+        example = {k: jnp.broadcast_to(v, (*x.shape[:-1], v.shape[-1])) if v.ndim == x.ndim else v
+                   for k, v in conditioning.example().items()}
+        return self.init(key, x, jnp.zeros(1), example, self.drop_masks(1, False),
+                         method="train_view")["params"]
 
     @property
     def channels(self) -> int:

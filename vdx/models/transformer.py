@@ -2,9 +2,8 @@
 
 Modulation is adaLN-single (Chen et al. 2023, PixArt-alpha; also Wan): one projection of the
 time embedding for the whole network plus a learned table in each block. The design is that of
-Wan 2.1, so that its weights are a configuration of this class.
+Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/interop/wan.py).
 """
-
 
 import math
 
@@ -28,13 +27,16 @@ from vdx.models.mixers import MIXERS, PATTERNS, MixContext
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
 
-# width, depth, heads
-SIZES: dict[str, tuple[int, int, int]] = {
-    "tiny": (192, 6, 6),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
+# width, depth, heads, hidden features of the MLP for each feature of the width
+SIZES: dict[str, tuple[int, int, int, float]] = {
+    "tiny": (192, 6, 6, 4),
+    "S": (384, 12, 6, 4),
+    "B": (768, 12, 12, 4),
+    "L": (1024, 24, 16, 4),
+    "XL": (1152, 28, 16, 4),
+    "wan_1p3b": (1536, 30, 12, 8960 / 1536),     # Wan 2.1
+    "wan_5b": (3072, 30, 24, 14336 / 3072),      # Wan 2.2 TI2V
+    "wan_14b": (5120, 40, 40, 13824 / 5120),     # Wan 2.1, and each expert of Wan 2.2 A14B
 }
 
 _policies = jax.checkpoint_policies
@@ -64,49 +66,65 @@ class Block(nn.Module):
 
     mixer: str
     heads: int
-    mlp_ratio: float
+    hidden: int
     activation: str
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], modulation: Float[Array, "b 6 d"],
+    def __call__(self, x: Float[Array, "b t h w d"], modulation: Float[Array, "b t 6 d"],
                  ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
-        width = x.shape[-1]
-        table = self.param("table", nn.initializers.zeros, (6, width), jnp.float32)
-        rows = (modulation + table)[:, :, None, None, None]                  # b 6 1 1 1 d
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows[:, i] for i in range(6))
+        table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
+        rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
+        shift1, scale1, gate1, shift2, scale2, gate2 = (rows[..., i, :] for i in range(6))
 
         mixer = MIXERS[self.mixer](heads=self.heads, dtype=self.dtype, name=self.mixer)
         y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
         x = (x + gate1 * y).astype(x.dtype)
         if ports.tokens is not None:
             cross = CrossAttention(self.heads, self.dtype, name="cross")
-            x = x + cross(LayerNorm(name="cross_norm")(x), ports.tokens, ports.tokens_mask)
-        y = MLP(int(width * self.mlp_ratio), self.activation, self.dtype, name="mlp")(
+            x = x + cross(LayerNorm(name="cross_norm")(x), ports.tokens, ports.tokens_mask,
+                          ports.image_tokens)
+        y = MLP(self.hidden, self.activation, self.dtype, name="mlp")(
             modulate(x, shift2, scale2).astype(self.dtype))
         x = (x + gate2 * y).astype(x.dtype)
         return constrain(x, "b t h w d", context="t")
 
 
 class Period(nn.Module):
-    """One pass through the pattern; `nn.scan` repeats it over the depth."""
+    """One pass through the pattern; `nn.scan` repeats it over the depth.
+
+    Control tokens (Jiang et al. 2025, VACE) pass through a block of their own, and a projection
+    of them is added to the clip's after the first block.
+    """
 
     pattern: tuple[str, ...]
     block: dict
 
     @nn.compact
-    def __call__(self, x, modulation, ports, context):
+    def __call__(self, carry, modulation, ports, context):
+        x, control = carry
         for i, mixer in enumerate(self.pattern):
             x = Block(mixer, **self.block, name=f"block_{i}")(x, modulation, ports, context)
-        return x, None
+            if control is not None and i == 0:
+                control = Block(mixer, **self.block, name="control")(control, modulation, ports,
+                                                                     context)
+                hint = nn.Dense(x.shape[-1], name="hint", dtype=x.dtype,
+                                kernel_init=nn.initializers.zeros)(control)
+                scale = ports.control_scale[:, None, None, None, None]
+                x = (x + scale * hint).astype(x.dtype)
+        return (x, control), None
 
 
 class Transformer(nn.Module):
     """denoiser(x_t [b t h w c], time [b], ports) -> prediction [b t h w c].
 
-    size: a row of SIZES; width, depth and heads override it.
+    `time` may also be [b t], one for each frame (Wan 2.2 TI2V gives 0 to a known first frame); a
+    patch takes that of its first frame.
+
+    size: a row of SIZES; width, depth, heads and mlp_ratio override it.
     patch: frames, rows and columns of one token; the grid must divide by it.
-    pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth.
+    pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth; with the
+    port `control` there is one control block to each repetition.
     rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
     a small one. absolute: tokens are also told their place in the clip, so that attention can
     average places (where is the object?), which rotary positions alone learn much later.
@@ -122,7 +140,7 @@ class Transformer(nn.Module):
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    mlp_ratio: float = 4.0
+    mlp_ratio: float | None = None
     activation: str = "gelu"
     rope_theta: float = 10_000.0
     absolute: bool = False
@@ -132,7 +150,7 @@ class Transformer(nn.Module):
 
     def dims(self) -> tuple[int, int, int, tuple[str, ...]]:
         """(width, depth, heads, pattern), checked."""
-        width, depth, heads = lookup(self.size, SIZES, "model.size")
+        width, depth, heads, _ = lookup(self.size, SIZES, "model.size")
         width, depth, heads = self.width or width, self.depth or depth, self.heads or heads
         pattern = self.pattern
         if isinstance(pattern, str):
@@ -145,6 +163,11 @@ class Transformer(nn.Module):
             raise ConfigError(f"model.width = {width} over {heads} heads is not an even number.")
         return width, depth, heads, tuple(pattern)
 
+    def hidden(self) -> int:
+        """Hidden features of the MLPs."""
+        ratio = self.mlp_ratio or lookup(self.size, SIZES, "model.size")[3]
+        return round(self.dims()[0] * ratio)
+
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """The token grid of a clip [t h w c]; raises ValueError if patches do not tile it."""
         if any(n % p for n, p in zip(shape[:3], self.patch, strict=True)):
@@ -153,43 +176,65 @@ class Transformer(nn.Module):
         t, h, w = (n // p for n, p in zip(shape[:3], self.patch, strict=True))
         return t, h, w
 
+    def frame_times(self, x: Float[Array, "b t h w c"], time: Array) -> Array:
+        """[b], one time for all tokens, or [b t], one for each frame of tokens."""
+        if time.ndim == 1:
+            return time
+        if time.shape != x.shape[:2]:
+            raise ValueError(f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
+                             "for each clip [b] or for each frame [b t].")
+        return time[:, ::self.patch[0]]
+
+    def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b t h w d"]:
+        """Patches start as their lowest frequencies, and are drawn from them again at the end."""
+        pt, ph, pw = self.patch
+        x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
+        return nn.Dense(self.dims()[0], name=name, dtype=jnp.dtype(self.dtype),
+                        kernel_init=low_frequencies(self.patch))(x)
+
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"],
                  ports: Ports) -> Float[Array, "b t h w c"]:
         width, depth, heads, pattern = self.dims()
         dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
-        grid = self.grid(x.shape[1:])
+        grid, time = self.grid(x.shape[1:]), self.frame_times(x, time)
         if ports.concat is not None:
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
 
-        x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
-        # Patches start as their lowest frequencies, and are drawn from them again at the end.
-        x = nn.Dense(width, name="patch", dtype=dtype, kernel_init=low_frequencies(self.patch))(x)
+        x = self.tokens(x, "patch")
         if self.absolute:
             x = x + jnp.asarray(place_table(grid, width), x.dtype)
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
 
-        emb = EmbedMLP(width, name="time")(time * self.time_scale)
+        emb = EmbedMLP(width, name="time")(time * self.time_scale)         # b d or b t d
         if ports.vector is not None:
-            emb = emb + ports.vector
+            emb = emb + (ports.vector if time.ndim == 1 else ports.vector[:, None])
         modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,
                               kernel_init=nn.initializers.zeros)(nn.silu(emb))
-        modulation = rearrange(modulation, "b (m d) -> b m d", m=6)
+        modulation = modulation.reshape(len(x), -1, 6, width)                # b t 6 d
+        control = None
+        if ports.control is not None:
+            control = nn.Dense(width, name="control_in", dtype=dtype,
+                               kernel_init=nn.initializers.zeros)(
+                self.tokens(ports.control, "control_patch"))
+            control = constrain(x + control, "b t h w d", context="t")
         if ports.tokens is not None:
             ports = ports.replace(tokens=ports.tokens.astype(dtype))
+        if ports.image_tokens is not None:
+            ports = ports.replace(image_tokens=ports.image_tokens.astype(dtype))
 
         context = MixContext(rope=rope_table(grid, width // heads, self.rope_theta))
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
         layers = nn.scan(period, variable_axes={"params": 0}, split_rngs={"params": True},
                          in_axes=nn.broadcast, length=depth // len(pattern))
-        block = dict(heads=heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dtype=dtype)
-        x, _ = layers(pattern, block, name="layers")(x, modulation, ports, context)
+        block = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
+        (x, _), _ = layers(pattern, block, name="layers")((x, control), modulation, ports, context)
 
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
-        shift, scale = ((emb + row)[:, None, None, None] for row in table)
+        shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)
         x = modulate(x, shift, scale).astype(dtype)
         x = nn.Dense(pt * ph * pw * self.channels, name="unpatch", dtype=jnp.float32,
                      kernel_init=low_frequencies(self.patch, out=True))(x)

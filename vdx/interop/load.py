@@ -1,0 +1,170 @@
+"""Public weights onto the mesh and back into files, one parameter at a time.
+
+What is wrong with a file or a folder is said from the headers, before an array is read. The host
+never holds the model: at most the shares of one parameter that lie on its own devices.
+"""
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from vdx.files import read_json, write_json
+from vdx.interop.keymap import Place, Row, WeightsError, assign, export, flat, listed
+from vdx.interop.pth import read_pth
+from vdx.interop.safetensors import Stored, read_header, write
+from vdx.parallel import param_shardings, path_str
+from vdx.types import Params
+
+READERS: dict[str, Callable[[Path], dict[str, Stored]]] = {
+    ".safetensors": read_header, ".pth": read_pth, ".pt": read_pth, ".bin": read_pth}
+# Kept in float32 whatever is asked for: norms, modulation, the embedding of time (as diffusers'
+# `_keep_in_fp32_modules` of Wan). They are small.
+FLOAT32 = re.compile(r"(bias|scale|table|null)$|/time/")
+
+
+def open_weights(path: str | Path) -> dict[str, Stored]:
+    """key -> where the array lies, of one file, or of a folder that holds one model in one file
+    or in the parts that its `.safetensors.index.json` names. Reads headers only.
+
+    Raises WeightsError if there is no such file or folder, if it holds no or several models, if
+    a part is missing, or if a file is cut off.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise WeightsError(f"{path}: weights are read from {', '.join(READERS)}.")
+        return READERS[path.suffix](path)
+    if not path.is_dir():
+        raise WeightsError(f"{path} is not there.")
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        return _parts(indices[0])
+    if len(files) == 1 and not indices:
+        return read_header(files[0])
+    found = [p.name for p in indices or files]
+    below = sorted({p.parent.name for p in path.glob("*/*.safetensors")})
+    raise WeightsError(f"{path} should hold one model and holds "
+                       f"{'several: ' + ', '.join(found) if found else 'no .safetensors file'}."
+                       + (f" Name one of its folders: {', '.join(below)}." if below else ""))
+
+
+def _parts(index: Path) -> dict[str, Stored]:
+    """The arrays that an index names, each from the part that it says."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict):
+        raise WeightsError(f"{index} has no weight_map.")
+    names = sorted(set(where.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise WeightsError(listed(f"{index.parent} lacks {len(missing)} of the {len(names)} files "
+                                  "that its index names. Download them:", missing))
+    parts = {name: read_header(index.parent / name) for name in names}
+    lost = [f"{key}: not in {name}" for key, name in where.items() if key not in parts[name]]
+    if lost:
+        raise WeightsError(listed(f"{index} does not agree with its files:", lost))
+    return {key: parts[name][key] for key, name in where.items()}
+
+
+def abstract_params(shapes: Params, mesh: Mesh, dtype: str = "float32") -> Params:
+    """What `load_params` fills: `shapes`, laid out on the mesh by the rules of vdx.parallel.
+
+    dtype: of the kernels; what FLOAT32 names stays float32.
+    """
+    def one(path, leaf, sharding):
+        kept = FLOAT32.search(path_str(path))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if kept else jnp.dtype(dtype),
+                                    sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, param_shardings(mesh, shapes))
+
+
+def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row]) -> Params:
+    """Our parameters from files, of the shapes, types and shardings of `like`.
+
+    Raises WeightsError that lists every key and every shape that disagrees, before anything is
+    read.
+    """
+    keys: dict[str, list[tuple[Stored, Place]]] = defaultdict(list)
+    leaves, problems = flat(like), []
+    for key, place in assign(source, like, rows).items():
+        leaf, stored = leaves[place.path], source[key]
+        # A layout of nothing: shapes alone, without an array behind them.
+        shape = place.layout.ours(np.broadcast_to(np.uint8(0), stored.shape)).shape
+        want = leaf.shape if place.index is None else leaf.shape[1:]
+        if shape != want:
+            problems.append(f"{key}: is {shape} for {place.path} {want}")
+        keys[place.path].append((stored, place))
+    if problems:
+        raise WeightsError(listed("These weights do not fit this model:", problems))
+    # Waiting for each lets go of its copy on the host before the next is read.
+    return unflatten_dict({path: _load(leaf, keys[path]).block_until_ready()
+                           for path, leaf in leaves.items()}, sep="/")
+
+
+def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:
+    """One parameter. Every array of the file is looked at once, and every share that lies on
+    this host is filled once, however many devices hold it."""
+    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+
+    def bounds(index) -> tuple[tuple[int, int], ...]:
+        return tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+
+    shares = {bounds(index): np.zeros([b - a for a, b in bounds(index)], leaf.dtype)
+              for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
+    for stored, place in parts:
+        value = place.layout.ours(stored.read())
+        for ends, share in shares.items():
+            within = tuple(slice(*end) for end in ends)
+            if place.index is None:
+                share[...] = value[within]
+            elif ends[0][0] <= place.index < ends[0][1]:
+                share[place.index - ends[0][0]] = value[within[1:]]
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shares[bounds(index)])
+
+
+def save_folder(params: Params, rows: Sequence[Row], config: Mapping[str, Any], path: str | Path,
+                max_shard_bytes: int = 5_000_000_000) -> None:
+    """A folder in the layout of diffusers: `config.json` and the weights, in parts of at most
+    `max_shard_bytes` (or of one array) with an index if they are larger than that.
+
+    Raises WeightsError for a folder that is not empty and for parameters without a row.
+    """
+    path, stem = Path(path), "diffusion_pytorch_model"
+    if path.exists() and any(path.iterdir()):
+        raise WeightsError(f"{path} is not empty. Name a new folder, so that no old part stays.")
+    parts: list[dict] = [{}]
+    size = total = 0
+    for key, (shape, dtype) in export_plan(params, rows).items():
+        bytes_ = int(np.prod(shape)) * dtype.itemsize
+        if parts[-1] and size + bytes_ > max_shard_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][key] = shape, dtype
+        size, total = size + bytes_, total + bytes_
+    names = [f"{stem}.safetensors"] if len(parts) == 1 else [
+        f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    arrays = export(params, rows)
+    for name, plan in zip(names, parts, strict=True):
+        write(path / name, plan, itertools.islice(arrays, len(plan)))
+    if len(parts) > 1:
+        write_json(path / f"{stem}.safetensors.index.json", {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for name, plan in zip(names, parts, strict=True)
+                           for key in plan}})
+    write_json(path / "config.json", config)
+
+
+def export_plan(params: Params, rows: Sequence[Row]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """key -> (shape, dtype) of what `export` gives, in its order, without an array."""
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), params)
+    return {key: (value.shape, value.dtype) for key, value in export(empty, rows)}

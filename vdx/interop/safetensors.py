@@ -1,0 +1,117 @@
+"""The safetensors format: a JSON header that says where each array lies, then the arrays.
+
+Written here and not by its library because arrays are read one at a time, from a memory map, and
+written one at a time, so that a file may be larger than the host's memory.
+https://github.com/huggingface/safetensors#format
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from vdx.files import whole_or_not
+from vdx.interop.keymap import WeightsError
+
+DTYPES = {name: np.dtype(dtype) for name, dtype in {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100_000_000       # bytes, the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array in a file. `offset` in bytes; `strides` in entries, None: row after row."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    def read(self) -> np.ndarray:
+        """A read-only view of the file; only what is looked at is read."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        if self.strides is None:
+            flat = np.memmap(self.file, self.dtype, "r", self.offset, (math.prod(self.shape),))
+            return flat.reshape(self.shape)
+        flat = np.memmap(self.file, self.dtype, "r", self.offset, (self.extent(),))
+        return np.lib.stride_tricks.as_strided(
+            flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False)
+
+    def extent(self) -> int:
+        """Entries from the first to the last, ends included."""
+        if 0 in self.shape:
+            return 0
+        if self.strides is None:
+            return math.prod(self.shape)
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+
+
+def read_header(path: str | Path) -> dict[str, Stored]:
+    """Where the arrays of a file lie; reads nothing but the header.
+
+    Raises WeightsError for a file that is not of this format or is cut off.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        if size < 8 or start - 8 > LARGEST_HEADER:
+            raise WeightsError(f"{path} is not a safetensors file: it does not begin with the "
+                               "length of a header.")
+        text = f.read(start - 8)
+    try:
+        header = {} if len(text) < start - 8 else json.loads(text)
+        header.pop("__metadata__", None)
+        arrays = {key: _stored(path, start, **entry) for key, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a safetensors file: its header cannot be read "
+                           f"({error}).") from error
+    end = max((a.offset + a.extent() * a.dtype.itemsize for a in arrays.values()), default=start)
+    if len(text) < start - 8 or size < end:
+        raise WeightsError(f"{path} is cut off: it has {size:,} bytes, and its header says "
+                           f"{max(start, end):,}. Download it again.")
+    return arrays
+
+
+def _stored(path: Path, start: int, dtype: str, shape: list[int],
+            data_offsets: list[int]) -> Stored:
+    first, last = data_offsets
+    out = Stored(path, DTYPES[dtype], tuple(shape), start + first)
+    if first < 0 or min(shape, default=0) < 0 or \
+            last - first != math.prod(shape) * out.dtype.itemsize:
+        raise ValueError(f"{dtype} {shape} does not fill bytes {first} to {last}")
+    return out
+
+
+def write(path: str | Path, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+          arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """A file of the arrays that `plan` announces as key -> (shape, dtype), which come one by one
+    and in any order. The file is whole or not there."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Large entries first, so that every array begins at a multiple of its entries' size.
+    for key, (shape, dtype) in sorted(plan.items(), key=lambda item: -item[1][1].itemsize):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_or_not(path) as part, part.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+        for key, value in arrays:
+            entry, (shape, dtype) = header.pop(key), plan[key]
+            assert value.shape == tuple(shape) and value.dtype == dtype, key
+            f.seek(8 + len(text) + entry["data_offsets"][0])
+            f.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        assert header.keys() == {"__metadata__"}, header.keys()
