@@ -28,6 +28,7 @@ BATCH = ("data", "fsdp")
 # (regex over the parameter's path, mesh axes of its LAST dimensions). Dimensions further left,
 # such as the layer axis of a scan, are not split. First match wins; no match is an error.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(conv_in|conv_out|quant_conv)/kernel$", ()),     # the few channels of pixels and latents
     (r"(q|k|v|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(q|k|v|up)/bias$", ("tensor",)),
