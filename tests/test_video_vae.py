@@ -34,8 +34,7 @@ LIGHT = {
                  "temperal_downsample": (True, True), "is_residual": True, "patch_size": 2,
                  "in_channels": 12, "out_channels": 12},
 }
-# Frames of a clip, and latent frames computed at a time. The first runs every piece in a loop
-# after the first, the last has a first piece of two latents.
+# Frames of a clip, and latent frames computed at a time: 17 frames, 5 latents, are 2 and 3 of them.
 RUNS = ((1, None), (5, None), (9, None), (17, 3))
 
 
@@ -145,7 +144,7 @@ def test_decoder_is_the_references(case, length, chunk):
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_chunks_are_the_whole_in_bounded_memory(light, method):
     whole, whole_memory = light.run(method, 17)
-    for length, chunk in ((1, 1), (5, 1), (9, 1), (17, 1), (17, 3)):
+    for length, chunk in ((1, 1), (5, 1), (9, 1), (17, 1)):
         got, _ = light.run(method, length, chunk)
         assert got.shape[1] == 1 + (length - 1) // (4 if method == "encode" else 1)
         np.testing.assert_allclose(got, whole[:, :got.shape[1]], atol=1e-5, rtol=0)
@@ -309,16 +308,12 @@ def test_split_over_space_is_one_device(light):
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def small():
+def test_every_parameter_learns(randomise, quick):
     vae = VideoVAE(base_dim=4, z_dim=2, dim_mult=(1, 2), num_res_blocks=1,
                    temperal_downsample=(True,))
-    return vae, np.tanh(np.random.default_rng(0).normal(size=(1, 3, 8, 8, 3))).astype(np.float32)
-
-
-def test_every_parameter_learns(small, randomise, quick):
-    vae, video = small
+    video = np.tanh(np.random.default_rng(0).normal(size=(1, 3, 8, 8, 3))).astype(np.float32)
     params = randomise(jax.eval_shape(vae.init, jax.random.key(0), video))
+    assert set(params) == {"params"}                           # history is no parameter
 
     def loss(params):
         pixels, posterior = vae.apply(params, video, jax.random.key(1))
@@ -330,14 +325,12 @@ def test_every_parameter_learns(small, randomise, quick):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, path
 
 
-def test_bfloat16_products_of_float32_parameters(small, randomise, quick):
-    vae, video = small
-    params = randomise(jax.eval_shape(vae.init, jax.random.key(0), video))
-    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    want, got = (jax.jit(v.apply, compiler_options=quick)(params, video)[0]
-                 for v in (vae, vae.clone(dtype="bfloat16")))
+def test_bfloat16_products_of_float32_parameters(light):
+    half = Programs(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
+    assert {p.dtype for p in jax.tree.leaves(shapes(half.vae))} == {np.dtype(np.float32)}
+    (want, _), (got, _) = light.run("decode", 9), half.run("decode", 9)
     assert got.dtype == jnp.float32
-    assert 1e-5 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
+    assert 1e-4 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
 
 
 def test_posterior_is_the_references():
