@@ -73,6 +73,13 @@ def test_seams_fade_with_overlap():
     assert errors[0] > 0.2 and errors[-1] < 0.25 * errors[0]
 
 
+def test_an_overlap_is_rounded_up_to_what_the_output_can_show():
+    x = RNG.normal(size=(1, 1, 48, 48, 1)).astype(np.float32)
+    none, little, one = (tiled(lambda y: down(blur(y)), x, 16, overlap) for overlap in (0, 1, 4))
+    np.testing.assert_array_equal(little, one)
+    assert np.abs(little - none).max() > 1e-3
+
+
 def test_a_tile_as_large_as_the_frame_is_the_frame():
     x = RNG.normal(size=(1, 1, 8, 12, 1)).astype(np.float32)
     for tile in (12, (8, 12), 100):

@@ -282,6 +282,7 @@ def test_a_chunk_of_nothing(light):
         light.run("decode", 5, 0)
 
 
+@pytest.mark.parametrize("light", ["residual"], indirect=True)
 def test_tiles_are_the_vae_on_tiles(light):
     """Where one tile alone covers the frame, its pixels are there; elsewhere tiles are blended."""
     side, x = light.vae.rates[1], light.video[:1, :1]
@@ -325,6 +326,7 @@ def test_every_parameter_learns(randomise, quick):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, path
 
 
+@pytest.mark.parametrize("light", ["residual"], indirect=True)
 def test_bfloat16_products_of_float32_parameters(light):
     half = Programs(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
     assert {p.dtype for p in jax.tree.leaves(shapes(half.vae))} == {np.dtype(np.float32)}
