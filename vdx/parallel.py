@@ -28,6 +28,9 @@ BATCH = ("data", "fsdp")
 # (regex over the parameter's path, mesh axes of its LAST dimensions). Dimensions further left,
 # such as the layer axis of a scan, are not split. First match wins; no match is an error.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(conv_in|quant_conv)/kernel$", ()),     # from the few channels of pixels or latents
+    (r"conv\w*/kernel$", ("fsdp", None)),      # before the rules below: "conv" ends in "v"
+    (r"conv\w*/bias$", ()),
     (r"(q|k|v|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(q|k|v|up)/bias$", ("tensor",)),
