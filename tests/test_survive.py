@@ -53,6 +53,9 @@ def test_a_second_signal_ends_at_once():
     child.send_signal(signal.SIGTERM)
     while "saving after" not in child.stderr.readline():
         pass
+    child.send_signal(signal.SIGINT)       # the same wish, passed on twice
+    time.sleep(1.2)
+    assert child.poll() is None
     child.send_signal(signal.SIGTERM)
     out, _ = child.communicate(timeout=30)
     assert (child.returncode, out) == (PREEMPTED, "")

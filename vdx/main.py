@@ -69,7 +69,9 @@ def explained():
         yield
     except (ConfigError, DataError, CheckpointError, BadNumbers, WorkdirInUse, OSError) as error:
         code = STUCK if isinstance(error, WorkerDied) else 1
-        leave(code, "\n".join([str(error), *getattr(error, "__notes__", [])]))
+        hint = ["What was saved before is whole: once this is mended, the same command goes on."
+                ] if isinstance(error, OSError) else []
+        leave(code, "\n".join([str(error), *getattr(error, "__notes__", []), *hint]))
 
 
 def run(config: Spec, workdir: Path, stop: Stop) -> None:

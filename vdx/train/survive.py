@@ -43,12 +43,13 @@ class Stop:
     One process: our handler remembers the signal. Several: JAX's own handler of SIGTERM tells
     every process, and all of them agree on the step after which they stop; SIGINT is passed on
     as SIGTERM. Outside of the training loop (`polled` False) there is nothing to save, and a
-    signal ends the program at once; a second one always does.
+    signal ends the program at once; so does a second one, unless it comes within a second of the
+    first, as when a terminal and a launcher both pass on the same wish.
     """
 
     def __init__(self):
         self.alone = jax.process_count() == 1
-        self.polled = self._asked = False
+        self.polled, self._asked = False, 0.0       # when we were asked
         self._calls = 0
         self._before: dict[int, object] = {}
 
@@ -64,9 +65,12 @@ class Stop:
             signal.signal(number, handler)      # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.polled or self._asked:
+        now = time.monotonic()
+        if not self.polled or (self._asked and now > self._asked + 1):
             raise Preempted
-        self._asked = True
+        if self._asked:
+            return
+        self._asked = now
         print("\nAsked to stop: saving after this step. Once more to stop now.",
               file=sys.stderr, flush=True)
         if not self.alone:
@@ -75,7 +79,7 @@ class Stop:
     def requested(self) -> bool:
         """Whether to save and stop now; every process calls this once after every step."""
         if self.alone:
-            return self._asked
+            return bool(self._asked)
         self._calls += 1        # not the step, which may go back
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
