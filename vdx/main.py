@@ -113,8 +113,10 @@ def run_facts(experiment: Experiment, mesh) -> dict:
     import numpy
     import optax
     import orbax.checkpoint
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True, check=False).stdout.strip() or None
+    commit = None
+    with contextlib.suppress(OSError):       # git may not be there
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True, check=False).stdout.strip() or None
     return {
         "command": " ".join(["python -m vdx.main", *sys.argv[1:]]),
         "commit": commit,

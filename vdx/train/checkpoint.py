@@ -8,7 +8,6 @@ Orbax reads a file with a flipped bit as other values, without an error. Here a 
 not verify is named, moved to `<workdir>/damaged`, and the next older one takes its place.
 """
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,10 @@ __all__ = ["CheckpointError", "Checkpoints", "locate"]
 
 ITEMS = ("params", "ema", "rest")
 REST = ("step", "opt_state", "key", "norm", "accepted")
+
+
+# Orbax leaves tasks behind whose errors, which we raise and explain, asyncio prints as well.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class CheckpointError(ValueError):
@@ -120,11 +123,11 @@ class Checkpoints:
         """Waits for the last save; raises CheckpointError if it did not succeed."""
         try:
             self.wait()
-        except CheckpointError:
-            with contextlib.suppress(Exception):     # the same error once more
+        finally:
+            try:
                 self.manager.close()
-            raise
-        self.manager.close()
+            except Exception as error:       # it also waits, and may be the first to notice
+                raise self._failed("in progress", error) from error
 
     def delete_after(self, step: int) -> None:
         """Removes the steps beyond `step`, which a run that goes back there will make again."""
@@ -231,8 +234,6 @@ class Checkpoints:
             restored = self.manager.restore(step, args=ocp.args.Composite(
                 **{name: ocp.args.StandardRestore(item) for name, item in abstract.items()}))
         except Exception as error:           # whatever Orbax and TensorStore say of such files
-            # Orbax leaves tasks behind whose errors asyncio would print, pages of them.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise _Damaged(f"it cannot be read: {type(error).__name__}: {error!s:.300}") from error
         items = {name: restored[name] for name in abstract}
         wrong = [path for path, value in fingerprints(items).items()

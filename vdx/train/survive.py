@@ -137,12 +137,14 @@ class Watchdog:
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Ends the program with a message. With several processes at once: Python's own way out waits
-    for the others, which wait in turn for this one."""
+    """Ends the program with a message as its last words, once all is closed.
+
+    At once: Python's own way out waits for the other processes, which wait in turn for this one,
+    and has Orbax's threads print pages about a failed save.
+    """
+    sys.stdout.flush()
     print(f"\nvdx: {message}", file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(code)
-    raise SystemExit(code)
+    os._exit(code)
 
 
 @contextlib.contextmanager
