@@ -20,7 +20,7 @@ run() {
   child=$!
   ((asked)) && kill "$child"
   # `wait` also returns for a signal to us, and for a command that is only suspended.
-  while wait "$child"; kill -0 "$child" 2>/dev/null; do sleep 1; done
+  while wait "$child"; kill -0 "$child" 2>/dev/null; do sleep 0.2; done
   wait "$child"       # its code, which bash remembers
 }
 

@@ -14,7 +14,7 @@ if (($# == 0)); then
   exit
 fi
 if ! running; then
-  rm -f "$at/code"
+  rm -f "$at/code" && touch "$at/log"
   # shellcheck disable=SC2016
   setsid bash -c 'trap : TERM; "$@"; echo $? >"$0/code"' "$at" "$@" </dev/null >>"$at/log" 2>&1 &
   echo $! >"$at/pid"
