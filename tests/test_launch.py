@@ -436,6 +436,18 @@ def test_detached_follows_what_runs_and_knows_what_was_killed(stubs):
     assert stubs.run("detached.sh", **env).returncode == 0             # nothing to stop
 
 
+def test_detached_waits_until_what_it_stops_has_saved(stubs):
+    stubs.add("trainer", HEARS.replace("LIMIT", "1").replace(
+        "CODE", "[(here / 'saved').touch(), 42][1]"))
+    env = {"TMPDIR": str(stubs.here)}
+    child = stubs.start("detached.sh", "trainer", **env)
+    until((stubs.here / "ready").exists)
+    assert stubs.run("detached.sh", **env).returncode == 0
+    assert (stubs.here / "saved").exists()
+    child.communicate(timeout=10)
+    assert child.returncode == 42
+
+
 # Slurm
 
 SBATCH = """
