@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 config=${1:-configs/t2v_tiny.py}
 workdir=${2:-runs/$(basename "${config%%.py*}")}
-exec python -m vdx.main --config="$config" --workdir="$workdir" "${@:3}"
+exec launch/again.sh python3 -m vdx.main --config="$config" --workdir="$workdir" "${@:3}"

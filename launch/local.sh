@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Train in several processes on this machine; the same command resumes.
-#   launch/local.sh --processes=2 [--devices=1] [--restarts=20] CONFIG WORKDIR [--config.key=value ...]
+#   launch/local.sh --processes=2 [--devices=1] CONFIG WORKDIR [--config.key=value ...]
 # Each process has `devices` CPU devices, or the accelerators that CUDA_VISIBLE_DEVICES lists split
 # between them. Ends with the exit code of the run: 0 done, 1 an error to mend. After 42 (preempted)
-# and 75 (stuck, or a process lost) it starts all of them again, unless it was asked to stop itself.
+# and 75 (stuck, or a process lost) again.sh starts all of them again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-processes=2 devices=1 restarts=20
+# Under again.sh this script is called a second time, and is then one life of all processes.
+[[ -n ${ONE_LIFE:-} ]] || ONE_LIFE=1 exec launch/again.sh launch/local.sh "$@"
+
+processes=2 devices=1
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --processes=*) processes=${1#*=} ;;
     --devices=*) devices=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
     *) echo "local.sh: unknown option $1" >&2; exit 2 ;;
   esac
   shift
@@ -19,33 +21,25 @@ done
 config=${1:?a config, e.g. configs/t2v_tiny.py} workdir=${2:?a workdir}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-asked=0 pids=()
-signal_all() { kill "-$1" "${pids[@]}" 2>/dev/null; }
-trap 'asked=1; signal_all TERM' TERM INT
-
-while :; do
-  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  pids=()
-  for ((i = 0; i < processes; i++)); do
-    # Every process but the first speaks only when something is wrong.
-    python3 -m vdx.main --config="$config" --workdir="$workdir" --coordinator="127.0.0.1:$port" \
-      --num_processes="$processes" --process_id="$i" "${@:3}" &
-    pids+=($!)
-  done
-  code=0 left=("${pids[@]}")
-  while ((${#left[@]})); do
-    wait -n -p ended "${left[@]}"
-    one=$?
-    [[ -z ${ended:-} ]] && continue        # a signal came in between
-    still=()
-    for pid in "${left[@]}"; do [[ $pid != "$ended" ]] && still+=("$pid"); done
-    left=("${still[@]}")
-    # The first that fails says why; those that then lose their peer end within the heartbeat.
-    ((one != 0 && code == 0)) && code=$one
-  done
-  # Killed by a signal, as a peer's death or the system's memory may do: worth another try.
-  ((code > 128)) && code=75
-  ((asked == 0 && restarts > 0)) && ((code == 42 || code == 75)) || exit "$code"
-  restarts=$((restarts - 1))
-  echo "local.sh: exit code $code, starting again ($restarts restarts left)" >&2
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null' TERM INT
+port=$(python3 -c 'import socket
+with socket.socket() as s: s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+for ((i = 0; i < processes; i++)); do
+  # Every process but the first speaks only when something is wrong.
+  python3 -m vdx.main --config="$config" --workdir="$workdir" --coordinator="127.0.0.1:$port" \
+    --num_processes="$processes" --process_id="$i" "${@:3}" &
+  pids+=($!)
 done
+code=0 left=("${pids[@]}")
+while ((${#left[@]})); do
+  wait -n -p ended "${left[@]}"
+  one=$?
+  [[ -z ${ended:-} ]] && continue        # a signal came in between
+  still=()
+  for pid in "${left[@]}"; do [[ $pid != "$ended" ]] && still+=("$pid"); done
+  left=("${still[@]}")
+  # The first that fails says why; those that then lose their peer end within the heartbeat.
+  ((one != 0 && code == 0)) && code=$one
+done
+exit "$code"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Runs a command that outlives this connection, and follows its output; ends with its code.
+#   launch/detached.sh COMMAND...    where one runs already, follows that one
+#   launch/detached.sh               asks it to stop, as SIGTERM does, and waits until it has
+# The output is in /tmp/vdx-UID/log.
+set -uo pipefail
+at=${TMPDIR:-/tmp}/vdx-$UID        # empty after a reboot, so that no old number is in it
+mkdir -p "$at"
+running() { [[ -s $at/pid ]] && kill -0 "$(<"$at/pid")" 2>/dev/null; }
+
+if (($# == 0)); then
+  running && kill -- "-$(<"$at/pid")"
+  while running; do sleep 1; done
+  exit
+fi
+if ! running; then
+  rm -f "$at/code" && touch "$at/log"
+  # shellcheck disable=SC2016
+  setsid bash -c 'trap : TERM; "$@"; echo $? >"$0/code"' "$at" "$@" </dev/null >>"$at/log" 2>&1 &
+  echo $! >"$at/pid"
+fi
+tail -n 100 -f --pid="$(<"$at/pid")" "$at/log"
+[[ -s $at/code ]] || exit 75        # killed
+exit "$(<"$at/code")"
