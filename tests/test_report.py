@@ -4,9 +4,10 @@ import time
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import plotly.graph_objects as go
 import pytest
 
-from vdx.metrics.report import write_report
+from vdx.metrics.report import _chart, write_report
 
 HOSTILE = '</script><script>alert("x")</script><img src=https://evil.example/a.png>'
 SECTIONS = ("samples", "following", "loss", "noise", "optimization", "throughput", "bad",
@@ -133,45 +134,79 @@ class Tags(HTMLParser):
 
 FILES = ["../secret.mp4", "/etc/passwd", "javascript:alert(1)", "//evil.example/a.mp4", "link.mp4",
          "https://evil.example/a.mp4", "x" * 9999, "a\0b.mp4", "\ud800", "linked/a.mp4", 7, None,
-         '" onerror="alert(1)', ["a"], {"a": 1}]
+         '" onerror="alert(1)', ["a"], {"a": 1}, "../tiny run/eval/000.mp4", "eval/000.mp4"]
 VALUES = [HOSTILE, {"all": HOSTILE}, [HOSTILE], {HOSTILE: HOSTILE}, {HOSTILE: {HOSTILE: HOSTILE}},
           {"a": {"b": {"c": "<a href='https://evil.example'>"}}}, 10 ** 400, None, [[[1]]],
           "\ud800"]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:20])
-def test_a_hostile_workdir_makes_a_harmless_page(workdir, value):
+@pytest.fixture
+def harmless(workdir):
+    """harmless(): writes the page of a workdir with links out of it, and finds in it no tag or
+    attribute that other pages have not, no script, and no file outside."""
     dump(workdir.parent / "empty/config.json", {})
     known = set.union(*(Tags(write_report(run).read_text()).kinds
                         for run in (workdir, workdir.parent / "empty")))
-    (workdir.parent / "outside").mkdir()
-    (workdir.parent / "outside/a.mp4").touch()
-    (workdir.parent / "secret.mp4").touch()
+    dump(workdir.parent / "outside/a.mp4", 0)
+    dump(workdir.parent / "secret.mp4", 0)
     (workdir / "link.mp4").symlink_to(workdir.parent / "secret.mp4")
     (workdir / "linked").symlink_to(workdir.parent / "outside")
     (workdir / "javascript:alert(1)").touch()
-    result = json.loads((workdir / "eval.json").read_text())
-    for key in (*result, "file"):
-        clips = [{"file": name, "prompt": value, "truth": value, "read": value} for name in FILES]
-        dump(workdir / "eval.json", {**result, "examples": clips, key: value})
+
+    def check():
         page = write_report(workdir).read_text()
         tags = Tags(page)
         assert tags.kinds <= known and HOSTILE not in page
+        assert not re.search("<(a|img|script|b)", json.dumps(figures(page)))  # plotly's own markup
         for file in tags.files:
             assert not re.match("[a-z]+:|/", file, re.IGNORECASE), file
             there = (workdir / unquote(file)).resolve()
-            assert file[0] == "#" or (there.is_relative_to(workdir) and there.is_file())
-        assert not re.search("<(a|img|script|b)", json.dumps(figures(page)))  # plotly's own markup
-    for name in ("run.json", "samples/00000000/samples.json", "config.json"):
-        dump(workdir / name, value)
+            assert file[0] == "#" or (there.is_relative_to(workdir) and there.is_file()
+                                      and ".." not in file)
+        return page, tags.files
+    return check
+
+
+def test_hostile_names_and_texts_are_shown_as_text(workdir, harmless):
+    result = json.loads((workdir / "eval.json").read_text())
+    scores = {HOSTILE: 0.5, "all": 0.5}
+    dump(workdir / "eval.json", {
+        **result, "sampler": HOSTILE, "step": HOSTILE, "scores": scores, "chance": scores,
+        "true_renders": scores, "confusion": {HOSTILE: {HOSTILE: {HOSTILE: 3}}},
+        "examples": [{"file": name, "prompt": HOSTILE, "truth": {HOSTILE: HOSTILE}, "read": {}}
+                     for name in FILES]})
     dump(workdir / "samples/00000180/samples.json",
          [{"file": f"../../{name}", "prompt": HOSTILE, "seed": HOSTILE} for name in FILES])
+    dump(workdir / "samples/²/samples.json", [{"file": "f", "prompt": "p", "seed": 1}])
+    page, files = harmless()
+    assert "Cannot be shown" not in page and page.count("–</div>") >= len(FILES) - 2
+    assert [f for f in files if f.startswith(("eval", "java"))] == ["javascript%3Aalert%281%29",
+                                                                    "eval/000.mp4"]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:20])
+def test_values_of_another_kind_stop_no_run(workdir, harmless, value):
+    result = json.loads((workdir / "eval.json").read_text())
+    for key in result:
+        dump(workdir / "eval.json", {**result, key: value})
+        harmless()
+    for key in ("truth", "read", "prompt", "file"):
+        dump(workdir / "eval.json", {**result, "examples": [
+            {"truth": {"a": "b"}, "read": {}, "prompt": "p", "file": "f", key: value}]})
+        harmless()
+    for key in ("prompt", "seed", "file"):
+        dump(workdir / "samples/00000180/samples.json", [
+            {"file": "f", "prompt": "p", "seed": 1, key: value}])
+        harmless()
     dump(workdir / "metrics.jsonl", {"step": 1, "train/loss": value, HOSTILE: value})
     dump(workdir / "bad_records.jsonl", {"key": value, "reason": value, "position": value})
-    if value is None:  # no config, no run
-        dump(workdir / "config.json", {})
-    page = write_report(workdir).read_text()
-    assert Tags(page).kinds <= known and HOSTILE not in page and "secret" not in page
+    for name in ("run.json", "samples/00000000/samples.json", "eval.json"):
+        dump(workdir / name, value)
+    harmless()
+
+
+def test_a_chart_cannot_end_its_script():
+    assert _chart("", [go.Scatter(name=HOSTILE)], "y").count("</script>") == 1
 
 
 def test_a_script_of_somebody_else_is_replaced(workdir):
