@@ -147,6 +147,7 @@ VIDEO_FAULTS = {
     "damaged frames": (as_file(inverted), "damaged frame|Invalid data|do not decode"),
     "truncated": (as_file(lambda d: d[:len(d) // 2]), "truncated|Invalid data"),
     "empty": (as_file(lambda d: b""), "Invalid data"),
+    "an unknown codec": (as_file(lambda d: d.replace(b"avc1", b"zzz9")), "an unknown codec"),
     "not a video": (as_file(lambda d: b"this is text\n" * 99), "Invalid data"),
     "a playlist": (as_file(lambda d: b"ffconcat version 1.0\nfile 1.mp4\n"), "not one of the cont"),
     "no frames": (no_frames, "no frames|no video stream"),
@@ -288,13 +289,11 @@ def test_all_faults_at_once_are_replaced_alike_by_any_number_of_workers(videos, 
         VIDEO_FAULTS[name][0] for name in ("flipped bytes", "truncated", "empty", "no frames",
                                            "too short", "changing size", "caption missing")))
     read, log = take(loader(source)), tmp_path / "bad.jsonl"
-    for workers in (1, 2):
-        for hosts in (1, 2, 4)[:workers]:
-            same(on_hosts(source, hosts, workers=workers, bad_log=log), read)
+    for workers, hosts in ((1, 1), (2, 2)):
+        same(on_hosts(source, hosts, workers=workers, bad_log=log), read)
         told = read_bad_records(log)
         assert {row["key"] for row in told} == {f"{i}.mp4" for i in range(7)}
-    with pytest.raises(DataError, match=r"(?s)are bad, more than max_bad_rate = 0.2.*SHA-256"):
-        take(loader(source, workers=2, max_bad_rate=0.2), 20)
+        log.unlink()
 
 
 def test_every_flipped_byte_is_found_by_the_checksum_and_most_by_nothing_else(videos, tmp_path):
@@ -325,6 +324,22 @@ def test_every_flipped_byte_is_found_by_the_checksum_and_most_by_nothing_else(vi
         np.testing.assert_array_equal(usable(sealed, index), good[index])
     assert found == 24 and silent > 0, (found, silent)
     print(f"{silent} of 24 flipped bytes decode to other pixels without a sign")
+
+
+def test_damage_of_any_kind_is_a_bad_record_or_goes_unseen_but_never_stops_a_run(videos, tmp_path):
+    data, rng = (videos / "5.mp4").read_bytes(), np.random.default_rng(1)
+    write_rows(tmp_path, [{"file_name": "5.mp4", "caption": "x"}])
+    source, refused = VideoFolder(str(tmp_path)), 0
+    for trial in range(100):
+        place, width = rng.integers(len(data) - 8), (1, 4, 8)[trial % 3]
+        (tmp_path / "5.mp4").write_bytes(data[:place] + rng.bytes(width) + data[place + width:]
+                                         if trial % 5 else data[:place])
+        try:
+            record = source[0]
+            record.read(record.timestamps)
+        except BadRecord:
+            refused += 1
+    assert 25 < refused < 100
 
 
 @pytest.mark.parametrize("name", ["concat:0.mp4", "subfile,,start,0,end,0,,:0.mp4", "file:0.mp4"])

@@ -19,7 +19,7 @@ from vdx.data import workers
 from vdx.data.pipeline import make_loader
 
 ROOT = Path(__file__).parents[1]
-SOON = 14.0  # seconds: up to 4 to begin, and 10 to notice
+SOON = 10.0  # seconds after a fault; a busy machine takes as long to start workers
 on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 FAULTS = {
@@ -62,6 +62,11 @@ def read_on(batches, count=12):
     return [next(batches)["x"][:, 0, 0].tolist() for _ in range(count)]
 
 
+def since(file):
+    """Seconds since the fault that the file remembers."""
+    return time.time() - file.stat().st_mtime
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     yield
@@ -74,10 +79,11 @@ def nothing_is_left():
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", WORDS)
 def test_a_worker_that_dies_is_an_error_in_time_and_loses_no_batch(tmp_path, fault, capfd):
-    batches, begin = loader(fault, 30, str(tmp_path / "once")), time.monotonic()
+    once = tmp_path / "once"
+    batches = loader(fault, 30, str(once))
     with pytest.raises(workers.WorkerDied) as stop:
         read_on(batches)
-    assert time.monotonic() - begin < SOON
+    assert since(once) < SOON
     assert f"{WORDS[fault]} before batch {batches.position} was whole" in str(stop.value)
     assert not multiprocessing.active_children()
     if fault == "segfault":        # where it happened
@@ -94,11 +100,11 @@ def read_on_from(position, count):
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", ["hang", "hang, holding the interpreter"])
 def test_workers_that_hang_show_where_and_are_killed_from_another_thread(tmp_path, fault, capfd):
-    hung = str(tmp_path / "once")
-    batches, begin = loader(fault, 20, hung), time.monotonic()
+    hung, begin = tmp_path / "once", time.monotonic()
+    batches = loader(fault, 20, str(hung))
 
     def watchdog():
-        while time.monotonic() - begin < 30 and not os.path.exists(hung):
+        while time.monotonic() - begin < 60 and not hung.exists():
             time.sleep(0.1)
         time.sleep(0.5)
         workers.dump_workers()
@@ -109,7 +115,7 @@ def test_workers_that_hang_show_where_and_are_killed_from_another_thread(tmp_pat
     with pytest.raises(workers.WorkerDied, match="SIGKILL"):
         read_on(batches)
     thread.join()
-    assert time.monotonic() - begin < SOON and batches.position <= 5
+    assert since(hung) < SOON and batches.position <= 5
     assert "__getitem__" in capfd.readouterr().err
 
 
@@ -194,11 +200,10 @@ def members(group):
 @pytest.mark.parametrize("mode, code", [
     ("exit", 0), ("error", 1), ("watchdog", 75), ("killed parent", -9), ("files", 0)])
 def test_a_program_ends_in_time_and_leaves_no_process(tmp_path, mode, code):
-    begin = time.monotonic()
     with started(tmp_path, mode) as program:
-        out, err = program.communicate(timeout=40)  # the pipes end with the last descendant
+        out, err = program.communicate(timeout=90)  # the pipes end with the last descendant
         assert program.returncode == code, out + err
-        assert time.monotonic() - begin < 20, out + err
+        assert mode == "files" or since(tmp_path / "once") < SOON
         end = time.monotonic() + 10
         while members(program.pid) and time.monotonic() < end:
             time.sleep(0.1)
@@ -215,7 +220,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path)
         for name in (signal.SIGTERM, signal.SIGINT):
             os.killpg(program.pid, name)
             time.sleep(0.2)
-        out, err = program.communicate(timeout=40)
+        out, err = program.communicate(timeout=90)
         assert program.returncode == 0 and "end" in out, err
         assert not members(program.pid)
 

@@ -50,6 +50,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def append_rows(path: Path, rows: Iterable[Any]) -> None:
     """Adds JSON lines, on lines of their own: a killed run may have left half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as out:
         if out.tell():
             out.seek(-1, os.SEEK_END)
