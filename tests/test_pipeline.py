@@ -1,20 +1,16 @@
 """Batches are a function of position alone; bad records are named, replaced and limited."""
 
 import dataclasses
-import functools
 import json
 import random
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vdx.data.bad_records import read_bad_records
 from vdx.data.pipeline import DataError, _shuffled, make_loader
 from vdx.data.record import BadRecord, Record
-from vdx.data.sources import VideoFolder
-from vdx.data.transforms import ClipSampling, to_example
-from vdx.generate.video_io import write_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +164,62 @@ def test_too_many_bad_records_stop_the_run_by_name():
         take(loader(source, max_bad_rate=0.0), 20)
 
 
+def test_counts_survive_a_resume_on_any_number_of_hosts(tmp_path):
+    source = Toy(bad=(5, 11))
+
+    def hosts(count, position, number):
+        """`number` batches from a position on; (bad, seen) of every host before and after."""
+        found = []
+        for h in range(count):
+            batches = loader(source, bad_log=tmp_path / "bad_records.jsonl", host_index=h,
+                             host_count=count)
+            batches.seek(position)
+            before = batches.bad, batches.seen
+            take(batches, number)
+            found.append((before, (batches.bad, batches.seen)))
+        return np.array(found).sum(0).tolist()
+    [_, [bad, seen]] = hosts(1, 0, 20)
+    assert bad > 4 and seen == 80 + bad
+    for file in tmp_path.iterdir():
+        file.unlink()
+    [_, there] = hosts(2, 0, 13)       # killed after batch 13, the last save was at 10
+    [before, then] = hosts(4, 10, 7)
+    assert before[0] <= there[0] and before[1] == 40 + before[0]
+    [before, after] = hosts(1, 17, 3)
+    assert before == then and after == [bad, seen]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert set(names) <= {"bad_records.jsonl", *(f"bad_records_{h}.jsonl" for h in range(1, 4))}
+    assert len(names) > 1
+    rows = read_bad_records(tmp_path / "bad_records.jsonl")
+    assert len(rows) == bad and [r["position"] for r in rows] == sorted(r["position"] for r in rows)
+
+
+def test_half_a_row_of_a_killed_run_costs_no_other(tmp_path):
+    log = tmp_path / "bad.jsonl"
+    log.write_text('{"position": 7, "attem')
+    batches = loader(Toy(bad=(5, 11)), bad_log=log)
+    take(batches, 6)
+    assert len(read_bad_records(log)) == batches.bad > 1
+
+
+def test_a_name_that_no_encoding_has_is_logged(tmp_path):
+    class Odd(Toy):
+        def __getitem__(self, index):
+            if index == 2:
+                raise BadRecord("clip \ud800", "planted")
+            return super().__getitem__(index)
+    take(loader(Odd(), bad_log=tmp_path / "bad.jsonl"), 6)
+    assert {row["key"] for row in read_bad_records(tmp_path / "bad.jsonl")} == {"clip \ud800"}
+
+
+def test_the_latest_batch_is_named():
+    batches = loader(host_index=1, host_count=2)
+    assert batches.last_keys == ()
+    for _ in range(3):
+        assert tuple(next(batches)["key"].tolist()) == batches.last_keys
+        assert [type(key) for key in batches.last_keys] == [str] * 2
+
+
 def test_one_bad_record_early_is_no_rate():
     batches = loader(Toy(1000, bad=(7,)), max_bad_rate=0.01, shuffle=False)
     take(batches, 500)
@@ -239,46 +291,3 @@ def test_close_ends_the_threads_and_next_goes_on(reference):
     first = take(batches, 3)
     batches.close()
     same(first + take(batches, 17), reference)
-
-
-def planted_folder(folder: Path) -> str:
-    """Twelve videos, five of which cannot be used, each for another reason."""
-    rows = []
-    for i in range(12):
-        frames = np.full((4 if i == 9 else 24, 32, 32, 3), 20 * i, np.uint8)
-        write_video(folder / f"{i}.mp4", frames, 12, min_side=32)
-        rows.append({"file_name": f"{i}.mp4", "caption": None if i == 7 else f"{20 * i}"})
-    data = (folder / "1.mp4").read_bytes()
-    (folder / "1.mp4").write_bytes(data[:len(data) // 2])
-    (folder / "3.mp4").write_bytes(b"")
-    (folder / "5.mp4").write_text("this is text")
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return str(folder)
-
-
-def test_planted_faults_in_files_are_replaced_alike_everywhere(tmp_path):
-    source = VideoFolder(planted_folder(tmp_path / "videos"))
-    log = tmp_path / "bad.jsonl"
-
-    def tokenize(caption):
-        return np.array([int(caption)]), np.array([True])
-    make = functools.partial(to_example, clip=ClipSampling(8, fps=6.0), height=16, width=16,
-                             tokenize=tokenize)
-
-    def read(**settings):
-        settings = {"max_bad_rate": 1.0, **settings}
-        return take(make_loader(source, to_example=make, num_frames=(8,), global_batch=6, seed=0,
-                                **settings), 8)
-    whole = read(bad_log=log)
-    same(read(), whole)
-    halves = [read(host_index=h, host_count=2) for h in range(2)]
-    same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)],
-         whole)
-    reasons = {row["key"]: row["reason"] for row in map(json.loads, log.open())}
-    assert reasons.keys() == {"1.mp4", "3.mp4", "5.mp4", "7.mp4", "9.mp4"}
-    assert reasons["7.mp4"] == "the caption is missing"
-    assert reasons["9.mp4"] == "too short: needs 1.33 s, has 0.333 s"
-    for batch in whole:  # each caption came with its own clip
-        np.testing.assert_allclose(batch["video"].mean((1, 2, 3, 4)), batch["text"][:, 0], atol=2)
-    with pytest.raises(DataError, match="are bad"):
-        read(max_bad_rate=0.05)

@@ -1,11 +1,13 @@
 import json
 import re
 import time
+from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import plotly.graph_objects as go
 import pytest
 
-from vdx.metrics.report import write_report
+from vdx.metrics.report import _chart, write_report
 
 HOSTILE = '</script><script>alert("x")</script><img src=https://evil.example/a.png>'
 SECTIONS = ("samples", "following", "loss", "noise", "optimization", "throughput", "bad",
@@ -81,6 +83,7 @@ def test_page_of_a_whole_run(workdir):
     page = write_report(workdir).read_text()
     assert all(f'<section id="{name}">' in page for name in SECTIONS)
     assert "<h1>tiny run</h1>" in page and "Not yet" not in page and "not yet" not in page
+    assert "Cannot be shown" not in page
     for number in ("90.0%", "0.5", "100.0", "25.0%", "0.111", "12.3 M"):
         assert f"<b>{number}</b>" in page
     assert "30 skipped. The first 20" in page and "clip19<" in page and "clip20<" not in page
@@ -114,6 +117,121 @@ def test_files_outside_the_workdir_are_not_shown(workdir):
              ["../../../secret.mp4", "missing.mp4", "//evil.example/a.mp4"])])
     page = write_report(workdir).read_text()
     assert "secret" not in page and "missing" not in page and "evil.example/a.mp4" not in page
+
+
+class Tags(HTMLParser):
+    """What a browser would make of a page: {(tag, its attributes)}, and the files it names."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.kinds, self.files = set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.kinds.add((tag, tuple(sorted(name for name, _ in attributes))))
+        self.files += [value for name, value in attributes if name in ("src", "href")]
+
+
+FILES = ["../secret.mp4", "/etc/passwd", "javascript:alert(1)", "//evil.example/a.mp4", "link.mp4",
+         "https://evil.example/a.mp4", "x" * 9999, "a\0b.mp4", "\ud800", "linked/a.mp4", 7, None,
+         '" onerror="alert(1)', ["a"], {"a": 1}, "../tiny run/eval/000.mp4", "eval/000.mp4"]
+VALUES = [HOSTILE, {"all": HOSTILE}, [HOSTILE], {HOSTILE: HOSTILE}, {HOSTILE: {HOSTILE: HOSTILE}},
+          {"a": {"b": {"c": "<a href='https://evil.example'>"}}}, 10 ** 400, None, [[[1]]],
+          "\ud800"]
+
+
+@pytest.fixture
+def harmless(workdir):
+    """harmless(): writes the page of a workdir with links out of it, and finds in it no tag or
+    attribute that other pages have not, no script, and no file outside."""
+    dump(workdir.parent / "empty/config.json", {})
+    known = set.union(*(Tags(write_report(run).read_text()).kinds
+                        for run in (workdir, workdir.parent / "empty")))
+    dump(workdir.parent / "outside/a.mp4", 0)
+    dump(workdir.parent / "secret.mp4", 0)
+    (workdir / "link.mp4").symlink_to(workdir.parent / "secret.mp4")
+    (workdir / "linked").symlink_to(workdir.parent / "outside")
+    (workdir / "javascript:alert(1)").touch()
+
+    def check():
+        page = write_report(workdir).read_text()
+        tags = Tags(page)
+        assert tags.kinds <= known and HOSTILE not in page
+        assert not re.search("<(a|img|script|b)", json.dumps(figures(page)))  # plotly's own markup
+        for file in tags.files:
+            assert not re.match("[a-z]+:|/", file, re.IGNORECASE), file
+            there = (workdir / unquote(file)).resolve()
+            assert file[0] == "#" or (there.is_relative_to(workdir) and there.is_file()
+                                      and ".." not in file)
+        return page, tags.files
+    return check
+
+
+def test_hostile_names_and_texts_are_shown_as_text(workdir, harmless):
+    result = json.loads((workdir / "eval.json").read_text())
+    scores = {HOSTILE: 0.5, "all": 0.5}
+    dump(workdir / "eval.json", {
+        **result, "sampler": HOSTILE, "step": HOSTILE, "scores": scores, "chance": scores,
+        "true_renders": scores, "confusion": {HOSTILE: {HOSTILE: {HOSTILE: 3}}},
+        "examples": [{"file": name, "prompt": HOSTILE, "truth": {HOSTILE: HOSTILE}, "read": {}}
+                     for name in FILES]})
+    dump(workdir / "samples/00000180/samples.json",
+         [{"file": f"../../{name}", "prompt": HOSTILE, "seed": HOSTILE} for name in FILES])
+    dump(workdir / "samples/²/samples.json", [{"file": "f", "prompt": "p", "seed": 1}])
+    page, files = harmless()
+    assert "Cannot be shown" not in page and page.count("–</div>") >= len(FILES) - 2
+    assert [f for f in files if f.startswith(("eval", "java"))] == ["javascript%3Aalert%281%29",
+                                                                    "eval/000.mp4"]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:20])
+def test_values_of_another_kind_stop_no_run(workdir, harmless, value):
+    result = json.loads((workdir / "eval.json").read_text())
+    for key in result:
+        dump(workdir / "eval.json", {**result, key: value})
+        harmless()
+    for key in ("truth", "read", "prompt", "file"):
+        dump(workdir / "eval.json", {**result, "examples": [
+            {"truth": {"a": "b"}, "read": {}, "prompt": "p", "file": "f", key: value}]})
+        harmless()
+    for key in ("prompt", "seed", "file"):
+        dump(workdir / "samples/00000180/samples.json", [
+            {"file": "f", "prompt": "p", "seed": 1, key: value}])
+        harmless()
+    dump(workdir / "metrics.jsonl", {"step": 1, "train/loss": value, HOSTILE: value})
+    dump(workdir / "bad_records.jsonl", {"key": value, "reason": value, "position": value})
+    for name in ("run.json", "samples/00000000/samples.json", "eval.json"):
+        dump(workdir / name, value)
+    harmless()
+
+
+def test_a_chart_cannot_end_its_script():
+    assert _chart("", [go.Scatter(name=HOSTILE)], "y").count("</script>") == 1
+
+
+def test_a_script_of_somebody_else_is_replaced(workdir):
+    script = write_report(workdir).parent / "report/plotly.min.js"
+    ours = script.read_bytes()
+    script.write_bytes(b"alert(1);" + ours[9:])  # as long
+    write_report(workdir)
+    assert script.read_bytes() == ours
+
+
+def test_json_that_is_too_deep_is_left_out(workdir):
+    (workdir / "eval.json").write_text("[" * 100_000)
+    (workdir / "metrics.jsonl").write_text("[" * 100_000 + "\n")
+    assert "Not yet" in write_report(workdir).read_text()
+
+
+def test_bad_records_of_all_hosts_are_listed_once(workdir):
+    for host, name in enumerate(["bad_records.jsonl", "bad_records_1.jsonl"]):
+        rows = [{"position": 10 * k + host, "attempt": 0, "key": f"clip {k} of {host}",
+                 "reason": "planted"} for k in (2, 1, 2)]  # a resumed run repeats some
+        (workdir / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"pos')
+    page = write_report(workdir).read_text()
+    assert "4 skipped" in page
+    assert re.findall("clip . of .", page) == ["clip 1 of 0", "clip 1 of 1", "clip 2 of 0",
+                                               "clip 2 of 1"]
 
 
 def test_wall_takes_the_first_the_last_and_steps_between(workdir):

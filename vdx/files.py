@@ -3,19 +3,24 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 
 @contextlib.contextmanager
 def whole_or_not(path: str | Path) -> Iterator[Path]:
-    """A scratch path beside `path` that takes its name when the block ends well."""
+    """A scratch path beside `path` that takes its name when the block ends well.
+
+    It is on the disk by then, so that not even a loss of power leaves half a file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -37,7 +42,20 @@ def read_json(path: str | Path) -> Any:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line; a killed run may have left half a line."""
     rows = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def append_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Adds JSON lines, on lines of their own: a killed run may have left half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as out:
+        if out.tell():
+            out.seek(-1, os.SEEK_END)
+            if out.read(1) != b"\n":
+                out.write(b"\n")
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False)  # half a surrogate pair stays an escape
+            out.write(text.encode(errors="backslashreplace") + b"\n")

@@ -37,7 +37,8 @@ from absl import app, flags, logging
 import vdx
 from vdx.build import ConfigError
 from vdx.config import is_override, resolve
-from vdx.data.pipeline import DataError, WorkerDied
+from vdx.data.pipeline import DataError
+from vdx.data.workers import WorkerDied
 from vdx.evaluate import judge
 from vdx.experiment import Experiment, Spec, settled
 from vdx.files import write_json
@@ -67,7 +68,8 @@ def explained():
     """Ends the program with a message instead of a stack trace where the message says it all."""
     try:
         yield
-    except (ConfigError, DataError, CheckpointError, BadNumbers, WorkdirInUse, OSError) as error:
+    except (ConfigError, DataError, WorkerDied, CheckpointError, BadNumbers, WorkdirInUse,
+            OSError) as error:
         code = STUCK if isinstance(error, WorkerDied) else 1
         hint = ["What was saved before is whole: once this is mended, the same command goes on."
                 ] if isinstance(error, OSError) else []

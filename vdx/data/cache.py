@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 
 from vdx.data.record import BadRecord
+from vdx.files import read_json
 
-__all__ = ["check_latents", "latent_features", "ready_example", "video_features",
-           "write_records"]
+__all__ = ["check_classes", "check_latents", "latent_features", "ready_example",
+           "video_features", "write_records"]
+
+CLASSES = {f"tensorflow_datasets.core.features.{name}" for name in (
+    "features_dict.FeaturesDict", "scalar.Scalar", "tensor_feature.Tensor", "text_feature.Text")}
 
 
 def video_features():
@@ -40,6 +44,31 @@ def latent_features(latents: tuple[int | None, ...], text_dim: int):
         "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16),
         "caption": tfds.features.Text(), "fps": np.float32, "num_frames": np.int32,
         "key": tfds.features.Text()})
+
+
+def check_classes(path: Path) -> None:
+    """Raises ValueError if a prepared directory names a class other than those above.
+
+    TFDS imports the module of whatever class `features.json` or `dataset_info.json` names, which
+    would run code that the author of the data chose. "type" is how older versions name one.
+    """
+    for file, keys in (("features.json", {"pythonClassName", "python_class_name", "type"}),
+                       ("dataset_info.json", {"pythonClassName", "python_class_name"})):
+        if (path / file).exists():
+            unknown = set(_named(read_json(path / file), keys)) - CLASSES
+            if unknown:
+                raise ValueError(f"{path / file} names the class {min(unknown)!r}; known are "
+                                 f"{', '.join(sorted(CLASSES))}.")
+
+
+def _named(value: Any, keys: set[str]) -> Iterator[str]:
+    """The texts under any of the keys, at any depth."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _named(inner, keys)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from [inner] if key in keys and isinstance(inner, str) else _named(inner, keys)
 
 
 def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> None:

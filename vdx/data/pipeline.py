@@ -8,10 +8,8 @@ and one integer, the number of batches consumed, is the whole state.
 
 import dataclasses
 import functools
-import json
 import logging
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +17,12 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags
 from grain.experimental import index_shuffle
 
+from vdx.data import workers
+from vdx.data.bad_records import host_file, read_bad_records
 from vdx.data.record import BadRecord
+from vdx.files import append_rows
 
 ATTEMPTS = 9      # a record and up to 8 substitutes
 MIN_SEEN = 50     # records before the share of bad ones is judged
@@ -35,10 +35,6 @@ Example = dict[str, Any]
 
 class DataError(ValueError):
     """The data set as a whole cannot be trained on: empty, or too many bad records."""
-
-
-class WorkerDied(DataError):
-    """A process that reads data ended; the same command may well go on."""
 
 
 class Source(Protocol):
@@ -156,16 +152,23 @@ class Batches:
     """An endless iterator of batches (dicts of arrays that share the leading axis).
 
     position: global batches consumed, the whole state; `seek` moves there.
-    seen, bad: records tried and refused on this host since construction.
+    bad, seen: records of this host that were refused, and tried, in the batches consumed. After
+      `seek` they are what `bad_log` tells of the batches before it, whichever host wrote it.
+    last_keys: names the records of this host's share of the latest batch.
     wait_seconds: seconds spent inside next(), for the share of time lost to data.
     """
 
     def __init__(self, stream: _Stream, bad_log: Path | None):
         self._stream, self._bad_log = stream, bad_log
         self._items: Any = None
-        self.position = self.seen = self.bad = 0
+        self.position = self.bad = 0
         self.wait_seconds = 0.0
+        self.last_keys: tuple[str, ...] = ()
         self._named: dict[str, str] = {}
+
+    @property
+    def seen(self) -> int:
+        return self.position * self._stream.local_batch + self.bad
 
     def __iter__(self) -> "Batches":
         return self
@@ -173,15 +176,17 @@ class Batches:
     def __next__(self) -> Example:
         begin = time.perf_counter()
         try:
-            if self._items is None:
-                self._items = _read_ahead(dataclasses.replace(self._stream, start=self.position))
-            batch = _stack([self._take() for _ in range(self._stream.local_batch)])
-        except BaseException:  # begin this batch again next time, rather than skip what it had
+            batch, bad = self._take()
+        except BaseException as error:  # begin this batch again next time, rather than skip it
             self.close()
+            if death := workers.died(error, self.position):
+                raise death from error
             raise
         finally:
             self.wait_seconds += time.perf_counter() - begin
         self.position += 1
+        self.bad += bad
+        self.last_keys = tuple(map(str, batch.get("key", ())))
         return batch
 
     def seek(self, position: int) -> None:
@@ -190,44 +195,60 @@ class Batches:
             raise ValueError(f"Position {position} is negative; it counts batches consumed.")
         self.close()
         self.position = position
+        before = self._log_before()
+        self.bad = len(before)
+        self._named = {str(row.get("key")): str(row.get("reason")) for row in before}
 
     def close(self) -> None:
         """Ends reading ahead, its threads and worker processes; next() starts them again."""
         if self._items is not None:
-            self._items.close()
+            workers.close(self._items)
             self._items = None
 
-    def kill(self) -> None:
-        """Ends worker processes at once, from any thread."""
-        for child in multiprocessing.active_children():
-            child.kill()
+    def _log_before(self) -> list[dict[str, Any]]:
+        """What the log says of this host's share of the batches before the position."""
+        size, local = self._stream.loader.global_batch, self._stream.local_batch
+        rows = [] if self._bad_log is None else read_bad_records(self._bad_log)
+        return [row for row in rows if isinstance(place := row.get("position"), int)
+                and place < self.position * size
+                and place % size // local == self._stream.host_index]
 
-    def _take(self) -> Example:
-        example, bad = next(self._items)
-        self.seen += len(bad) + (example is not None)
-        self.bad += len(bad)
-        for one in bad:
-            self._report(one)
+    def _take(self) -> tuple[Example, int]:
+        """(the next batch, records refused on its way)."""
+        if self._items is None:
+            self._items = _read_ahead(dataclasses.replace(self._stream, start=self.position))
+        examples: list[Example] = []
+        refused: list[_Bad] = []
+        while len(examples) < self._stream.local_batch:
+            example, bad = next(self._items)
+            refused += bad
+            if example is None:
+                self._report(refused)
+                raise DataError(f"No usable record in {len(bad)} tries at position "
+                                f"{bad[0].position}:{_names({b.key: b.reason for b in bad})}")
+            examples.append(example)
+        self._report(refused)
+        self._judge(self.seen + len(examples) + len(refused), self.bad + len(refused))
+        return _stack(examples), len(refused)
+
+    def _judge(self, seen: int, bad: int) -> None:
         rate = self._stream.loader.max_bad_rate
         # Three standard deviations of grace: one bad record among the first 50 is not a rate.
-        allowed = rate * self.seen + 3 * math.sqrt(rate * self.seen)
-        if example is None:
-            raise DataError(f"No usable record in {len(bad)} tries at position "
-                            f"{bad[0].position}:{_names({b.key: b.reason for b in bad})}")
-        if (self.seen >= MIN_SEEN or rate == 0) and self.bad > allowed:
-            raise DataError(f"{self.bad} of {self.seen} records are bad, more than "
+        allowed = rate * seen + 3 * math.sqrt(rate * seen)
+        if (seen >= MIN_SEEN or rate == 0) and bad > allowed:
+            raise DataError(f"{bad} of {seen} records are bad, more than "
                             f"max_bad_rate = {rate} allows. Mend or remove them, or raise "
                             f"max_bad_rate:{_names(self._named)}")
-        return example
 
-    def _report(self, one: _Bad) -> None:
-        if one.key not in self._named:
-            logging.warning("Bad record %s: %s", one.key, one.reason)
-        self._named[one.key] = one.reason
-        if self._bad_log is not None:
-            row = dataclasses.asdict(one) | {"host": self._stream.host_index}
-            with self._bad_log.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def _report(self, refused: list[_Bad]) -> None:
+        for one in refused:
+            if one.key not in self._named:
+                logging.warning("Bad record %s: %s", one.key, one.reason)
+            self._named[one.key] = one.reason
+        if self._bad_log is not None and refused:
+            host = self._stream.host_index
+            append_rows(host_file(self._bad_log, host),
+                        [dataclasses.asdict(one) | {"host": host} for one in refused])
 
 
 def make_loader(source: Source, *, to_example: Callable[..., Example] | None = None,
@@ -240,11 +261,12 @@ def make_loader(source: Source, *, to_example: Callable[..., Example] | None = N
     num_frames: the lengths of clips in frames; batch k has length num_frames[k % len];
       None where the source gives ready examples, of whatever length.
     host_index, host_count: host h has the h-th contiguous share of every global batch.
-    bad_log: a JSON-lines file that names every bad record.
+    bad_log: the JSON-lines file that names every bad record of host 0; see `bad_records`.
     settings: fields of Loader.
 
     Raises DataError for an empty source and ValueError for numbers that do not fit; next()
-    raises DataError when too many records are bad, and whatever else reading raised.
+    raises DataError when too many records are bad, `workers.WorkerDied`, and whatever else
+    reading raised.
     """
     loader = Loader(**settings)
     if loader.global_batch < 1 or loader.global_batch % host_count:
@@ -275,12 +297,9 @@ def _read_ahead(stream: _Stream):
     dataset = grain.MapDataset.source(stream)
     if not loader.workers:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(loader.threads, ahead)))
-    if not flags.FLAGS.is_parsed():  # grain's workers inherit flags and hang without
-        flags.FLAGS.mark_as_parsed()
     each = max(1, math.ceil(ahead / loader.workers))
-    options = grain.MultiprocessingOptions(loader.workers, per_worker_buffer_size=each)
     reading = grain.ReadOptions(loader.threads, min(loader.threads, each))
-    return iter(dataset.to_iter_dataset(reading).mp_prefetch(options))
+    return workers.with_workers(dataset.to_iter_dataset(reading), loader.workers, each)
 
 
 def _stack(examples: list[Example]) -> Example:

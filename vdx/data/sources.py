@@ -11,21 +11,26 @@ import functools
 import hashlib
 import io
 import json
+import re
+import stat
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
-from vdx.data.cache import ready_example
+from vdx.data.cache import check_classes, ready_example
 from vdx.data.record import BadRecord, Record
 from vdx.data.scenes import Scenes
 
-__all__ = ["SOURCES", "Records", "VideoFolder", "decode", "open_video", "pixels",
-           "video_record"]
+__all__ = ["SOURCES", "Records", "VideoFolder", "decode", "list_videos", "open_video", "pixels",
+           "read_metadata", "video_record"]
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+CONTAINERS = "avi,matroska,mp4"  # as FFmpeg calls those of VIDEOS
+MOST_PIXELS = 1 << 26  # of a frame; a damaged or hostile header may ask for all memory
+SHA256 = re.compile("[0-9a-f]{64}")
 SPLITS = ("all", "train", "heldout")
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
 
@@ -33,14 +38,35 @@ Opener = Callable[[], str | io.BytesIO]
 
 
 def open_video(file: str | io.BytesIO):
-    """(container, its first video stream). Raises ValueError where there is none."""
-    container = av.open(file)
-    if not container.streams.video:
+    """(container, its first video stream). Raises ValueError where there is none.
+
+    FFmpeg would also open playlists, which name other files and addresses, and pictures: what
+    the file says it is must be one of the containers of VIDEOS.
+    """
+    try:
+        container = av.open(file, options={"format_whitelist": CONTAINERS,
+                                           "protocol_whitelist": "file"})
+    except av.error.ArgumentError as error:
+        raise ValueError(f"not one of the containers {CONTAINERS}") from error
+    try:
+        return container, _video_stream(container)
+    except BaseException:
         container.close()
+        raise
+
+
+def _video_stream(container):
+    if not container.streams.video:
         raise ValueError("no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # the loader's own threads share the cores
-    return container, stream
+    codec = stream.codec_context
+    if codec is None:
+        raise ValueError("an unknown codec")
+    if codec.width * codec.height > MOST_PIXELS:
+        raise ValueError(f"frames of {codec.height}x{codec.width}, more than {MOST_PIXELS} pixels")
+    codec.options = {"max_pixels": str(MOST_PIXELS)}  # the stream itself may say otherwise
+    codec.thread_count = 1  # the loader's own threads share the cores
+    return stream
 
 
 def pixels(frame: av.VideoFrame) -> np.ndarray:
@@ -100,7 +126,7 @@ def _guard(key: str, work: Callable, *arguments):
         return work(*arguments)
     except BadRecord:
         raise
-    except (ValueError, OSError, av.error.FFmpegError) as error:
+    except Exception as error:  # there is no list of what decoders raise on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadRecord(key, f"not a usable video: {reason}") from error
 
@@ -120,6 +146,10 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
         shown = np.searchsorted(stamps, np.asarray(times) + ROUNDING, side="right") - 1
         wanted = ticks[np.maximum(shown, 0)]
         found = _guard(key, lambda: decode(opener(), wanted))
+        sizes = {frame.shape[:2] for frame in found.values()}
+        if len(sizes) > 1:
+            raise BadRecord(key, "the frames change size: " + " then ".join(
+                f"{height}x{width}" for height, width in sorted(sizes)))
         return np.stack([found[int(stamp)] for stamp in wanted])
 
     return Record(key, caption, duration, stamps, read)
@@ -131,34 +161,45 @@ def _is_heldout(name: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
+class Listed(NamedTuple):
+    """A video of a folder. A caption that is a Path is in that text file."""
+
+    name: str
+    caption: Any
+    sha256: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoFolder:
     """Video files with captions.
 
-    path: a folder with `metadata.jsonl`, rows {"file_name", "caption"} (other keys are
-      ignored), or else videos that have a caption in a `.txt` file of the same name.
+    path: a folder with `metadata.jsonl`, rows {"file_name", "caption"} and perhaps "sha256"
+      (other keys are ignored), or else videos that have a caption in a `.txt` file of the same
+      name.
     split: "all", "train" or "heldout"; heldout: the share of the files, by a hash of the name.
+
+    Most damage to an encoded video decodes to other pixels without a sign. A file with "sha256",
+    which `python -m vdx.data.checksums` writes, is compared with it whenever it is opened.
+
+    Names must stay inside the folder. Links are followed wherever they lead: downloads are often
+    folders of links into a cache, and a list of names cannot make one.
     """
 
     path: str
     split: str = "all"
     heldout: float = 0.1
-    # (file name, caption); a caption of None is looked for in the text file beside the video.
-    rows: tuple[tuple[str, Any], ...] = dataclasses.field(init=False, repr=False)
+    rows: tuple[Listed, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         root = Path(self.path)
         if self.split not in SPLITS:
             raise ValueError(f"split = {self.split!r} is none of {', '.join(SPLITS)}.")
-        if not root.is_dir():
-            raise ValueError(f"There is no folder {root.resolve()}.")
-        listed = (root / "metadata.jsonl").exists()
-        rows = _listed_rows(root / "metadata.jsonl") if listed else _sidecar_rows(root)
+        rows = list_videos(root)
         if not rows:
             raise ValueError(f"No videos in {root.resolve()}: looked for rows in metadata.jsonl, "
                              f"then for {' '.join(VIDEOS)} files with a .txt of the same name.")
         kept = [row for row in rows if self.split == "all" or
-                _is_heldout(row[0], self.heldout) == (self.split == "heldout")]
+                _is_heldout(row.name, self.heldout) == (self.split == "heldout")]
         if not kept:
             raise ValueError(f"None of the {len(rows)} videos of {root} is in the split "
                              f"{self.split!r} with heldout = {self.heldout}.")
@@ -168,16 +209,53 @@ class VideoFolder:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        name, caption = self.rows[index]
-        path = Path(self.path) / name
+        name, caption, sha256 = self.rows[index]
+        path = Path(self.path).absolute() / name  # a bare "x:y" would be an address to FFmpeg
+        _guard(name, _check_file, path)
         if isinstance(caption, Path):
             caption = _guard(name, functools.partial(caption.read_text, encoding="utf-8")).strip()
-        return video_record(name, caption, lambda: str(path))
+        if sha256 is None:
+            return video_record(name, caption, lambda: str(path))
+        data = _guard(name, _verified, path, sha256)
+        return video_record(name, caption, lambda: io.BytesIO(data))
 
 
-def _listed_rows(path: Path) -> list[tuple[str, Any]]:
+def _check_file(path: Path) -> None:
+    """A pipe that came with a data set would never open, a device never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a file")
+
+
+def _verified(path: Path, sha256: str) -> bytes:
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"its SHA-256 is {found[:12]}..., metadata.jsonl says {sha256[:12]}...")
+    return data
+
+
+def list_videos(root: Path) -> list[Listed]:
+    """The videos that `metadata.jsonl` names, or those that have a text file beside them.
+
+    Raises ValueError if there is no folder, or for the first row that cannot be meant.
+    """
+    if not root.is_dir():
+        raise ValueError(f"There is no folder {root.resolve()}.")
+    if (root / "metadata.jsonl").exists():
+        return [Listed(row["file_name"], row.get("caption"), row.get("sha256"))
+                for row in read_metadata(root / "metadata.jsonl")]
+    videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEOS)
+    texts = [p.with_suffix(".txt") for p in videos]
+    if not any(t.exists() for t in texts):
+        return []
+    return [Listed(v.relative_to(root).as_posix(), t if t.exists() else None)
+            for v, t in zip(videos, texts, strict=True)]
+
+
+def read_metadata(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metadata.jsonl`; raises ValueError for the first that cannot be meant."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -189,19 +267,21 @@ def _listed_rows(path: Path) -> list[tuple[str, Any]]:
         if not isinstance(name, str) or not name:
             raise ValueError(f'{where} has no "file_name": {line[:80]!r}. A row reads '
                              '{"file_name": "clip.mp4", "caption": "what it shows"}.')
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{where}: {name!r} leaves the folder; name files inside it.")
-        rows.append((name, row.get("caption")))
+        if not _stays_inside(name):
+            raise ValueError(f"{where}: {name!r} leaves the folder; name files inside it, with / "
+                             "between folders.")
+        sha256 = row.get("sha256")
+        if sha256 is not None and not (isinstance(sha256, str) and SHA256.fullmatch(sha256)):
+            raise ValueError(f'{where}: "sha256" is {sha256!r}, expected 64 of 0-9 a-f. Remove it, '
+                             "and let `python -m vdx.data.checksums` write it.")
+        rows.append(row)
     return rows
 
 
-def _sidecar_rows(root: Path) -> list[tuple[str, Any]]:
-    videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEOS)
-    texts = [p.with_suffix(".txt") for p in videos]
-    if not any(t.exists() for t in texts):
-        return []
-    return [(v.relative_to(root).as_posix(), t if t.exists() else None)
-            for v, t in zip(videos, texts, strict=True)]
+def _stays_inside(name: str) -> bool:
+    """On every system: what is a plain name here may be a path or a drive elsewhere."""
+    return not (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+                or "\\" in name or "\0" in name or PureWindowsPath(name).drive)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +301,7 @@ class Records:
         if not (Path(self.path) / "features.json").exists():
             raise ValueError(f"{Path(self.path).resolve()} holds no features.json: it is not a "
                              "directory prepared by `python -m vdx.prepare` or TFDS.")
+        check_classes(Path(self.path))
         import tensorflow_datasets as tfds  # a second of import, which other sources spare
         builder = tfds.builder_from_directory(self.path)
         if self.split not in builder.info.splits:

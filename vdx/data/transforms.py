@@ -17,6 +17,7 @@ Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 STARTS = ("random", "first", "centre")
 SHORT = ("error", "hold", "loop")
+SMALL = ("error", "enlarge")
 _ROUNDING = 1e-3  # seconds; containers round timestamps by as much
 _RATE_SLACK = 1.01  # 23.976 frames per second pass for 24
 
@@ -33,6 +34,8 @@ class ClipSampling:
     start: "random", "first" or "centre".
     short: what to do with a record shorter than the clip: "error" refuses it, "hold" repeats
       its last frame, "loop" begins again.
+    small: what to do with frames that would have to be enlarged to cover the clip: "error"
+      refuses the record, since enlarged footage teaches blur; "enlarge" takes it.
     """
 
     num_frames: tuple[int, ...] | int
@@ -40,6 +43,7 @@ class ClipSampling:
     stride: int | None = None
     start: str = "random"
     short: str = "error"
+    small: str = "error"
 
     def __post_init__(self):
         if (self.fps is None) == (self.stride is None):
@@ -51,7 +55,8 @@ class ClipSampling:
             raise ValueError(f"fps = {self.fps} and stride = {self.stride} must be positive.")
         if self.fps is not None and not self.rates:
             raise ValueError("fps is empty: give one or more rates.")
-        for name, value, known in (("start", self.start, STARTS), ("short", self.short, SHORT)):
+        for name, value, known in (("start", self.start, STARTS), ("short", self.short, SHORT),
+                                   ("small", self.small, SMALL)):
             if value not in known:
                 raise ValueError(f"{name} = {value!r} is none of {', '.join(known)}.")
 
@@ -157,6 +162,9 @@ def to_example(record: Record, *, clip: ClipSampling, height: int, width: int, t
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (num_frames, 3):
         raise BadRecord(record.key, f"gave frames {frames.dtype} {frames.shape}, expected uint8 "
                                     f"({num_frames}, h, w, 3)")
+    if clip.small == "error" and max(height / frames.shape[1], width / frames.shape[2]) > 1:
+        raise BadRecord(record.key, f"too small: {frames.shape[1]}x{frames.shape[2]} would be "
+                                    f"enlarged to cover {height}x{width}")
     text, mask = tokenize(record.caption)
     return {"video": resize(frames, height, width), "text": np.asarray(text),
             "text_mask": np.asarray(mask, bool), "fps": np.float32(fps),

@@ -2,14 +2,15 @@
 
 The page needs no network and no server: the workdir can be copied anywhere and opened from
 disk. It can be written at any moment of a run; what is not there yet is said to be not yet.
-All text from files is escaped, since captions come from anywhere. The page's frame, its style
-and the look of all charts are in `report_template.html`.
+All text from files is escaped, since captions come from anywhere, and workdirs from strangers:
+the page shows no file outside the workdir, and runs no script but its own and plotly's. The
+page's frame, its style and the look of all charts are in `report_template.html`.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -21,6 +22,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
 
+from vdx.data.bad_records import read_bad_records
 from vdx.files import read_rows, whole_or_not
 
 __all__ = ["write_report"]
@@ -44,26 +46,21 @@ def write_report(workdir: Path) -> Path:
     config = _read_json(workdir / "config.json")
     if config is None:
         raise ValueError(f"{workdir} has no readable config.json, so it is not a run's workdir.")
-    run = _read_json(workdir / "run.json") or {}
-    result = _read_json(workdir / "eval.json") or {}
+    run, result = (_read_object(workdir / name) for name in ("run.json", "eval.json"))
     rows = _read_metrics(workdir / "metrics.jsonl")
     page = Template(Path(__file__).with_name("report_template.html").read_text()).substitute(
         title=escape(workdir.resolve().name), plotly=PLOTLY,
         subtitle=escape(f"step {max(rows, default=0):,} · {run.get('device', 'no device yet')}"),
-        numbers=_numbers(rows, run, result), samples=_samples(workdir),
-        following=_following(workdir, result), losses=_losses(rows),
-        noise_levels=_noise_levels(rows), bad_records=_bad_records(workdir), run=_facts(run),
-        optimization=_charts(
-            _single(rows, "train/learning_rate", "Learning rate", "learning rate", form="~e"),
-            _single(rows, "train/grad_norm", "Gradient norm", "global norm", log=True)),
-        throughput=_charts(
-            _single(rows, "speed/clips_per_s", "Training speed", "clips / s"),
-            _single(rows, "speed/data_wait", "Waiting for data", "share of time", form=".0%")),
+        numbers=_piece(_numbers, rows, run, result), samples=_piece(_samples, workdir),
+        following=_piece(_following, workdir, result), losses=_piece(_losses, rows),
+        noise_levels=_piece(_noise_levels, rows), bad_records=_piece(_bad_records, workdir),
+        optimization=_piece(_optimization, rows), throughput=_piece(_throughput, rows),
+        run=_piece(_facts, run),
         config=escape(json.dumps(config, indent=2, ensure_ascii=False)))
     script, there = get_plotlyjs().encode(), workdir / PLOTLY
-    if not there.exists() or there.stat().st_size != len(script):
+    if not there.is_file() or there.read_bytes() != script:  # a stranger's would run in the page
         _write(there, script)
-    return _write(workdir / "report.html", page.encode())
+    return _write(workdir / "report.html", page.encode(errors="replace"))
 
 
 def _write(path: Path, content: bytes) -> Path:
@@ -73,12 +70,25 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
+def _piece(draw: Callable[..., str], *arguments: Any) -> str:
+    """draw(*arguments); files that vdx did not write must not stop the run that asks for it."""
+    try:
+        return draw(*arguments)
+    except Exception as error:
+        return f'<p class="empty">Cannot be shown: {escape(f"{type(error).__name__}: {error}")}</p>'
+
+
 def _read_json(path: Path) -> Any:
     """None for what is not there, or not wholly written."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    found = _read_json(path)
+    return found if isinstance(found, dict) else {}
 
 
 def _read_metrics(path: Path) -> Rows:
@@ -169,6 +179,18 @@ def _single(rows: Rows, key: str, title: str, y: str, log: bool = False, form: s
     return _chart(title, _curve(rows, key, "", BLUE, width=1.3), y, log=log, yaxis=axis)
 
 
+def _optimization(rows: Rows) -> str:
+    return _charts(
+        _single(rows, "train/learning_rate", "Learning rate", "learning rate", form="~e"),
+        _single(rows, "train/grad_norm", "Gradient norm", "global norm", log=True))
+
+
+def _throughput(rows: Rows) -> str:
+    return _charts(
+        _single(rows, "speed/clips_per_s", "Training speed", "clips / s"),
+        _single(rows, "speed/data_wait", "Waiting for data", "share of time", form=".0%"))
+
+
 def _numbers(rows: Rows, run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """The header's big numbers. Speeds are medians: the first rows hold the compilation."""
     def logged(key: str, form: str, pick=lambda values: values[-1]) -> str:
@@ -198,19 +220,24 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") 
             f"<tbody>{body}</tbody></table></div>")
 
 
-def _video(workdir: Path, file: str) -> str:
-    """A looping clip, or a dash if there is no such file in the workdir."""
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or not (workdir / path).is_file():
-        return '<div class="hole">–</div>'
-    return f'<video src="{quote(str(path))}" autoplay loop muted playsinline></video>'
+def _video(workdir: Path, file: Any) -> str:
+    """A looping clip, or a dash if the workdir itself holds no such file: a link that leaves it
+    would be lost when it is copied, and a stranger's may lead anywhere."""
+    path = PurePosixPath(str(file))
+    try:
+        shown = not path.is_absolute() and ".." not in path.parts and (workdir / path).is_file() \
+            and (workdir / path).resolve().is_relative_to(workdir.resolve())
+    except OSError:  # a name that no file can have
+        shown = False
+    return (f'<video src="{quote(str(path))}" autoplay loop muted playsinline></video>' if shown
+            else '<div class="hole">–</div>')
 
 
 def _samples(workdir: Path) -> str:
     """The wall: a row a prompt, a column a step, the latest step last and large."""
-    found = {int(d.name): _read_json(d / "samples.json")
-             for d in sorted(workdir.glob("samples/*")) if d.name.isdigit()}
-    taken = [(step, {(c["prompt"], c["seed"]): f"samples/{step:08d}/{c['file']}" for c in clips})
+    found = {d.name: _read_json(d / "samples.json")
+             for d in sorted(workdir.glob("samples/*")) if re.fullmatch("[0-9]{1,15}", d.name)}
+    taken = [(int(step), {(c["prompt"], c["seed"]): f"samples/{step}/{c['file']}" for c in clips})
              for step, clips in found.items() if clips]
     if not taken:
         return NOT_YET
@@ -277,7 +304,7 @@ def _examples(workdir: Path, examples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _bad_records(workdir: Path) -> str:
-    bad = read_rows(workdir / "bad_records.jsonl")
+    bad = read_bad_records(workdir / "bad_records.jsonl")
     return f"<p>{len(bad):,} skipped. The first {min(BAD_RECORDS, len(bad))}:</p>" + _table(
         ["record", "reason"], ([escape(str(row.get(key, ""))) for key in ("key", "reason")]
                                for row in bad[:BAD_RECORDS])) if bad else "<p>None skipped.</p>"

@@ -1,7 +1,6 @@
 """The training loop: batches in, steps out; what happens between steps, and when a step is bad."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vdx.files import write_json
+from vdx.data.bad_records import host_file
+from vdx.data.workers import dump_workers, kill_workers
+from vdx.files import append_rows, write_json
 from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
 from vdx.train.log import Log
@@ -111,8 +112,8 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
     batches = experiment.batches(workdir=workdir)
     try:
         with Checkpoints(workdir, t.keep, t.keep_every, t.best) as checkpoints, \
-                Watchdog(t.stuck_after, (batches.kill, checkpoints.wait)) as watchdog, \
-                peers(batches.kill):
+                Watchdog(t.stuck_after, (dump_workers, kill_workers, checkpoints.wait)
+                         ) as watchdog, peers(kill_workers):
             trainer = Trainer(experiment, workdir, mesh, batches, checkpoints, watchdog)
             if jax.process_index() == 0:     # not before: what is there may not fit this config
                 write_json(workdir / "config.json", experiment.config)
@@ -236,8 +237,8 @@ class Trainer:
         self.state, metrics = self.step_fn(self.state, put_batch(self.mesh, batch))
         self.step += 1
         self.settle()
-        keys = [str(k) for k in batch.get("key", ())]
-        self.flying = Flying(self.step, self.batches.position - 1, keys, metrics)
+        self.flying = Flying(self.step, self.batches.position - 1, list(self.batches.last_keys),
+                             metrics)
         self.log.bar.update()
 
     def settle(self) -> None:
@@ -275,14 +276,12 @@ class Trainer:
     def refused(self, done: Flying, row: Mapping[str, Any]) -> None:
         """Names a refused batch in the log; every process those of its own records."""
         host = jax.process_index()
-        text = json.dumps({"step": done.step, "position": done.position, "host": host,
-                           "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"]),
-                           "keys": done.keys}, ensure_ascii=False)
-        name = f"refused_batches{f'_{host}' if host else ''}.jsonl"
-        with (self.workdir / name).open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        path = host_file(self.workdir / "refused_batches.jsonl", host)
+        append_rows(path, [{"step": done.step, "position": done.position, "host": host,
+                            "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"]),
+                            "keys": done.keys}])
         self.log.say(f"Step {done.step} refused: loss {row['loss']:.4g}, gradient norm "
-                     f"{row['grad_norm']:.4g}. See {self.workdir / name}")
+                     f"{row['grad_norm']:.4g}. See {path}")
 
     def roll_back(self) -> None:
         """To the newest step before the streak of refused ones; the data moves on."""
