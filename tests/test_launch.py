@@ -13,6 +13,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+
+@pytest.fixture(scope="module", autouse=True)
+def signals():
+    """Bash cannot trap what was ignored when it began, as SIGINT and SIGHUP are under nohup."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 CONFIG = "configs/t2v_tiny.py"
