@@ -195,6 +195,13 @@ def members(group):
     return found
 
 
+def all_gone(group):
+    end = time.monotonic() + 10
+    while members(group) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not members(group)
+
+
 @on_linux
 @pytest.mark.faults
 @pytest.mark.parametrize("mode, code", [
@@ -204,10 +211,7 @@ def test_a_program_ends_in_time_and_leaves_no_process(tmp_path, mode, code):
         out, err = program.communicate(timeout=90)  # the pipes end with the last descendant
         assert program.returncode == code, out + err
         assert mode == "files" or since(tmp_path / "once") < SOON
-        end = time.monotonic() + 10
-        while members(program.pid) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not members(program.pid)
+        assert all_gone(program.pid)
         assert ("end" in out) == (code == 0)
 
 
@@ -222,7 +226,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path)
             time.sleep(0.2)
         out, err = program.communicate(timeout=90)
         assert program.returncode == 0 and "end" in out, err
-        assert not members(program.pid)
+        assert all_gone(program.pid)
 
 
 def test_only_the_death_of_a_worker_is_taken_for_one():
