@@ -189,8 +189,11 @@ class Experiment:
         """Prompts of the samples drawn during training; by default the first eight captions."""
         if self.training.wall:
             return self.training.wall
-        source = self.source()
-        return tuple(source[i].caption for i in range(min(8, len(source))))
+        source, captions = self.source(), []
+        for i in range(min(8 * 8, len(source))):
+            with contextlib.suppress(BadRecord):       # the pipeline counts and names it
+                captions.append(source[i].caption)
+        return tuple(captions[:8])
 
     def generator(self, sampling: Sampling | None = None,
                   size: tuple[int, int] | None = None) -> Generator:
