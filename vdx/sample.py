@@ -27,19 +27,10 @@ from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
 from vdx.generate.pipeline import Sampling
 from vdx.generate.public import PublicGenerator
-from vdx.generate.request import (
-    PublicRequest,
-    check,
-    complete,
-    default_dtype,
-    default_mesh,
-    remake,
-)
+from vdx.generate.request import PublicRequest, prepare
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.generate.wall import write_clips
 from vdx.interop.keymap import WeightsError
-from vdx.interop.public import open_public
-from vdx.parallel import MeshSpec
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
@@ -161,26 +152,19 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
 
 def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np.ndarray]:
     """With public weights. What cannot be is said before anything large is read."""
-    folder, files, spec = FLAGS.weights, given("image", "last_image", "init_noise"), mesh_spec()
+    said = given("negative_prompt", "image", "last_image", "init_noise", "height", "width",
+                 "num_frames", "fps", "seed", "sampler", "grid", "steps", "shift", "dtype")
+    said |= {"guidance": guidance(), "mesh": mesh_spec()}
     made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
-    if manifest:
-        request = remake(manifest["request"], {**files, "mesh": spec})
-        model = open_public(folder, request.dtype)
-    else:
-        model = open_public(folder, FLAGS.dtype or default_dtype())
-        said = given("negative_prompt", "height", "width", "num_frames", "fps", "seed", "sampler",
-                     "grid", "steps", "shift")
-        request = complete(model, {**said, **files, "prompts": prompts(), "guidance": guidance(),
-                                   "mesh": spec or default_mesh(model)})
+    if not manifest:
+        said["prompts"] = prompts()
+    model, request, mesh = prepare(FLAGS.weights, said, manifest and manifest["request"])
     one_file_or_folder(request)
-    mesh = fill(MeshSpec, request.mesh, "--mesh").make()
-    check(request, model, mesh)
-    model.check(mesh)
     identity = model.identity()
-    same_weights(made, identity, folder)
+    same_weights(made, identity, FLAGS.weights)
     say = print if jax.process_index() == 0 else lambda line: None
     videos = PublicGenerator(model, request, mesh, say)()
-    return request, PublicWeights(folder, identity), videos
+    return request, PublicWeights(FLAGS.weights, identity), videos
 
 
 def write(request: Request | PublicRequest, videos: np.ndarray, out: Path,

@@ -5,6 +5,7 @@ pictures, the transformer (of two experts first that of high noise, then the oth
 References: `WanPipeline` and `WanImageToVideoPipeline` of diffusers.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -54,8 +55,7 @@ class PublicGenerator:
         self.say(f"{what} ({time.perf_counter() - start:.1f} s)")
 
     def compiled(self, name: str, call: Callable) -> Callable:
-        """Jitted: (params, *arrays) -> call(apply, *arrays), which every process has whole;
-        `apply` is that of the component."""
+        """(params, *arrays) -> call(apply, *arrays), jitted; `apply` is that of the component."""
         module = self.model.components[name].module
 
         def run(params, *args):
@@ -63,7 +63,11 @@ class PublicGenerator:
                 return module.apply({"params": params}, *args, **how)
             return call(apply, *args)
 
-        return jax.jit(run, out_shardings=jax.sharding.PartitionSpec())
+        return self.jitted(run)
+
+    def jitted(self, function: Callable) -> Callable:
+        """What it returns is whole on every device."""
+        return jax.jit(function, out_shardings=jax.sharding.PartitionSpec())
 
     def text(self) -> Arrays:
         """`text` [n+1 l d] and `text_mask`: of the prompts and, last, of the negative one."""
@@ -127,20 +131,22 @@ class PublicGenerator:
         for number, expert in enumerate(experts):
             generator = Generator(expert.module, RectifiedFlow(), r.sampling(number),
                                   noise.shape[2:])
-            carries = carries or [generator.start(noise[rows]) for rows in chunks]
+            # numpy: on a mesh of several processes an array of one device would be a stranger.
+            carries = carries or [jax.tree.map(np.asarray, generator.start(noise[rows]))
+                                  for rows in chunks]
             plan = generator.rows()
             last = len(plan["t"]) if expert is experts[-1] else \
                 int(np.sum(r.network_time(plan["t"]) >= 1000 * self.model.boundary))
             if first == last:
                 continue
             params = self.load(("transformer", "transformer_2")[number])
-            advance = jax.jit(generator.advance, out_shardings=jax.sharding.PartitionSpec())
+            advance = self.jitted(functools.partial(_advance, generator))
             for i, rows in enumerate(chunks):
                 start = time.perf_counter()
                 carries[i] = jax.block_until_ready(advance(
                     params, conditions(rows), negative, carries[i],
                     {name: values[first:last] for name, values in plan.items()},
-                    jax.random.key(r.seed + int(rows[0])), known))
+                    r.seed + int(rows[0]), known))
                 self.done(f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(r.prompts)}: "
                           f"evaluations {first + 1} to {last} of {len(plan['t'])}", start)
             first = last
@@ -158,6 +164,10 @@ class PublicGenerator:
             out.append(np.asarray(decode(params, latents[i:i + 1])))
             self.done(f"clip {i + 1} of {len(latents)} decoded", start)
         return np.concatenate(out)
+
+
+def _advance(generator: Generator, params, batch, negative, carry, rows, seed, known) -> Carry:
+    return generator.advance(params, batch, negative, carry, rows, jax.random.key(seed), known)
 
 
 def shown_mask(shown: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:

@@ -16,7 +16,8 @@ from vdx.build import ConfigError, fill, lookup
 from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.generate.pipeline import Sampling
-from vdx.interop.public import PublicModel
+from vdx.interop.public import PublicModel, open_public
+from vdx.parallel import MeshSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +105,29 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
     if not {"sampler", "grid", "shift"} <= given.keys():
         fields |= model.schedule()
     if "image" in given and not {"height", "width"} & given.keys():
-        width, height = open_picture("image", given["image"]).size
-        area, unit = fields["height"] * fields["width"], _unit(model)
-        for side, other in (("height", width / height), ("width", height / width)):
-            fields[side] = max(1, round(math.sqrt(area / other)) // unit) * unit
+        area = fields["height"] * fields["width"]
+        fields["height"], fields["width"] = shape_for(
+            area, _unit(model), *open_picture("image", given["image"]).size)
     return fill(PublicRequest, fields | given, "request")
+
+
+def prepare(folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
+            ) -> tuple[PublicModel, PublicRequest, Mesh]:
+    """(model, request, mesh), checked in all that can be without reading anything large.
+
+    given: what the command line says. made: the request of a manifest, of which it can replace
+    where files lie and the mesh. Raises ConfigError and WeightsError.
+    """
+    if made is not None:
+        request = remake(made, given)
+        model = open_public(folder, request.dtype)
+    else:
+        model = open_public(folder, given.get("dtype") or default_dtype())
+        request = complete(model, {**given, "mesh": given.get("mesh") or default_mesh(model)})
+    mesh = fill(MeshSpec, request.mesh, "mesh").make()
+    check(request, model, mesh)
+    model.check(mesh)
+    return model, request, mesh
 
 
 def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PublicRequest:
@@ -119,6 +138,13 @@ def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PublicRequest
     if new := [k for k in moved if k != "mesh" and getattr(request, k) is None]:
         raise ConfigError(f"The manifest's clip has no {', '.join(new)}.")
     return dataclasses.replace(request, **moved)
+
+
+def shape_for(area: int, unit: int, width: int, height: int) -> tuple[int, int]:
+    """(height, width): multiples of `unit` with about the proportions of a picture and at most
+    about `area` pixels, as the Wan of pictures has it."""
+    tall, wide = math.sqrt(area * height / width), math.sqrt(area * width / height)
+    return max(1, round(tall) // unit) * unit, max(1, round(wide) // unit) * unit
 
 
 def _unit(model: PublicModel) -> int:
@@ -179,6 +205,9 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
         if _digest(name, getattr(request, name)) != digest:
             raise ConfigError(f"{name} = {getattr(request, name)} is not the file of the request; "
                              f"give the right one by --{name}.")
+    for name in ("image", "last_image"):
+        if path := getattr(request, name):
+            open_picture(name, path)
     start_noise(request, model)
 
 

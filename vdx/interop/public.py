@@ -195,8 +195,13 @@ def open_public(path: str | Path, dtype: str = "float32") -> PublicModel:
         if part in wanted:
             with _of(path / part):
                 components[part] = open_component(part, path / part, dtype)
-    model = PublicModel(path, dtype, index, read_json(path / "scheduler" / "scheduler_config.json"),
-                        path / "tokenizer", components)
+    return assemble(path, dtype, index, read_json(path / "scheduler" / "scheduler_config.json"),
+                    path / "tokenizer", components)
+
+
+def assemble(*fields: Any) -> PublicModel:
+    """A PublicModel of its fields. Raises WeightsError for parts that do not belong together."""
+    model = PublicModel(*fields)
     _check(model)
     return model
 
