@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.app import UsageError
 
 from vdx.files import read_json
 from vdx.generate import pipeline as steps
@@ -16,6 +17,7 @@ from vdx.generate.request import check, complete
 from vdx.interop.components import Component
 from vdx.interop.public import open_public
 from vdx.parallel import MeshSpec
+from vdx.sample import PublicWeights, same_weights
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -140,6 +142,13 @@ def test_the_command_and_its_manifest(case, tmp_path):
     assert said == ["text_encoder", "2 prompts encoded", "vae", "pictures encoded",
                     "transformer", "clips 1 to 1 of 1", "transformer_2", "clips 1 to 1 of 1",
                     "vae", "clip 1 of 1 decoded", f"Wrote {tmp_path / 'again.mp4'}"]
+
+    same_weights(PublicWeights(**manifest["weights"]), open_public(c.folder).identity(), "x")
+    with pytest.raises(UsageError, match="are not those of the manifest"):
+        same_weights(PublicWeights(**manifest["weights"]), "0" * 64, "x")
+    done = command("vdx.sample", "--weights=/nowhere", f"--prompt={PROMPT}", check=False)
+    assert done.returncode == 1 and "vdx.sample: /nowhere is not a folder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

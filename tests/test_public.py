@@ -25,7 +25,7 @@ import diffusers  # noqa: E402
 from test_run import command  # noqa: E402
 from test_t5 import wan_keys  # noqa: E402
 from test_wan import original_names  # noqa: E402
-from wan_pipelines import NETWORK, TEXT, pipeline, randomised  # noqa: E402
+from wan_pipelines import CLIP, NETWORK, TEXT, pipeline, randomised  # noqa: E402
 
 ASKED = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
 
@@ -328,3 +328,27 @@ def test_a_conversion_that_cannot_be(folder, tmp_path):
                    check=False)
     assert done.returncode == 1 and "Name a new folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_file_and_parts_that_are_given(folder, tmp_path):
+    """A transformer of pictures as ComfyUI keeps it, the rest from elsewhere."""
+    network = CLIP | {"attention_head_dim": 128, "num_attention_heads": 1,
+                      "added_kv_proj_dim": 128}
+    model = randomised(diffusers.WanTransformer3DModel(**network), 0)
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    named = {f"model.diffusion_model.{old}": arrays[k] for k, old in original_names(arrays).items()}
+    file, parts = tmp_path / "wan.safetensors", folder("i2v")
+    write(file, {k: (v.shape, v.dtype) for k, v in named.items()}, named.items())
+    given = {part: str(parts / part) for part in ("text_encoder", "tokenizer", "vae")}
+    with pytest.raises(WeightsError, match="features of an image_encoder of another width or none"):
+        open_source(file, given)
+    given["image_encoder"] = str(parts / "image_encoder")
+    open_source(file, given).save(tmp_path / "out", own=False)
+    again = diffusers.WanImageToVideoPipeline.from_pretrained(tmp_path / "out")
+    got, want = again.transformer.state_dict(), model.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert again.scheduler.config.flow_shift == 5.0
+    theirs = pipeline("i2v").image_processor
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    np.testing.assert_allclose(*(p(images=picture, return_tensors="np")["pixel_values"]
+                                 for p in (again.image_processor, theirs)), atol=1e-6)

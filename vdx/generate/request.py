@@ -96,7 +96,7 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
     """A request from what was `given`; the rest is from the model's folder, or recommended.
 
     Without a size the frame has the image's proportions and the recommended area. Raises
-    ValueError for files that cannot be read.
+    ConfigError for files that cannot be read, WeightsError for a scheduler that is not known.
     """
     given = {k: v for k, v in given.items() if v is not None}
     files = {k: given[k] for k in ("image", "last_image", "init_noise") if k in given}
@@ -168,7 +168,7 @@ def open_picture(name: str, path: str) -> Image.Image:
 
 
 def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
-    """Raises ValueError that lists all that the request asks and the model cannot do."""
+    """Raises ConfigError that lists all that the request asks and the model cannot do."""
     frames, unit = model.components["vae"].module.rates[0], _unit(model)
     low = 1 + max(0, (request.num_frames - 1) // frames) * frames
     positions = model.signals.get("image_tokens", {}).get("positions")
@@ -212,7 +212,7 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
 
 
 def start_noise(request: PublicRequest, model: PublicModel) -> np.ndarray:
-    """Noise float32 [n t h w c]. Raises ValueError for init_noise of another shape or type."""
+    """Noise float32 [n t h w c]. Raises ConfigError for init_noise of another shape or type."""
     shape, count = request.latents(model), len(request.prompts)
     if request.init_noise is None:
         return np.stack([jax.random.normal(jax.random.key(request.seed + i), shape)
