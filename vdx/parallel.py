@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vdx.build import ConfigError
 from vdx.types import Array, Batch
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -50,15 +51,16 @@ class MeshSpec:
     tensor: int = 1
 
     def make(self, devices=None) -> Mesh:
-        """The mesh over `devices` (default: all). Raises ValueError if the sizes do not fit."""
+        """The mesh over `devices` (default: all). Raises ConfigError if the sizes do not fit."""
         devices = jax.devices() if devices is None else devices
         sizes = [getattr(self, a) for a in AXES]
         fixed = math.prod(s for s in sizes if s != -1)
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-            raise ValueError(f"mesh {self}: sizes are positive, and at most one is -1.")
+            raise ConfigError(f"mesh {self}: sizes are positive, and at most one is -1.")
         if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-            raise ValueError(f"mesh {self} needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
-                             f"devices, and {len(devices)} are here. Set --config.mesh.<axis>.")
+            raise ConfigError(f"mesh {self} needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
+                              f"devices, and {len(devices)} are here. Set --config.mesh.<axis>, or "
+                              "--mesh of vdx.sample.")
         shape = [len(devices) // fixed if s == -1 else s for s in sizes]
         return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 

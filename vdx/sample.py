@@ -1,6 +1,8 @@
 """Generate: python -m vdx.sample --workdir=runs/tiny --prompt="a red circle moves right" \\
     --out=out.mp4
 
+or, with public weights (docs/weights.md), --weights=FOLDER instead of --workdir.
+
 Beside the mp4 a JSON manifest holds all that went into it: `--from_manifest=out.json` makes the
 same clip again, bit for bit on the same machine. `--prompts_file` has one prompt a line, and
 --out is then a folder.
@@ -9,23 +11,33 @@ same clip again, bit for bit on the same machine. `--prompts_file` has one promp
 import dataclasses
 import hashlib
 import platform
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
 import vdx
-from vdx.build import fill, lookup
+from vdx.build import ConfigError, fill, lookup
+from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
 from vdx.generate.pipeline import Sampling
+from vdx.generate.public import PublicGenerator
+from vdx.generate.request import PublicRequest, prepare
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.generate.wall import write_clips
+from vdx.interop.keymap import WeightsError
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
+# Flags of --workdir alone, and of --weights alone.
+TRAINED = ("step", "averaged")
+PUBLIC = ("negative_prompt", "image", "last_image", "init_noise", "height", "width", "dtype",
+          "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +58,9 @@ class Request:
                                               num_frames=self.num_frames, fps=self.fps)
 
 
-def from_flags(experiment: Experiment) -> Request:
-    """A request from the command line; what is not given is as the model was trained."""
-    if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
-        raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
-    if FLAGS.prompts_file:
-        lines = Path(FLAGS.prompts_file).read_text().splitlines()
-        prompts = tuple(p for line in lines if (p := line.strip()))
-    else:
-        prompts = (FLAGS.prompt,)
-    if not prompts:
-        raise app.UsageError(f"{FLAGS.prompts_file} holds no prompt.")
-    given = {k: v for k in ("sampler", "steps", "guidance") if (v := getattr(FLAGS, k)) is not None}
-    frames, fps = experiment.clip_default()
-    return Request(prompts, FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
-                   {**dataclasses.asdict(experiment.sampling), **given})
-
-
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Which weights a manifest's clips were made with."""
+    """Which weights of a run a manifest's clips were made with."""
 
     workdir: str
     step: int
@@ -73,7 +68,107 @@ class Weights:
     identity: str
 
 
-def write(request: Request, videos: np.ndarray, out: Path, weights: Weights) -> None:
+@dataclasses.dataclass(frozen=True)
+class PublicWeights:
+    """The same for public weights."""
+
+    weights: str
+    identity: str
+
+
+def prompts() -> tuple[str, ...]:
+    if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
+        raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
+    if FLAGS.prompt is not None:
+        return (FLAGS.prompt,)
+    lines = Path(FLAGS.prompts_file).read_text().splitlines()
+    if not (found := tuple(p for line in lines if (p := line.strip()))):
+        raise app.UsageError(f"{FLAGS.prompts_file} holds no prompt.")
+    return found
+
+
+def guidance() -> tuple[float, ...] | None:
+    try:
+        return FLAGS.guidance and tuple(float(g) for g in FLAGS.guidance.split(","))
+    except ValueError as error:
+        raise app.UsageError(f"--guidance={FLAGS.guidance} is not a number, or two "
+                             "with a comma between them.") from error
+
+
+def mesh_spec() -> dict[str, int] | None:
+    try:
+        sizes = [part.split("=") for part in FLAGS.mesh.split(",")] if FLAGS.mesh else []
+        return {axis: int(size) for axis, size in sizes} or None
+    except ValueError as error:
+        raise app.UsageError(f"--mesh={FLAGS.mesh} is not like fsdp=4,tensor=2.") from error
+
+
+def given(*names: str) -> dict[str, Any]:
+    """The flags among `names` that were given."""
+    return {name: value for name in names if (value := getattr(FLAGS, name)) is not None}
+
+
+def from_flags(experiment: Experiment) -> Request:
+    """A request from the command line; what is not given is as the model was trained."""
+    said = given("sampler", "steps", "grid", "shift")
+    if scale := guidance():
+        if len(scale) > 1:
+            raise app.UsageError("--guidance is one number for a model of vdx.main.")
+        said["guidance"] = scale[0]
+    frames, fps = experiment.clip_default()
+    return Request(prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
+                   {**dataclasses.asdict(experiment.sampling), **said})
+
+
+def one_file_or_folder(request: Request | PublicRequest) -> None:
+    if len(request.prompts) > 1 and Path(FLAGS.out).suffix:
+        raise app.UsageError(f"{len(request.prompts)} prompts need a folder: "
+                             f"--out={Path(FLAGS.out).stem}")
+
+
+def same_weights(made: Weights | PublicWeights | None, identity: str, where: str) -> None:
+    if made and made.identity != identity:
+        raise app.UsageError(f"The weights in {where} are not those of the manifest; the clip "
+                             "cannot be made again from them.")
+
+
+def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
+    """With the weights of a run of vdx.main."""
+    workdir = Path(FLAGS.workdir)
+    experiment = load(workdir)
+    request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
+    one_file_or_folder(request)
+    lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
+    mesh = experiment.mesh_spec.make()
+    with jax.set_mesh(mesh):
+        item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
+        if made := fill(Weights, manifest["weights"], "manifest.weights") if manifest else None:
+            item, step = made.item, made.step
+        params, step, identity = open_params(experiment, workdir, mesh, item=item, step=step)
+        same_weights(made, identity, f"{workdir} at step {step}")
+        videos = request.draw(experiment, params)
+    return request, Weights(str(workdir), step, item, identity), videos
+
+
+def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np.ndarray]:
+    """With public weights. What cannot be is said before anything large is read."""
+    said = given("negative_prompt", "image", "last_image", "init_noise", "height", "width",
+                 "num_frames", "fps", "seed", "sampler", "grid", "steps", "shift", "dtype")
+    said |= {"guidance": guidance(), "mesh": mesh_spec()}
+    made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
+    if not manifest:
+        said["prompts"] = prompts()
+    model, request, mesh = prepare(FLAGS.weights, said, manifest and manifest["request"])
+    one_file_or_folder(request)
+    identity = model.identity()
+    same_weights(made, identity, FLAGS.weights)
+    say = print if jax.process_index() == 0 else lambda line: None
+    videos = PublicGenerator(model, request, mesh, say)()
+    return request, PublicWeights(FLAGS.weights, identity), videos
+
+
+def write(request: Request | PublicRequest, videos: np.ndarray, out: Path,
+          weights: Weights | PublicWeights) -> None:
     """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json."""
     pixels = to_uint8(videos)
     manifest = {"request": dataclasses.asdict(request), "weights": dataclasses.asdict(weights),
@@ -93,39 +188,31 @@ def write(request: Request, videos: np.ndarray, out: Path, weights: Weights) -> 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    out, workdir = Path(FLAGS.out), FLAGS.workdir
-    if workdir is None:     # also with a manifest: a stranger's could name any folder
-        raise app.UsageError("Give --workdir, the workdir of a run of vdx.main.")
+    # Also with a manifest: a stranger's could name any folder.
+    if (FLAGS.workdir is None) == (FLAGS.weights is None):
+        raise app.UsageError("Give --workdir, the workdir of a run of vdx.main, or --weights, a "
+                             "folder of public weights.")
+    if wrong := [name for name in (PUBLIC if FLAGS.workdir else TRAINED) if FLAGS[name].present]:
+        raise app.UsageError(f"--{', --'.join(wrong)}: not with "
+                             f"--{'workdir' if FLAGS.workdir else 'weights'}.")
     manifest = read_json(FLAGS.from_manifest) if FLAGS.from_manifest else None
     if manifest and not {"request", "weights"} <= set(manifest):
         raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
-    experiment = load(Path(workdir))
-    request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
-    if len(request.prompts) > 1 and out.suffix:
-        raise app.UsageError(f"{len(request.prompts)} prompts need a folder: --out={out.stem}")
-    lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
-
-    mesh = experiment.mesh_spec.make()
-    with jax.set_mesh(mesh):
-        item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
-        if made := fill(Weights, manifest["weights"], "manifest.weights") if manifest else None:
-            item, step = made.item, made.step
-        params, step, identity = open_params(experiment, Path(workdir), mesh, item=item, step=step)
-        weights = Weights(str(workdir), step, item, identity)
-        if made and made.identity != identity:
-            raise app.UsageError(
-                f"The weights in {workdir} at step {step} are not those of the manifest; the clip "
-                "cannot be made again from them.")
-        videos = request.draw(experiment, params)
+    try:
+        request, weights, videos = (draw_trained if FLAGS.workdir else draw_public)(manifest)
+    except (ConfigError, WeightsError) as error:
+        sys.exit(f"vdx.sample: {error}")
     if jax.process_index() == 0:
-        write(request, videos, out, weights)
+        write(request, videos, Path(FLAGS.out), weights)
         if FLAGS.save_array:
             np.save(FLAGS.save_array, videos)
-        print(f"Wrote {out}")
+        print(f"Wrote {FLAGS.out}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir of a run of vdx.main.")
+    flags.DEFINE_string("weights", None, "A folder of public weights: of diffusers, or written "
+                        "by vdx.convert.")
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
     flags.DEFINE_string("from_manifest", None, "Make the clips of this manifest again.")
@@ -135,9 +222,27 @@ if __name__ == "__main__":
     flags.DEFINE_string("save_array", None, "Also save float32 [n t h w c] in [-1, 1] as .npy.")
     flags.DEFINE_integer("seed", 0, "Clip i takes seed + i.")
     flags.DEFINE_string("sampler", None, f"One of {', '.join(SAMPLERS)}.")
+    flags.DEFINE_string("grid", None, f"Where the sampler stops: one of {', '.join(GRIDS)}. Of "
+                        "--weights the default is what the folder's scheduler means: UniPC "
+                        "diffusers_unipc, FlowMatchEuler diffusers_euler, DPMSolver "
+                        "diffusers_dpmpp.")
     flags.DEFINE_integer("steps", None, "Sampler steps.", lower_bound=1)
-    flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
+    flags.DEFINE_float("shift", None, "Time shift of the grid: above 1, more steps at high noise.")
+    flags.DEFINE_string("guidance", None, "Scale of classifier-free guidance; 1 is none. Two "
+                        "numbers, as in 4,3: of the experts for high and for low noise.")
     flags.DEFINE_integer("num_frames", None, "Frames of the clip.", lower_bound=1)
-    flags.DEFINE_float("fps", None, "Frames per second, also told to the model.", lower_bound=0.1)
+    flags.DEFINE_float("fps", None, "Frames per second, also told to a trained model.",
+                       lower_bound=0.1)
+    flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: empty.")
+    flags.DEFINE_string("image", None, "A picture that the clip begins with.")
+    flags.DEFINE_string("last_image", None, "A picture that it ends with.")
+    flags.DEFINE_string("init_noise", None, "A .npy file, float32 [b t h w c] of latents, to "
+                        "start from instead of noise from the seeds.")
+    flags.DEFINE_integer("height", None, "Pixels.", lower_bound=1)
+    flags.DEFINE_integer("width", None, "Pixels.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the text encoder and the "
+                      "transformer; default: float32 on a CPU, else bfloat16.")
+    flags.DEFINE_string("mesh", None, "Devices along each axis, such as fsdp=4,tensor=2; default: "
+                        "tensor as far as it divides the heads, the rest fsdp.")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -20,13 +20,14 @@ FlowMatchEulerDiscrete with `shift`, and UniPCMultistep and DPMSolverMultistep w
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vdx.build import ConfigError
 from vdx.diffusion.process import shift_time
-from vdx.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Grid:
     times: np.ndarray
     network: np.ndarray
 
-    def network_time(self, t: Array) -> Array:
-        """float32, the shape of t: `network` at the times of the grid, linear in between."""
+    def network_time(self, t: Any) -> Any:
+        """`network` at the times of the grid, linear in between; the shape of t. float32 jax for
+        a jax array, for anything else float64 numpy, which is exact on the grid."""
+        xp, dtype = (jnp, jnp.float32) if isinstance(t, jax.Array) else (np, np.float64)
         known = np.append(self.network, 0.0)
-        return jnp.interp(t, jnp.asarray(self.times[::-1], jnp.float32),
-                          jnp.asarray(known[::-1], jnp.float32))
+        return xp.interp(xp.asarray(t, dtype), xp.asarray(self.times[::-1], dtype),
+                         xp.asarray(known[::-1], dtype))
 
 
 def _plain(steps: int, shift: float) -> np.ndarray:

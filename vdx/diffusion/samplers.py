@@ -48,31 +48,54 @@ def sample(denoise: Callable[[Array, Array], Array], process: Process, sampler: 
     evaluation i draws from fold_in(key, i). Raises ValueError for times that do not decrease
     within [0, 1], a missing key, or a start where the prediction cannot say x0.
     """
-    times = _checked(process, sampler, times, key)
-    rows = {k: jnp.asarray(v, jnp.float32) for k, v in sampler.plan(process, times).items()}
-    index = jnp.arange(len(rows["t"]))
+    rows = evaluations(process, sampler, times)
+    return advance(denoise, process, sampler, sampler.start(x.astype(jnp.float32)), rows, key)[0]
 
-    def evaluate(carry: Carry, i_row) -> tuple[Carry, None]:
-        i, row = i_row
+
+def evaluations(process: Process, sampler: Any, times: np.ndarray) -> Rows:
+    """The sampler's plan over `times`, float32, and `index`, the number of each evaluation.
+
+    Raises ValueError as `sample` does.
+    """
+    plan = sampler.plan(process, _checked(process, times))
+    rows = {name: np.asarray(values, np.float32) for name, values in plan.items()}
+    return rows | {"index": np.arange(len(rows["t"]), dtype=np.int32)}
+
+
+def advance(denoise: Callable[[Array, Array], Array], process: Process, sampler: Any,
+            carry: Carry, rows: Rows, key: PRNGKeyArray | None = None) -> Carry:
+    """`carry` after some consecutive `rows` of `evaluations`, so that several networks can take
+    turns; it begins as `sampler.start(x)`, and x is always its first array."""
+    if sampler.stochastic and key is None:
+        raise ValueError(f"{sampler} draws noise: pass a key.")
+
+    def evaluate(carry: Carry, row) -> tuple[Carry, None]:
         x = carry[0]
         t = jnp.broadcast_to(row["t"], x.shape[:1])
         x0, noise = process.to_x0_noise(denoise(x, t), x, t)
         fresh = None
         if sampler.stochastic and key is not None:
-            fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            fresh = jax.random.normal(jax.random.fold_in(key, row["index"]), x.shape)
         return sampler.step(carry, x0, noise, row, fresh), None
 
-    carry, _ = jax.lax.scan(evaluate, sampler.start(x.astype(jnp.float32)), (index, rows))
-    return carry[0]
+    return jax.lax.scan(evaluate, carry, rows)[0]
 
 
-def _checked(process, sampler, times, key) -> np.ndarray:
+def hold(denoise: Callable[[Array, Array], Array], known: Array,
+         free: Array) -> Callable[[Array, Array], Array]:
+    """A `denoise` whose network sees some frames as `known` [b t h w c], at time 0: those where
+    `free` [b t] is 0, elsewhere 1 (Wan 2.2 TI2V, whose first frame is given)."""
+    def held(x: Array, t: Array) -> Array:
+        return denoise(jnp.where(free[..., None, None, None] > 0, x, known), t[:, None] * free)
+
+    return held
+
+
+def _checked(process: Process, times) -> np.ndarray:
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or len(times) < 2 or np.any(np.diff(times) >= 0) or (
             times[0] > 1 or times[-1] < 0):
         raise ValueError(f"times must be [n + 1], decreasing within [0, 1], not {times}.")
-    if sampler.stochastic and key is None:
-        raise ValueError(f"{sampler} draws noise: pass a key.")
     if process.prediction == "noise" and process.alpha(times[0]) < FLOOR:
         raise ValueError(f"times start at {times[0]}, where x_t is noise alone and a noise "
                          "prediction does not say x0; take the times from time_grid.")

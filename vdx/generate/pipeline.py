@@ -6,11 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vdx.build import lookup
+from vdx.diffusion.grids import GRIDS, Grid
 from vdx.diffusion.guidance import Guidance, guided
-from vdx.diffusion.samplers import SAMPLERS, sample, time_grid
+from vdx.diffusion.samplers import (
+    SAMPLERS,
+    Carry,
+    Rows,
+    advance,
+    evaluations,
+    hold,
+    time_grid,
+)
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
 from vdx.types import Array, Batch, Params, PRNGKeyArray
@@ -21,8 +31,9 @@ class Sampling:
     """How clips are drawn: the `sample` section of a config.
 
     steps: network evaluations of a first-order sampler. guidance: scale of classifier-free
-    guidance on the text. rescale, interval: see vdx.diffusion.guidance. shift: time shift of
-    the grid. batch: clips drawn at once.
+    guidance on the text. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
+    for models of rectified flow; empty: uniform times that the process has. shift: time shift
+    of the grid. batch: clips drawn at once.
     """
 
     sampler: str = "dpmpp_2m"
@@ -30,11 +41,14 @@ class Sampling:
     guidance: float = 3.0
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    grid: str = ""
     shift: float = 1.0
     batch: int = 16
 
     def __post_init__(self):
         lookup(self.sampler, SAMPLERS, "config.sample.sampler")
+        if self.grid:
+            lookup(self.grid, GRIDS, "config.sample.grid")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"sample.steps = {self.steps} and sample.batch = {self.batch} "
                              "must be positive.")
@@ -97,15 +111,42 @@ class Generator:
 
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
         """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
-        s, b = self.sampling, noise.shape[0]
+        carry = self.start(noise)
+        return self.advance(params, batch, None, carry, self.rows(), key)[0] + self.mean
+
+    @functools.cached_property
+    def grid(self) -> Grid | None:
+        s = self.sampling
+        return GRIDS[s.grid](s.steps, s.shift) if s.grid else None
+
+    def rows(self) -> Rows:
+        """The evaluations of the network that make a clip."""
+        s = self.sampling
+        times = self.grid.times if self.grid else time_grid(self.process, s.steps, s.shift)
+        return evaluations(self.process, SAMPLERS[s.sampler](), times)
+
+    def start(self, noise: Array) -> Carry:
+        return SAMPLERS[self.sampling.sampler]().start(jnp.asarray(noise, jnp.float32))
+
+    def advance(self, params: Params, batch: Batch, negative: Batch | None, carry: Carry,
+                rows: Rows, key: PRNGKeyArray,
+                known: tuple[Array, Array] | None = None) -> Carry:
+        """`carry` after the evaluations `rows`; the clip is its first array. Pure.
+
+        Guidance leads from the conditions `negative` to those of `batch`; None: the same without
+        their text. known: what `samplers.hold` takes.
+        """
+        s, b = self.sampling, carry[0].shape[0]
         keep = self.model.drop_masks(b, False)
         # Guidance strengthens the text; frame rate and duration hold for both branches.
-        null = {k: v | (k in ("text", "embeddings")) for k, v in keep.items()}
+        drop = {k: v | (k in ("text", "embeddings")) for k, v in keep.items()}
+        null = (batch, drop) if negative is None else (negative, keep)
+        tell = (self.grid or self.process).network_time
         denoise = guided(
-            lambda x, t, ports: self.model.run(params, x, self.process.network_time(t), ports),
+            lambda x, t, ports: self.model.run(params, x, tell(t), ports),
             self.model.run(params, batch, keep, method="condition"),
-            self.model.run(params, batch, null, method="condition"),
+            self.model.run(params, *null, method="condition"),
             Guidance(s.guidance, s.rescale, s.interval))
-        x0 = sample(denoise, self.process, SAMPLERS[s.sampler](), noise,
-                    time_grid(self.process, s.steps, s.shift), key)
-        return x0 + self.mean
+        if known is not None:
+            denoise = hold(denoise, *known)
+        return advance(denoise, self.process, SAMPLERS[s.sampler](), carry, rows, key)

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vdx.types import Params
 
 __all__ = ["CONV", "KEEP", "LINEAR", "Layout", "Place", "Row", "WeightsError", "assign", "export",
-           "gather", "patches"]
+           "gather", "naming", "patches"]
 
 
 class WeightsError(ValueError):
@@ -62,6 +62,10 @@ class Place:
     path: str
     index: int | None
     layout: Layout
+
+    @property
+    def slot(self) -> str:
+        return self.path if self.index is None else f"{self.path}[{self.index}]"
 
 
 def _pattern(template: str) -> re.Pattern:
@@ -180,7 +184,7 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
     The first row that leads to a place names it. Raises WeightsError that lists parameters
     without a row.
     """
-    find = _finder(rows, lambda row: row.path if row.source else None)
+    find = naming(rows)
     leaves, problems = flat(params), []
     for path in absent(leaves, rows):
         del leaves[path]
@@ -191,11 +195,23 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
             if (known := find(slot)) is None:
                 problems.append(f"{path}: no row of the table")
                 break
-            row, numbers = known
-            yield (row.source.format(**numbers),
-                   row.layout.theirs(np.asarray(leaf[index] if stacked else leaf)))
+            key, layout = known
+            yield key, layout.theirs(np.asarray(leaf[index] if stacked else leaf))
     if problems:
         raise WeightsError(listed("Parameters that this layout cannot say:", problems))
+
+
+def naming(rows: Sequence[Row]) -> Callable[[str], tuple[str, Layout] | None]:
+    """name(slot) -> (key, layout) of the first row that leads to a place such as "layers/q[3]"."""
+    find = _finder(rows, lambda row: row.path if row.source else None)
+
+    def name(slot: str) -> tuple[str, Layout] | None:
+        if (known := find(slot)) is None:
+            return None
+        row, numbers = known
+        return row.source.format(**numbers), row.layout
+
+    return name
 
 
 def listed(head: str, problems: Sequence[str], most: int = 40) -> str:

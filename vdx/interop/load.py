@@ -5,9 +5,10 @@ never holds the model: at most the shares of one parameter that lie on its own d
 """
 
 import itertools
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,27 +89,40 @@ def abstract_params(shapes: Params, mesh: Mesh, dtype: str = "float32") -> Param
     return jax.tree_util.tree_map_with_path(one, shapes, param_shardings(mesh, shapes))
 
 
-def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row]) -> Params:
-    """Our parameters from files, of the shapes, types and shardings of `like`.
+Parts = dict[str, list[tuple[Stored, Place]]]
 
-    Raises WeightsError that lists every key and every shape that disagrees, before anything is
-    read.
-    """
-    keys: dict[str, list[tuple[Stored, Place]]] = defaultdict(list)
+
+def match(source: Mapping[str, Stored], like: Params, rows: Sequence[Row]) -> Parts:
+    """path of our parameter -> what fills it. Raises WeightsError that lists every key and every
+    shape that disagrees; reads nothing."""
+    parts: Parts = defaultdict(list)
     leaves, problems = flat(like), []
     for key, place in assign(source, like, rows).items():
         leaf, stored = leaves[place.path], source[key]
-        # A layout of nothing: shapes alone, without an array behind them.
-        shape = place.layout.ours(np.broadcast_to(np.uint8(0), stored.shape)).shape
+        shape = laid_out(place.layout.ours, stored.shape)
         want = leaf.shape if place.index is None else leaf.shape[1:]
         if shape != want:
             problems.append(f"{key}: is {shape} for {place.path} {want}")
-        keys[place.path].append((stored, place))
+        parts[place.path].append((stored, place))
     if problems:
         raise WeightsError(listed("These weights do not fit this model:", problems))
+    return parts
+
+
+def laid_out(layout: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that a layout makes of a shape, without an array behind it."""
+    return layout(np.broadcast_to(np.uint8(0), shape)).shape
+
+
+def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row]) -> Params:
+    """Our parameters from files, of the shapes, types and shardings of `like`.
+
+    Raises WeightsError as `match` does, before anything is read.
+    """
+    parts = match(source, like, rows)
     # Waiting for each lets go of its copy on the host before the next is read.
-    return unflatten_dict({path: _load(leaf, keys[path]).block_until_ready()
-                           for path, leaf in leaves.items()}, sep="/")
+    return unflatten_dict({path: _load(leaf, parts.get(path, ())).block_until_ready()
+                           for path, leaf in flat(like).items()}, sep="/")
 
 
 def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:
@@ -139,13 +153,28 @@ def save_folder(params: Params, rows: Sequence[Row], config: Mapping[str, Any], 
 
     Raises WeightsError for a folder that is not empty and for parameters without a row.
     """
-    path, stem = Path(path), "diffusion_pytorch_model"
-    if path.exists() and any(path.iterdir()):
+    empty_folder(path)
+    write_parts(path, "diffusion_pytorch_model", export_plan(params, rows), export(params, rows),
+                max_shard_bytes)
+    write_json(Path(path) / "config.json", config)
+
+
+def empty_folder(path: str | Path) -> None:
+    """Raises WeightsError for a folder that is not empty."""
+    if Path(path).exists() and any(Path(path).iterdir()):
         raise WeightsError(f"{path} is not empty. Name a new folder, so that no old part stays.")
+
+
+def write_parts(path: str | Path, stem: str, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+                arrays: Iterable[tuple[str, np.ndarray]],
+                max_shard_bytes: int = 5_000_000_000) -> None:
+    """`stem`.safetensors in a folder, or parts of it with an index; the arrays come one by one,
+    in the order of the plan (key -> shape, dtype)."""
+    path, arrays = Path(path), iter(arrays)
     parts: list[dict] = [{}]
     size = total = 0
-    for key, (shape, dtype) in export_plan(params, rows).items():
-        bytes_ = int(np.prod(shape)) * dtype.itemsize
+    for key, (shape, dtype) in plan.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
         if parts[-1] and size + bytes_ > max_shard_bytes:
             parts.append({})
             size = 0
@@ -153,15 +182,13 @@ def save_folder(params: Params, rows: Sequence[Row], config: Mapping[str, Any], 
         size, total = size + bytes_, total + bytes_
     names = [f"{stem}.safetensors"] if len(parts) == 1 else [
         f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-    arrays = export(params, rows)
-    for name, plan in zip(names, parts, strict=True):
-        write(path / name, plan, itertools.islice(arrays, len(plan)))
+    for name, part in zip(names, parts, strict=True):
+        write(path / name, part, itertools.islice(arrays, len(part)))
     if len(parts) > 1:
         write_json(path / f"{stem}.safetensors.index.json", {
             "metadata": {"total_size": total},
-            "weight_map": {key: name for name, plan in zip(names, parts, strict=True)
-                           for key in plan}})
-    write_json(path / "config.json", config)
+            "weight_map": {key: name for name, part in zip(names, parts, strict=True)
+                           for key in part}})
 
 
 def export_plan(params: Params, rows: Sequence[Row]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

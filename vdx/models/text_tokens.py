@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from vdx.build import ConfigError
 from vdx.types import Array, Bool, Float
 
 
@@ -31,7 +32,7 @@ class PromptTokenizer:
 
     l is the smallest of `lengths` that holds the longest prompt, so that an encoder is compiled
     at most once for each; longer prompts are cut to the last, their end token kept. The default
-    is Wan's; CLIP reads lengths (77,) and is not given cleaned prompts. Raises ValueError if
+    is Wan's; CLIP reads lengths (77,) and is not given cleaned prompts. Raises ConfigError if
     there is no tokenizer in `folder`.
     """
 
@@ -42,7 +43,7 @@ class PromptTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"No tokenizer can be read from {folder}: {error}. It is the folder "
+            raise ConfigError(f"No tokenizer can be read from {folder}: {error}. It is the folder "
                              "`tokenizer` beside the model's weights.") from error
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

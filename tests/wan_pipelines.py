@@ -1,0 +1,142 @@
+"""Tiny Wan pipelines of diffusers with random weights, in folders, and the clips they draw."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from PIL import Image
+
+WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "the", "street", "blurred", "grey"]
+PROMPT, NEGATIVE = "a cat walks  the street", "blurred grey"
+FRAMES, HEIGHT, WIDTH, STEPS = 9, 32, 48, 5
+VAE = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1, -0.2, 0.3, 0.0],
+       "latents_std": [1.5, 0.7, 1.0, 2.0]}
+VAE_22 = VAE | {"decoder_base_dim": 12, "is_residual": True, "patch_size": 2, "in_channels": 12,
+                "out_channels": 12, "scale_factor_spatial": 16}
+TEXT = dict(vocab_size=len(WORDS), d_model=16, d_kv=6, d_ff=32, num_layers=2, num_heads=4,
+            relative_attention_num_buckets=8, relative_attention_max_distance=12,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0)
+VISION = dict(hidden_size=20, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
+              image_size=28, patch_size=14, hidden_act="gelu")
+NETWORK = dict(patch_size=[1, 2, 2], num_attention_heads=2, attention_head_dim=24, in_channels=4,
+               out_channels=4, text_dim=16, freq_dim=256, ffn_dim=64, num_layers=2,
+               cross_attn_norm=True)
+PICTURE = NETWORK | dict(in_channels=4 + 4 + 4)
+CLIP = PICTURE | dict(image_dim=20, added_kv_proj_dim=48)
+UNIPC = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+# kind: (network, experts' boundary, scheduler, pictures, guidance)
+KINDS: dict[str, tuple[dict, float | None, str, int, tuple[float, ...]]] = {
+    "t2v": (NETWORK, None, "unipc", 0, (5.0,)),
+    "t2v euler": (NETWORK, None, "euler", 0, (5.0,)),
+    "i2v": (CLIP, None, "unipc", 1, (5.0,)),
+    "flf2v": (CLIP | {"pos_embed_seq_len": 10}, None, "euler", 2, (5.0,)),
+    "a14b t2v": (NETWORK, 0.875, "unipc", 0, (6.0, 2.0)),
+    "a14b i2v": (PICTURE, 0.9, "euler", 2, (3.5, 2.5)),
+    "5b": (NETWORK, None, "unipc", 0, (5.0,)),
+    "5b image": (NETWORK, None, "unipc", 1, (5.0,)),
+}
+
+
+def randomised(model, seed: int):
+    """Every parameter drawn, so that what passes through keeps its size."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            if ("norm" in name and name.endswith("weight")) or "gamma" in name:
+                p.copy_(1 + 0.1 * noise)
+            elif "embed_tokens" in name or "shared" in name:
+                p.copy_(noise)
+            else:
+                p.copy_(noise * (0.2 if p.ndim == 1 else np.prod(p.shape[1:]) ** -0.5))
+            if name == "decoder.conv_out.weight":       # pixels within [-1, 1]
+                p.mul_(0.3)
+            elif "attn2.norm" in name or "time_proj.weight" in name or "patch_emb" in name:
+                p.mul_(2.5)          # prompts, times, pictures are heard: attention is sharp
+    return model.eval()
+
+
+def tokenizer():
+    import tokenizers
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def scheduler(name: str):
+    if name == "unipc":
+        return diffusers.UniPCMultistepScheduler(**UNIPC)
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@functools.cache
+def pipeline(kind: str):
+    network, boundary, schedule, pictures, _ = KINDS[kind]
+    held = kind.startswith("5b")
+    parts: dict[str, Any] = dict(
+        tokenizer=tokenizer(), scheduler=scheduler(schedule), boundary_ratio=boundary,
+        expand_timesteps=held,
+        text_encoder=randomised(transformers.UMT5EncoderModel(
+            transformers.UMT5Config(**TEXT)), 1),
+        vae=randomised(diffusers.AutoencoderKLWan(**(VAE_22 if held else VAE)), 2),
+        transformer=randomised(diffusers.WanTransformer3DModel(**network), 3),
+        transformer_2=randomised(diffusers.WanTransformer3DModel(**network), 4) if boundary
+        else None)
+    if not pictures:
+        return diffusers.WanPipeline(**parts)
+    if "image_dim" in network:
+        parts |= dict(
+            image_encoder=randomised(transformers.CLIPVisionModel(
+                transformers.CLIPVisionConfig(**VISION)), 5),
+            image_processor=transformers.models.clip.image_processing_pil_clip
+            .CLIPImageProcessorPil(size={"shortest_edge": 28},
+                                   crop_size={"height": 28, "width": 28}))
+    return diffusers.WanImageToVideoPipeline(**parts)
+
+
+class Case:
+    """A pipeline in a folder, its clip float32 [1 t h w 3] in [-1, 1], and how ours is asked."""
+
+    def __init__(self, kind: str, folder: Path):
+        self.pictures, self.guidance = KINDS[kind][3:]
+        self.folder, self.pipeline = folder, pipeline(kind)
+        self.pipeline.save_pretrained(folder)
+        rng = np.random.default_rng(7)
+        side, self.size = (16, (64, 64)) if kind.startswith("5b") else (8, (HEIGHT, WIDTH))
+        self.noise = rng.normal(size=(1, (FRAMES - 1) // 4 + 1, self.size[0] // side,
+                                      self.size[1] // side, 4)).astype(np.float32)
+        np.save(folder / "noise.npy", self.noise)
+        given = {}
+        for name in ("image", "last_image")[:self.pictures]:
+            coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
+            given[name] = Image.fromarray(coarse).resize((70, 50), Image.Resampling.BICUBIC)
+            given[name].save(folder / f"{name}.png")
+        self.pipeline.set_progress_bar_config(disable=True)
+        # This one asks for ftfy, which need not be installed; the other goes on without.
+        pipeline_wan_i2v.prompt_clean = pipeline_wan.prompt_clean
+        with torch.no_grad():
+            frames = self.pipeline(
+                prompt=PROMPT, negative_prompt=NEGATIVE, height=self.size[0], width=self.size[1],
+                num_frames=FRAMES, num_inference_steps=STEPS, guidance_scale=self.guidance[0],
+                guidance_scale_2=self.guidance[1] if len(self.guidance) > 1 else None,
+                latents=torch.from_numpy(np.moveaxis(self.noise, -1, 1).copy()),
+                output_type="np", **given).frames
+        self.want = np.asarray(frames) * 2 - 1
+        assert np.mean(np.abs(self.want) > 0.999) < 0.1 and self.want.std() > 0.1
+
+    def asked(self) -> dict[str, Any]:
+        """What the command line would say."""
+        files = {name: str(self.folder / f"{name}.png")
+                 for name in ("image", "last_image")[:self.pictures]}
+        return dict(prompts=(PROMPT,), negative_prompt=NEGATIVE, height=self.size[0],
+                    width=self.size[1], num_frames=FRAMES, steps=STEPS, guidance=self.guidance,
+                    mesh={"data": 1}, init_noise=str(self.folder / "noise.npy"), **files)
