@@ -31,6 +31,7 @@ from vdx.generate.request import PublicRequest, prepare
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.generate.wall import write_clips
 from vdx.interop.keymap import WeightsError
+from vdx.train.checkpoint import CheckpointError
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
@@ -200,7 +201,7 @@ def main(argv):
         raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
     try:
         request, weights, videos = (draw_trained if FLAGS.workdir else draw_public)(manifest)
-    except (ConfigError, WeightsError) as error:
+    except (ConfigError, WeightsError, CheckpointError) as error:
         sys.exit(f"vdx.sample: {error}")
     if jax.process_index() == 0:
         write(request, videos, Path(FLAGS.out), weights)
