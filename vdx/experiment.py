@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from vdx.build import ConfigError, build, fill
@@ -25,13 +26,18 @@ from vdx.diffusion.losses import WEIGHTS
 from vdx.diffusion.process import PROCESSES, TIMES
 from vdx.files import read_json
 from vdx.generate.pipeline import Generator, Sampling
+from vdx.interop.load import abstract_params
+from vdx.interop.wan import load_wan
+from vdx.models.conditioning import Embeddings
 from vdx.models.denoiser import Denoiser
+from vdx.models.lora import Lora, added, dense_kernels
 from vdx.parallel import MeshSpec, param_shardings
-from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
+from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
+from vdx.train.fingerprint import digest, whole_digest
 from vdx.train.optim import Optimizer
 from vdx.train.state import TrainState, init_state
 from vdx.train.step import Objective
-from vdx.types import Params
+from vdx.types import Params, PRNGKeyArray
 
 Spec = Mapping[str, Any]
 MEAN_OF = 64      # clips over which the mean of the pixels is measured
@@ -115,7 +121,12 @@ class Sections:
 
     What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
     a run whose state and place in the data it takes over; `init`, a run whose averaged weights
-    it takes; new weights. Both name a workdir, or one step of it: runs/a/checkpoints/500.
+    it takes; `weights`, a public transformer (a file or folder that vdx.interop.wan reads), or
+    again a run; new weights. Runs are named by a workdir, or one step of it:
+    runs/a/checkpoints/500.
+
+    With `lora`, adapters are what is trained, saved and taken from `resume` and `init`, and
+    `weights` is always read: it names the frozen network beside them. first_frame: see Objective.
     """
 
     data: Spec
@@ -131,6 +142,9 @@ class Sections:
     judge: Spec = dataclasses.field(default_factory=dict)
     resume: str | None = None
     init: str | None = None
+    weights: str | None = None
+    lora: Spec | None = None
+    first_frame: float = 0.0
 
 
 class Experiment:
@@ -140,6 +154,7 @@ class Experiment:
         self.config = dict(config)
         top = fill(Sections, config, "config")
         self.seed, self.resume, self.init_from = top.seed, top.resume, top.init
+        self.weights = top.weights
         self.data = fill(Data, top.data, "config.data")
         self.training = fill(Training, top.train, "config.train")
         self.judging = fill(Judging, top.judge, "config.judge")
@@ -151,12 +166,17 @@ class Experiment:
         fill(Loader, {"seed": self.seed, **self.data.loader}, "config.data.loader")
         model = fill(Model, top.model, "config.model")
         self.model = Denoiser(model.backbone, model.signals)
-        jax.eval_shape(self.model.new_params, jax.random.key(0))     # says what is wrong, now
+        # Says what is wrong with the model, now.
+        self.shapes = jax.eval_shape(self.model.new_params, jax.random.key(0))
+        self.lora, self.kernels = None, {}
+        if top.lora is not None:
+            self.lora = fill(Lora, top.lora, "config.lora")
+            self.kernels = self.lora.chosen(dense_kernels(self.model.new_params))
         self.process = build(top.process, PROCESSES, "config.process")
         self.objective = Objective(self.model, self.process,
                                    build(top.time, TIMES, "config.time"),
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
-                                   self.data.mean or 0.0)
+                                   self.data.mean or 0.0, self.lora, top.first_frame)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -180,9 +200,55 @@ class Experiment:
             host_index=jax.process_index(), host_count=jax.process_count(), bad_log=log,
             **{"seed": self.seed if seed is None else seed, **self.data.loader, **settings})
 
-    def init(self) -> TrainState:
-        """The state at step 0. Traceable, so that jit can create it where it will lie."""
-        return init_state(self.model, self.tx, self.seed)
+    def new_params(self, key: PRNGKeyArray) -> Params:
+        """What is trained, as it begins: the network's parameters, or adapters."""
+        if self.lora is None:
+            return self.model.new_params(key)
+        return self.lora.new_factors(key, self.kernels)
+
+    def init(self, params: Params | None = None) -> TrainState:
+        """The state at step 0, with new parameters or the given ones. Traceable, so that jit can
+        create it where it will lie."""
+        if params is None:
+            params = self.new_params(jax.random.key(self.seed))
+        return init_state(params, self.tx, self.seed)
+
+    def read_weights(self, mesh: Mesh) -> Params:
+        """The network that `config.weights` names, on the mesh: in float32 if it is to be
+        trained, in the network's type if it is frozen.
+
+        Raises ConfigError, WeightsError, CheckpointError.
+        """
+        if not self.weights:
+            raise ConfigError("config.weights is not set: name the network whose weights these "
+                              "adapters stand beside, a folder of public weights or a run.")
+        dtype = "float32" if self.lora is None else self.model.parts()[0].dtype
+        workdir, step = locate(self.weights)
+        if (workdir / "checkpoints").is_dir():
+            with Checkpoints(workdir, read_only=True) as run:
+                params, *_ = run.restore_params(abstract_params(self.shapes, mesh), step=step)
+            like = abstract_params(self.shapes, mesh, dtype)
+            return jax.tree.map(lambda x, to: x.astype(to.dtype), params, like)
+        return load_wan(self.weights, self.model, mesh, dtype)
+
+    def with_null(self, params: Params) -> Params:
+        """Weights with what stands for a dropped caption. Files of public weights do not have it,
+        and it is zero as they are read; the metadata of cached text may say it.
+
+        Raises ConfigError if it is needed and missing.
+        """
+        path, leaves = "conditioning/embeddings/null", flatten_dict(params, sep="/")
+        if path not in leaves or np.any(leaves[path]):
+            return params
+        if (null := getattr(self.source(), "metadata", {}).get("null")) is not None:
+            return added(params, {path: np.asarray(null, np.float32)})
+        rate = self.model.signals["embeddings"].get("dropout", Embeddings.dropout)
+        if rate:
+            raise ConfigError(
+                f"config.model.signals.embeddings.dropout = {rate} drops captions, and the "
+                "metadata of the data does not say what stands for them (`null`, the encoding of "
+                "the empty caption; see vdx.data.cache). Write it there, or set the dropout to 0.")
+        return params
 
     @functools.cached_property
     def wall(self) -> tuple[str, ...]:
@@ -240,13 +306,27 @@ def load(workdir: Path) -> Experiment:
 
 
 def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
-                step: int | str | None = None) -> tuple[Params, int, str]:
-    """(parameters, step, identity) of a checkpoint, laid out on the mesh.
+                step: int | str | None = None) -> tuple[Any, int, str]:
+    """(parameters, step, identity) of a checkpoint, laid out on the mesh; those of a run that
+    trained adapters beside those of its `config.weights`, which are read again.
 
     item: "ema", the averaged parameters, or "params". step: a number, "best", or None for the
     newest that verifies. The identity is the same for the same weights. Raises CheckpointError.
     """
-    shapes = jax.eval_shape(experiment.model.new_params, jax.random.key(0))
+    trained, number, identity = open_trained(experiment, workdir, mesh, item=item, step=step)
+    if experiment.lora is None:
+        return trained, number, identity
+    frozen = experiment.read_weights(mesh)
+    base = whole_digest(frozen)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        check_base(checkpoints.facts(number)["progress"], base, f"step {number} of {workdir}")
+    return experiment.objective.whole(trained, frozen), number, digest([identity, base])
+
+
+def open_trained(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
+                 step: int | str | None = None) -> tuple[Params, int, str]:
+    """As `open_params`, of what was trained alone: the network's parameters, or adapters."""
+    shapes = jax.eval_shape(experiment.new_params, jax.random.key(0))
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                         shapes, param_shardings(mesh, shapes))
     if item not in ("ema", "params"):

@@ -43,6 +43,7 @@ from vdx.evaluate import judge
 from vdx.experiment import Experiment, Spec, settled
 from vdx.files import write_json
 from vdx.generate.wall import draw_wall
+from vdx.interop.keymap import WeightsError
 from vdx.metrics.report import write_report
 from vdx.train.checkpoint import CheckpointError
 from vdx.train.loop import BadNumbers, Run, train
@@ -68,8 +69,8 @@ def explained():
     """Ends the program with a message instead of a stack trace where the message says it all."""
     try:
         yield
-    except (ConfigError, DataError, WorkerDied, CheckpointError, BadNumbers, WorkdirInUse,
-            OSError) as error:
+    except (ConfigError, DataError, WorkerDied, WeightsError, CheckpointError, BadNumbers,
+            WorkdirInUse, OSError) as error:
         code = STUCK if isinstance(error, WorkerDied) else 1
         hint = ["What was saved before is whole: once this is mended, the same command goes on."
                 ] if isinstance(error, OSError) else []
@@ -93,9 +94,9 @@ def run(config: Spec, workdir: Path, stop: Stop) -> None:
 def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> Run:
     primary, generator = jax.process_index() == 0, experiment.generator()
 
-    def on_sample(step, ema):
+    def on_sample(step, params):
         frames, fps = experiment.clip_default()
-        draw_wall(generator, ema, experiment.wall, workdir / "samples" / f"{step:08d}",
+        draw_wall(generator, params, experiment.wall, workdir / "samples" / f"{step:08d}",
                   num_frames=frames, fps=fps)
         if primary:
             write_report(workdir)
@@ -104,7 +105,7 @@ def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> 
         write_json(workdir / "run.json", run_facts(experiment, mesh))
     done = train(experiment, workdir, mesh, on_sample, stop)
     if experiment.judging.prompts:
-        judge(experiment, done.state.ema, workdir, step=int(done.state.step))
+        judge(experiment, done.params, workdir, step=int(done.state.step))
     return done
 
 

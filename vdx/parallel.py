@@ -35,9 +35,14 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(q|k|v|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(q|k|v|up)/bias$", ("tensor",)),
+    (r"(q|k|v|up)/lora_a$", ("fsdp", None)),   # factors lie as the kernel they stand beside
+    (r"(q|k|v|up)/lora_b$", (None, "tensor")),
+    (r"(out|down)/lora_a$", ("tensor", None)),
+    (r"(out|down)/lora_b$", (None, "fsdp")),
+    (r"lora_a$", ("fsdp", None)),
     (r"embedding$", (None, "fsdp")),
     (r"kernel$", ("fsdp", None)),
-    (r"(bias|scale|table|null)$", ()),
+    (r"(bias|scale|table|null|lora_b)$", ()),
 )
 
 

@@ -22,6 +22,9 @@ __all__ = ["check_classes", "check_latents", "latent_features", "ready_example",
 CLASSES = {f"tensorflow_datasets.core.features.{name}" for name in (
     "features_dict.FeaturesDict", "scalar.Scalar", "tensor_feature.Tensor", "text_feature.Text")}
 
+# Batch keys of signals that read an array of the clip: see vdx.models.conditioning.
+SIGNALS = ("concat", "control", "image_tokens")
+
 
 def video_features():
     """Features of encoded videos: video (the bytes of an mp4), caption, key."""
@@ -31,19 +34,25 @@ def video_features():
         "caption": tfds.features.Text(), "key": tfds.features.Text()})
 
 
-def latent_features(latents: tuple[int | None, ...], text_dim: int):
+def latent_features(latents: tuple[int | None, ...], text_dim: int,
+                    **signals: tuple[int | None, ...]):
     """Features of cached latents.
 
     latents: float16 of this shape [t h w c], normalised; None where it varies.
     text: float16 [l text_dim], only the real tokens, so l varies; caption: their source.
     fps: frames per second; num_frames: pixel frames; key: names the clip.
+    signals: shapes of further arrays, float16, by their names in SIGNALS. For Wan's
+    image-to-video `concat` [t h w 4 + c], the mask of known frames and their latents, and
+    `image_tokens` [m d], CLIP's features of the first frame.
     """
     import tensorflow_datasets as tfds
     return tfds.features.FeaturesDict({
         "latents": tfds.features.Tensor(shape=tuple(latents), dtype=np.float16),
         "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16),
         "caption": tfds.features.Text(), "fps": np.float32, "num_frames": np.int32,
-        "key": tfds.features.Text()})
+        "key": tfds.features.Text(),
+        **{name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16)
+           for name, shape in signals.items()}})
 
 
 def check_classes(path: Path) -> None:
@@ -74,20 +83,23 @@ def _named(value: Any, keys: set[str]) -> Iterator[str]:
 def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> None:
     """Raises BadRecord if a row is not what `metadata` promises.
 
-    metadata: latents, the expected shape with None where it varies; text, the shape
-      [longest l, d]. Both may be absent, and are then not compared.
+    metadata: latents, and the names of SIGNALS: the expected shape with None where it varies;
+      text, the shape [longest l, d]. Each may be absent, and is then not compared.
     """
-    found = {"latents": np.shape(row["latents"]), "text": np.shape(row["text"])}
-    shape = tuple(metadata.get("latents") or (None,) * 4)
+    arrays = ["latents", *(name for name in SIGNALS if name in row)]
+    found = {name: np.shape(row[name]) for name in [*arrays, "text"]}
     longest, width = metadata.get("text") or (None, None)
-    if len(found["latents"]) != len(shape) or any(
-            want not in (None, have) for want, have in zip(shape, found["latents"], strict=True)):
-        raise BadRecord(key, f"latents have the shape {found['latents']}, expected {shape}")
+    for name in arrays:
+        shape = tuple(metadata.get(name) or (None,) * (4 if name == "latents" else
+                                                       len(found[name])))
+        if len(found[name]) != len(shape) or any(
+                want not in (None, have) for want, have in zip(shape, found[name], strict=True)):
+            raise BadRecord(key, f"{name} have the shape {found[name]}, expected {shape}")
     if len(found["text"]) != 2 or width not in (None, found["text"][1]):
         raise BadRecord(key, f"text has the shape {found['text']}, expected (l, {width})")
     if longest is not None and found["text"][0] > longest:
         raise BadRecord(key, f"text has {found['text'][0]} tokens, at most {longest} expected")
-    for name in ("latents", "text"):
+    for name in found:
         if not np.isfinite(np.asarray(row[name], np.float16)).all():
             raise BadRecord(key, f"{name} hold NaN or infinity, in float16")
     if not (row["fps"] > 0 and row["num_frames"] > 0):
@@ -99,7 +111,7 @@ def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
     """A row as an example of a batch: text padded to the longest and given its mask.
 
     Gives latents float16 [t h w c], text float16 [longest d], text_mask bool [longest],
-    fps float32, num_frames int32, key. Raises BadRecord.
+    fps float32, num_frames int32, key, and of SIGNALS what is there. Raises BadRecord.
     """
     check_latents(row, key, metadata)
     length = len(row["text"])
@@ -107,7 +119,8 @@ def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
     return {"latents": np.asarray(row["latents"]),
             "text": np.pad(row["text"], ((0, longest - length), (0, 0))),
             "text_mask": np.arange(longest) < length, "fps": np.float32(row["fps"]),
-            "num_frames": np.int32(row["num_frames"]), "key": key}
+            "num_frames": np.int32(row["num_frames"]), "key": key,
+            **{name: np.asarray(row[name]) for name in SIGNALS if name in row}}
 
 
 def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, Any]]], features,
@@ -117,7 +130,8 @@ def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, A
     splits: name -> examples, each a dict with the features' keys, kept in their order.
     features: `video_features()` or `latent_features(...)`.
     shards: files in a split; None lets TFDS choose by size.
-    metadata: JSON values kept with the data; for latents see `check_latents`.
+    metadata: JSON values kept with the data; for latents see `check_latents`, and `null` is what
+      the text encoder makes of the empty caption, [d], for models that were trained with it.
     Raises ValueError if `path` exists or an example does not fit; nothing is left behind then.
     """
     import tensorflow_datasets as tfds
@@ -153,6 +167,7 @@ def _numbered(examples, metadata) -> Iterator[tuple[int, dict]]:
     for number, example in enumerate(examples):
         if "latents" in example:
             check_latents(example, str(example.get("key", number)), metadata)
-            example = {**example, "latents": np.asarray(example["latents"], np.float16),
-                       "text": np.asarray(example["text"], np.float16)}
+            example = {name: np.asarray(value, np.float16)
+                       if name in ("latents", "text", *SIGNALS) else value
+                       for name, value in example.items()}
         yield number, dict(example)

@@ -61,15 +61,17 @@ WEIGHTS = {"none": NoWeight, "min_snr": MinSNR, "velocity": VelocityWeight}
 
 
 def denoising_loss(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
-                   t: Array) -> Array:
+                   t: Array, learnt: Array | None = None) -> Array:
     """Weighted mean squared error of each sample: float32 [b].
 
     `prediction`, `x0` and `noise` are [b t h w c] in any float type, t is [b] or [b t]; the
-    mean is over t h w c.
+    mean is over t h w c, and over the frames alone that `learnt`, bool [b t], says.
     """
     target = process.from_x0_noise(x0, noise, t)
     error = jnp.square(prediction.astype(jnp.float32) - target)
-    return jnp.mean(expand(weight(process, t), error) * error, axis=range(1, error.ndim))
+    where = None if learnt is None else learnt[:, :, None, None, None]
+    return jnp.mean(expand(weight(process, t), error) * error, axis=range(1, error.ndim),
+                    where=where)
 
 
 def bin_by_time(values: Array, t: Array, bins: int) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vdx.types import Params
 
 __all__ = ["CONV", "KEEP", "LINEAR", "Layout", "Place", "Row", "WeightsError", "assign", "export",
-           "gather", "naming", "patches"]
+           "gather", "naming", "patches", "place_of"]
 
 
 class WeightsError(ValueError):
@@ -102,6 +102,17 @@ def _finder(rows: Sequence[Row], template: Callable[[Row], str | None]):
 def _place(path: str, layout: Layout) -> Place:
     name, _, index = path.removesuffix("]").partition("[")
     return Place(name, int(index) if index else None, layout)
+
+
+def place_of(rows: Sequence[Row]) -> Callable[[str], Place | None]:
+    """find(key) -> where a key of a file goes; None if no row names it, or it is not used."""
+    find = _finder(rows, lambda row: row.source or None)
+
+    def place(key: str) -> Place | None:
+        row, numbers = find(key) or (None, {})
+        return _place(row.path.format(**numbers), row.layout) if row and row.path else None
+
+    return place
 
 
 def flat(params: Params) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def read_header(path: str | Path) -> dict[str, Stored]:
 
     Raises WeightsError for a file that is not of this format or is cut off.
     """
+    return read_file(path)[0]
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """As `read_header`, and what the writer of the file noted in it."""
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as f:
@@ -72,7 +77,7 @@ def read_header(path: str | Path) -> dict[str, Stored]:
         text = f.read(start - 8)
     try:
         header = {} if len(text) < start - 8 else json.loads(text)
-        header.pop("__metadata__", None)
+        notes = dict(header.pop("__metadata__", None) or {})
         arrays = {key: _stored(path, start, **entry) for key, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{path} is not a safetensors file: its header cannot be read "
@@ -81,7 +86,7 @@ def read_header(path: str | Path) -> dict[str, Stored]:
     if len(text) < start - 8 or size < end:
         raise WeightsError(f"{path} is cut off: it has {size:,} bytes, and its header says "
                            f"{max(start, end):,}. Download it again.")
-    return arrays
+    return arrays, notes
 
 
 def _stored(path: Path, start: int, dtype: str, shape: list[int],

@@ -8,16 +8,22 @@ diffusers when a file is opened, and those ours by rows.
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
-from vdx.interop.load import open_weights
+from vdx.interop.load import abstract_params, load_params, open_weights
 from vdx.interop.safetensors import Stored
 from vdx.models.denoiser import Denoiser
+from vdx.models.transformer import Transformer
+from vdx.types import Params
 
 
 def halves(heads: int) -> Layout:
@@ -149,6 +155,15 @@ def _renamed(key: re.Match) -> str:
     return block + (IN_BLOCKS if block else OUTSIDE).get(layer, layer) + leaf
 
 
+def original_name(key: str) -> str:
+    """The original's name of an array or a layer that diffusers names `key`."""
+    match = KEY.match(key)
+    assert match, key
+    block, layer, leaf = match.groups(default="")
+    names = IN_BLOCKS if block else OUTSIDE
+    return block + next((old for old, new in names.items() if new == layer), layer) + leaf
+
+
 def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str, Any]:
     """The `config.json` of diffusers for arrays of these names and shapes, which do not tell the
     width of a head.
@@ -262,3 +277,26 @@ def open_wan(path: str | Path) -> Wan:
     if wrong:
         raise WeightsError(listed(f"{given} disagrees with the weights beside it:", wrong))
     return Wan(config | said, source, *wan_from_config(config | said))
+
+
+def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32") -> Params:
+    """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
+
+    dtype: of the kernels. `null`, the dropped text, is zero: no file has it. Raises WeightsError
+    for files as `open_wan`, and for a model that is another network than theirs.
+    """
+    wan = open_wan(path)
+    there, here = Denoiser(wan.backbone, wan.signals).parts()[0], model.parts()[0]
+    facts: dict[str, Callable] = {
+        "(width, depth, heads, pattern)": Transformer.dims, "hidden features": Transformer.hidden,
+        **{name: operator.attrgetter(name) for name in (
+            "channels", "patch", "activation", "rope_theta", "absolute", "time_scale")}}
+    wrong = [f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
+             for name, of in facts.items() if of(here) != of(there)]
+    text = [m.get("embeddings", {}).get("length") for m in (model.signals, wan.signals)]
+    if text[0] != text[1]:
+        wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
+    if wrong:
+        raise WeightsError(listed(f"The model is not that of {path}:", wrong))
+    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype)
+    return load_params(wan.source, like, wan_transformer_rows(model))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vdx.build import ConfigError, build
 from vdx.models.conditioning import Conditioning, Drop
+from vdx.models.lora import Adapted
 from vdx.models.text import Tokenize
 from vdx.models.transformer import Transformer
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
@@ -39,8 +40,10 @@ class Denoiser(nn.Module):
         return self(x, time, self.condition(batch, drop))
 
     @nn.nowrap
-    def run(self, params: Params, *args, method: str = "__call__") -> Any:
-        """`apply` for a model whose parameters are all there is."""
+    def run(self, params: Params | Adapted, *args, method: str = "__call__") -> Any:
+        """`apply` for a model whose parameters, or these and adapters, are all there is."""
+        if isinstance(params, Adapted):
+            return params.apply(self, *args, method=method)
         return self.apply({"params": params}, *args, method=method)
 
     @nn.nowrap

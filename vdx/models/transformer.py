@@ -228,7 +228,8 @@ class Transformer(nn.Module):
         context = MixContext(rope=rope_table(grid, width // heads, self.rope_theta))
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
-        layers = nn.scan(period, variable_axes={"params": 0}, split_rngs={"params": True},
+        layers = nn.scan(period, variable_axes={"params": 0, "lora": 0},
+                         split_rngs={"params": True, "lora": True},
                          in_axes=nn.broadcast, length=depth // len(pattern))
         block = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
         (x, _), _ = layers(pattern, block, name="layers")((x, control), modulation, ports, context)

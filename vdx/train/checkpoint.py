@@ -23,7 +23,7 @@ from vdx.train.fingerprint import Leaf, describe, digest, fingerprints
 from vdx.train.state import TrainState
 from vdx.types import Params
 
-__all__ = ["CheckpointError", "Checkpoints", "locate"]
+__all__ = ["CheckpointError", "Checkpoints", "check_base", "locate"]
 
 ITEMS = ("params", "ema", "rest")
 REST = ("step", "opt_state", "key", "norm", "accepted")
@@ -273,6 +273,16 @@ def check_same(abstract: Any, leaves: Mapping[str, Leaf], where: Path) -> None:
         raise CheckpointError(f"{where} is of another model or optimizer than this config's:\n  "
                               f"{_some(problems, 20, chr(10) + '  ')}\nSet the config that it was "
                               "trained with, or start in another workdir.")
+
+
+def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> None:
+    """Raises CheckpointError if a step's adapters were trained beside other weights than those of
+    the digest `base`."""
+    if progress.get("weights") != base:
+        raise CheckpointError(
+            f"The adapters of {where} were trained beside other weights than those that "
+            "config.weights names now (or in another type: config.model.backbone.dtype). Name "
+            "those that they were trained beside.")
 
 
 def _some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from vdx.parallel import path_str
 from vdx.types import Array
 
-__all__ = ["describe", "digest", "fingerprint", "fingerprints"]
+__all__ = ["describe", "digest", "fingerprint", "fingerprints", "whole_digest"]
 
 Leaf = tuple[list[int], str, int]       # shape, dtype, fingerprint
 
@@ -75,3 +75,8 @@ def describe(tree: Any) -> dict[str, Leaf]:
 def digest(value: Mapping | list) -> str:
     """sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def whole_digest(tree: Any) -> str:
+    """One digest of all arrays of a tree, the same on every mesh."""
+    return digest(describe(tree))

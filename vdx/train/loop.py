@@ -13,7 +13,8 @@ from vdx.data.bad_records import host_file
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, write_json
 from vdx.parallel import put_batch, replicated
-from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
+from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
+from vdx.train.fingerprint import whole_digest
 from vdx.train.log import Log
 from vdx.train.state import TrainState, state_shardings
 from vdx.train.step import make_eval_step, make_train_step
@@ -84,9 +85,10 @@ class Evaluation:
 
 @dataclasses.dataclass
 class Run:
-    """What a finished (or resumed) run leaves in memory."""
+    """What a finished (or resumed) run leaves in memory. params: averaged, to draw with."""
 
     state: TrainState
+    params: Any
     seconds: float
 
 
@@ -104,9 +106,9 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
           stop: Stop) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
 
-    on_sample(step, ema) draws the wall of samples. Call under `jax.set_mesh(mesh)`. Raises
-    Preempted when `stop` was requested and the state is saved, BadNumbers when going back to a
-    checkpoint does not help, CheckpointError, DataError.
+    on_sample(step, params) draws the wall of samples with the averaged parameters. Call under
+    `jax.set_mesh(mesh)`. Raises Preempted when `stop` was requested and the state is saved,
+    BadNumbers when going back to a checkpoint does not help, CheckpointError, DataError.
     """
     t, begin = experiment.training, time.monotonic()
     batches = experiment.batches(workdir=workdir)
@@ -124,7 +126,7 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
                 trainer.log.close()
     finally:
         batches.close()
-    return Run(state, time.monotonic() - begin)
+    return Run(state, trainer.averaged(), time.monotonic() - begin)
 
 
 class Trainer:
@@ -147,6 +149,12 @@ class Trainer:
         self.rollbacks = 0
         self.flying: Flying | None = None
         self.window = Window()
+        # The weights beside adapters, and their digest, which every checkpoint keeps.
+        self.frozen = self.base = None
+        if experiment.lora is not None:
+            self.frozen = experiment.read_weights(mesh)
+            self.base = whole_digest(self.frozen)
+            self.frozen = experiment.with_null(self.frozen)
         self.state, origin = self.start()
         self.step = int(self.state.step)
         self.log = Log(workdir, self.t.steps, self.step)
@@ -160,8 +168,8 @@ class Trainer:
 
     def start(self) -> tuple[TrainState, str]:
         """(state, where it is from): of the workdir's own checkpoints, else of `config.resume`,
-        else with the weights of `config.init`, else new."""
-        resume, init = self.experiment.resume, self.experiment.init_from
+        else at step 0."""
+        resume = self.experiment.resume
         if mine := self.checkpoints.restore(self.like):
             return self.adopt(*mine), f"Goes on from step {int(mine[0].step)} of {self.workdir}."
         if resume:
@@ -172,21 +180,31 @@ class Trainer:
                 raise CheckpointError(f"config.resume = {resume!r}: there is no such checkpoint "
                                       f"that verifies; {path} has the steps {other.steps()}.")
             return self.adopt(*found), f"Goes on from step {int(found[0].step)} of {resume}."
-        state = self.fresh()
-        if init:
-            path, step = locate(init)
+        return self.fresh()
+
+    def fresh(self) -> tuple[TrainState, str]:
+        """(state at step 0, where its weights are from): of `config.init`, else of
+        `config.weights`, else new; with frozen weights these are adapters."""
+        experiment, params, origin = self.experiment, None, "new weights"
+        if experiment.lora is not None:
+            origin = f"new adapters beside the weights of {experiment.weights}"
+        if experiment.init_from:
+            path, step = locate(experiment.init_from)
             with Checkpoints(path, read_only=True) as other:
                 params, step, _ = other.restore_params(self.like.params, step=step)
-            copy = jax.jit(lambda p: jax.tree.map(jax.numpy.copy, p),
-                           out_shardings=self.shardings.params)
-            return (state.replace(params=params, ema=copy(params)),
-                    f"Starts with the averaged weights of {init}, step {step}.")
-        return state, "Starts with new weights."
+            origin = f"the averaged weights of {experiment.init_from}, step {step}"
+        elif experiment.weights and experiment.lora is None:
+            params = experiment.with_null(experiment.read_weights(self.mesh))
+            origin = f"the weights of {experiment.weights}"
+        made = jax.jit(experiment.init, out_shardings=self.shardings)(params)
+        return made, f"Starts with {origin}."
 
-    def fresh(self) -> TrainState:
-        return jax.jit(self.experiment.init, out_shardings=self.shardings)()
+    def averaged(self) -> Any:
+        """The averaged parameters that the network runs with."""
+        return self.experiment.objective.whole(self.state.ema, self.frozen)
 
     def adopt(self, state: TrainState, progress: Mapping[str, Any]) -> TrainState:
+        check_base(progress, self.base, f"step {int(state.step)}")
         self.batches.seek(progress["position"])
         self.window = Window(progress["window"])
         self.bad = [Flying(**b, metrics={}) for b in progress["bad"]]
@@ -210,7 +228,7 @@ class Trainer:
                 continue
             scores = None
             if self.evaluation and self.due(t.eval_every):
-                scores = self.evaluation(self.state.ema)
+                scores = self.evaluation(self.averaged())
                 self.log.row(self.step, scores)
             if self.due(t.save_every) or stopping:
                 self.save(scores)
@@ -219,7 +237,7 @@ class Trainer:
                 self.checkpoints.wait()
                 raise Preempted
             if self.due(t.sample_every):
-                on_sample(self.step, self.state.ema)
+                on_sample(self.step, self.averaged())
             self.watchdog.beat()
         if self.window.rows:
             self.write(self.step)
@@ -234,7 +252,7 @@ class Trainer:
         """Dispatches a step, then looks at the one before while this one runs: so the device
         never waits, and at most two steps are in flight."""
         batch = next(self.batches)
-        self.state, metrics = self.step_fn(self.state, put_batch(self.mesh, batch))
+        self.state, metrics = self.step_fn(self.state, put_batch(self.mesh, batch), self.frozen)
         self.step += 1
         self.settle()
         self.flying = Flying(self.step, self.batches.position - 1, list(self.batches.last_keys),
@@ -269,7 +287,7 @@ class Trainer:
         self.checkpoints.save(self.step, self.state, {
             "position": self.batches.position, "window": self.window.rows,
             "bad": [{"step": b.step, "position": b.position, "keys": b.keys} for b in self.bad],
-            "rollbacks": self.rollbacks}, scores)
+            "rollbacks": self.rollbacks, **({"weights": self.base} if self.base else {})}, scores)
 
     # Bad numbers
 
@@ -296,7 +314,7 @@ class Trainer:
                 f"limits. refused_batches.jsonl has the numbers:{names}")
         position, rollbacks = self.batches.position, self.rollbacks + 1
         found = self.checkpoints.restore(self.like, before=first)
-        self.state = found[0] if found else self.fresh()
+        self.state = found[0] if found else self.fresh()[0]
         self.step = int(self.state.step)
         self.checkpoints.delete_after(self.step)
         self.batches.seek(position)

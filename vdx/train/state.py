@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vdx.models.denoiser import Denoiser
 from vdx.parallel import opt_shardings, param_shardings, replicated
 from vdx.types import Params
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step: int32 steps taken; params, opt_state and ema float32, sharded alike; key: the seed
-    that every random draw of the run is folded from. accepted: int32 steps that were not refused
-    for bad numbers; norm: running mean of their gradient norms."""
+    """step: int32 steps taken; params (what is trained: the network's, or adapters beside frozen
+    ones), opt_state and ema float32, sharded alike; key: the seed that every random draw of the
+    run is folded from. accepted: int32 steps that were not refused for bad numbers; norm: running
+    mean of their gradient norms."""
 
     step: Any
     params: Params
@@ -27,13 +27,12 @@ class TrainState(flax.struct.PyTreeNode):
     accepted: Any
 
 
-def init_state(model: Denoiser, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state at step 0."""
-    key = jax.random.key(seed)
-    params = model.new_params(key)
+    # A copy, or params that are given to jit would be one buffer with their average.
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
-                      ema=params, key=key, norm=jnp.zeros((), jnp.float32),
-                      accepted=jnp.zeros((), jnp.int32))
+                      ema=jax.tree.map(jnp.copy, params), key=jax.random.key(seed),
+                      norm=jnp.zeros((), jnp.float32), accepted=jnp.zeros((), jnp.int32))
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:

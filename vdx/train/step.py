@@ -10,16 +10,23 @@ import optax
 
 from vdx.diffusion.losses import bin_by_time, denoising_loss
 from vdx.models.denoiser import Denoiser
+from vdx.models.lora import Adapted, Lora
 from vdx.train.state import TrainState
 from vdx.types import Array, Batch, Params, PRNGKeyArray
 
 Metrics = dict[str, Array]
+_FIRST_FRAME = 0xF1    # folded into the key of a step; its other draws split that key
 SPIKE_MEMORY = 100     # accepted steps that the running mean of the gradient norm looks back
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is learned: process, distribution of times, weight of the loss."""
+    """What is learned: process, distribution of times, weight of the loss.
+
+    lora: adapters are trained, and the network's own weights are frozen. first_frame: share of
+    the clips whose first latent frame is given, without noise and at time 0, as Wan 2.2 TI2V
+    continues an image.
+    """
 
     model: Denoiser
     process: Any
@@ -27,6 +34,16 @@ class Objective:
     weight: Any
     bins: int = 5
     mean: float = 0.0
+    lora: Lora | None = None
+    first_frame: float = 0.0
+
+    def whole(self, trained: Params, frozen: Params | None,
+              key: PRNGKeyArray | None = None) -> Params | Adapted:
+        """What the network runs with; key: of a training step, for the adapters' dropout."""
+        if self.lora is None:
+            return trained
+        assert frozen is not None
+        return self.lora.beside(frozen, trained, key)
 
     def clean(self, batch: Batch) -> Array:
         """x0 [b t h w c] float32: cached latents as they are, or pixels from uint8 to [-1, 1],
@@ -35,13 +52,21 @@ class Objective:
             return batch["latents"].astype(jnp.float32)
         return batch["video"].astype(jnp.float32) / 127.5 - 1.0 - self.mean
 
-    def losses(self, params: Params, batch: Batch, t: Array, noise: Array, drop) -> Array:
-        """Per-clip loss [b] at times t [b] for this noise and these dropped signals."""
-        x0 = self.clean(batch)
+    def losses(self, params: Params | Adapted, batch: Batch, t: Array, noise: Array, drop,
+               known: Array | None = None) -> Array:
+        """Per-clip loss [b] at times t [b] for this noise and these dropped signals.
+
+        known: bool [b], clips whose first frame is given; it has no part in their loss.
+        """
+        x0, learnt = self.clean(batch), None
+        if known is not None:
+            first = (jnp.arange(x0.shape[1]) == 0) & (x0.shape[1] > 1)       # not of an image
+            learnt = ~(known[:, None] & first)                               # b t
+            t = jnp.where(learnt, t[:, None], 0.0)
         x_t = self.process.add_noise(x0, noise, t)
         prediction = self.model.run(params, x_t, self.process.network_time(t), batch, drop,
                                     method="train_view")
-        return denoising_loss(self.process, self.weight, prediction, x0, noise, t)
+        return denoising_loss(self.process, self.weight, prediction, x0, noise, t, learnt)
 
     def draw(self, batch: Batch, key: PRNGKeyArray):
         """Times [b], noise like x0, and drop masks for a batch, all from one key."""
@@ -51,44 +76,53 @@ class Objective:
         noise = jax.random.normal(k_noise, x0.shape)
         return t, noise, self.model.random_drop(k_drop, x0.shape[0])
 
-    def loss(self, params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        t, noise, drop = self.draw(batch, key)
-        losses = self.losses(params, batch, t, noise, drop)
+    def loss(self, params: Params | Adapted, batch: Batch,
+             key: PRNGKeyArray) -> tuple[Array, Metrics]:
+        (t, noise, drop), known = self.draw(batch, key), None
+        if self.first_frame:
+            known = jax.random.bernoulli(jax.random.fold_in(key, _FIRST_FRAME), self.first_frame,
+                                         t.shape)
+        losses = self.losses(params, batch, t, noise, drop, known)
         sums, counts = bin_by_time(losses, t, self.bins)
         return losses.mean(), {"bin_sums": sums, "bin_counts": counts}
 
 
 def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_decay: float,
                     accumulate: int = 1, spike: float = 0.0
-                    ) -> Callable[[TrainState, Batch], tuple]:
-    """step(state, batch) -> (state, metrics). The caller jits it, with shardings and donation.
+                    ) -> Callable[..., tuple]:
+    """step(state, batch, frozen=None) -> (state, metrics). The caller jits it, with shardings and
+    donation of the state. frozen: the weights beside which adapters are trained.
 
     With `accumulate` = a the batch is cut into a microbatches and gradients are averaged. A batch
     whose loss or gradient is not finite, or whose gradient norm is over `spike` times the running
     mean (0: any norm will do), is refused: the step counts, and nothing else changes in any bit.
     """
-    grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
+    def loss(params, frozen, batch, key):
+        return objective.loss(objective.whole(params, frozen, key), batch, key)
 
-    def gradients(params, batch, key):
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+
+    def gradients(params, frozen, batch, key):
         if accumulate == 1:
-            return grad_fn(params, batch, key)
+            return grad_fn(params, frozen, batch, key)
         # Strided, so that a microbatch takes rows from every device's share.
         micro = {k: jnp.swapaxes(v.reshape(-1, accumulate, *v.shape[1:]), 0, 1)
                  for k, v in batch.items()}
 
         def body(total, inputs):
             one, i = inputs
-            new = grad_fn(params, one, jax.random.fold_in(key, i))
+            new = grad_fn(params, frozen, one, jax.random.fold_in(key, i))
             return jax.tree.map(jnp.add, total, new), None
 
-        shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda v: v[0], micro), key)
+        shapes = jax.eval_shape(grad_fn, params, frozen, jax.tree.map(lambda v: v[0], micro), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         ((loss, aux), grads), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulate)))
         return (loss / accumulate, aux), jax.tree.map(lambda g: g / accumulate, grads)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch,
+             frozen: Params | None = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        (loss, aux), grads = gradients(state.params, batch, key)
+        (loss, aux), grads = gradients(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # The average follows quickly at first: early samples should not show initial weights.
@@ -113,7 +147,8 @@ def make_eval_step(objective: Objective, levels: tuple[float, ...]):
 
     Noise is fixed by `key`, so that two evaluations differ by the weights alone.
     """
-    def evaluate(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array]:
+    def evaluate(params: Params | Adapted, batch: Batch,
+                 key: PRNGKeyArray) -> tuple[Array, Array]:
         x0 = objective.clean(batch)
         b = x0.shape[0]
 
