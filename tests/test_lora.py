@@ -115,7 +115,8 @@ def test_several_at_once(run, params, kernels):
     one = Change(drawn(EVERY, kernels), weight=0.5)
     some = Lora(rank=5, targets=("block_0/.*kernel$",))
     two = Change(drawn(some, some.chosen(kernels), 1), {"network/table": normal(2, 48)}, -0.7)
-    want = adapt(adapt(params, one, merge=True), two, merge=True)
+    want = merged(merged(params, one.factors, 0.5), two.factors, -0.7)
+    want["network"]["table"] = params["network"]["table"] - 0.7 * two.deltas["network/table"]
     np.testing.assert_allclose(run(adapt(params, one, two)), run(want), atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
                  adapt(params, one, two, merge=True), want)
@@ -213,6 +214,16 @@ def test_layers_of_a_scan_drop_differently():
     y = Lora(rank=1, dropout=0.5).beside(base, factors, jax.random.key(0)).apply(
         Net(), jnp.ones((50, 8)), method="__call__")[..., 0]
     assert np.abs(y[0] - y[1]).max() > 0 and np.abs(y[1] - y[2]).max() > 0
+
+
+def test_layers_of_the_transformer_drop(randomise, quick):
+    plain = Denoiser({**BACKBONE, "depth": 2}, {"embeddings": {"features": 16}})
+    params = randomise(jax.eval_shape(plain.new_params, jax.random.key(0)))
+    lora, run = Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)), \
+        runner(plain, quick)
+    factors = drawn(lora, lora.chosen(dense_kernels(plain.new_params)))
+    one, other = (run(lora.beside(params, factors, jax.random.key(i))) for i in (0, 1))
+    assert np.abs(one - other).max() > 1e-3
 
 
 # The section of a config.

@@ -185,7 +185,7 @@ def added(params: Params, deltas: Mapping[str, Any], weight: float = 1.0) -> Par
     leaves = _flat(params)
     if unknown := sorted(set(deltas) - set(leaves)):
         raise ValueError(f"This network has no {', '.join(unknown)}.")
-    new = {path: (leaves[path].astype(jnp.float32) + weight * jnp.asarray(delta, jnp.float32)
+    new = {path: (leaves[path].astype(jnp.float32) + weight * delta.astype(jnp.float32)
                   ).astype(leaves[path].dtype) for path, delta in deltas.items()}
     return unflatten_dict({**leaves, **new}, sep="/")
 
