@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ STEPS = 20
 SHORT = [f"--config.train.steps={STEPS}", "--config.train.log_every=5",
          "--config.train.save_every=10", "--config.train.eval_every=10",
          "--config.train.eval_clips=8"]
+FIRST_STEP = re.compile(r"\d+/\d+ \[\d\d:\d\d<\d")
 PLACES = {"one": {}, "four": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
           "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
           "eight": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}}
@@ -43,10 +45,23 @@ def launch(workdir: Path, *args: str, place: str = "one") -> list[subprocess.Pop
     env, log = PLACES[place], workdir.parent / f"{workdir.name}.log"
     if place != "pair":
         return [start(workdir, log, *args, env=env)]
-    port = 20_000 + os.getpid() % 20_000 + len(list(workdir.parent.iterdir()))
-    return [start(workdir, log.with_suffix(f".{i}.log"), *args, f"--coordinator=127.0.0.1:{port}",
-                  "--num_processes=2", f"--process_id={i}", "--heartbeat=10", env=env)
-            for i in range(2)]
+    # JAX gives two processes on CPUs 30 s to meet in their first collective; on a crowded machine
+    # one compiles longer than that. launch/local.sh starts again on their exit code 75.
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [start(workdir, log.with_suffix(f".{i}.log"), *args, "--heartbeat=10",
+                          f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
+                          f"--process_id={i}", env=env) for i in range(2)]
+        while not FIRST_STEP.search(said(workdir)) and all(c.poll() is None for c in children):
+            time.sleep(0.1)
+        if "Gloo context initialization failed" not in said(workdir):
+            break
+        for i, child in enumerate(children):
+            child.wait(60)
+            log.with_suffix(f".{i}.log").unlink()
+    return children
 
 
 def said(workdir: Path) -> str:
@@ -64,7 +79,10 @@ def ends(workdir: Path, children: list[subprocess.Popen], *codes: int, seconds: 
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
     assert all(code in codes for code in found), f"{found}: {said(workdir)[-4000:]}"
-    assert not [p for c in children for p in orphans(c.pid)]
+    deadline = time.monotonic() + 5      # multiprocessing's tracker tidies up and ends
+    while left := [p for c in children for p in orphans(c.pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def until(condition, children, seconds: float = 180) -> None:
