@@ -114,10 +114,12 @@ def row(**changes):
     ({"text": np.full((3, 6), np.inf)}, "text hold NaN"),
     ({"text": np.zeros((3, 7))}, r"text has the shape \(3, 7\), expected \(l, 6\)"),
     ({"text": np.zeros((6, 6))}, "text has 6 tokens, at most 5"),
+    ({"concat": np.zeros((2, 4, 8, 5))}, r"concat have the shape \(2, 4, 8, 5\), expected"),
+    ({"image_tokens": np.full((7, 3), np.nan)}, "image_tokens hold NaN"),
     ({"fps": 0.0}, "fps = 0.0"), ({"num_frames": 0}, "num_frames = 0")])
 def test_a_row_that_does_not_fit_says_what_was_expected(changes, message):
     with pytest.raises(BadRecord, match=f"k: .*{message}"):
-        ready_example(row(**changes), "k", META)
+        ready_example(row(**changes), "k", {**META, "concat": [2, 4, 4, 5]})
 
 
 def test_overflow_of_float16_is_refused_before_writing():
@@ -129,3 +131,8 @@ def test_a_dimension_may_vary_and_metadata_may_be_absent():
     check_latents(row(latents=np.zeros((9, 4, 4, 3))), "k", {**META, "latents": [None, 4, 4, 3]})
     made = ready_example(row(), "k", {})
     assert made["text"].shape == (3, 6) and made["text_mask"].all()
+
+
+def test_what_signals_read_comes_along():
+    made = ready_example(row(concat=np.ones((2, 4, 4, 5), np.float16)), "k", META)
+    assert made["concat"].shape == (2, 4, 4, 5) and "image_tokens" not in made

@@ -1,6 +1,7 @@
 """Clips from public weights against the pipelines of diffusers, through the folders they save."""
 
 import functools
+import shutil
 from typing import Any
 
 import jax
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.app import UsageError
+from safetensors.numpy import load_file, save_file
 
+from vdx.build import ConfigError
 from vdx.files import read_json
 from vdx.generate import pipeline as steps
 from vdx.generate import public
 from vdx.generate.public import PublicGenerator
 from vdx.generate.request import check, complete
 from vdx.interop.components import Component
+from vdx.interop.keymap import WeightsError
 from vdx.interop.public import open_public
 from vdx.parallel import MeshSpec
 from vdx.sample import PublicWeights, same_weights
@@ -121,6 +125,39 @@ def test_what_would_be_wrong_is_seen(name, case, draw, monkeypatch):
     c = case(kind)
     wrong = far(draw(c.folder, c.asked() | change), c.want)
     assert wrong[0] > 0.5 or wrong[1] > 3
+
+
+def write_lora_file(weights: dict, path) -> dict:
+    """A LoRA of some layers of a transformer in diffusers' layout; {key: B A} of it."""
+    rng, arrays, changes = np.random.default_rng(5), {}, {}
+    for layer in ("blocks.0.attn1.to_q", "blocks.1.attn2.to_v", "blocks.1.ffn.net.0.proj"):
+        out, into = weights[f"{layer}.weight"].shape
+        a, b = (rng.normal(size=s).astype(np.float32) / 2 for s in ((3, into), (out, 3)))
+        arrays |= {f"transformer.{layer}.lora_A.weight": a,
+                   f"transformer.{layer}.lora_B.weight": b}
+        changes[f"{layer}.weight"] = b @ a
+    save_file(arrays, path)
+    return changes
+
+
+def test_a_lora_draws_what_merged_weights_draw(case, draw, tmp_path):
+    c, lora = case("t2v"), tmp_path / "style.safetensors"
+    merged = shutil.copytree(c.folder, tmp_path / "merged")
+    file = merged / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for key, change in write_lora_file(weights, lora).items():
+        weights[key] = weights[key] + np.float32(0.5) * change
+    save_file(weights, file)
+    got = draw(c.folder, c.asked() | {"lora": (f"{lora}:0.5",)})
+    assert close(got, draw(merged, c.asked()))
+    assert far(got, c.want)[0] > 1
+    twice = draw(c.folder, c.asked() | {"lora": (f"{lora}:0.2", f"{lora}:0.3")})
+    assert close(twice, got)
+    with pytest.raises(ConfigError, match="two experts"):
+        draw(c.folder, c.asked() | {"lora_2": (str(lora),)})
+    save_file({"transformer.other.lora_A.weight": np.zeros((2, 2), np.float32)}, lora)
+    with pytest.raises(WeightsError, match="is not a LoRA of the transformer of this model"):
+        draw(c.folder, c.asked() | {"lora": (str(lora),)})
 
 
 def test_the_command_and_its_manifest(case, tmp_path):

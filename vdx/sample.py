@@ -37,8 +37,8 @@ from vdx.types import Params
 FLAGS = flags.FLAGS
 # Flags of --workdir alone, and of --weights alone.
 TRAINED = ("step", "averaged")
-PUBLIC = ("negative_prompt", "image", "last_image", "init_noise", "height", "width", "dtype",
-          "mesh")
+PUBLIC = ("negative_prompt", "image", "last_image", "init_noise", "lora", "lora_2", "height",
+          "width", "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +156,7 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np
     said = given("negative_prompt", "image", "last_image", "init_noise", "height", "width",
                  "num_frames", "fps", "seed", "sampler", "grid", "steps", "shift", "dtype")
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
+    said |= {name: tuple(files.split(",")) for name, files in given("lora", "lora_2").items()}
     made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
     if not manifest:
         said["prompts"] = prompts()
@@ -239,6 +240,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("last_image", None, "A picture that it ends with.")
     flags.DEFINE_string("init_noise", None, "A .npy file, float32 [b t h w c] of latents, to "
                         "start from instead of noise from the seeds.")
+    flags.DEFINE_string("lora", None, "LoRA files with their weights, such as "
+                        "style.safetensors:0.8,other.safetensors")
+    flags.DEFINE_string("lora_2", None, "The same for the second of two experts.")
     flags.DEFINE_integer("height", None, "Pixels.", lower_bound=1)
     flags.DEFINE_integer("width", None, "Pixels.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the text encoder and the "

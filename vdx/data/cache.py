@@ -90,8 +90,8 @@ def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
     found = {name: np.shape(row[name]) for name in [*arrays, "text"]}
     longest, width = metadata.get("text") or (None, None)
     for name in arrays:
-        shape = tuple(metadata.get(name) or (None,) * (4 if name == "latents" else
-                                                       len(found[name])))
+        axes = 4 if name == "latents" else len(found[name])
+        shape = tuple(metadata.get(name) or (None,) * axes)
         if len(found[name]) != len(shape) or any(
                 want not in (None, have) for want, have in zip(shape, found[name], strict=True)):
             raise BadRecord(key, f"{name} have the shape {found[name]}, expected {shape}")

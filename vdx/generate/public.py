@@ -5,6 +5,7 @@ pictures, the transformer (of two experts first that of high noise, then the oth
 References: `WanPipeline` and `WanImageToVideoPipeline` of diffusers.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +20,10 @@ from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import Carry
 from vdx.generate.pipeline import Generator
 from vdx.generate.request import PublicRequest, open_picture, start_noise
-from vdx.interop.public import PublicModel
+from vdx.interop.lora import open_lora
+from vdx.interop.public import EXPERTS, PublicModel
 from vdx.models.clip import preprocess
+from vdx.models.lora import Adapted, adapt
 from vdx.models.text_tokens import PromptTokenizer
 from vdx.types import Params
 
@@ -139,7 +142,11 @@ class PublicGenerator:
                 int(np.sum(r.network_time(plan["t"]) >= 1000 * self.model.boundary))
             if first == last:
                 continue
-            params = self.load(("transformer", "transformer_2")[number])
+            params: Params | Adapted = self.load(EXPERTS[number])
+            if adapters := r.adapters(number):     # beside the kernels: nothing of their size
+                params = adapt(params, *(dataclasses.replace(
+                    open_lora(path, expert.module, EXPERTS[number]), weight=weight)
+                    for path, weight in adapters))
             advance = self.jitted(functools.partial(_advance, generator))
             for i, rows in enumerate(chunks):
                 start = time.perf_counter()

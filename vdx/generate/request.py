@@ -16,8 +16,12 @@ from vdx.build import ConfigError, fill, lookup
 from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.generate.pipeline import Sampling
-from vdx.interop.public import PublicModel, open_public
+from vdx.interop.lora import open_lora
+from vdx.interop.public import EXPERTS, PublicModel, open_public
 from vdx.parallel import MeshSpec
+
+FILES = ("image", "last_image", "init_noise")
+LORAS = ("lora", "lora_2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +30,9 @@ class PublicRequest:
 
     image, last_image: files of pictures that the clip begins and ends with. init_noise: a .npy
     file, float32 [b t h w c], to start from instead of noise from the seeds (clip i: seed + i).
-    digests: SHA-256 of these files. guidance: one scale, or one for each expert; 1 is none.
-    negative_prompt: what guidance leads away from; empty, as in diffusers. dtype, mesh: of the
+    lora, lora_2: LoRA files of the transformer, and of the second expert, each with its weight
+    ("style.safetensors:0.8"; 1 unless given). digests: SHA-256 of these files. guidance: one
+    scale, or one for each expert; 1 is none. negative_prompt: what guidance leads away from; empty, as in diffusers. dtype, mesh: of the
     computation; they decide the last bits.
     """
 
@@ -48,11 +53,23 @@ class PublicRequest:
     image: str | None = None
     last_image: str | None = None
     init_noise: str | None = None
+    lora: tuple[str, ...] = ()
+    lora_2: tuple[str, ...] = ()
     digests: dict = dataclasses.field(default_factory=dict)
 
     def sampling(self, expert: int = 0) -> Sampling:
         return Sampling(sampler=self.sampler, grid=self.grid, steps=self.steps, shift=self.shift,
                         guidance=self.guidance[expert % len(self.guidance)], batch=1)
+
+    def adapters(self, expert: int) -> list[tuple[str, float]]:
+        """(LoRA file, weight) of those of an expert."""
+        return [weighted(text) for text in (self.lora, self.lora_2)[expert]]
+
+    def files(self) -> dict[str, str]:
+        """{name: path} of the files that it reads."""
+        single = {name: path for name in FILES if (path := getattr(self, name))}
+        return single | {f"{name} {i}": weighted(text)[0] for name in LORAS
+                         for i, text in enumerate(getattr(self, name))}
 
     def network_time(self, t: np.ndarray) -> np.ndarray:
         """What the network is fed at times of the grid."""
@@ -64,6 +81,15 @@ class PublicRequest:
         frames, side = vae.rates
         return ((self.num_frames - 1) // frames + 1, self.height // side, self.width // side,
                 vae.z_dim)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """("a:0.8") -> ("a", 0.8); without a weight it is 1."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:           # a colon of the path
+        return text, 1.0
 
 
 def recommended(model: PublicModel) -> dict[str, Any]:
@@ -99,16 +125,16 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
     ConfigError for files that cannot be read, WeightsError for a scheduler that is not known.
     """
     given = {k: v for k, v in given.items() if v is not None}
-    files = {k: given[k] for k in ("image", "last_image", "init_noise") if k in given}
-    fields = recommended(model) | {"seed": 0, "dtype": model.dtype,
-                                   "digests": {k: _digest(k, files[k]) for k in files}}
+    fields = recommended(model) | {"seed": 0, "dtype": model.dtype}
     if not {"sampler", "grid", "shift"} <= given.keys():
         fields |= model.schedule()
     if "image" in given and not {"height", "width"} & given.keys():
         area = fields["height"] * fields["width"]
         fields["height"], fields["width"] = shape_for(
             area, _unit(model), *open_picture("image", given["image"]).size)
-    return fill(PublicRequest, fields | given, "request")
+    request = fill(PublicRequest, fields | given, "request")
+    return dataclasses.replace(
+        request, digests={name: _digest(name, path) for name, path in request.files().items()})
 
 
 def prepare(folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
@@ -134,8 +160,8 @@ def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PublicRequest
     """The request of a manifest; files and the mesh may lie elsewhere now."""
     request = fill(PublicRequest, fields, "manifest.request")
     moved = {k: v for k, v in given.items()
-             if v is not None and k in ("image", "last_image", "init_noise", "mesh")}
-    if new := [k for k in moved if k != "mesh" and getattr(request, k) is None]:
+             if v is not None and k in (*FILES, *LORAS, "mesh")}
+    if new := [k for k in moved if k != "mesh" and not getattr(request, k)]:
         raise ConfigError(f"The manifest's clip has no {', '.join(new)}.")
     return dataclasses.replace(request, **moved)
 
@@ -193,6 +219,7 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
         (request.last_image and t < 2, f"a last_image needs num_frames of at least {1 + frames}"),
         (len(request.guidance) not in (1, len(model.experts)),
          f"guidance = {request.guidance}: this model has {len(model.experts)} transformer(s)"),
+        (request.lora_2 and len(model.experts) < 2, "lora_2 needs a model with two experts"),
         (t % mesh.shape["context"],
          f"{request.num_frames} frames are {t} latent ones, which do not divide over the mesh "
          f"axis context = {mesh.shape['context']}"),
@@ -201,10 +228,13 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
         raise ConfigError("\n  ".join([f"{model.path} cannot draw this:", *problems]))
     lookup(request.sampler, SAMPLERS, "sampler")
     lookup(request.grid, GRIDS, "grid")(request.steps, request.shift)
-    for name, digest in request.digests.items():
-        if _digest(name, getattr(request, name)) != digest:
-            raise ConfigError(f"{name} = {getattr(request, name)} is not the file of the request; "
-                             f"give the right one by --{name}.")
+    for name, path in request.files().items():
+        if _digest(name, path) != request.digests.get(name):
+            raise ConfigError(f"{name} = {path} is not the file of the request; give the right "
+                              f"one by --{name.split()[0]}.")
+    for number, expert in enumerate(model.experts):
+        for path, _ in request.adapters(number):
+            open_lora(path, expert.module, EXPERTS[number])
     for name in ("image", "last_image"):
         if path := getattr(request, name):
             open_picture(name, path)

@@ -40,6 +40,7 @@ SCHEDULERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
         "use_beta_sigmas": False, "num_train_timesteps": 1000}),
 }
+EXPERTS = ("transformer", "transformer_2")       # of high and of low noise, or of all
 SAMPLE = 1024             # bytes looked at in the beginning, middle and end of every array
 
 
@@ -58,8 +59,7 @@ class PublicModel:
     @property
     def experts(self) -> list[Component]:
         """One transformer, or that of high and that of low noise."""
-        return [self.components[name] for name in ("transformer", "transformer_2")
-                if name in self.components]
+        return [self.components[name] for name in EXPERTS if name in self.components]
 
     @property
     def boundary(self) -> float:

@@ -196,7 +196,7 @@ class Trainer:
         elif experiment.weights and experiment.lora is None:
             params = experiment.with_null(experiment.read_weights(self.mesh))
             origin = f"the weights of {experiment.weights}"
-        made = jax.jit(experiment.init, out_shardings=self.shardings)(params)
+        made = jax.jit(experiment.init, out_shardings=self.shardings, donate_argnums=0)(params)
         return made, f"Starts with {origin}."
 
     def averaged(self) -> Any:
