@@ -32,8 +32,8 @@ class PublicRequest:
     file, float32 [b t h w c], to start from instead of noise from the seeds (clip i: seed + i).
     lora, lora_2: LoRA files of the transformer, and of the second expert, each with its weight
     ("style.safetensors:0.8"; 1 unless given). digests: SHA-256 of these files. guidance: one
-    scale, or one for each expert; 1 is none. negative_prompt: what guidance leads away from; empty, as in diffusers. dtype, mesh: of the
-    computation; they decide the last bits.
+    scale, or one for each expert; 1 is none. negative_prompt: what guidance leads away from;
+    empty, as in diffusers. dtype, mesh: of the computation; they decide the last bits.
     """
 
     prompts: tuple[str, ...]
