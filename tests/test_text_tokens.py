@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vdx.models.text_tokens import PromptTokenizer, clean_prompt, zero_padded
+from vdx.models.text_tokens import PromptTokenizer, clean_prompt
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "&", "the", "street"]
 
@@ -55,12 +55,3 @@ def test_cleaning_is_wans(prompt):
     if hasattr(pipeline_wan, "ftfy"):
         pytest.skip("ftfy is installed, which diffusers then applies first")
     assert clean_prompt(prompt) == pipeline_wan.prompt_clean(prompt)
-
-
-def test_padding_is_zero_and_long():
-    features = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
-    mask = np.array([[True, True, False, False], [True] * 4])
-    out = np.asarray(zero_padded(features, mask, 6))
-    assert out.shape == (2, 6, 3) and not out[0, 2:].any() and not out[1, 4:].any()
-    np.testing.assert_array_equal(out[:, :4][mask], features[mask])
-    assert zero_padded(features, mask).shape == (2, 512, 3)

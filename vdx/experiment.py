@@ -31,7 +31,7 @@ from vdx.interop.wan import load_wan
 from vdx.models.conditioning import Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Lora, added, dense_kernels
-from vdx.parallel import MeshSpec, param_shardings
+from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import digest, whole_digest
 from vdx.train.optim import Optimizer
@@ -41,6 +41,7 @@ from vdx.types import Params, PRNGKeyArray
 
 Spec = Mapping[str, Any]
 MEAN_OF = 64      # clips over which the mean of the pixels is measured
+WALL, WALL_OF = 8, 64     # captions of the wall, and clips that are looked at for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,10 +257,12 @@ class Experiment:
         if self.training.wall:
             return self.training.wall
         source, captions = self.source(), []
-        for i in range(min(8 * 8, len(source))):
+        for i in range(min(WALL_OF, len(source))):
             with contextlib.suppress(BadRecord):       # the pipeline counts and names it
                 captions.append(source[i].caption)
-        return tuple(captions[:8])
+            if len(captions) == WALL:
+                break
+        return tuple(captions)
 
     def generator(self, sampling: Sampling | None = None,
                   size: tuple[int, int] | None = None) -> Generator:
@@ -275,16 +278,20 @@ class Experiment:
         return self.clip.lengths[0], self.clip.rates[0] if self.clip.rates else 8.0
 
 
-def settled(config: Spec, workdir: Path) -> Spec:
-    """The config with what only its data can tell, the mean of the pixels: that of the run that
-    is gone on with, if there is one, or else measured over a few clips."""
+def settled(config: Spec, workdir: Path) -> Experiment:
+    """The experiment with what only its data can tell, the mean of the pixels: that of the run
+    that is gone on with, if there is one, or else measured over a few clips."""
     experiment = Experiment(config)
     if experiment.data.mean is not None or experiment.clip is None:
-        return config
+        return experiment
+
+    def with_mean(mean: float) -> Experiment:
+        return Experiment({**config, "data": {**config["data"], "mean": mean}})
+
     earlier = [workdir] + ([locate(experiment.resume)[0]] if experiment.resume else [])
     for path in (folder / "config.json" for folder in earlier):
         if path.exists() and (mean := read_json(path)["data"].get("mean")) is not None:
-            return {**config, "data": {**config["data"], "mean": mean}}
+            return with_mean(mean)
     source, rng, means = experiment.source(), np.random.default_rng(experiment.seed), []
     for i in rng.permutation(len(source))[:MEAN_OF].tolist():
         with contextlib.suppress(BadRecord):       # the pipeline counts and names it
@@ -292,8 +299,8 @@ def settled(config: Spec, workdir: Path) -> Spec:
             times, _ = experiment.clip.times(record, experiment.clip.lengths[0], rng)
             means.append(record.read(times).mean() / 127.5 - 1.0)
     if not means:
-        return config                              # the pipeline says what is wrong
-    return {**config, "data": {**config["data"], "mean": round(float(np.mean(means)), 4)}}
+        return experiment                          # the pipeline says what is wrong
+    return with_mean(round(float(np.mean(means)), 4))
 
 
 def load(workdir: Path) -> Experiment:
@@ -327,10 +334,9 @@ def open_trained(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str
                  step: int | str | None = None) -> tuple[Params, int, str]:
     """As `open_params`, of what was trained alone: the network's parameters, or adapters."""
     shapes = jax.eval_shape(experiment.new_params, jax.random.key(0))
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                        shapes, param_shardings(mesh, shapes))
     if item not in ("ema", "params"):
         raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")
     with Checkpoints(workdir, best=experiment.training.best, read_only=True) as checkpoints:
         number = checkpoints.best_step() if step == "best" else step
-        return checkpoints.restore_params(like, item, None if number is None else int(number))
+        return checkpoints.restore_params(abstract_params(shapes, mesh), item,
+                                          None if number is None else int(number))

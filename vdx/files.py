@@ -48,6 +48,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+def host_file(path: str | Path, host: int) -> Path:
+    """The file of one of several hosts, which may share a folder; host 0 writes `path` itself."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_{host}{path.suffix}") if host else path
+
+
 def append_rows(path: Path, rows: Iterable[Any]) -> None:
     """Adds JSON lines, on lines of their own: a killed run may have left half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,8 +81,7 @@ def run(config: Spec, workdir: Path, stop: Stop) -> None:
     """Everything that the command does, from a resolved config."""
     primary = jax.process_index() == 0
     with own(workdir) if primary else contextlib.nullcontext():
-        config = settled(config, workdir)
-        experiment = Experiment(config)
+        experiment = settled(config, workdir)
         mesh = experiment.mesh_spec.make()
         with jax.set_mesh(mesh):
             done = train_and_judge(experiment, workdir, mesh, stop)

@@ -11,13 +11,7 @@ from typing import Any
 
 from vdx.files import read_rows
 
-__all__ = ["host_file", "read_bad_records"]
-
-
-def host_file(path: str | Path, host: int) -> Path:
-    """The file of a host, where host 0 writes `path`."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}_{host}{path.suffix}") if host else path
+__all__ = ["read_bad_records"]
 
 
 def read_bad_records(path: str | Path) -> list[dict[str, Any]]:

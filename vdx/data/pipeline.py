@@ -20,9 +20,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from vdx.data import workers
-from vdx.data.bad_records import host_file, read_bad_records
+from vdx.data.bad_records import read_bad_records
 from vdx.data.record import BadRecord
-from vdx.files import append_rows
+from vdx.files import append_rows, host_file
 
 ATTEMPTS = 9      # a record and up to 8 substitutes
 MIN_SEEN = 50     # records before the share of bad ones is judged

@@ -8,11 +8,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from vdx.build import ConfigError
-from vdx.types import Array, Bool, Float
 
 
 def clean_prompt(text: str) -> str:
@@ -55,10 +53,3 @@ class PromptTokenizer:
         for row, tokens in zip(ids, rows, strict=True):
             row[:len(tokens)] = tokens
         return ids, np.arange(length) < np.array([len(r) for r in rows])[:, None]
-
-
-def zero_padded(features: Float[Array, "b l d"], mask: Bool[Array, "b l"],
-                length: int = 512) -> Float[Array, "b s d"]:
-    """Features of tokens, zero on padding and up to `length`: what Wan attends to, unmasked."""
-    features = jnp.where(mask[..., None], features, 0)
-    return jnp.pad(features, ((0, 0), (0, length - features.shape[1]), (0, 0)))

@@ -25,7 +25,6 @@ from vdx.types import Params
 
 __all__ = ["CheckpointError", "Checkpoints", "check_base", "locate"]
 
-ITEMS = ("params", "ema", "rest")
 REST = ("step", "opt_state", "key", "norm", "accepted")
 
 
@@ -143,17 +142,17 @@ class Checkpoints:
 
     # Reading
 
-    def restore(self, like: TrainState, before: int | None = None
+    def restore(self, like: TrainState, step: int | None = None, before: int | None = None
                 ) -> tuple[TrainState, dict[str, Any]] | None:
-        """(state, progress) of the newest step that verifies, below `before` if given; None if
-        there is no step at all.
+        """(state, progress) of `step`, or of the newest that verifies, below `before` if given;
+        None if there is no step at all.
 
-        `like` is abstract, with shardings of any mesh. Raises CheckpointError if no step
-        verifies, or if a step holds other arrays than `like`.
+        `like` is abstract, with shardings of any mesh. Raises CheckpointError if `step` is not
+        there or damaged, if no step verifies, or if a step holds other arrays than `like`.
         """
         abstract = {"params": like.params, "ema": like.ema,
                     "rest": {name: getattr(like, name) for name in REST}}
-        found = self._newest(abstract, before)
+        found = self._find(abstract, step, before)
         if found is None:
             return None
         _, items, facts = found
@@ -167,19 +166,9 @@ class Checkpoints:
         Of the newest step that verifies, or of `step`. The identity is a digest of the
         fingerprints, the same for the same weights. Raises CheckpointError.
         """
-        abstract = {item: like}
-        if step is None:
-            found = self._newest(abstract, None)
-            if found is None:
-                raise CheckpointError(self._none())
-        elif step not in self.steps():
-            raise CheckpointError(f"{self.path} holds no step {step}; it holds "
-                                  f"{', '.join(map(str, self.steps())) or 'none'}.")
-        else:
-            try:
-                found = (step, *self._read(step, abstract))
-            except _Damaged as error:
-                raise CheckpointError(f"Step {step} of {self.path} is damaged: {error}") from error
+        found = self._find({item: like}, step)
+        if found is None:
+            raise CheckpointError(self._none())
         step, items, facts = found
         identity = digest([[path, leaf] for path, leaf in sorted(facts["leaves"].items())
                            if path.startswith(f"{item}/")])
@@ -197,15 +186,27 @@ class Checkpoints:
         return (f"No checkpoint in {self.path}. Train there first: "
                 "python -m vdx.main --config=... --workdir=...")
 
+    def _find(self, abstract: Mapping[str, Any], step: int | None, before: int | None = None):
+        """(step, items, facts) of `step`, or of the newest that verifies; None if there is none."""
+        if step is None:
+            return self._newest(abstract, before)
+        if step not in self.steps():
+            raise CheckpointError(f"{self.path} holds no step {step}; it holds "
+                                  f"{', '.join(map(str, self.steps())) or 'none'}.")
+        try:
+            return step, *self._read(step, abstract)
+        except _Damaged as error:
+            raise CheckpointError(f"Step {step} of {self.path} is damaged: {error}") from error
+
     def _newest(self, abstract: Mapping[str, Any], before: int | None):
-        """(step, items, facts) of the newest step that verifies, None if there is no step."""
         steps = [s for s in reversed(self.steps()) if before is None or s < before]
         for step in steps:
             try:
                 return step, *self._read(step, abstract)
             except _Damaged as error:
+                moved = "" if self.read_only else f" Moved to {self._aside(step)}."
                 logging.warning("Checkpoint %s is damaged: %s.%s", self.path / str(step), error,
-                                "" if self.read_only else f" Moved to {self._aside(step)}.")
+                                moved)
         if steps and before is None:
             raise CheckpointError(
                 f"None of the steps {steps} of {self.path} verifies; the warnings above say why. "

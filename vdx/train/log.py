@@ -1,6 +1,5 @@
 """What a run says: a progress bar, `metrics.jsonl`, and TensorBoard event files."""
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from vdx.files import read_rows
+from vdx.files import append_rows, read_rows
 
 
 class Log:
@@ -28,17 +27,13 @@ class Log:
             return
         self.path = workdir / "metrics.jsonl"
         self.began = time.monotonic() - last_seconds(self.path, start)
-        self.file = self.path.open("a")
-        if self.file.tell():
-            self.file.write("\n")      # a killed run may have left half a line
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
 
     def row(self, step: int, scalars: Mapping[str, float]) -> None:
         if not self.primary:
             return
         seconds = round(time.monotonic() - self.began, 3)
-        self.file.write(json.dumps({"step": step, "seconds": seconds, **scalars}) + "\n")
-        self.file.flush()
+        append_rows(self.path, [{"step": step, "seconds": seconds, **scalars}])
         for name, value in scalars.items():
             self.events.add_scalar(name, value, step)
 
@@ -50,7 +45,6 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         if self.primary:
-            self.file.close()
             self.events.close()
 
 

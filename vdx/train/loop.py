@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vdx.data.bad_records import host_file
 from vdx.data.workers import dump_workers, kill_workers
-from vdx.files import append_rows, write_json
+from vdx.files import append_rows, host_file, write_json
 from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import whole_digest
@@ -175,10 +174,9 @@ class Trainer:
         if resume:
             path, step = locate(resume)
             with Checkpoints(path, read_only=True) as other:
-                found = other.restore(self.like, None if step is None else step + 1)
-            if found is None or step not in (None, int(found[0].step)):
-                raise CheckpointError(f"config.resume = {resume!r}: there is no such checkpoint "
-                                      f"that verifies; {path} has the steps {other.steps()}.")
+                found = other.restore(self.like, step)
+            if found is None:
+                raise CheckpointError(f"config.resume = {resume!r}: {path} has no checkpoint.")
             return self.adopt(*found), f"Goes on from step {int(found[0].step)} of {resume}."
         return self.fresh()
 

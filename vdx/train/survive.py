@@ -95,8 +95,8 @@ class Watchdog:
     """Ends a process that makes no progress; a context manager.
 
     Without a `beat()` for `seconds` (0: never) it prints the stacks of all threads, calls each
-    of `before_exit` (which may take `grace` seconds together) and exits with STUCK. It needs no
-    help from the thread that hangs.
+    of `before_exit`, for at most `grace` seconds, and exits with STUCK. It needs no help from the
+    thread that hangs.
     """
 
     def __init__(self, seconds: float, before_exit: tuple[Callable[[], object], ...] = (),
