@@ -5,7 +5,6 @@ A mixer is a linen module `(heads, dtype)` that maps the token grid [b t h w d] 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -34,16 +33,14 @@ OVER = {
 
 
 class GridAttention(nn.Module):
-    """Self-attention over the token grid [b t h w d], `over` "full", "space" or "time".
-
-    "full": all tokens of the clip attend to one another; "space": those of one frame;
-    "time": those of one place. Queries and keys are RMS-normalised across all heads (as Wan
-    does) and rotated by 3D rotary positions.
+    """Self-attention over the token grid [b t h w d]: all tokens of the clip attend to one
+    another. Queries and keys are RMS-normalised across all heads (as Wan does) and rotated by 3D
+    rotary positions.
     """
 
     heads: int
-    over: str = "full"
     dtype: jnp.dtype = jnp.float32
+    over = "full"        # a row of OVER
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"],
@@ -66,11 +63,22 @@ class GridAttention(nn.Module):
         return constrain(y, "b t h w d", context="t")
 
 
+class SpaceAttention(GridAttention):
+    """The tokens of one frame attend to one another."""
+
+    over = "space"
+
+
+class TimeAttention(GridAttention):
+    """The tokens of one place attend to one another."""
+
+    over = "time"
+
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {
-    "full": partial(GridAttention, over="full"),
-    "space": partial(GridAttention, over="space"),
-    "time": partial(GridAttention, over="time"),
+    "full": GridAttention,
+    "space": SpaceAttention,
+    "time": TimeAttention,
 }
 
 # Names for block patterns; a config may also spell a pattern out, e.g. ("space", "full", "time").

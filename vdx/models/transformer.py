@@ -6,13 +6,15 @@ Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/in
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vdx.build import ConfigError, lookup
+from vdx.build import ConfigError, build, lookup
 from vdx.models.attention import CrossAttention
 from vdx.models.layers import (
     MLP,
@@ -64,7 +66,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 class Block(nn.Module):
     """One mixer, cross-attention to the text, one MLP, each a residual."""
 
-    mixer: str
+    mixer: Mapping[str, Any]
     heads: int
     hidden: int
     activation: str
@@ -77,7 +79,8 @@ class Block(nn.Module):
         rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows[..., i, :] for i in range(6))
 
-        mixer = MIXERS[self.mixer](heads=self.heads, dtype=self.dtype, name=self.mixer)
+        mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
+                      name=self.mixer["name"])
         y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
         x = (x + gate1 * y).astype(x.dtype)
         if ports.tokens is not None:
@@ -97,7 +100,7 @@ class Period(nn.Module):
     of them is added to the clip's after the first block.
     """
 
-    pattern: tuple[str, ...]
+    pattern: tuple[Mapping[str, Any], ...]
     block: dict
 
     @nn.compact
@@ -123,8 +126,9 @@ class Transformer(nn.Module):
 
     size: a row of SIZES; width, depth, heads and mlp_ratio override it.
     patch: frames, rows and columns of one token; the grid must divide by it.
-    pattern: a row of PATTERNS or a tuple of rows of MIXERS, repeated over the depth; with the
-    port `control` there is one control block to each repetition.
+    pattern: a row of PATTERNS or a tuple of rows of MIXERS, each a name or {"name": row,
+    **fields}, repeated over the depth; with the port `control` there is one control block to each
+    repetition.
     rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
     a small one. absolute: tokens are also told their place in the clip, so that attention can
     average places (where is the object?), which rotary positions alone learn much later.
@@ -136,7 +140,7 @@ class Transformer(nn.Module):
     channels: int = 3
     size: str = "tiny"
     patch: tuple[int, int, int] = (1, 2, 2)
-    pattern: str | tuple[str, ...] = "full"
+    pattern: str | tuple[Any, ...] = "full"
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -148,20 +152,21 @@ class Transformer(nn.Module):
     remat: str = "none"
     dtype: str = "float32"
 
-    def dims(self) -> tuple[int, int, int, tuple[str, ...]]:
-        """(width, depth, heads, pattern), checked."""
+    def dims(self) -> tuple[int, int, int, tuple[Mapping[str, Any], ...]]:
+        """(width, depth, heads, pattern), checked; the pattern as specs of MIXERS."""
         width, depth, heads, _ = lookup(self.size, SIZES, "model.size")
         width, depth, heads = self.width or width, self.depth or depth, self.heads or heads
         pattern = self.pattern
         if isinstance(pattern, str):
             pattern = lookup(pattern, PATTERNS, "model.pattern")
-        for mixer in pattern:
-            lookup(mixer, MIXERS, "model.pattern")
+        pattern = tuple({"name": one} if isinstance(one, str) else dict(one) for one in pattern)
+        for spec in pattern:
+            build(spec, MIXERS, "model.pattern", heads=heads, dtype=jnp.float32, parent=None)
         if depth % len(pattern):
             raise ConfigError(f"model.depth = {depth} is not a multiple of the pattern {pattern}.")
         if width % (2 * heads):
             raise ConfigError(f"model.width = {width} over {heads} heads is not an even number.")
-        return width, depth, heads, tuple(pattern)
+        return width, depth, heads, pattern
 
     def hidden(self) -> int:
         """Hidden features of the MLPs."""
