@@ -5,7 +5,7 @@ coefficients for both answers, so it acts alike on noise, v, x0 and velocity.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +18,19 @@ from vdx.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How strongly the condition is followed.
+    """How strongly conditions are followed.
 
-    scale: null + scale (cond - null) (Ho & Salimans 2022); 1 is the condition alone.
-    rescale: phi in [0, 1], pulls the contrast back to that of the condition (Lin et al. 2023).
-    interval: times (low, high), ends included, where the scale holds; elsewhere it is 1
+    scales: of answers a_0 ... a_n under ever more conditions,
+        a_0 + sum_i scales[i] (a_{i+1} - a_i). One is classifier-free guidance (Ho & Salimans
+        2022), several give each condition a scale of its own (Brooks et al. 2023,
+        InstructPix2Pix); 1 everywhere is a_n alone.
+    rescale: phi in [0, 1], pulls the contrast back to that of a_n (Lin et al. 2023).
+    interval: times (low, high), ends included, where the scales hold; elsewhere they are 1
         (Kynkäänniemi et al. 2024).
     Raises ConfigError for values out of range.
     """
 
-    scale: float = 1.0
+    scales: tuple[float, ...] = (1.0,)
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
 
@@ -38,39 +41,40 @@ class Guidance:
                               f"interval = {self.interval} must be (low, high).")
 
 
-def guided(network: Callable[[Array, Array, Any], Array], cond: Any, null: Any,
+def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any],
            guidance: Guidance) -> Callable[[Array, Array], Array]:
     """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction.
 
-    `cond` and `null` are pytrees of the same structure, every leaf [b ...]. Both questions go
-    through the network as one batch of 2b; scale 1 asks only the first. Raises ValueError when
-    the structures differ.
+    conditions: pytrees of the same structure, every leaf [b ...], from the fewest conditions to
+    all, one more than there are scales. All questions go through the network as one batch; if
+    every scale is 1 only the last is asked. Raises ValueError when structures or numbers differ.
     """
-    if guidance.scale == 1.0:
-        return lambda x_t, t: network(x_t, t, cond).astype(jnp.float32)
-    given, empty = str(jax.tree.structure(cond)), str(jax.tree.structure(null))
-    if given != empty:
-        raise ValueError("Guidance needs the same signals in cond and null, but cond is "
-                         f"{given} and null is {empty}.")
-    ports = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
+    if all(scale == 1.0 for scale in guidance.scales):
+        return lambda x_t, t: network(x_t, t, conditions[-1]).astype(jnp.float32)
+    if (n := len(conditions)) != len(guidance.scales) + 1:
+        raise ValueError(f"{len(guidance.scales)} guidance scales lead from one answer to the "
+                         f"next of {len(guidance.scales) + 1}, but there are {n}.")
+    structures = [str(jax.tree.structure(c)) for c in conditions]
+    if len(set(structures)) > 1:
+        raise ValueError(f"Guidance needs the same signals in all its conditions: {structures}.")
+    ports = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
 
     def denoise(x_t: Array, t: Array) -> Array:
-        both = network(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), ports)
-        with_cond, without = jnp.split(both.astype(jnp.float32), 2)
-        return combine(with_cond, without, t, guidance)
+        answers = network(jnp.concatenate([x_t] * n), jnp.concatenate([t] * n), ports)
+        return combine(jnp.split(answers.astype(jnp.float32), n), t, guidance)
 
     return denoise
 
 
-def combine(with_cond: Array, without: Array, t: Array, guidance: Guidance) -> Array:
-    """The guided prediction from the two answers [b t h w c] at times t [b] (or [b t])."""
+def combine(answers: Sequence[Array], t: Array, guidance: Guidance) -> Array:
+    """The guided prediction from the answers [b t h w c] at times t [b] (or [b t])."""
     low, high = guidance.interval
-    inside = (t >= low) & (t <= high)
-    scale = expand(jnp.where(inside, guidance.scale, 1.0), with_cond)
-    out = without + scale * (with_cond - without)
+    inside, out = (t >= low) & (t <= high), answers[0]
+    for before, after, scale in zip(answers, answers[1:], guidance.scales, strict=False):
+        out = out + expand(jnp.where(inside, scale, 1.0), after) * (after - before)
     if guidance.rescale == 0.0:
         return out
     axes = tuple(range(1, out.ndim))
     spread = jnp.std(out, axes, keepdims=True)
-    matched = out * jnp.std(with_cond, axes, keepdims=True) / jnp.maximum(spread, 1e-8)
+    matched = out * jnp.std(answers[-1], axes, keepdims=True) / jnp.maximum(spread, 1e-8)
     return guidance.rescale * matched + (1 - guidance.rescale) * out

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,10 @@ from vdx.diffusion.samplers import (
     hold,
     time_grid,
 )
+from vdx.models.conditioning import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
-from vdx.types import Array, Batch, Params, PRNGKeyArray
+from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Sampling:
     """How clips are drawn: the `sample` section of a config.
 
     steps: network evaluations of a first-order sampler. guidance: scale of classifier-free
-    guidance on the text. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
+    guidance on the text. guide: scales of other signals, which come before the text in that
+    order. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
     for models of rectified flow; empty: uniform times that the process has. shift: time shift
     of the grid. batch: clips drawn at once.
     """
@@ -39,6 +41,7 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     steps: int = 20
     guidance: float = 3.0
+    guide: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     grid: str = ""
@@ -65,18 +68,32 @@ class Generator:
     frame_shape: tuple[int, int, int]
     mean: float = 0.0
 
+    def __post_init__(self):
+        for name in self.sampling.guide:
+            lookup(name, self.model.signals, "config.sample.guide")
+
+    def guides(self) -> list[tuple[tuple[str, ...], float]]:
+        """(signals, their scale) of those that guidance may strengthen, the text last."""
+        s = self.sampling
+        return [*(((name,), scale) for name, scale in s.guide.items()), (TEXT, s.guidance)]
+
     def __call__(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
-                 num_frames: int, fps: float, noise: np.ndarray | None = None) -> np.ndarray:
+                 num_frames: int, fps: float, noise: np.ndarray | None = None,
+                 steer: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """float32 [n t h w c], one clip a prompt, at most `sampling.batch` at a time.
 
         Clip i starts from noise drawn from seeds[i] alone, or from noise[i] if given
-        (float32 [n t h w c]). Runs under the current mesh; every process gets all clips.
+        (float32 [n t h w c]). steer: entries of the batch for other signals, each [n ...]; a
+        signal without one is dropped. Runs under the current mesh; every process gets all clips.
+        Raises ConfigError for entries that no signal of the model reads, or that one needs.
         """
         shape = (num_frames, *self.frame_shape)
         if noise is not None and noise.shape != (len(prompts), *shape):
             raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
                              f"{(len(prompts), *shape)} [b t h w c].")
         self.model.num_tokens((1, *shape))      # says early if the sizes do not fit the patches
+        for key in (steer := steer or {}):
+            lookup(key, self.model.parts()[1].example(), "This model's signals")
         tokenize, chunk = self.model.tokenizer(), self._chunk(len(prompts))
         out = []
         for start in range(0, len(prompts), chunk):
@@ -86,6 +103,7 @@ class Generator:
             batch = {"text": np.stack(ids), "text_mask": np.stack(mask),
                      "fps": np.full(chunk, fps, np.float32),
                      "num_frames": np.full(chunk, num_frames, np.int32)}
+            batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
             given = None if noise is None else noise[np.asarray(rows)]
             x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
             out.append(np.asarray(x0)[:len(prompts) - start])
@@ -106,7 +124,7 @@ class Generator:
     def _from_seeds(self, params, batch, seeds, noise, shape) -> Array:
         if noise is None:
             noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
-        batch = {k: constrain(v, " ".join(["b", *"xyz"[:v.ndim - 1]])) for k, v in batch.items()}
+        batch = {k: constrain(v, " ".join("bthwc"[:v.ndim])) for k, v in batch.items()}
         return self.draw(params, batch, noise, jax.random.key(seeds[0]))
 
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
@@ -136,17 +154,25 @@ class Generator:
         Guidance leads from the conditions `negative` to those of `batch`; None: the same without
         their text. known: what `samplers.hold` takes.
         """
-        s, b = self.sampling, carry[0].shape[0]
-        keep = self.model.drop_masks(b, False)
-        # Guidance strengthens the text; frame rate and duration hold for both branches.
-        drop = {k: v | (k in ("text", "embeddings")) for k, v in keep.items()}
-        null = (batch, drop) if negative is None else (negative, keep)
+        s, (b, *_) = self.sampling, carry[0].shape
+        batch, absent = self.model.completed(batch, carry[0].shape)
+
+        def ports(batch: Batch, without: Collection[str] = ()) -> Ports:
+            drop = {name: mask | (name in absent or name in without)
+                    for name, mask in self.model.drop_masks(b, False).items()}
+            return self.model.run(params, batch, drop, method="condition")
+
+        if negative is None:
+            guides = [g for g in self.guides() if not absent.issuperset(g[0]) and g[1] != 1.0]
+            # Without any of them, then one after the other is told.
+            untold = [set().union(*(names for names, _ in guides[i:]))
+                      for i in range(len(guides) + 1)]
+            conditions, scales = [ports(batch, u) for u in untold], [scale for _, scale in guides]
+        else:
+            conditions, scales = [ports({**batch, **negative}), ports(batch)], [s.guidance]
         tell = (self.grid or self.process).network_time
-        denoise = guided(
-            lambda x, t, ports: self.model.run(params, x, tell(t), ports),
-            self.model.run(params, batch, keep, method="condition"),
-            self.model.run(params, *null, method="condition"),
-            Guidance(s.guidance, s.rescale, s.interval))
+        denoise = guided(lambda x, t, ports: self.model.run(params, x, tell(t), ports), conditions,
+                         Guidance(tuple(scales), s.rescale, s.interval))
         if known is not None:
             denoise = hold(denoise, *known)
         return advance(denoise, self.process, SAMPLERS[s.sampler](), carry, rows, key)
