@@ -271,6 +271,9 @@ class Echo:
     def random_drop(self, key, batch):
         return {}
 
+    def derived(self, key, x0):
+        return {}
+
 
 def test_a_given_first_frame_is_clean_at_time_zero_and_not_learned():
     made = experiment("wan22_ti2v_5b_lora").objective
