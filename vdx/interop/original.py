@@ -130,11 +130,15 @@ def umt5_config(source: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def vae_config(source: Mapping[str, Stored]) -> dict[str, Any]:
-    """The config.json of diffusers for the VAE of Wan 2.1 or 2.2. Raises WeightsError for
-    another."""
-    key = next((k for k in ("conv2.weight", "post_quant_conv.weight") if k in source), None)
+    """The config.json of diffusers for the VAE of Wan 2.1 or 2.2, which the number of its latent
+    channels tells apart, or for one of other widths. Raises WeightsError for another."""
+    names = (("conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma"),
+             ("post_quant_conv.weight", "encoder.conv_in.weight", "decoder.norm_out.gamma"))
+    found = next((n for n in names if all(k in source for k in n)), None)
+    sizes = [source[key].shape[0] for key in found or ()]
     kinds = {16: "wan2.1", 48: "wan2.2"}
-    if key is None or source[key].shape[0] not in kinds:
+    if found is None or sizes[0] not in kinds:
         raise WeightsError("These are not the weights of Wan's VAE; they begin with "
                            f"{', '.join(list(source)[:3])}.")
-    return {"_class_name": "AutoencoderKLWan", **VIDEO_VAES[kinds[source[key].shape[0]]]}
+    return {"_class_name": "AutoencoderKLWan", **VIDEO_VAES[kinds[sizes[0]]],
+            "base_dim": sizes[1], "decoder_base_dim": sizes[2]}
