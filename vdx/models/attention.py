@@ -10,14 +10,16 @@ from vdx.types import Array, Bool, Float
 
 
 def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"],
-           mask: Bool[Array, "b s"] | None = None, *, bias: Float[Array, "1 n q s"] | None = None,
-           scale: float | None = None, causal: bool = False) -> Float[Array, "b q n d"]:
-    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen.
+           mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None, *,
+           bias: Float[Array, "1 n q s"] | None = None, scale: float | None = None,
+           causal: bool = False) -> Float[Array, "b q n d"]:
+    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen, by all queries
+    or, [b q s] (b may be 1), by each.
 
     The scale is 1 / sqrt(d) unless given; `causal` hides the keys after each query. Softmax runs
     in float32.
     """
-    mask4 = None if mask is None else mask[:, None, None, :]
+    mask4 = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, bias, mask4, scale=scale, is_causal=causal)
 
 

@@ -64,7 +64,11 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 
 class Block(nn.Module):
-    """One mixer, cross-attention to the text, one MLP, each a residual."""
+    """One mixer, cross-attention to the text, one MLP, each a residual.
+
+    An image, a clip of one frame, passes a block over time alone by (Latte's
+    enable_temporal_attentions = False), so that images train and test the other blocks.
+    """
 
     mixer: Mapping[str, Any]
     heads: int
@@ -75,12 +79,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"], modulation: Float[Array, "b t 6 d"],
                  ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
+        mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
+                      name=self.mixer["name"])
+        if mixer.temporal and x.shape[1] == 1 and not self.is_initializing():
+            return x
         table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
         rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows[..., i, :] for i in range(6))
 
-        mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
-                      name=self.mixer["name"])
         y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
         x = (x + gate1 * y).astype(x.dtype)
         if ports.tokens is not None:
