@@ -67,9 +67,9 @@ class GridAttention(nn.Module):
     over = "full"        # a row of OVER
 
     def __post_init__(self):
-        if not ((self.block is None or self.block > 0 and self.over != "space")
-                and (self.window is None or self.window > 0 and self.block)
-                and (self.sink == 0 or self.sink > 0 and self.window)):
+        if not ((self.block is None or (self.block > 0 and self.over != "space"))
+                and (self.window is None or (self.window > 0 and self.block))
+                and (self.sink == 0 or (self.sink > 0 and self.window))):
             raise ConfigError(
                 f"model.pattern: {self.over!r} with block = {self.block}, window = {self.window}, "
                 f"sink = {self.sink}: a block is of one or more frames, of a mixer that looks over "
@@ -89,12 +89,12 @@ class GridAttention(nn.Module):
         q, k, v = (rearrange(a, "b t h w (n d) -> b t h w n d", n=self.heads) for a in (q, k, v))
         q, k, v = (constrain(a, "b t h w n d", context=split)
                    for a in (apply_rope(q, context.rope), apply_rope(k, context.rope), v))
-        if not self.block:
+        if self.block is None:
             y = self.answers(q, k, v)
-        elif context.past is not None:
-            y = self.answers(q, *self.after_past(k, v, context.past))
+        elif context.past is None:
+            y = self.answers_by_block(q, k, v, self.block)
         else:
-            y = self.answers_by_block(q, k, v)
+            y = self.answers(q, *self.after_past(k, v, self.block, context.past))
         y = rearrange(y, "b t h w n d -> b t h w (n d)")
         y = nn.Dense(width, name="out", dtype=self.dtype)(y)
         return constrain(y, "b t h w d", context="t")
@@ -110,9 +110,9 @@ class GridAttention(nn.Module):
         mask = None if seen is None else jnp.repeat(seen, k.shape[1] // frames)[None]
         return rearrange(attend(q, k, v, mask), f"{flat} -> {grid}", **sizes)
 
-    def answers_by_block(self, q: Array, k: Array, v: Array) -> Array:
+    def answers_by_block(self, q: Array, k: Array, v: Array, size: int) -> Array:
         """Block by block, each with the keys that it sees: what is hidden is not computed."""
-        size, out = self.block, []
+        out = []
         for i in range(-(-q.shape[1] // size)):
             near = 0 if self.window is None else max(0, i - self.window)
             old, new = min(self.sink, near) * size, slice(near * size, (i + 1) * size)
@@ -121,22 +121,22 @@ class GridAttention(nn.Module):
             out.append(self.answers(q[:, i * size:(i + 1) * size], *seen))
         return jnp.concatenate(out, 1)
 
-    def after_past(self, k: Array, v: Array, past: Past) -> tuple[Array, Array, Array]:
+    def after_past(self, k: Array, v: Array, size: int,
+                   past: Past) -> tuple[Array, Array, Array]:
         """Keys and values of the past and then of this block, and which frames are seen [s]."""
         blocks = past.blocks if self.window is None else self.sink + self.window
-        index, out = past.start // self.block, []
+        index, out = past.start // size, []
         slot = index if self.window is None else jnp.where(
             index < self.sink, index, self.sink + (index - self.sink) % self.window)
         for name, new in (("keys", k), ("values", v)):
-            shape = (len(new), blocks * self.block, *new.shape[2:])
+            shape = (len(new), blocks * size, *new.shape[2:])
             held = self.variable("cache", name, jnp.zeros, shape, new.dtype)
             out.append(jnp.concatenate([held.value, new], 1))
             if self.is_mutable_collection("cache"):
-                held.value = jax.lax.dynamic_update_slice_in_dim(held.value, new,
-                                                                 slot * self.block, 1)
+                held.value = jax.lax.dynamic_update_slice_in_dim(held.value, new, slot * size, 1)
         # Slots fill up in order, and those of a full window all hold a block that is seen.
         frames = jnp.arange(out[0].shape[1])
-        seen = (frames < past.start) | (frames >= blocks * self.block)
+        seen = (frames < past.start) | (frames >= blocks * size)
         return out[0], out[1], seen
 
 

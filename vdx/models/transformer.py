@@ -171,14 +171,16 @@ class Transformer(nn.Module):
             raise ConfigError(f"model.width = {width} over {heads} heads is not an even number.")
         return width, depth, heads, pattern
 
+    def over_time(self) -> list[Any]:
+        """The mixers of the pattern that look beyond a frame."""
+        mixers = [build(spec, MIXERS, "model.pattern", heads=1, dtype=jnp.float32, parent=None)
+                  for spec in self.dims()[3]]
+        return [mixer for mixer in mixers if getattr(mixer, "over", "") != "space"]
+
     def block(self) -> int | None:
         """Frames of tokens in a block, if what a token sees ends with its block, so that a clip
         can be made block by block; else None."""
-        sizes = set()
-        for spec in self.dims()[3]:
-            mixer = build(spec, MIXERS, "model.pattern", heads=1, dtype=jnp.float32, parent=None)
-            if getattr(mixer, "over", None) != "space":
-                sizes.add(getattr(mixer, "block", None))
+        sizes = {getattr(mixer, "block", None) for mixer in self.over_time()}
         return sizes.pop() if len(sizes) == 1 else None
 
     def hidden(self) -> int:
@@ -222,9 +224,8 @@ class Transformer(nn.Module):
         x = self.tokens(x, "patch")
         if self.absolute:
             # With blocks it is the place in the block: how long the clip will be is not known.
-            block = min(self.block() or grid[0], grid[0])
-            places = np.tile(place_table((block, *grid[1:]), width), (-(-grid[0] // block), 1, 1, 1))
-            x = x + jnp.asarray(places[:grid[0]], x.dtype)
+            places = place_table((self.block() or grid[0], *grid[1:]), width)
+            x = x + jnp.asarray(places[np.arange(grid[0]) % len(places)], x.dtype)
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
@@ -247,16 +248,15 @@ class Transformer(nn.Module):
             ports = ports.replace(image_tokens=ports.image_tokens.astype(dtype))
 
         rope = rope_table(grid, width // heads, self.rope_theta)
-        if past is not None:
-            rope = turned(rope, past.start, width // heads, self.rope_theta)
-        context = MixContext(rope, past)
+        context = MixContext(rope if past is None else turned(
+            rope, past.start, width // heads, self.rope_theta), past)
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
         layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0},
                          split_rngs={"params": True, "lora": True},
                          in_axes=nn.broadcast, length=depth // len(pattern))
-        block = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
-        (x, _), _ = layers(pattern, block, name="layers")((x, control), modulation, ports, context)
+        fields = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
+        (x, _), _ = layers(pattern, fields, name="layers")((x, control), modulation, ports, context)
 
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
         shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)
