@@ -284,10 +284,11 @@ def test_what_a_batch_lacks_is_dropped_or_asked_for():
     names = {"fps": {}, "depth": {"dropout": 0.0}, "motion": {}}
     model, shape = Denoiser(SMALL, names), (2, 2, 4, 4, 3)
     depth = {"depth": np.zeros((2, 2, 4, 4, 1), np.float32)}
-    batch, absent = model.completed(depth | BATCHES["fps"][0], shape)
-    assert absent == {"motion"} and batch["motion"].shape == (2,)
+    batch = depth | BATCHES["fps"][0]
+    assert model.absent(batch) == {"motion"}
+    assert model.completed(batch, shape)["motion"].shape == (2,)
     with pytest.raises(ConfigError, match=r"never trained without 'depth'.*give it"):
-        model.completed(BATCHES["fps"][0], shape)
+        model.absent(BATCHES["fps"][0])
 
 
 def test_a_vector_for_each_frame_reaches_the_tokens_of_that_frame(randomise):

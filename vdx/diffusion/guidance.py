@@ -40,24 +40,36 @@ class Guidance:
             raise ConfigError(f"guidance: rescale = {self.rescale} must be in [0, 1] and "
                               f"interval = {self.interval} must be (low, high).")
 
+    @property
+    def answers(self) -> int:
+        """How many the network gives."""
+        return 1 if all(scale == 1.0 for scale in self.scales) else len(self.scales) + 1
 
-def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any],
-           guidance: Guidance) -> Callable[[Array, Array], Array]:
-    """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction.
+
+def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
+    """All that the network is asked with, in one batch; the last alone if every scale is 1.
 
     conditions: pytrees of the same structure, every leaf [b ...], from the fewest conditions to
-    all, one more than there are scales. All questions go through the network as one batch; if
-    every scale is 1 only the last is asked. Raises ValueError when structures or numbers differ.
+    all, one more than there are scales. Raises ValueError when structures or numbers differ.
     """
-    if all(scale == 1.0 for scale in guidance.scales):
-        return lambda x_t, t: network(x_t, t, conditions[-1]).astype(jnp.float32)
-    if (n := len(conditions)) != len(guidance.scales) + 1:
+    if guidance.answers == 1:
+        return conditions[-1]
+    if len(conditions) != guidance.answers:
         raise ValueError(f"{len(guidance.scales)} guidance scales lead from one answer to the "
-                         f"next of {len(guidance.scales) + 1}, but there are {n}.")
+                         f"next of {guidance.answers}, but there are {len(conditions)}.")
     structures = [str(jax.tree.structure(c)) for c in conditions]
     if len(set(structures)) > 1:
         raise ValueError(f"Guidance needs the same signals in all its conditions: {structures}.")
-    ports = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+
+
+def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any],
+           guidance: Guidance) -> Callable[[Array, Array], Array]:
+    """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction; for
+    conditions see `questions`."""
+    ports, n = questions(conditions, guidance), guidance.answers
+    if n == 1:
+        return lambda x_t, t: network(x_t, t, ports).astype(jnp.float32)
 
     def denoise(x_t: Array, t: Array) -> Array:
         answers = network(jnp.concatenate([x_t] * n), jnp.concatenate([t] * n), ports)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,11 +72,6 @@ class Generator:
         for name in self.sampling.guide:
             lookup(name, self.model.signals, "config.sample.guide")
 
-    def guides(self) -> list[tuple[tuple[str, ...], float]]:
-        """(signals, their scale) of those that guidance may strengthen, the text last."""
-        s = self.sampling
-        return [*(((name,), scale) for name, scale in s.guide.items()), (TEXT, s.guidance)]
-
     def __call__(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
                  num_frames: int, fps: float, noise: np.ndarray | None = None,
                  steer: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
@@ -91,23 +86,29 @@ class Generator:
         if noise is not None and noise.shape != (len(prompts), *shape):
             raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
                              f"{(len(prompts), *shape)} [b t h w c].")
-        self.model.num_tokens((1, *shape))      # says early if the sizes do not fit the patches
+        self.check(shape)
         for key in (steer := steer or {}):
             lookup(key, self.model.parts()[1].example(), "This model's signals")
-        tokenize, chunk = self.model.tokenizer(), self._chunk(len(prompts))
-        out = []
+        chunk, out = self._chunk(len(prompts)), []
         for start in range(0, len(prompts), chunk):
             # The last chunk is filled up by repetition, so that one program serves all.
             rows = [min(i, len(prompts) - 1) for i in range(start, start + chunk)]
-            ids, mask = zip(*(tokenize(prompts[i]) for i in rows), strict=True)
-            batch = {"text": np.stack(ids), "text_mask": np.stack(mask),
-                     "fps": np.full(chunk, fps, np.float32),
-                     "num_frames": np.full(chunk, num_frames, np.int32)}
+            batch = self._batch([prompts[i] for i in rows], num_frames, fps)
             batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
             given = None if noise is None else noise[np.asarray(rows)]
             x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
             out.append(np.asarray(x0)[:len(prompts) - start])
         return np.concatenate(out)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for a clip [t h w c] that cannot be drawn."""
+        self.model.num_tokens((1, *shape))
+
+    def _batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
+        ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)
+        return {"text": np.stack(ids), "text_mask": np.stack(mask),
+                "fps": np.full(len(prompts), fps, np.float32),
+                "num_frames": np.full(len(prompts), num_frames, np.int32)}
 
     def _chunk(self, clips: int) -> int:
         """Clips at once: what is asked for, up to `batch`, rounded up to fill the mesh."""
@@ -123,9 +124,12 @@ class Generator:
 
     def _from_seeds(self, params, batch, seeds, noise, shape) -> Array:
         if noise is None:
-            noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
-        batch = {k: constrain(v, " ".join("bthwc"[:v.ndim])) for k, v in batch.items()}
-        return self.draw(params, batch, noise, jax.random.key(seeds[0]))
+            noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
+        return self.draw(params, laid_out(batch), noise, jax.random.key(seeds[0]))
+
+    def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+        """What a clip of shape [t h w c] starts from."""
+        return jax.random.normal(key, shape)
 
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
         """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
@@ -154,25 +158,46 @@ class Generator:
         Guidance leads from the conditions `negative` to those of `batch`; None: the same without
         their text. known: what `samplers.hold` takes.
         """
-        s, (b, *_) = self.sampling, carry[0].shape
-        batch, absent = self.model.completed(batch, carry[0].shape)
-
-        def ports(batch: Batch, without: Collection[str] = ()) -> Ports:
-            drop = {name: mask | (name in absent or name in without)
-                    for name, mask in self.model.drop_masks(b, False).items()}
-            return self.model.run(params, batch, drop, method="condition")
-
-        if negative is None:
-            guides = [g for g in self.guides() if not absent.issuperset(g[0]) and g[1] != 1.0]
-            # Without any of them, then one after the other is told.
-            untold = [set().union(*(names for names, _ in guides[i:]))
-                      for i in range(len(guides) + 1)]
-            conditions, scales = [ports(batch, u) for u in untold], [scale for _, scale in guides]
-        else:
-            conditions, scales = [ports({**batch, **negative}), ports(batch)], [s.guidance]
-        tell = (self.grid or self.process).network_time
-        denoise = guided(lambda x, t, ports: self.model.run(params, x, tell(t), ports), conditions,
-                         Guidance(tuple(scales), s.rescale, s.interval))
+        denoise = guided(
+            lambda x, t, ports: self.model.run(params, x, self.tell(t), ports),
+            self.conditions(params, batch, negative, carry[0].shape),
+            self.guidance(batch, negative))
         if known is not None:
             denoise = hold(denoise, *known)
-        return advance(denoise, self.process, SAMPLERS[s.sampler](), carry, rows, key)
+        return advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), carry, rows, key)
+
+    def guides(self, batch: Batch) -> list[tuple[set[str], float]]:
+        """(signals, scale) of what guidance strengthens one after the other, the text last."""
+        s, absent = self.sampling, self.model.absent(batch)
+        known = [*(({name}, scale) for name, scale in s.guide.items()), (set(TEXT), s.guidance)]
+        return [(names, scale) for names, scale in known if scale != 1.0 and names - absent]
+
+    def guidance(self, batch: Batch, negative: Batch | None = None) -> Guidance:
+        """As `advance` guides from `negative` to `batch`."""
+        s = self.sampling
+        scales = [s.guidance] if negative else [scale for _, scale in self.guides(batch)]
+        return Guidance(tuple(scales), s.rescale, s.interval)
+
+    def conditions(self, params: Params, batch: Batch, negative: Batch | None,
+                   shape: tuple[int, ...]) -> list[Ports]:
+        """What the network is told of clips of `shape` [b t h w c], from the fewest conditions to
+        all."""
+        absent, whole = self.model.absent(batch), self.model.completed(batch, shape)
+
+        def ports(batch: Batch, untold: set[str]) -> Ports:
+            drop = {name: mask | (name in absent | untold)
+                    for name, mask in self.model.drop_masks(shape[0], False).items()}
+            return self.model.run(params, batch, drop, method="condition")
+
+        if negative:
+            return [ports({**whole, **negative}, set()), ports(whole, set())]
+        guides = [names for names, _ in self.guides(batch)]
+        return [ports(whole, set().union(*guides[i:])) for i in range(len(guides) + 1)]
+
+    def tell(self, t: Array) -> Array:
+        """What the network is fed at time t."""
+        return (self.grid or self.process).network_time(t)
+
+
+def laid_out(batch: Batch) -> Batch:
+    return {k: constrain(v, " ".join("bthwc"[:v.ndim])) for k, v in batch.items()}

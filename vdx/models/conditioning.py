@@ -252,23 +252,24 @@ class Conditioning(nn.Module):
         return out
 
     @nn.nowrap
-    def completed(self, batch: Batch, shape: tuple[int, ...]) -> tuple[Batch, set[str]]:
-        """(a batch with an entry for every signal, signals that it did not have), for clips of
-        `shape` [b t h w c]. Raises ConfigError for what this model cannot do without: it never
-        saw it dropped."""
-        batch, absent = dict(batch), set()
-        for name in self.signals:
-            row = self.row(name, parent=None)
-            example = {} if name in TEXT else row.example(shape[1:])    # a text is always given
-            if set(example) <= set(batch):
-                continue
-            if not row.dropout:
+    def absent(self, batch: Batch) -> set[str]:
+        """Signals that a batch has nothing for. A text is always given. Raises ConfigError for
+        one that this model cannot do without: it never saw it dropped."""
+        rows = {name: self.row(name, parent=None) for name in self.signals if name not in TEXT}
+        lost = {name for name, row in rows.items() if not set(row.example()) <= set(batch)}
+        for name in lost:
+            if not rows[name].dropout:
                 raise ConfigError(f"This model was never trained without {name!r} "
                                   f"(config.model.signals.{name}.dropout = 0): give it.")
-            absent.add(name)
-            batch |= {key: jnp.broadcast_to(v, (shape[0], *v.shape[1:]))
-                      for key, v in example.items()}
-        return batch, absent
+        return lost
+
+    @nn.nowrap
+    def completed(self, batch: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
+        """A batch for clips of `shape` [b t h w c] with an entry for every signal."""
+        examples = {k: v for name in self.absent(batch)
+                    for k, v in self.row(name, parent=None).example(shape[1:]).items()}
+        return {**batch, **{k: jnp.broadcast_to(v, (shape[0], *v.shape[1:]))
+                            for k, v in examples.items()}}
 
     @nn.nowrap
     def random_drop(self, key: PRNGKeyArray, batch_size: int) -> dict[str, Array]:

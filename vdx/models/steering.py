@@ -38,7 +38,7 @@ class KnownFrames(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"known": jnp.zeros((1, *clip[:3], self.channels)),
                 "known_mask": jnp.zeros((1, clip[0]))}
 
@@ -70,7 +70,7 @@ class Reference(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"reference": jnp.zeros((1, self.height, self.columns, 3), jnp.uint8)}
 
     @nn.compact
@@ -100,7 +100,7 @@ class DenseMap(nn.Module):
     scale = 1.0          # brings the map's values to about one
 
     @nn.nowrap
-    def example(self, clip: Clip) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {self.key: jnp.zeros((1, *clip[:3], self.features))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
@@ -149,7 +149,7 @@ class Actions(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"actions": jnp.zeros((1, clip[0]), jnp.int32)}
 
     @nn.compact
@@ -169,7 +169,7 @@ class Scalar(nn.Module):
     floor = 0.0          # added before the logarithm, for numbers that may be 0
 
     @nn.nowrap
-    def example(self, clip: Clip) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {self.key: jnp.ones(1)}
 
     @nn.compact
