@@ -26,6 +26,7 @@ from vdx.diffusion.losses import WEIGHTS
 from vdx.diffusion.process import PROCESSES, TIMES
 from vdx.files import read_json
 from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.stream import Streamer
 from vdx.interop.load import abstract_params
 from vdx.interop.wan import load_wan
 from vdx.models.conditioning import Embeddings
@@ -127,7 +128,8 @@ class Sections:
     runs/a/checkpoints/500.
 
     With `lora`, adapters are what is trained, saved and taken from `resume` and `init`, and
-    `weights` is always read: it names the frozen network beside them. first_frame: see Objective.
+    `weights` is always read: it names the frozen network beside them. first_frame, forcing: see
+    Objective; a network with blocks that is trained with `forcing` draws clips block by block.
     """
 
     data: Spec
@@ -146,6 +148,7 @@ class Sections:
     weights: str | None = None
     lora: Spec | None = None
     first_frame: float = 0.0
+    forcing: bool = False
 
 
 class Experiment:
@@ -177,7 +180,7 @@ class Experiment:
         self.objective = Objective(self.model, self.process,
                                    build(top.time, TIMES, "config.time"),
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
-                                   self.data.mean or 0.0, self.lora, top.first_frame)
+                                   self.data.mean or 0.0, self.lora, top.first_frame, top.forcing)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -267,8 +270,10 @@ class Experiment:
     def generator(self, sampling: Sampling | None = None,
                   size: tuple[int, int] | None = None) -> Generator:
         height, width = size or (self.data.height, self.data.width)
-        return Generator(self.model, self.process, sampling or self.sampling,
-                         (height, width, self.model.channels), self.objective.mean)
+        by_block = self.objective.forcing and self.model.parts()[0].block()
+        return (Streamer if by_block else Generator)(
+            self.model, self.process, sampling or self.sampling,
+            (height, width, self.model.channels), self.objective.mean)
 
     def clip_default(self) -> tuple[int, float]:
         """(frames, frames per second) of a clip when nobody says otherwise: the first length

@@ -38,6 +38,17 @@ class Guidance:
                               f"interval = {self.interval} must be (low, high).")
 
 
+def questions(cond: Any, null: Any, guidance: Guidance) -> Any:
+    """What the network is asked with: `cond` alone or, with a scale, both in one batch."""
+    if guidance.scale == 1.0:
+        return cond
+    given, empty = str(jax.tree.structure(cond)), str(jax.tree.structure(null))
+    if given != empty:
+        raise ValueError("Guidance needs the same signals in cond and null, but cond is "
+                         f"{given} and null is {empty}.")
+    return jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
+
+
 def guided(network: Callable[[Array, Array, Any], Array], cond: Any, null: Any,
            guidance: Guidance) -> Callable[[Array, Array], Array]:
     """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction.
@@ -46,13 +57,9 @@ def guided(network: Callable[[Array, Array, Any], Array], cond: Any, null: Any,
     through the network as one batch of 2b; scale 1 asks only the first. Raises ValueError when
     the structures differ.
     """
+    ports = questions(cond, null, guidance)
     if guidance.scale == 1.0:
-        return lambda x_t, t: network(x_t, t, cond).astype(jnp.float32)
-    given, empty = str(jax.tree.structure(cond)), str(jax.tree.structure(null))
-    if given != empty:
-        raise ValueError("Guidance needs the same signals in cond and null, but cond is "
-                         f"{given} and null is {empty}.")
-    ports = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
+        return lambda x_t, t: network(x_t, t, ports).astype(jnp.float32)
 
     def denoise(x_t: Array, t: Array) -> Array:
         both = network(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), ports)

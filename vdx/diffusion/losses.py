@@ -60,22 +60,28 @@ class VelocityWeight:
 WEIGHTS = {"none": NoWeight, "min_snr": MinSNR, "velocity": VelocityWeight}
 
 
-def denoising_loss(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
-                   t: Array, learnt: Array | None = None) -> Array:
-    """Weighted mean squared error of each sample: float32 [b].
+def denoising_error(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
+                    t: Array) -> Array:
+    """Weighted squared error, float32 [b t h w c].
 
-    `prediction`, `x0` and `noise` are [b t h w c] in any float type, t is [b] or [b t]; the
-    mean is over t h w c, and over the frames alone that `learnt`, bool [b t], says.
+    `prediction`, `x0` and `noise` are [b t h w c] in any float type, t is [b] or [b t].
     """
     target = process.from_x0_noise(x0, noise, t)
     error = jnp.square(prediction.astype(jnp.float32) - target)
+    return expand(weight(process, t), error) * error
+
+
+def denoising_loss(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
+                   t: Array, learnt: Array | None = None) -> Array:
+    """The mean of `denoising_error` over t h w c, float32 [b]; over the frames alone that
+    `learnt`, bool [b t], says."""
+    error = denoising_error(process, weight, prediction, x0, noise, t)
     where = None if learnt is None else learnt[:, :, None, None, None]
-    return jnp.mean(expand(weight(process, t), error) * error, axis=range(1, error.ndim),
-                    where=where)
+    return jnp.mean(error, axis=range(1, error.ndim), where=where)
 
 
 def bin_by_time(values: Array, t: Array, bins: int) -> tuple[Array, Array]:
-    """(sums [bins], counts [bins]) in float32 of values [b] whose t [b] is in each 1/bins.
+    """(sums [bins], counts [bins]) in float32 of values [n] whose t [n] is in each 1/bins.
 
     Sums and counts add up over batches and hosts, means would not.
     """

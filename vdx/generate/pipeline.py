@@ -23,7 +23,7 @@ from vdx.diffusion.samplers import (
 )
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
-from vdx.types import Array, Batch, Params, PRNGKeyArray
+from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +76,26 @@ class Generator:
         if noise is not None and noise.shape != (len(prompts), *shape):
             raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
                              f"{(len(prompts), *shape)} [b t h w c].")
-        self.model.num_tokens((1, *shape))      # says early if the sizes do not fit the patches
-        tokenize, chunk = self.model.tokenizer(), self._chunk(len(prompts))
-        out = []
+        self.check(shape)
+        chunk, out = self._chunk(len(prompts)), []
         for start in range(0, len(prompts), chunk):
             # The last chunk is filled up by repetition, so that one program serves all.
             rows = [min(i, len(prompts) - 1) for i in range(start, start + chunk)]
-            ids, mask = zip(*(tokenize(prompts[i]) for i in rows), strict=True)
-            batch = {"text": np.stack(ids), "text_mask": np.stack(mask),
-                     "fps": np.full(chunk, fps, np.float32),
-                     "num_frames": np.full(chunk, num_frames, np.int32)}
+            batch = self._batch([prompts[i] for i in rows], num_frames, fps)
             given = None if noise is None else noise[np.asarray(rows)]
             x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
             out.append(np.asarray(x0)[:len(prompts) - start])
         return np.concatenate(out)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for a clip [t h w c] that cannot be drawn."""
+        self.model.num_tokens((1, *shape))
+
+    def _batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
+        ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)
+        return {"text": np.stack(ids), "text_mask": np.stack(mask),
+                "fps": np.full(len(prompts), fps, np.float32),
+                "num_frames": np.full(len(prompts), num_frames, np.int32)}
 
     def _chunk(self, clips: int) -> int:
         """Clips at once: what is asked for, up to `batch`, rounded up to fill the mesh."""
@@ -105,9 +111,12 @@ class Generator:
 
     def _from_seeds(self, params, batch, seeds, noise, shape) -> Array:
         if noise is None:
-            noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
-        batch = {k: constrain(v, " ".join(["b", *"xyz"[:v.ndim - 1]])) for k, v in batch.items()}
-        return self.draw(params, batch, noise, jax.random.key(seeds[0]))
+            noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
+        return self.draw(params, laid_out(batch), noise, jax.random.key(seeds[0]))
+
+    def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+        """What a clip of shape [t h w c] starts from."""
+        return jax.random.normal(key, shape)
 
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
         """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
@@ -136,17 +145,31 @@ class Generator:
         Guidance leads from the conditions `negative` to those of `batch`; None: the same without
         their text. known: what `samplers.hold` takes.
         """
-        s, b = self.sampling, carry[0].shape[0]
-        keep = self.model.drop_masks(b, False)
+        denoise = guided(
+            lambda x, t, ports: self.model.run(params, x, self.tell(t), ports),
+            *self.conditions(params, batch, negative, carry[0].shape[0]), self.guidance)
+        if known is not None:
+            denoise = hold(denoise, *known)
+        return advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), carry, rows, key)
+
+    def conditions(self, params: Params, batch: Batch, negative: Batch | None,
+                   clips: int) -> tuple[Ports, Ports]:
+        """What guidance leads to, and what from: see `advance`."""
+        keep = self.model.drop_masks(clips, False)
         # Guidance strengthens the text; frame rate and duration hold for both branches.
         drop = {k: v | (k in ("text", "embeddings")) for k, v in keep.items()}
         null = (batch, drop) if negative is None else (negative, keep)
-        tell = (self.grid or self.process).network_time
-        denoise = guided(
-            lambda x, t, ports: self.model.run(params, x, tell(t), ports),
-            self.model.run(params, batch, keep, method="condition"),
-            self.model.run(params, *null, method="condition"),
-            Guidance(s.guidance, s.rescale, s.interval))
-        if known is not None:
-            denoise = hold(denoise, *known)
-        return advance(denoise, self.process, SAMPLERS[s.sampler](), carry, rows, key)
+        return (self.model.run(params, batch, keep, method="condition"),
+                self.model.run(params, *null, method="condition"))
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.sampling.guidance, self.sampling.rescale, self.sampling.interval)
+
+    def tell(self, t: Array) -> Array:
+        """What the network is fed at time t."""
+        return (self.grid or self.process).network_time(t)
+
+
+def laid_out(batch: Batch) -> Batch:
+    return {k: constrain(v, " ".join(["b", *"xyz"[:v.ndim - 1]])) for k, v in batch.items()}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from vdx.build import ConfigError, build
 from vdx.models.conditioning import Conditioning, Drop
 from vdx.models.lora import Adapted
+from vdx.models.mixers import Past
 from vdx.models.text import Tokenize
 from vdx.models.transformer import Transformer
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
@@ -29,8 +30,9 @@ class Denoiser(nn.Module):
     def setup(self):
         self.network, self.conditioning = self.parts()
 
-    def __call__(self, x: Array, time: Array, ports: Ports) -> Array:
-        return self.network(x, time, ports)
+    def __call__(self, x: Array, time: Array, ports: Ports, past: Past | None = None) -> Array:
+        return self.network(x, time, ports) if past is None else \
+            self.network(x, time, ports, past)
 
     def condition(self, batch: Batch, drop: Drop) -> Ports:
         return self.conditioning(batch, drop)
@@ -40,11 +42,13 @@ class Denoiser(nn.Module):
         return self(x, time, self.condition(batch, drop))
 
     @nn.nowrap
-    def run(self, params: Params | Adapted, *args, method: str = "__call__") -> Any:
-        """`apply` for a model whose parameters, or these and adapters, are all there is."""
+    def run(self, params: Params | Adapted, *args, method: str = "__call__", **more) -> Any:
+        """`apply` with parameters, or these and adapters; `more`: collections such as `cache`,
+        and `mutable`."""
         if isinstance(params, Adapted):
-            return params.apply(self, *args, method=method)
-        return self.apply({"params": params}, *args, method=method)
+            return params.apply(self, *args, method=method, **more)
+        mutable = more.pop("mutable", False)
+        return self.apply({"params": params, **more}, *args, method=method, mutable=mutable)
 
     @nn.nowrap
     def parts(self) -> tuple[Any, Conditioning]:

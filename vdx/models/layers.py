@@ -7,13 +7,14 @@ modulation and softmax run in float32 because their sums lose too much in bfloat
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.types import Array, Float
+from vdx.types import Array, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,          # tanh form, as in Wan and T5
@@ -162,6 +163,22 @@ def rope_table(grid: tuple[int, int, int], head_width: int,
 
     angles = _over_axes(grid, head_width, rows)[..., None, :]
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def turned(rope: tuple[Any, Any], frames: Int[Array, ""], head_width: int,
+           theta: float = 1e4) -> tuple[Array, Array]:
+    """A `rope_table` moved on by a traced number of frames, exact for 2**20 and more of them.
+
+    Angles are counted in turns of 2**32: such integers wrap around as angles do, where a float32
+    angle of many turns has lost its fraction.
+    """
+    features = head_width - 4 * (head_width // 6)          # those of time come first
+    freqs = theta ** (-np.arange(0, features, 2, dtype=np.float64) / features)
+    steps = np.zeros(head_width // 2, np.uint32)
+    steps[:len(freqs)] = np.round(freqs / (2 * np.pi) * 2**32)
+    angles = (frames.astype(jnp.uint32) * steps).astype(jnp.float32) * (2 * np.pi / 2**32)
+    (cos, sin), c, s = rope, jnp.cos(angles), jnp.sin(angles)
+    return cos * c - sin * s, sin * c + cos * s
 
 
 def apply_rope(x: Float[Array, "b t h w n d"], rope) -> Array:

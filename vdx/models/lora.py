@@ -39,12 +39,13 @@ class Adapted(flax.struct.PyTreeNode):
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
-    def apply(self, module: nn.Module, *args, method: str) -> Any:
+    def apply(self, module: nn.Module, *args, method: str, mutable: Any = False,
+              **collections) -> Any:
         """`module.apply`, with the factors beside the kernels."""
         rngs = {"lora": self.key} if self.dropout and self.key is not None else {}
         with nn.intercept_methods(self._beside):
-            return module.apply({"params": self.base, "lora": self.factors}, *args,
-                                method=method, rngs=rngs)
+            return module.apply({"params": self.base, "lora": self.factors, **collections}, *args,
+                                method=method, rngs=rngs, mutable=mutable)
 
     def _beside(self, call: Callable, args, kwargs, context) -> Any:
         y, layer = call(*args, **kwargs), context.module

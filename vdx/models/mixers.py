@@ -9,11 +9,12 @@ says of itself:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -27,18 +28,31 @@ from vdx.parallel import back, constrain
 from vdx.types import Array, Bool, Float
 
 
+class Past(flax.struct.PyTreeNode):
+    """What came before the block that a network is given alone (see vdx.generate.stream).
+
+    start: int32 [], frames of tokens before it. blocks: how many blocks the cache of a mixer
+    without a window holds.
+    """
+
+    start: Array
+    blocks: int = flax.struct.field(pytree_node=False)
+
+
 class MixContext(flax.struct.PyTreeNode):
-    """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin)."""
+    """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin), and the
+    past of a block that comes alone."""
 
     rope: tuple[Any, Any]
+    past: Past | None = None
 
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch. Then the
-# number of tokens that each one sees.
-OVER: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
-    "full": ("b t h w n d", "b (t h w) n d", "t", lambda t, h, w: t * h * w),
-    "space": ("b t h w n d", "(b t) (h w) n d", "t", lambda t, h, w: h * w),
-    "time": ("b t h w n d", "(b h w) t n d", "h", lambda t, h, w: t),
+# axis that a mesh splits.
+OVER = {
+    "full": ("b t h w n d", "b (t h w) n d", "t"),
+    "space": ("b t h w n d", "(b t) (h w) n d", "t"),
+    "time": ("b t h w n d", "(b h w) t n d", "h"),
 }
 REACH = 32      # distances in time beyond this many frames have one bias
 
@@ -49,10 +63,18 @@ class GridAttention(nn.Module):
 
     positions: "rope", 3D rotary positions, or "none". qk_norm: queries and keys are
     RMS-normalised across all heads (as Wan does).
+    block: frames of tokens in a block; a token sees its own block, all of it, and those before
+    (Yin et al. 2024, CausVid). window: of those before, so many are seen, and the first `sink`
+    (Xiao et al. 2023); None: all. With a past the tokens are one block, and the keys and values
+    of the blocks before it lie in the collection "cache"; where that is mutable, the block's own
+    are put there, in place of those that no later block sees.
     """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    block: int | None = None
+    window: int | None = None
+    sink: int = 0
     positions: str = "rope"
     qk_norm: bool = True
     over = "full"        # a row of OVER
@@ -63,25 +85,29 @@ class GridAttention(nn.Module):
         if self.positions not in self.known_positions:
             raise ConfigError(f"model.pattern: positions = {self.positions!r} of the mixer over "
                               f"{self.over!r}; known: {', '.join(self.known_positions)}.")
+        if not ((self.block is None or (self.block > 0 and self.over != "space"))
+                and (self.window is None or (self.window > 0 and (self.block or self.temporal)))
+                and (self.sink == 0 or (self.sink > 0 and self.window and self.block))):
+            raise ConfigError(
+                f"model.pattern: {self.over!r} with block = {self.block}, window = {self.window}, "
+                f"sink = {self.sink}: a block is of one or more frames, of a mixer that looks over "
+                "time; a window is of one or more blocks, and a sink stays beside a window.")
         super().__post_init__()
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * width * (8.0 * width + 4.0 * OVER[self.over][3](*grid))
-
-    @nn.nowrap
-    def mask(self, frames: int) -> Bool[Array, "1 q s"] | None:
-        """True on what each query may see; None: all."""
-        return None
-
-    def bias(self, frames: int) -> Float[Array, "1 n q s"] | None:
-        """Added to the scores."""
-        return None
+        t, h, w = grid
+        pairs = {"full": float(t * h * w) ** 2, "space": t * float(h * w) ** 2,
+                 "time": float(t) ** 2 * h * w}[self.over]
+        if self.over == "full" and self.block:
+            pairs = sum((min(end, t) - at) * (old + min(end, t) - start) * float(h * w) ** 2
+                        for at, end, old, start in self.blocks(t, self.block))
+        return width * (8.0 * width * math.prod(grid) + 4.0 * pairs)
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"],
                  context: MixContext) -> Float[Array, "b t h w d"]:
-        width, (grid, flat, split, _) = x.shape[-1], OVER[self.over]
+        width, split = x.shape[-1], OVER[self.over][2]
         # What is attended over must lie on one device, so the context axis splits another one
         # (for "full" XLA gathers keys and values).
         x = constrain(x, "b t h w d", context=split)
@@ -92,13 +118,65 @@ class GridAttention(nn.Module):
         if self.positions == "rope":
             q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         q, k, v = (constrain(a, "b t h w n d", context=split) for a in (q, k, v))
-        sizes = dict(zip("bthw", x.shape[:4], strict=True))
-        q, k, v = (rearrange(a, f"{grid} -> {flat}") for a in (q, k, v))
-        y = attend(q, k, v, self.mask(x.shape[1]), bias=self.bias(x.shape[1]))
-        y = rearrange(y, f"{flat} -> {grid}", **sizes)
+        if self.block is None or context.past is None:
+            y = self.answers_of_clip(q, k, v)
+        else:
+            y = self.answers(q, *self.after_past(k, v, self.block, context.past))
         y = rearrange(y, "b t h w n d -> b t h w (n d)")
-        y = nn.Dense(width, name="out", dtype=self.dtype)(y)
-        return back(y, split)
+        return back(nn.Dense(width, name="out", dtype=self.dtype)(y), split)
+
+    def bias(self, queries: int, keys: int) -> Float[Array, "1 n q s"] | None:
+        """Added to the scores."""
+        return None
+
+    def answers(self, q: Float[Array, "b t h w n d"], k: Float[Array, "b s h w n d"],
+                v: Float[Array, "b s h w n d"],
+                seen: Bool[Array, "s"] | Bool[Array, "t s"] | None = None) -> Array:
+        """seen: frames of the keys that are, by all or, over time, by each frame; None: all."""
+        grid, flat, _ = OVER[self.over]
+        sizes, frames = dict(zip("bthw", q.shape[:4], strict=True)), k.shape[1]
+        q, k, v = (rearrange(a, f"{grid} -> {flat}") for a in (q, k, v))
+        if self.block and self.over == "full":       # a block's frames may lie on one device
+            q = constrain(q, "b s n d", context="s")
+        mask = None if seen is None else jnp.repeat(seen, k.shape[1] // frames, -1)[None]
+        y = attend(q, k, v, mask, bias=self.bias(q.shape[1], k.shape[1]))
+        return rearrange(y, f"{flat} -> {grid}", **sizes)
+
+    @nn.nowrap
+    def blocks(self, frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first frame, end, `old`, `start`) of each block, which sees frames :old, start:end."""
+        for i in range(-(-frames // size)):
+            near = 0 if self.window is None else max(0, i - self.window)
+            yield i * size, (i + 1) * size, min(self.sink, near) * size, near * size
+
+    def answers_of_clip(self, q: Array, k: Array, v: Array) -> Array:
+        """Block by block, each with the keys that it sees: what is hidden is not computed."""
+        if self.block is None:
+            return self.answers(q, k, v)
+        out = []
+        for at, end, old, start in self.blocks(q.shape[1], self.block):
+            seen = (jnp.concatenate([a[:, :old], a[:, start:end]], 1) if old else a[:, start:end]
+                    for a in (k, v))
+            out.append(self.answers(q[:, at:end], *seen))
+        return jnp.concatenate(out, 1)
+
+    def after_past(self, k: Array, v: Array, size: int,
+                   past: Past) -> tuple[Array, Array, Array]:
+        """Keys and values of the past and then of this block, and which frames are seen [s]."""
+        blocks = past.blocks if self.window is None else self.sink + self.window
+        index, out = past.start // size, []
+        slot = index if self.window is None else jnp.where(
+            index < self.sink, index, self.sink + (index - self.sink) % self.window)
+        for name, new in (("keys", k), ("values", v)):
+            shape = (len(new), blocks * size, *new.shape[2:])
+            held = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+            out.append(jnp.concatenate([held.value, new], 1))
+            if self.is_mutable_collection("cache"):
+                held.value = jax.lax.dynamic_update_slice_in_dim(held.value, new, slot * size, 1)
+        # Slots fill up in order, and those of a full window all hold a block that is seen.
+        frames = jnp.arange(out[0].shape[1])
+        seen = (frames < past.start) | (frames >= blocks * size)
+        return out[0], out[1], seen
 
 
 class SpaceAttention(GridAttention):
@@ -110,44 +188,52 @@ class SpaceAttention(GridAttention):
 class TimeAttention(GridAttention):
     """The tokens of one place attend to one another.
 
-    causal: to those of their frame and before it alone. window: to those at most so many frames
-    away; None: to all. positions: also "relative", a learned bias for each head and each distance
-    in frames (Shaw et al. 2018; as scores, Raffel et al. 2020), the same beyond REACH. The number
-    of frames may differ between training and use.
+    causal: to those of their frame and before it alone, as with a block of one frame. window:
+    without blocks, to those at most so many frames away. positions: also "relative", a learned
+    bias for each head and each distance in frames (Shaw et al. 2018; as scores, Raffel et al.
+    2020), the same beyond REACH; the number of frames may differ between training and use.
     """
 
     causal: bool = False
-    window: int | None = None
     over = "time"
     temporal = True
     known_positions = ("rope", "relative", "none")
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"model.pattern: window = {self.window} of 'time' must be at least "
-                              "one frame; for frames that see nothing else name 'none'.")
+        if self.causal:
+            if self.block not in (None, 1):
+                raise ConfigError(f"model.pattern: 'time' is causal, with a block of {self.block} "
+                                  "frames, which see one another. Set one of the two.")
+            object.__setattr__(self, "block", 1)
         super().__post_init__()
 
-    @nn.nowrap
-    def mask(self, frames: int) -> Bool[Array, "1 q s"] | None:
-        if not self.causal and self.window is None:
-            return None
-        ahead = _ahead(frames)
-        far = frames if self.window is None else self.window
-        return jnp.asarray((ahead >= -far) & (ahead <= (0 if self.causal else far)))[None]
+    def answers_of_clip(self, q: Array, k: Array, v: Array) -> Array:
+        """All at once: the scores of one place are few, so that what is hidden is masked."""
+        return self.answers(q, k, v, self.seen(q.shape[1]))
 
-    def bias(self, frames: int) -> Float[Array, "1 n q s"] | None:
+    @nn.nowrap
+    def seen(self, frames: int) -> Bool[Array, "q s"] | None:
+        """Which frames each one sees; None: all."""
+        if self.block is None and self.window is None:
+            return None
+        blocks = np.arange(frames) // (self.block or 1)
+        age = blocks[:, None] - blocks                              # of the key, in blocks
+        far = frames if self.window is None else self.window
+        if self.block is None:
+            return jnp.asarray(np.abs(age) <= far)
+        return jnp.asarray((age >= 0) & ((age <= far) | (blocks < self.sink)))
+
+    def bias(self, queries: int, keys: int) -> Float[Array, "1 n q s"] | None:
         if self.positions != "relative":
             return None
+        if queries != keys:
+            raise ConfigError("model.pattern: 'time' with positions = 'relative' makes no clip "
+                              "block by block; 'rope' does.")
         table = self.param("distance_table", nn.initializers.normal(0.02),
                            (2 * REACH + 1, self.heads), jnp.float32)
-        rows = table[np.clip(_ahead(frames), -REACH, REACH) + REACH]
+        ahead = np.arange(keys) - np.arange(queries)[:, None]
+        rows = table[np.clip(ahead, -REACH, REACH) + REACH]
         return rearrange(rows, "q s n -> 1 n q s")
-
-
-def _ahead(frames: int) -> np.ndarray:
-    """[q s]: by how many frames the key is ahead of the query."""
-    return np.arange(frames) - np.arange(frames)[:, None]
 
 
 class NoExchange(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from vdx.build import ConfigError, build, lookup
@@ -24,8 +25,9 @@ from vdx.models.layers import (
     layer_norm,
     place_table,
     rope_table,
+    turned,
 )
-from vdx.models.mixers import MIXERS, PATTERNS, MixContext
+from vdx.models.mixers import MIXERS, PATTERNS, MixContext, Past
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
 
@@ -81,7 +83,8 @@ class Block(nn.Module):
                  ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
         mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
                       name=self.mixer["name"])
-        if mixer.temporal and x.shape[1] == 1 and not self.is_initializing():
+        image = x.shape[1] == 1 and context.past is None
+        if mixer.temporal and image and not self.is_initializing():
             return x
         table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
         rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
@@ -127,8 +130,9 @@ class Period(nn.Module):
 class Transformer(nn.Module):
     """denoiser(x_t [b t h w c], time [b], ports) -> prediction [b t h w c].
 
-    `time` may also be [b t], one for each frame (Wan 2.2 TI2V gives 0 to a known first frame); a
-    patch takes that of its first frame.
+    `time` may also be [b t], one for each frame (Wan 2.2 TI2V gives 0 to a known first frame,
+    diffusion forcing each frame its own); a patch takes that of its first frame. past: x is one
+    block of a clip, and the collection "cache" holds what its mixers see of those before.
 
     size: a row of SIZES; width, depth, heads and mlp_ratio override it.
     patch: frames, rows and columns of one token; the grid must divide by it.
@@ -174,6 +178,18 @@ class Transformer(nn.Module):
             raise ConfigError(f"model.width = {width} over {heads} heads is not an even number.")
         return width, depth, heads, pattern
 
+    def over_time(self) -> list[Any]:
+        """The mixers of the pattern that look beyond a frame."""
+        mixers = [build(spec, MIXERS, "model.pattern", heads=1, dtype=jnp.float32, parent=None)
+                  for spec in self.dims()[3]]
+        return [mixer for mixer in mixers if getattr(mixer, "over", "") != "space"]
+
+    def block(self) -> int | None:
+        """Frames of tokens in a block, if what a token sees ends with its block, so that a clip
+        can be made block by block; else None."""
+        sizes = {getattr(mixer, "block", None) for mixer in self.over_time()}
+        return sizes.pop() if len(sizes) == 1 else None
+
     def hidden(self) -> int:
         """Hidden features of the MLPs."""
         ratio = self.mlp_ratio or lookup(self.size, SIZES, "model.size")[3]
@@ -204,8 +220,8 @@ class Transformer(nn.Module):
                         kernel_init=low_frequencies(self.patch))(x)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"],
-                 ports: Ports) -> Float[Array, "b t h w c"]:
+    def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports,
+                 past: Past | None = None) -> Float[Array, "b t h w c"]:
         width, depth, heads, pattern = self.dims()
         dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
         grid, time = self.grid(x.shape[1:]), self.frame_times(x, time)
@@ -214,7 +230,9 @@ class Transformer(nn.Module):
 
         x = self.tokens(x, "patch")
         if self.absolute:
-            x = x + jnp.asarray(place_table(grid, width), x.dtype)
+            # With blocks it is the place in the block: how long the clip will be is not known.
+            places = place_table((self.block() or grid[0], *grid[1:]), width)
+            x = x + jnp.asarray(places[np.arange(grid[0]) % len(places)], x.dtype)
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
@@ -236,14 +254,16 @@ class Transformer(nn.Module):
         if ports.image_tokens is not None:
             ports = ports.replace(image_tokens=ports.image_tokens.astype(dtype))
 
-        context = MixContext(rope=rope_table(grid, width // heads, self.rope_theta))
+        rope = rope_table(grid, width // heads, self.rope_theta)
+        context = MixContext(rope if past is None else turned(
+            rope, past.start, width // heads, self.rope_theta), past)
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
-        layers = nn.scan(period, variable_axes={"params": 0, "lora": 0},
+        layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0},
                          split_rngs={"params": True, "lora": True},
                          in_axes=nn.broadcast, length=depth // len(pattern))
-        block = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
-        (x, _), _ = layers(pattern, block, name="layers")((x, control), modulation, ports, context)
+        fields = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
+        (x, _), _ = layers(pattern, fields, name="layers")((x, control), modulation, ports, context)
 
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
         shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vdx.diffusion.losses import bin_by_time, denoising_loss
+from vdx.build import ConfigError
+from vdx.diffusion.losses import bin_by_time, denoising_error, denoising_loss
 from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Adapted, Lora
 from vdx.train.state import TrainState
@@ -25,7 +26,9 @@ class Objective:
 
     lora: adapters are trained, and the network's own weights are frozen. first_frame: share of
     the clips whose first latent frame is given, without noise and at time 0, as Wan 2.2 TI2V
-    continues an image.
+    continues an image. forcing: every block of a clip (see Transformer; without blocks every
+    frame of tokens) has a time of its own (Chen et al. 2024, diffusion forcing), so that a
+    noisy block learns to follow clean ones.
     """
 
     model: Denoiser
@@ -36,6 +39,12 @@ class Objective:
     mean: float = 0.0
     lora: Lora | None = None
     first_frame: float = 0.0
+    forcing: bool = False
+
+    def __post_init__(self):
+        if self.forcing and self.first_frame:
+            raise ConfigError(f"config.first_frame = {self.first_frame} sets times, and so does "
+                              "config.forcing: choose one.")
 
     def whole(self, trained: Params, frozen: Params | None,
               key: PRNGKeyArray | None = None) -> Params | Adapted:
@@ -58,21 +67,35 @@ class Objective:
 
         known: bool [b], clips whose first frame is given; it has no part in their loss.
         """
-        x0, learnt = self.clean(batch), None
+        learnt, frames = None, noise.shape[1]
         if known is not None:
-            first = (jnp.arange(x0.shape[1]) == 0) & (x0.shape[1] > 1)       # not of an image
+            first = (jnp.arange(frames) == 0) & (frames > 1)                 # not of an image
             learnt = ~(known[:, None] & first)                               # b t
             t = jnp.where(learnt, t[:, None], 0.0)
+        return denoising_loss(self.process, self.weight,
+                              *self.predict(params, batch, t, noise, drop), t, learnt)
+
+    def predict(self, params: Params | Adapted, batch: Batch, t: Array, noise: Array,
+                drop) -> tuple[Array, Array, Array]:
+        """The prediction for the clips with this noise at times t [b] or [b t], and (x0, noise)."""
+        x0 = self.clean(batch)
         x_t = self.process.add_noise(x0, noise, t)
-        prediction = self.model.run(params, x_t, self.process.network_time(t), batch, drop,
-                                    method="train_view")
-        return denoising_loss(self.process, self.weight, prediction, x0, noise, t, learnt)
+        return self.model.run(params, x_t, self.process.network_time(t), batch, drop,
+                              method="train_view"), x0, noise
 
     def draw(self, batch: Batch, key: PRNGKeyArray):
-        """Times [b], noise like x0, and drop masks for a batch, all from one key."""
+        """Times [b], with `forcing` [b t], noise like x0, and drop masks, all from one key."""
         x0 = self.clean(batch)
         k_time, k_noise, k_drop = jax.random.split(key, 3)
-        t = self.times.sample(k_time, x0.shape[0], self.model.num_tokens(x0.shape))
+        clips, tokens = x0.shape[0], self.model.num_tokens(x0.shape)
+        if self.forcing:
+            network = self.model.parts()[0]
+            size = network.patch[0] * (network.block() or 1)
+            blocks = -(-x0.shape[1] // size)
+            t = self.times.sample(k_time, clips * blocks, tokens).reshape(clips, blocks)
+            t = jnp.repeat(t, size, 1)[:, :x0.shape[1]]
+        else:
+            t = self.times.sample(k_time, clips, tokens)
         noise = jax.random.normal(k_noise, x0.shape)
         return t, noise, self.model.random_drop(k_drop, x0.shape[0])
 
@@ -82,8 +105,13 @@ class Objective:
         if self.first_frame:
             known = jax.random.bernoulli(jax.random.fold_in(key, _FIRST_FRAME), self.first_frame,
                                          t.shape)
-        losses = self.losses(params, batch, t, noise, drop, known)
-        sums, counts = bin_by_time(losses, t, self.bins)
+        if self.forcing:
+            losses = denoising_error(self.process, self.weight,
+                                     *self.predict(params, batch, t, noise, drop),
+                                     t).mean((2, 3, 4))                      # b t
+        else:
+            losses = self.losses(params, batch, t, noise, drop, known)
+        sums, counts = bin_by_time(losses.ravel(), t.ravel(), self.bins)
         return losses.mean(), {"bin_sums": sums, "bin_counts": counts}
 
 
