@@ -140,6 +140,25 @@ class FrameRate(Scalar):
     key = "fps"
 
 
+class FrameRateClass(nn.Module):
+    """Whether the clip has 16 frames per second or more (batch key `fps`), as SkyReels-V2 reads
+    it. Port `modulation`. Null value: zeros."""
+
+    width: int
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def example(self) -> Batch:
+        return {"fps": jnp.ones(1)}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
+        other = (jnp.round(batch["fps"]) != 16).astype(jnp.int32)
+        x = MLP(self.width, "silu", out=6 * self.width, name="project")(
+            nn.Embed(2, self.width, name="embed")(other))
+        return Ports(modulation=_kept(x.reshape(-1, 6, self.width), drop))
+
+
 class Duration(Scalar):
     """Number of pixel frames of the clip (batch key `num_frames`)."""
 
@@ -221,6 +240,7 @@ SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "text": Text,
     "embeddings": Embeddings,
     "fps": FrameRate,
+    "fps_class": FrameRateClass,
     "num_frames": Duration,
     "image_tokens": ImageTokens,
     "concat": Concat,
@@ -246,7 +266,8 @@ def merge(ports: list[Ports]) -> Ports:
                  p.replace(tokens_mask=jnp.ones(p.tokens.shape[:2], bool)) for p in ports]
     along, channels = partial(jnp.concatenate, axis=1), partial(jnp.concatenate, axis=-1)
     rules = {"tokens": along, "tokens_mask": along, "image_tokens": along, "vector": sum,
-             "concat": channels, "add": sum, "control": _only, "control_scale": _only}
+             "modulation": sum, "concat": channels, "add": sum, "control": _only,
+             "control_scale": _only}
     return Ports(**{field: gather(field, combine) for field, combine in rules.items()})
 
 

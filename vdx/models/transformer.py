@@ -243,6 +243,8 @@ class Transformer(nn.Module):
         modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,
                               kernel_init=nn.initializers.zeros)(nn.silu(emb))
         modulation = modulation.reshape(len(x), -1, 6, width)                # b t 6 d
+        if ports.modulation is not None:
+            modulation = modulation + ports.modulation[:, None]
         control = None
         if ports.control is not None:
             control = nn.Dense(width, name="control_in", dtype=dtype,
