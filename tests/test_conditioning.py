@@ -20,7 +20,7 @@ FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6},
           "reference": {"encoder": {"name": "patches", "width": 12, "heads": 2}, "height": 8,
                         "columns": 16}}
 NO_NULL = ("image_tokens", "concat", "control", "known_frames", "reference", "depth", "pose",
-           "flow", "camera")           # zero stands for what is dropped
+           "flow", "camera", "fps_class")      # zero stands for what is dropped
 RNG = np.random.default_rng(0)
 TOKENIZE = ENCODERS["bytes"](length=LENGTH).tokenizer()
 
@@ -36,6 +36,8 @@ BATCHES = {
                          "text_mask": np.array(mask, bool)}
                         for mask in ([[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]])),
     "fps": ({"fps": np.array([8.0, 24.0], np.float32)}, {"fps": np.array([12, 30.0], np.float32)}),
+    "fps_class": ({"fps": np.array([16.0, 24.0], np.float32)},
+                  {"fps": np.array([24.0, 16.0], np.float32)}),
     "num_frames": ({"num_frames": np.array([16, 32], np.int32)},
                    {"num_frames": np.array([17, 8], np.int32)}),
     **{name: tuple({name: RNG.normal(size=shape).astype(np.float32)} for _ in range(2))
@@ -62,7 +64,7 @@ def differences(a: Ports, b: Ports) -> np.ndarray:
                               p.tokens_mask)
         control = jax.tree.map(lambda x, scale: x * scale[:, None, None, None, None], p.control,
                                p.control_scale)
-        return [masked, control, p.image_tokens, p.vector, p.concat]
+        return [masked, control, p.image_tokens, p.vector, p.modulation, p.concat]
     pairs = zip(seen(a), seen(b), strict=True)
     return np.max([np.abs(x - y).reshape(len(x), -1).max(1) for x, y in pairs if x is not None], 0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError
-from vdx.models.mixers import PATTERNS
+from vdx.models.mixers import PATTERNS, Past
 from vdx.models.transformer import REMAT, SIZES, Transformer, modulate
 from vdx.types import Ports
 
@@ -138,6 +138,25 @@ def test_an_image_is_a_clip_of_one_frame(randomise, quick):
         lambda p: model.apply({"params": p}, CLIP[:, :1], TIME, PORTS),
         compiler_options=quick)(params)
     np.testing.assert_array_equal(run(model, params), run(image, few))
+
+
+def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
+    """A frame that has a past is no image, and passes by no block."""
+    model = Transformer(**IMAGE | {"depth": 3, "pattern": (
+        "space", {"name": "time", "causal": True}, "recurrent")})
+    params = randomise(shapes(model))
+    frames = CLIP.shape[1]
+    step = jax.jit(lambda cache, x, start: model.apply(
+        {"params": params, **cache}, x, TIME, PORTS, Past(start, frames), mutable=["cache"]),
+        compiler_options=quick)
+    empty = jax.eval_shape(step, {}, CLIP[:, :1], jnp.int32(0))[1]
+    cache, out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty), []
+    for i in range(frames):
+        y, cache = step(cache, CLIP[:, i:i + 1], jnp.int32(i))
+        out.append(y)
+    whole = jax.jit(lambda: model.apply({"params": params}, CLIP, TIME, PORTS),
+                    compiler_options=quick)()
+    np.testing.assert_allclose(np.concatenate(out, 1), whole, atol=1e-5)
 
 
 def test_independent_frames_are_as_many_images(randomise, quick):

@@ -17,6 +17,8 @@ from vdx.interop.safetensors import Stored, write
 from vdx.interop.wan import (
     IN_BLOCKS,
     OUTSIDE,
+    SKYREELS,
+    load_wan,
     open_wan,
     wan_config,
     wan_from_config,
@@ -41,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "ti2v": TINY,
     "i2v": TINY | IMAGE,
     "flf2v": TINY | IMAGE | {"pos_embed_seq_len": 14},
+    "skyreels": TINY | {"num_frame_per_block": 2, "inject_sample_info": False},
+    "skyreels_rate": TINY | {"num_frame_per_block": 1, "inject_sample_info": True},
     "vace": TINY | dict(num_layers=4, vace_layers=[0, 2], vace_in_channels=12),
 }
 B, T, H, W = 2, 4, 4, 6
@@ -48,7 +52,8 @@ WEAK = 0.7               # of the control
 
 
 def config_class(config):
-    name = "WanVACETransformer3DModel" if "vace_layers" in config else "WanTransformer3DModel"
+    name = "WanVACETransformer3DModel" if "vace_layers" in config else \
+        SKYREELS if "inject_sample_info" in config else "WanTransformer3DModel"
     return getattr(diffusers, name)
 
 
@@ -133,6 +138,12 @@ def cases(tmp_path_factory, quick):
         if kind == "ti2v":
             time = time[:, None] * np.array([0, 1, 1, 1], np.float32)
             their_time = torch.from_numpy(np.repeat(time, H * W // 4, 1))
+        if "skyreels" in kind:
+            time = rng.uniform(0, 999, size=(B, T)).astype(np.float32)
+            their_time = torch.from_numpy(time)
+            given = {"enable_diffusion_forcing": True}
+        if config.get("inject_sample_info"):
+            batch["fps"] = np.array([16, 24], np.float32)
         if "image_dim" in config:
             batch["concat"] = rng.normal(size=(B, T, H, W, 8)).astype(np.float32)
             noisy = np.concatenate([x, batch["concat"]], -1)
@@ -148,7 +159,13 @@ def cases(tmp_path_factory, quick):
 
         @torch.no_grad()
         def ask(reference):
-            out = reference(theirs_of(noisy), their_time, torch.from_numpy(padded), **given).sample
+            told = theirs_of(noisy), their_time, torch.from_numpy(padded)
+            if "fps" in batch:      # clip by clip: it cannot add one rate to each of several clips
+                out = torch.cat([reference(*(a[i:i + 1] for a in told), **given,
+                                           fps=[int(batch["fps"][i] != 16)]).sample
+                                 for i in range(B)])
+            else:
+                out = reference(*told, **given).sample
             return np.moveaxis(out.numpy(), 1, -1)
 
         folder = tmp_path_factory.mktemp(kind)
@@ -162,6 +179,27 @@ def test_the_prediction_is_theirs(kind, cases):
     case = cases(kind)
     assert case.want.std() > 0.5
     assert case.error() < 1e-4
+
+
+def test_blocks_and_rates_of_skyreels_are_seen(cases):
+    """A network of other blocks, or told other rates, answers otherwise; and so does theirs when
+    it is given blocks, whose answer ours has too, from weights that know nothing of blocks."""
+    case = cases("skyreels")
+    for block in (1, None):
+        backbone = {**case.model.backbone, "pattern": ({"name": "full", "block": block},)}
+        other = Denoiser(backbone, case.model.signals)
+        assert dataclasses.replace(case, model=other).error() > 1e-3
+
+    case = cases("skyreels_rate")
+    swapped = {**case.batch, "fps": np.array([24, 16], np.float32)}
+    assert np.abs(case.run(case.params, swapped) - case.want).max() > 1e-3
+    case.reference._set_ar_attention(2)
+    blocks = Denoiser({**case.model.backbone, "pattern": ({"name": "full", "block": 2},)},
+                      case.model.signals)
+    params = load_wan(case.folder, blocks, MeshSpec().make(jax.devices()[:1]))
+    got = dataclasses.replace(case, model=blocks, want=case.ask(case.reference))
+    case.reference._set_ar_attention(1)
+    assert got.error(params) < 1e-4 and np.abs(got.want - case.want).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
@@ -215,7 +253,7 @@ def test_a_fault_in_the_network_is_seen(fault, cases, monkeypatch):
 def test_every_parameter_is_seen(cases):
     """Spoilt one by one, each changes the answer: none is read in vain, no bias is missing. The
     bias of a key shifts all scores alike, but for the norm behind it."""
-    for kind in ("flf2v", "vace"):
+    for kind in ("flf2v", "vace", "skyreels_rate"):
         case = cases(kind)
         leaves, tree = jax.tree_util.tree_flatten_with_path(jax.device_get(case.params))
         for i, (path, leaf) in enumerate(leaves):
@@ -260,7 +298,8 @@ def test_on_eight_devices_it_is_that_of_one(kind, cases, quick):
     np.testing.assert_allclose(got, case.run(case.params, case.batch), atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("t2v", 10**9), ("vace", 99_000), ("flf2v", 99_000)])
+@pytest.mark.parametrize(("kind", "most"), [("t2v", 10**9), ("vace", 99_000), ("flf2v", 99_000),
+                                            ("skyreels_rate", 10**9)])
 def test_diffusers_reads_what_is_written(kind, most, cases, tmp_path, monkeypatch):
     case = cases(kind)
     # With this list it wants `accelerate`, to read in another type than that of the file.
@@ -275,6 +314,8 @@ def test_diffusers_reads_what_is_written(kind, most, cases, tmp_path, monkeypatc
     assert again.state_dict().keys() == want.keys()
     assert all(torch.equal(value, want[key]) for key, value in again.state_dict().items())
     assert {k: again.config[k] for k in KINDS[kind]} == KINDS[kind]
+    # Out of the file's memory map, where it lies on odd addresses and is summed in other orders.
+    again.load_state_dict({k: v.clone() for k, v in again.state_dict().items()}, assign=True)
     np.testing.assert_array_equal(case.ask(again.eval()), case.want)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out")[1], case.params)
 
@@ -312,6 +353,23 @@ def test_original_files_hold_the_same(kind, cases, tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "model._fsdp_wrapped_module."])
+def test_files_of_self_forcing_hold_averaged_weights(prefix, cases, tmp_path, monkeypatch):
+    """`{"generator_ema": ..., "generator": ..., "critic": ...}`, each the state of a module whose
+    `model` is the original Wan's."""
+    case = cases("t2v")
+    arrays = case.reference.state_dict()
+    saved = {prefix + old: arrays[new] for new, old in original_names(arrays).items()}
+    other = {key: value + 1 for key, value in saved.items()}
+    monkeypatch.setattr("vdx.interop.wan.HEAD_WIDTH", 24)
+    for parts in ({"generator_ema": saved, "generator": other, "critic": other},
+                  {"generator": saved, "critic": other}):
+        torch.save(parts, tmp_path / "model.pt")
+        model, params = load(tmp_path / "model.pt")
+        assert model.backbone == case.model.backbone and model.signals == case.model.signals
+        jax.tree.map(np.testing.assert_array_equal, params, case.params)
+
+
 # The public models: the size in billions, and what differs from the first.
 T2V = dict(patch_size=[1, 2, 2], num_attention_heads=12, attention_head_dim=128, in_channels=16,
            out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30,
@@ -325,6 +383,7 @@ PUBLIC = {
     "I2V A14B": (14.3, BIG | dict(in_channels=36)),
     "TI2V 5B": (5.0, T2V | dict(num_attention_heads=24, in_channels=48, out_channels=48,
                                 ffn_dim=14336)),
+    "SkyReels DF 1.3B": (1.43, T2V | dict(inject_sample_info=True)),
     "VACE 1.3B": (2.15, T2V | dict(vace_layers=list(range(0, 30, 2)), vace_in_channels=96)),
     "VACE 14B": (17.3, BIG | dict(vace_layers=list(range(0, 40, 5)), vace_in_channels=96)),
 }

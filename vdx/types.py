@@ -36,6 +36,7 @@ class Ports(flax.struct.PyTreeNode):
     image_tokens: float [b m d], read by a cross-attention of their own beside that of `tokens`.
     vector: float [b d] or, one for each frame, [b t d]; added to the time embedding and so to
     every modulation.
+    modulation: float [b 6 d], added to that of every block, but not of the end.
     concat: float [b t h w c], concatenated to the noisy input's channels.
     add:    float [b t h w d], added to the patch embeddings (control residuals).
     control: float [b t h w c], read by control blocks, whose hints are added to the tokens after
@@ -46,6 +47,7 @@ class Ports(flax.struct.PyTreeNode):
     tokens_mask: Array | None = None
     image_tokens: Array | None = None
     vector: Array | None = None
+    modulation: Array | None = None
     concat: Array | None = None
     add: Array | None = None
     control: Array | None = None

@@ -1,9 +1,11 @@
-"""Wan 2.1, 2.2 and VACE: their configurations and their weights as those of our transformer.
+"""Wan 2.1, 2.2 and VACE, and what is trained from them to make clips block by block (SkyReels-V2,
+CausVid, Self-Forcing): their configurations and their weights as those of our transformer.
 
-References: `WanTransformer3DModel` and `WanVACETransformer3DModel` of diffusers, and the original
-repositories Wan-Video/Wan2.1 and Wan2.2, whose files (ComfyUI's too) name the same arrays in
-another way. One table holds all three names of every layer: the original's become those of
-diffusers when a file is opened, and those ours by rows.
+References: `WanTransformer3DModel`, `WanVACETransformer3DModel` and `SkyReelsV2Transformer3DModel`
+of diffusers, and the original repositories Wan-Video/Wan2.1 and Wan2.2, whose files (ComfyUI's,
+CausVid's and Self-Forcing's too) name the same arrays in another way. One table holds all three
+names of every layer: the original's become those of diffusers when a file is opened, and those
+ours by rows.
 """
 
 import dataclasses
@@ -92,21 +94,29 @@ IMAGE: Layers = (
     ("project/down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3", DENSE),
     ("norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4", NORM),
 )
+RATE: Layers = (
+    ("embed", "fps_embedding", "fps_embedding", (("weight", "embedding", KEEP),)),
+    ("project/up", "fps_projection.net.0.proj", "fps_projection.0", DENSE),
+    ("project/down", "fps_projection.net.2", "fps_projection.2", DENSE),
+)
 CONTROL: Layers = (("control_patch", "vace_patch_embedding", "vace_patch_embedding", PATCH),)
 CONTROL_IN: Layers = (("control_in", "proj_in", "before_proj", DENSE),)     # of the first block
 HINT: Layers = (("hint", "proj_out", "after_proj", DENSE),)
 
 # Names of the original -> of diffusers: in blocks and outside of them.
 IN_BLOCKS = {old: new for _, new, old, _ in BLOCK + IMAGE_BLOCK + CONTROL_IN + HINT}
-OUTSIDE = {old: new for _, new, old, _ in NETWORK + TEXT + IMAGE + CONTROL}
-# Of diffusers. Without and with control; what no public model has another value for.
+OUTSIDE = {old: new for _, new, old, _ in NETWORK + TEXT + IMAGE + RATE + CONTROL}
+# Of diffusers. Without and with control, and SkyReels'; what no public model has another value for.
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+SKYREELS = "SkyReelsV2Transformer3DModel"
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6}
 HEAD_WIDTH = 128          # of every public model
 # What the weights do not tell.
-UNSEEN = {"rope_max_seq_len", "vace_layers", *FIXED}
+UNSEEN = {"_class_name", "rope_max_seq_len", "vace_layers", *FIXED}
 KEY = re.compile(r"^((?:vace_)?blocks\.\d+\.)?(.*?)(\.weight|\.bias)?$")
-PREFIX = re.compile(r"^(model\.)?diffusion_model\.")          # of ComfyUI's files
+# Of ComfyUI's files, and inside of those of CausVid and Self-Forcing, as saved from FSDP too.
+PREFIX = re.compile(r"^(model\.)?diffusion_model\.|^model\.(_fsdp_wrapped_module\.)?")
+TRAINED = ("generator_ema.", "generator.")    # of a file of theirs, the averaged weights first
 
 
 def wan_transformer_rows(model: Denoiser) -> list[Row]:
@@ -131,6 +141,8 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     for i in range(depth):
         period, place = divmod(i, len(pattern))
         out += rows(block, f"blocks.{i}.", f"network/layers/block_{place}", f"[{period}]")
+    if "fps_class" in signals:
+        out += rows(RATE, "", "conditioning/fps_class")
     if "image_tokens" in signals:
         out += rows(IMAGE, "", "conditioning/image_tokens")
         out.append(Row("blocks.{i}.attn2.norm_added_q.weight", None))    # older files; never read
@@ -143,7 +155,11 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
 
 
 def diffusers_names(source: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The same arrays by the names of diffusers, whichever of the three layouts they are in."""
+    """The same arrays by the names of diffusers, whichever of the layouts they are in."""
+    for part in TRAINED:
+        if any(key.startswith(part) for key in source):
+            source = {key.removeprefix(part): stored for key, stored in source.items()
+                      if key.startswith(part)}
     source = {PREFIX.sub("", key): stored for key, stored in source.items()}
     if "head.modulation" not in source:
         return source
@@ -198,6 +214,8 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str
         config |= {"_class_name": CLASSES[1],
                    "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
                    "vace_layers": list(range(0, depth, -(-depth // controls)))}
+    if "fps_embedding.weight" in shapes:
+        config |= {"_class_name": SKYREELS, "inject_sample_info": True}
     return config
 
 
@@ -220,7 +238,9 @@ def wan_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     depth, extra = config["num_layers"], config["in_channels"] - config["out_channels"]
     controls = get("vace_layers") or ()
     every = -(-depth // len(controls)) if controls else 1
-    wanted = {"_class_name": CLASSES[bool(controls)], "freq_dim": 256, **FIXED,
+    block = get("num_frame_per_block", 1)
+    wanted = {"_class_name": SKYREELS if get("_class_name") == SKYREELS else
+              CLASSES[bool(controls)], "freq_dim": 256, **FIXED,
               "added_kv_proj_dim": width if get("image_dim") else None}
     problems = [f"{key} = {config[key]!r}, not {value!r}" for key, value in wanted.items()
                 if key in config and config[key] != value]
@@ -231,11 +251,14 @@ def wan_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         problems.append("in_channels is less than out_channels")
     if problems:
         raise WeightsError(listed("A Wan transformer that vdx does not have:", problems))
+    mixer = {"name": "full", "block": block} if block > 1 else "full"    # theirs is no mask for 1
     backbone = {"name": "transformer", "channels": config["out_channels"],
-                "patch": tuple(config["patch_size"]), "pattern": ("full",) * every,
+                "patch": tuple(config["patch_size"]), "pattern": (mixer,) * every,
                 "width": width, "depth": depth, "heads": config["num_attention_heads"],
                 "mlp_ratio": config["ffn_dim"] / width}
     signals: dict[str, Any] = {"embeddings": {"features": config["text_dim"], "length": 512}}
+    if get("inject_sample_info"):
+        signals["fps_class"] = {}
     if extra:
         signals["concat"] = {"channels": extra}
     if get("image_dim"):
@@ -279,16 +302,22 @@ def open_wan(path: str | Path) -> Wan:
     return Wan(config | said, source, *wan_from_config(config | said))
 
 
+def _named(network: Transformer) -> tuple[int, int, int, tuple[str, ...]]:
+    width, depth, heads, pattern = network.dims()
+    return width, depth, heads, tuple(spec["name"] for spec in pattern)
+
+
 def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32") -> Params:
     """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
 
-    dtype: of the kernels. `null`, the dropped text, is zero: no file has it. Raises WeightsError
-    for files as `open_wan`, and for a model that is another network than theirs.
+    dtype: of the kernels. `null`, the dropped text, is zero: no file has it. The blocks of the
+    model's pattern may be others than theirs, or none: weights know nothing of them. Raises
+    WeightsError for files as `open_wan`, and for a model that is another network than theirs.
     """
     wan = open_wan(path)
     there, here = Denoiser(wan.backbone, wan.signals).parts()[0], model.parts()[0]
     facts: dict[str, Callable] = {
-        "(width, depth, heads, pattern)": Transformer.dims, "hidden features": Transformer.hidden,
+        "(width, depth, heads, pattern)": _named, "hidden features": Transformer.hidden,
         **{name: operator.attrgetter(name) for name in (
             "channels", "patch", "activation", "rope_theta", "absolute", "time_scale")}}
     wrong = [f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"

@@ -213,7 +213,7 @@ def merge(ports: list[Ports]) -> Ports:
                  p.replace(tokens_mask=jnp.ones(p.tokens.shape[:2], bool)) for p in ports]
     along, channels = partial(jnp.concatenate, axis=1), partial(jnp.concatenate, axis=-1)
     rules = {"tokens": along, "tokens_mask": along, "image_tokens": along, "vector": _sum,
-             "concat": channels, "add": _sum, "control": channels,
+             "modulation": _sum, "concat": channels, "add": _sum, "control": channels,
              "control_scale": partial(functools.reduce, jnp.maximum)}
     return Ports(**{field: gather(field, combine) for field, combine in rules.items()})
 

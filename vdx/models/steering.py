@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vdx.build import ConfigError, build
-from vdx.models.layers import EmbedMLP
+from vdx.models.layers import MLP, EmbedMLP
 from vdx.models.vision import VISION
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
 
@@ -187,6 +187,25 @@ class FrameRate(Scalar):
     key = "fps"
 
 
+class FrameRateClass(nn.Module):
+    """Whether the clip has 16 frames per second or more (batch key `fps`), as SkyReels-V2 reads
+    it. Port `modulation`. Null value: zeros."""
+
+    width: int
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+        return {"fps": jnp.ones(1)}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
+        other = (jnp.round(batch["fps"]) != 16).astype(jnp.int32)
+        x = MLP(self.width, "silu", out=6 * self.width, name="project")(
+            nn.Embed(2, self.width, name="embed")(other))
+        return Ports(modulation=kept(x.reshape(-1, 6, self.width), drop))
+
+
 class Duration(Scalar):
     """Number of pixel frames of the clip (batch key `num_frames`)."""
 
@@ -209,5 +228,6 @@ STEERING: dict[str, Callable[..., nn.Module]] = {
     "actions": Actions,
     "motion": Motion,
     "fps": FrameRate,
+    "fps_class": FrameRateClass,
     "num_frames": Duration,
 }

@@ -83,8 +83,8 @@ class Block(nn.Module):
                  ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
         mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
                       name=self.mixer["name"])
-        if (mixer.temporal and x.shape[1] == 1 and context.past is None
-                and not self.is_initializing()):
+        image = x.shape[1] == 1 and context.past is None
+        if mixer.temporal and image and not self.is_initializing():
             return x
         table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
         rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
@@ -254,6 +254,8 @@ class Transformer(nn.Module):
         modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,
                               kernel_init=nn.initializers.zeros)(nn.silu(emb))
         modulation = modulation.reshape(len(x), -1, 6, width)                # b t 6 d
+        if ports.modulation is not None:
+            modulation = modulation + ports.modulation[:, None]
         control = None
         if ports.control is not None:
             control = nn.Dense(width, name="control_in", dtype=dtype,
