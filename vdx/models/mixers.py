@@ -272,5 +272,7 @@ PATTERNS: dict[str, tuple[str | dict[str, Any], ...]] = {
     "factorized_causal": ("space", {"name": "time", "causal": True}),
     "conv": ("space", {"name": "conv", "kernel": (3, 1, 1)}),
     "recurrent": ("space", "recurrent"),
+    "latte": tuple({"name": name, "positions": "none", "qk_norm": False}
+                   for name in ("space", "time")),         # its `sincos` positions are added
     "frames": ("space", "none"),       # independent frames
 }
