@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError
+from vdx.config import resolve
 from vdx.diffusion.guidance import guided
 from vdx.diffusion.losses import WEIGHTS
 from vdx.diffusion.process import PROCESSES, TIMES, RectifiedFlow
 from vdx.diffusion.samplers import SAMPLERS, sample
-from vdx.generate.pipeline import Sampling
+from vdx.experiment import Experiment, load, open_params
+from vdx.files import read_rows
+from vdx.generate.pipeline import Generator, Sampling
 from vdx.generate.stream import Streamer
+from vdx.main import run
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import rope_table, turned
@@ -23,6 +27,7 @@ from vdx.models.mixers import MIXERS, MixContext, Past
 from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
 from vdx.train.step import Objective
+from vdx.train.survive import Stop
 from vdx.types import Ports
 
 RNG = np.random.default_rng(0)
@@ -347,3 +352,37 @@ def test_the_loss_of_a_frame_is_that_at_its_time(weights):
     np.testing.assert_allclose(about["bin_sums"], sums, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"first_frame = 0\.5 sets times"):
         dataclasses.replace(objective, first_frame=0.5)
+
+
+MICRO = [
+    "--config.train.steps=4", "--config.train.eval_every=4", "--config.train.sample_every=4",
+    "--config.train.save_every=4", "--config.train.log_every=2", "--config.train.eval_clips=8",
+    "--config.data.loader.global_batch=8", "--config.judge.prompts=0", "--config.sample.steps=2",
+    "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
+    "--config.model.backbone.heads=2", "--config.train.wall=('a red circle moves right',)"]
+
+
+def test_a_config_with_forcing_and_blocks_streams(at_root):
+    config = resolve("configs/t2v_tiny.py:stream", MICRO)
+    assert isinstance(Experiment(config).generator(), Streamer)
+    assert type(Experiment({**config, "forcing": False}).generator()) is Generator
+    config["model"]["backbone"]["pattern"][0]["block"] = 3
+    with pytest.raises(ConfigError, match=r"16 frames are no number of blocks.* of 12"):
+        Experiment(config)
+
+
+@pytest.mark.slow
+def test_it_trains_and_draws_clips_longer_than_those_of_training(at_root, tmp_path):
+    run(resolve("configs/t2v_tiny.py:stream", MICRO), tmp_path, Stop())
+    rows = [r for r in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert [r["step"] for r in rows] == [2, 4]
+    assert all(np.isfinite(r["train/loss"]) for r in rows)
+    experiment = load(tmp_path)
+    mesh = experiment.mesh_spec.make()
+    with jax.set_mesh(mesh):
+        params, *_ = open_params(experiment, tmp_path, mesh)
+        clip = experiment.generator()(params, PROMPTS, SEEDS, num_frames=64, fps=8.0)
+        blocks = list(itertools.islice(experiment.generator().stream(
+            params, PROMPTS, SEEDS, num_frames=None, fps=8.0), 3))
+    assert clip.shape == (2, 64, 32, 32, 3) and np.isfinite(clip).all()
+    np.testing.assert_allclose(np.concatenate(blocks, 1), clip[:, :12], atol=1e-4)

@@ -182,6 +182,9 @@ class Experiment:
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
                                    self.data.mean or 0.0, self.lora, top.first_frame, top.forcing)
 
+        if isinstance(generator := self.generator(), Streamer) and self.clip is not None:
+            generator.check((self.clip_default()[0], *generator.frame_shape))
+
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         return self.optimizer.make(self.training.steps)

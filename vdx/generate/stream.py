@@ -59,8 +59,8 @@ class Streamer(Generator):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if shape[0] % self.frames:
-            raise ValueError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
-                             f"{self.frames}.")
+            raise ConfigError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
+                              f"{self.frames}.")
 
     def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         blocks = jax.vmap(functools.partial(self.block_noise, key))(
