@@ -194,12 +194,12 @@ def drawn(weights):
     return make
 
 
-def by_definition(streamer, params, noise):
+def by_definition(streamer, params, noise, **steer):
     """Block i is what the sampler makes of its noise, the network being asked with the whole clip:
     the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
     which it must not see, as noise."""
     g, b, t = streamer, len(noise), noise.shape[1]
-    batch = g._batch(PROMPTS, t, 8.0)
+    batch = {**g._batch(PROMPTS, t, 8.0), **steer}
 
     def one(clip, first):
         def network(x, time, ports):
@@ -209,7 +209,7 @@ def by_definition(streamer, params, noise):
             out = g.model.run(params, every, g.tell(times), ports)
             return jax.lax.dynamic_slice_in_dim(out, first, 2, 1)
 
-        denoise = guided(network, *g.conditions(params, batch, None, b), g.guidance)
+        denoise = guided(network, g.conditions(params, batch, None, noise.shape), g.guidance(batch))
         x = jax.lax.dynamic_slice_in_dim(clip, first, 2, 1)
         x = sample(denoise, g.process, SAMPLERS[g.sampling.sampler](), x, np.linspace(1, 0, 4))
         return jax.lax.dynamic_update_slice_in_dim(clip, x, first, 1)
@@ -218,11 +218,14 @@ def by_definition(streamer, params, noise):
     return functools.reduce(one, range(0, t, 2), noise) + g.mean
 
 
+def noise_of(streamer):
+    return np.stack([streamer.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS])
+
+
 @pytest.fixture(scope="module")
 def defined(weights):
     streamer = streamer_of(BLOCKS["window"])
-    noise = [streamer.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS]
-    return by_definition(streamer, weights, np.stack(noise))
+    return by_definition(streamer, weights, noise_of(streamer))
 
 
 def test_clips_are_their_definition(drawn, defined):
@@ -232,8 +235,8 @@ def test_clips_are_their_definition(drawn, defined):
 
 
 class Noisy(Streamer):
-    def remember(self, params, conditions, cache, past, x0):
-        return super().remember(params, conditions, cache, past, x0 + 0.1)
+    def remember(self, params, conditions, guidance, cache, past, x0):
+        return super().remember(params, conditions, guidance, cache, past, x0 + 0.1)
 
 
 class Late(Streamer):
@@ -275,6 +278,24 @@ def test_a_clip_begins_as_a_shorter_one(drawn, weights):
 
 
 @pytest.mark.slow
+def test_what_is_told_of_frames_reaches_their_block(randomise):
+    model = Denoiser(model_of(BLOCKS["all"]).backbone,
+                     {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}})
+    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    streamer = Streamer(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
+    steer = {"actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
+             "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
+             "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
+             "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32)}
+    asked = dict(num_frames=6, fps=8.0, steer=steer)
+    clips = streamer(params, PROMPTS, SEEDS, **asked)
+    blocks = list(streamer.stream(params, PROMPTS, SEEDS, **asked))
+    want = by_definition(streamer, params, noise_of(streamer), **steer)
+    np.testing.assert_allclose(clips, want, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(blocks, 1), want, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_streams(sampler, weights):
     streamer = streamer_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
@@ -302,9 +323,9 @@ def test_what_cannot_be_streamed(weights):
         streamer_of({}, pattern=({"name": "full", "block": 2}, "time"))
     with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
         streamer_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
-    wide = Denoiser(model_of({"block": 2}).backbone, {**TEXT, "concat": {"channels": 2}})
-    with pytest.raises(ConfigError, match="concat is of a whole clip"):
-        Streamer(wide, RectifiedFlow(), Sampling(), SHAPE)
+    with pytest.raises(ConfigError, match="This model's signals"):
+        streamer_of({"block": 2}).stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0,
+                                         steer={"actions": np.zeros((2, 4))})
 
 
 # Training with a time for each block.
@@ -332,8 +353,8 @@ class Told:
     """A model that predicts the time that it is told, in every pixel."""
 
     def __init__(self, model):
-        self.num_tokens, self.parts, self.random_drop = model.num_tokens, model.parts, \
-            model.random_drop
+        self.num_tokens, self.parts, self.random_drop, self.derived = \
+            model.num_tokens, model.parts, model.random_drop, model.derived
 
     def run(self, params, x, time, batch, drop, method):
         return jnp.broadcast_to(time[:, :, None, None, None], x.shape) / 1000

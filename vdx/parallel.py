@@ -30,13 +30,14 @@ BATCH = ("data", "fsdp")
 # such as the layer axis of a scan, are not split. First match wins; no match is an error.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(conv_in|quant_conv)/kernel$", ()),     # from the few channels of pixels or latents
+    (r"depthwise\w*/kernel$", ()),             # a few numbers a feature
     (r"conv\w*/kernel$", ("fsdp", None)),      # before the rules below: "conv" ends in "v"
     (r"conv\w*/bias$", ()),
-    (r"(q|k|v|up)/kernel$", ("fsdp", "tensor")),
+    (r"(q|k|v|up|decay)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
-    (r"(q|k|v|up)/bias$", ("tensor",)),
-    (r"(q|k|v|up)/lora_a$", ("fsdp", None)),   # factors lie as the kernel they stand beside
-    (r"(q|k|v|up)/lora_b$", (None, "tensor")),
+    (r"(q|k|v|up|decay)/bias$", ("tensor",)),
+    (r"(q|k|v|up|decay)/lora_a$", ("fsdp", None)),   # factors lie as the kernel they stand beside
+    (r"(q|k|v|up|decay)/lora_b$", (None, "tensor")),
     (r"(out|down)/lora_a$", ("tensor", None)),
     (r"(out|down)/lora_b$", (None, "fsdp")),
     (r"lora_a$", ("fsdp", None)),
@@ -90,6 +91,17 @@ def constrain(x: Array, axes: str, context: str = "") -> Array:
             raise ValueError(f"Axis {letter!r} of {axes!r} {x.shape} has {size} entries, which do "
                              f"not divide over mesh axes {names} = {parts}.")
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def back(y: Array, split: str) -> Array:
+    """The end of a mixer whose tokens [b t h w d] were split by the letter `split`: as other
+    layers have them, by t.
+
+    Said in two steps, so that the cotangent of y lies as y does. XLA's partitioner (of jaxlib
+    0.10.2) otherwise may contract tokens split by one letter with cotangents split by another,
+    and half of the kernel's gradient is silently wrong.
+    """
+    return constrain(constrain(y, "b t h w d", context=split), "b t h w d", context="t")
 
 
 def path_str(path) -> str:

@@ -5,19 +5,21 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vdx.models.layers import RMSNorm
+from vdx.models.layers import MLP, LayerNorm, RMSNorm
 from vdx.types import Array, Bool, Float
 
 
 def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"],
-           mask: Bool[Array, "b s"] | None = None, *, bias: Float[Array, "1 n q s"] | None = None,
-           scale: float | None = None, causal: bool = False) -> Float[Array, "b q n d"]:
-    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen.
+           mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None, *,
+           bias: Float[Array, "1 n q s"] | None = None, scale: float | None = None,
+           causal: bool = False) -> Float[Array, "b q n d"]:
+    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen, by all queries
+    or, [b q s] (b may be 1), by each.
 
     The scale is 1 / sqrt(d) unless given; `causal` hides the keys after each query. Softmax runs
     in float32.
     """
-    mask4 = None if mask is None else mask[:, None, None, :]
+    mask4 = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, bias, mask4, scale=scale, is_causal=causal)
 
 
@@ -37,6 +39,15 @@ class SelfAttention(nn.Module):
         q, k, v = (nn.Dense(d, name=name, dtype=self.dtype)(x).reshape(split) for name in "qkv")
         y = attend(q, k, v, mask, causal=self.causal).reshape(x.shape)
         return nn.Dense(d, name="out", dtype=self.dtype)(y)
+
+
+def encoder_layers(x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None, depth: int,
+                   heads: int) -> Float[Array, "b l d"]:
+    """Pre-norm layers of self-attention and MLP and a last norm, in the calling module's scope."""
+    for i in range(depth):
+        x = x + SelfAttention(heads, name=f"attention_{i}")(LayerNorm(name=f"norm_a{i}")(x), mask)
+        x = x + MLP(4 * x.shape[-1], name=f"mlp_{i}")(LayerNorm(name=f"norm_b{i}")(x))
+    return LayerNorm(name="norm")(x)
 
 
 class CrossAttention(nn.Module):
