@@ -4,10 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from vdx.build import ConfigError
-from vdx.interop.encoders import clip_rows, clip_text_from_config, clip_vision_from_config
-from vdx.interop.keymap import export, gather
+from vdx.interop.components import open_component
+from vdx.interop.encoders import (
+    clip_rows,
+    clip_text_from_config,
+    clip_vision_config,
+    clip_vision_from_config,
+)
+from vdx.interop.keymap import WeightsError, export, gather
+from vdx.interop.load import open_weights
 from vdx.models.clip import preprocess
 from vdx.parallel import MeshSpec, param_shardings
 
@@ -158,6 +166,93 @@ def test_files_of_both_towers_and_older_prefixes(text, vision, run):
         assert set(back) == set(file)
         for key in file:
             np.testing.assert_array_equal(back[key], file[key])
+
+
+WAN_CLIP = VISION | dict(hidden_size=160, hidden_act="gelu")     # two heads, as wide as Wan's
+
+
+def wan_clip(file, order="qkv"):
+    """A file of transformers' vision model as the original Wan's CLIP, with its other arrays."""
+    names = {"pre_layrnorm": "pre_norm", "post_layernorm": "post_norm", "layer_norm": "norm",
+             "encoder.layers": "transformer", "self_attn.out_proj": "attn.proj", "mlp.fc1": "mlp.0",
+             "mlp.fc2": "mlp.2", "self_attn.q_proj": "attn.to_qkv",
+             "embeddings.patch_embedding": "patch_embedding"}
+    width = file["embeddings.class_embedding"].size
+    out = {"visual.cls_embedding": file["embeddings.class_embedding"][None, None],
+           "visual.pos_embedding": file["embeddings.position_embedding.weight"][None],
+           "visual.head": np.zeros((width, 12), np.float32), "log_scale": np.zeros((), np.float32),
+           "textual.token_embedding.weight": np.zeros((9, 4), np.float32)}
+    for key, value in file.items():
+        if any(part in key for part in ("class_emb", "position", "k_proj", "v_proj")):
+            continue
+        if ".q_proj." in key:
+            value = np.concatenate([file[key.replace(".q_", f".{part}_")] for part in order])
+        for old, new in names.items():
+            key = key.replace(old, new)
+        out[f"visual.{key}"] = value
+    return out
+
+
+def save_pth(arrays, path):
+    torch.save({k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wan_vision(public_file):
+    """(file of transformers, what it answers: hidden_states[-2])."""
+    theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**WAN_CLIP))
+    file = public_file(theirs)
+    out = theirs(torch.from_numpy(np.moveaxis(PIXELS, -1, 1).copy()), output_hidden_states=True)
+    return file, out.hidden_states[-2]
+
+
+def see(path, quick):
+    """The features that Wan reads, of the vision model in a file."""
+    part = open_component("image_encoder", path, "float32", clip_vision_config(open_weights(path)))
+    params = part.load(MeshSpec().make(jax.devices()[:1]))
+    return jax.jit(part.module.apply, compiler_options=quick)({"params": params},
+                                                              PIXELS).penultimate
+
+
+def test_the_original_wans_file_is_that_of_transformers(wan_vision, tmp_path, quick):
+    file, want = wan_vision
+    path = save_pth(wan_clip(file), tmp_path / "models_clip.pth")
+    config = clip_vision_config(open_weights(path))
+    theirs = transformers.CLIPVisionConfig(**WAN_CLIP).to_dict()
+    assert config.pop("architectures") and {k: theirs[k] for k in config} == config
+    assert_near(see(path, quick), want)
+    save_file(wan_clip(file), tmp_path / "clip.safetensors")
+    np.testing.assert_array_equal(see(tmp_path / "clip.safetensors", quick), see(path, quick))
+    for order in ("kqv", "vkq", "qvk"):
+        wrong = see(save_pth(wan_clip(file, order), tmp_path / "wrong.pth"), quick)
+        assert np.abs(wrong - want.detach().numpy()).max() > 1e-2
+
+
+def test_a_file_that_is_not_the_original_wans_clip(wan_vision, tmp_path, quick):
+    file = wan_clip(wan_vision[0])
+
+    def message(changes, lost=()):
+        kept = {k: v for k, v in (file | changes).items() if k not in lost}
+        with pytest.raises(WeightsError) as error:
+            see(save_pth(kept, tmp_path / "x.pth"), quick)
+        return str(error.value)
+
+    assert "not the weights of CLIP's vision model. They begin with a and lack" in message(
+        {"a": np.zeros(2)}, file)
+    layer = "visual.transformer.1."
+    said = message({f"{layer}attn.to_qkv.weight": np.zeros((481, 160), np.float32),
+                    "visual.cls_embedding": np.zeros((1, 1, 150), np.float32),
+                    "other": np.zeros(1)}, {f"{layer}mlp.2.bias"})
+    for part in ("layers.1.attn.to_qkv.weight: no such parameter", "other: no such parameter",
+                 "attention/q/kernel: layers [1] are not in the file", "mlp/down/bias: layers [1]"):
+        assert part in said, said
+    said = message({"visual.cls_embedding": np.zeros((1, 1, 150), np.float32),
+                    f"{layer}attn.to_qkv.bias": np.zeros(483, np.float32)})
+    assert "class_embedding: is (150,) for class_table (160,)" in said
+    assert "q_proj.bias: is (161,) for encoder/layers/attention/q/bias (160,)" in said
+    narrow = {"visual.patch_embedding.weight": np.zeros((150, 3, 4, 4), np.float32)}
+    assert "150 wide, which is no number of heads of 80" in message(narrow)
 
 
 @pytest.mark.parametrize("shape", [(30, 41, 3), (64, 24, 3), (11, 9, 3), (17, 17, 3)])

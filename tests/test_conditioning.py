@@ -16,7 +16,11 @@ BYTES = {"name": "bytes", "length": LENGTH, "width": 12, "depth": 1, "heads": 2,
          "words": 6, "buckets": 64}
 FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6},
           "image_tokens": {"features": 6, "positions": 3}, "concat": {"channels": 2},
-          "control": {"channels": 2}}
+          "control": {"channels": 2}, "depth": {"port": "control"}, "known_frames": {"channels": 2},
+          "reference": {"encoder": {"name": "patches", "width": 12, "heads": 2}, "height": 8,
+                        "columns": 16}}
+NO_NULL = ("image_tokens", "concat", "control", "known_frames", "reference", "depth", "pose",
+           "flow", "camera", "fps_class")           # zero stands for what is dropped
 RNG = np.random.default_rng(0)
 TOKENIZE = ENCODERS["bytes"](length=LENGTH).tokenizer()
 
@@ -38,7 +42,18 @@ BATCHES = {
                    {"num_frames": np.array([17, 8], np.int32)}),
     **{name: tuple({name: RNG.normal(size=shape).astype(np.float32)} for _ in range(2))
        for name, shape in {"image_tokens": (2, 3, 6), "concat": (2, 2, 4, 4, 2),
-                           "control": (2, 2, 4, 4, 2)}.items()},
+                           "control": (2, 2, 4, 4, 2), "depth": (2, 2, 4, 4, 1),
+                           "pose": (2, 2, 4, 4, 3), "flow": (2, 2, 4, 4, 3),
+                           "camera": (2, 2, 4, 4, 6)}.items()},
+    "known_frames": tuple({"known": RNG.normal(size=(2, 2, 4, 4, 2)).astype(np.float32),
+                           "known_mask": np.array(mask, np.float32)}
+                          for mask in ([[1, 0], [1, 1]], [[1, 1], [0, 1]])),
+    "reference": tuple({"reference": RNG.integers(0, 256, (2, 8, 16, 3)).astype(np.uint8)}
+                       for _ in range(2)),
+    "actions": ({"actions": np.array([[0, 1], [2, 3]], np.int32)},
+                {"actions": np.array([[0, 4], [3, 2]], np.int32)}),
+    "motion": ({"motion": np.array([0.0, 3.0], np.float32)},
+               {"motion": np.array([1.0, 4.0], np.float32)}),
 }
 
 
@@ -86,7 +101,7 @@ def test_clips_are_dropped_one_by_one(signal):
 def test_a_null_value_is_learned(signal, randomise, quick):
     """Its gradient is not zero when the signal is dropped."""
     name, batch, *_ = signal
-    if name in ("image_tokens", "concat", "control", "fps_class"):
+    if name in NO_NULL:
         pytest.skip("its null value is zero")
     module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
     drop = {name: jnp.ones(2, bool)}
@@ -97,7 +112,8 @@ def test_a_null_value_is_learned(signal, randomise, quick):
         return sum(jnp.sum(jnp.sin(v)) for v in (p.tokens, p.vector) if v is not None)
 
     grads = jax.jit(jax.grad(loss), compiler_options=quick)(params)[name]
-    null = grads["encoder"]["bytes"]["embedding"][1] if name == "text" else grads["null"]
+    null = {"text": lambda: grads["encoder"]["bytes"]["embedding"][1],
+            "actions": lambda: grads["embed"]["embedding"][5]}.get(name, lambda: grads["null"])()
     assert np.abs(null).max() > 0
     if name == "text":          # the caption itself has no part in it
         assert not np.asarray(grads["encoder"]["bytes"]["embedding"][3:]).any()
@@ -234,8 +250,9 @@ SMALL = {"name": "transformer", "width": WIDTH, "depth": 1, "heads": 2, "patch":
 
 
 def test_every_signal_changes_the_prediction(randomise):
-    names = ["text", "fps", "num_frames", "image_tokens", "concat", "control"]
-    model = Denoiser(SMALL, {name: FIELDS.get(name, {}) for name in names})
+    names = [name for name in SIGNALS if name != "embeddings"]      # text, computed before
+    fields = FIELDS | {"depth": {}}            # beside the others; `control` has its blocks
+    model = Denoiser(SMALL, {name: fields.get(name, {}) for name in names})
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
     x = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
     time = np.array([0.2, 0.7], np.float32)
@@ -252,7 +269,49 @@ def test_every_signal_changes_the_prediction(randomise):
         np.testing.assert_array_equal(again, dropped)
 
 
+def test_known_frames_are_those_of_the_clip():
+    x0 = RNG.normal(size=(2000, 3, 1, 1, 2)).astype(np.float32)
+    module = Conditioning(WIDTH, {"known_frames": {"channels": 2, "first": 0.8, "last": 0.3}})
+    got = jax.tree.map(np.asarray, module.derived(jax.random.key(0), x0))
+    mask = got["known_mask"]
+    assert not mask[:, 1].any() and abs(mask[:, 0].mean() - 0.8) < 0.04
+    assert abs(mask[:, 2].mean() - 0.3) < 0.04
+    assert abs((mask[:, 0] * mask[:, 2]).mean() - 0.24) < 0.04       # each on its own
+    np.testing.assert_array_equal(got["known"], x0 * mask[..., None, None, None])
+    image = module.derived(jax.random.key(0), x0[:, :1])["known_mask"]    # both ends at once
+    assert abs(np.asarray(image).mean() - 0.86) < 0.04
+
+
+def test_what_a_batch_lacks_is_dropped_or_asked_for():
+    names = {"fps": {}, "depth": {"dropout": 0.0}, "motion": {}}
+    model, shape = Denoiser(SMALL, names), (2, 2, 4, 4, 3)
+    depth = {"depth": np.zeros((2, 2, 4, 4, 1), np.float32)}
+    batch = depth | BATCHES["fps"][0]
+    assert model.absent(batch) == {"motion"}
+    assert model.completed(batch, shape)["motion"].shape == (2,)
+    with pytest.raises(ConfigError, match=r"never trained without 'depth'.*give it"):
+        model.absent(BATCHES["fps"][0])
+
+
+def test_a_vector_for_each_frame_reaches_the_tokens_of_that_frame(randomise):
+    """With patches of one frame and no mixing over time, only there."""
+    small = SMALL | {"patch": (1, 4, 4), "pattern": ("space",)}
+    model = Denoiser(small, {"actions": {}, "fps": {}})
+    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    x = RNG.normal(size=(1, 3, 4, 4, 3)).astype(np.float32)
+
+    def run(*actions):
+        batch = {"actions": np.array([actions], np.int32), "fps": np.ones(1, np.float32)}
+        return model.run(params, x, np.ones(1, np.float32), batch, model.drop_masks(1, False),
+                         method="train_view")
+
+    changed = np.abs(run(1, 2, 3) - run(1, 4, 3)).max((0, 2, 3, 4))
+    assert changed[1] > 1e-3 and not changed[[0, 2]].any()
+
+
 @pytest.mark.parametrize(("signals", "message"), [
+    ({"depth": {"port": "tokens"}}, "depth.port = 'tokens' is neither 'concat' nor 'control'"),
+    ({"reference": {"encoder": {"name": "patches"}, "height": 12}}, "does not divide into patches"),
     ({"txt": {}}, "Did you mean 'text'"), ({"fps": {"dropuot": 1}}, "Did you mean 'dropout'"),
     ({"text": {"encoder": {"name": "byte"}}}, "Did you mean 'bytes'"),
     ({"text": {"encoder": BYTES | {"heads": 5}}}, "width = 12 over heads = 5; choose a multiple"),

@@ -33,6 +33,10 @@ def test_a_pth_file_is_what_was_saved(torch, tmp_path):
     want = {f"model.{k}": v for k, v in content.items()}
     want |= {f"ema.{k}": v for k, v in layer.state_dict().items()}
     assert got.keys() == want.keys()
+    for name in ("model.same", "model.turned", "model.part"):
+        part = got[name].rows(1, 2)
+        np.testing.assert_array_equal(part.read(), want[name][1:2].numpy())
+        np.testing.assert_array_equal(part.squeezed().read(), want[name][1].numpy())
     for key, stored in got.items():
         value = stored.read()
         assert value.shape == tuple(want[key].shape)

@@ -14,7 +14,6 @@ from vdx.convert import open_source
 from vdx.files import read_json, write_json
 from vdx.generate.request import check, complete, recommended, shape_for
 from vdx.interop.keymap import WeightsError
-from vdx.interop.original import umt5_config, vae_config
 from vdx.interop.public import open_public
 from vdx.interop.safetensors import Stored, read_header, write
 from vdx.parallel import MeshSpec
@@ -23,9 +22,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 import diffusers  # noqa: E402
 from test_run import command  # noqa: E402
-from test_t5 import wan_keys  # noqa: E402
 from test_wan import original_names  # noqa: E402
-from wan_pipelines import CLIP, NETWORK, TEXT, pipeline, randomised  # noqa: E402
+from wan_pipelines import CLIP, NETWORK, pipeline, randomised  # noqa: E402
 
 ASKED = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
 
@@ -267,56 +265,6 @@ def test_types_are_kept(folder, copy, tmp_path):
     open_source(path, {}).save(tmp_path / "own", own=True)
     open_source(tmp_path / "own", {}).save(tmp_path / "back", own=False)
     same(everything(tmp_path / "back"), everything(path))
-
-
-def test_the_original_layout(folder, tmp_path, mesh):
-    """Experts, text encoder and tokenizer as the makers name them; a VAE that is given."""
-    source, kind = tmp_path / "Wan", folder("a14b t2v")
-    network = NETWORK | {"attention_head_dim": 128, "num_attention_heads": 1}
-    for name, seed in (("high_noise_model", 0), ("low_noise_model", 1)):
-        arrays = {k: v.numpy() for k, v in randomised(
-            diffusers.WanTransformer3DModel(**network), seed).state_dict().items()}
-        names = original_names(arrays)
-        write(source / name / "diffusion_pytorch_model.safetensors",
-              {names[k]: (v.shape, v.dtype) for k, v in arrays.items()},
-              ((names[k], v) for k, v in arrays.items()))
-    encoder = {k: v for k, v in pipeline("a14b t2v").text_encoder.state_dict().items()
-               if k != "encoder.embed_tokens.weight"}
-    torch.save(wan_keys(encoder), source / "models_t5_umt5-xxl-enc-bf16.pth")
-    with pytest.raises(WeightsError, match=r"(?s)It lacks:\n  tokenizer: google/umt5-xxl "
-                                           r"\(--tokenizer=...\)\n  vae: Wan2"):
-        open_source(source, {})
-    shutil.copytree(kind / "tokenizer", source / "google" / "umt5-xxl")
-
-    out = tmp_path / "out"
-    done = command("vdx.convert", f"--source={source}", f"--vae={kind / 'vae'}", f"--out={out}",
-                   "--to=diffusers")
-    assert "transformer_2: 0." in done.stdout and f"Wrote {out}" in done.stdout
-    again = diffusers.WanPipeline.from_pretrained(out)
-    assert again.config.boundary_ratio == 0.875 and again.scheduler.config.flow_shift == 12.0
-    for name, seed in (("transformer", 0), ("transformer_2", 1)):
-        want = randomised(diffusers.WanTransformer3DModel(**network), seed).state_dict()
-        got = getattr(again, name).state_dict()
-        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-    ours, theirs = params(out, mesh), params(kind, mesh)
-    for name in ("text_encoder", "vae"):
-        jax.tree.map(np.testing.assert_array_equal, ours[name], theirs[name])
-
-
-def test_configs_of_files_without_one(folder):
-    source = read_header(folder("t2v") / "text_encoder" / "model.safetensors")
-    for layout in (source, wan_keys(source)):
-        config = umt5_config(layout)
-        assert {k: config[k] for k in TEXT if k in config} == {
-            k: v for k, v in TEXT.items() if k != "dropout_rate"} | {
-            "relative_attention_max_distance": 128}
-    with pytest.raises(WeightsError, match="not the weights of a UMT5"):
-        umt5_config({"x": source["shared.weight"]})
-    latents = {n: {"conv2.weight": Stored(Path(), np.dtype("float32"), (n, n, 1, 1, 1), 0)}
-               for n in (16, 48, 4)}
-    assert "base_dim" not in vae_config(latents[16]) and vae_config(latents[48])["z_dim"] == 48
-    with pytest.raises(WeightsError, match="not the weights of Wan's VAE"):
-        vae_config(latents[4])
 
 
 def test_a_conversion_that_cannot_be(folder, tmp_path):

@@ -263,7 +263,8 @@ def test_a_config_that_cannot_be_meant(fields, message):
 
 
 def test_an_empty_config_is_wan21():
-    assert video_vae_from_config({"dropout": 0.0, "_diffusers_version": "0.33"}) == \
+    assert video_vae_from_config({"dropout": 0.0, "clip_output": False,        # as public ones say
+                                  "_diffusers_version": "0.33"}) == \
         video_vae_from_config(VIDEO_VAES["wan2.1"])
     assert video_vae_from_config(VIDEO_VAES["wan2.1"]).rates == (4, 8)
     assert video_vae_from_config(VIDEO_VAES["wan2.2"]).rates == (4, 16)

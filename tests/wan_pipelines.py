@@ -81,25 +81,32 @@ def scheduler(name: str):
 @functools.cache
 def pipeline(kind: str):
     network, boundary, schedule, pictures, _ = KINDS[kind]
-    held = kind.startswith("5b")
+    return assembled(network, scheduler(schedule), boundary, pictures,
+                     VAE_22 if kind.startswith("5b") else VAE)
+
+
+def assembled(network: dict, schedule, boundary: float | None, pictures: int, vae: dict,
+              vision: dict = VISION, text: dict = TEXT):
+    """The pipeline that reads so many pictures, of parts of these sizes."""
     parts: dict[str, Any] = dict(
-        tokenizer=tokenizer(), scheduler=scheduler(schedule), boundary_ratio=boundary,
-        expand_timesteps=held,
+        tokenizer=tokenizer(), scheduler=schedule, boundary_ratio=boundary,
+        expand_timesteps=vae.get("is_residual", False),
         text_encoder=randomised(transformers.UMT5EncoderModel(
-            transformers.UMT5Config(**TEXT)), 1),
-        vae=randomised(diffusers.AutoencoderKLWan(**(VAE_22 if held else VAE)), 2),
+            transformers.UMT5Config(**text)), 1),
+        vae=randomised(diffusers.AutoencoderKLWan(**vae), 2),
         transformer=randomised(diffusers.WanTransformer3DModel(**network), 3),
         transformer_2=randomised(diffusers.WanTransformer3DModel(**network), 4) if boundary
         else None)
     if not pictures:
         return diffusers.WanPipeline(**parts)
     if "image_dim" in network:
+        size = vision["image_size"]
         parts |= dict(
             image_encoder=randomised(transformers.CLIPVisionModel(
-                transformers.CLIPVisionConfig(**VISION)), 5),
+                transformers.CLIPVisionConfig(**vision)), 5),
             image_processor=transformers.models.clip.image_processing_pil_clip
-            .CLIPImageProcessorPil(size={"shortest_edge": 28},
-                                   crop_size={"height": 28, "width": 28}))
+            .CLIPImageProcessorPil(size={"shortest_edge": size},
+                                   crop_size={"height": size, "width": size}))
     return diffusers.WanImageToVideoPipeline(**parts)
 
 

@@ -8,6 +8,7 @@ against the classes they configure, with the nearest known key in the message.
 import ast
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ def load_config(spec: str) -> ConfigDict:
     if found is None or found.loader is None:
         raise ConfigError(f"{name} is not a Python file.")
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    sys.path.insert(0, str(path.resolve().parent.parent))   # `from configs import another`
+    try:
+        found.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     config = module.get_config(variant) if variant else module.get_config()
     config.unlock()
     return config

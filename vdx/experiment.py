@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from vdx.build import ConfigError, build, fill
 from vdx.data.pipeline import Batches, Loader, make_loader
 from vdx.data.record import BadRecord
+from vdx.data.signals import SIGNALS
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import WEIGHTS
@@ -182,6 +183,8 @@ class Experiment:
                                    build(top.time, TIMES, "config.time"),
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
                                    self.data.mean or 0.0, self.lora, top.first_frame, top.forcing)
+        if isinstance(generator := self.generator(), Streamer) and self.clip is not None:
+            generator.check((self.clip_default()[0], *generator.frame_shape))
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -197,8 +200,10 @@ class Experiment:
         make = lengths = None
         if self.clip is not None:
             lengths = self.clip.lengths
-            make = functools.partial(to_example, clip=self.clip, height=self.data.height,
-                                     width=self.data.width, tokenize=self.model.tokenizer())
+            make = functools.partial(
+                to_example, clip=self.clip, height=self.data.height, width=self.data.width,
+                tokenize=self.model.tokenizer(),
+                signals=tuple(name for name in self.model.signals if name in SIGNALS))
         log = None if workdir is None else workdir / "bad_records.jsonl"
         return make_loader(
             self.source(heldout), to_example=make, num_frames=lengths,

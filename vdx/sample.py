@@ -28,6 +28,7 @@ from vdx.files import read_json, write_json
 from vdx.generate.pipeline import Sampling
 from vdx.generate.public import PublicGenerator
 from vdx.generate.request import PublicRequest, prepare
+from vdx.generate.steer import file_digest, files, steered
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.generate.wall import write_clips
 from vdx.interop.keymap import WeightsError
@@ -36,27 +37,45 @@ from vdx.types import Params
 
 FLAGS = flags.FLAGS
 # Flags of --workdir alone, and of --weights alone.
-TRAINED = ("step", "averaged")
-PUBLIC = ("negative_prompt", "image", "last_image", "init_noise", "lora", "lora_2", "height",
-          "width", "dtype", "mesh")
+STEER = ("reference", "flow", "camera", "actions", "motion")
+TRAINED = ("step", "averaged", "control", "guide", *STEER)
+PUBLIC = ("negative_prompt", "init_noise", "lora", "lora_2", "height", "width", "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """All that decides the clips of one call, besides the weights."""
+    """All that decides the clips of one call, besides the weights.
+
+    steer: what is asked besides the words, as vdx.generate.steer says; digests: SHA-256 of its
+    files.
+    """
 
     prompts: tuple[str, ...]
     seed: int            # clip i takes seed + i
     num_frames: int
     fps: float
     sampling: dict
+    steer: dict = dataclasses.field(default_factory=dict)
+    digests: dict = dataclasses.field(default_factory=dict)
 
     def draw(self, experiment: Experiment, params: Params) -> np.ndarray:
         """float32 [n t h w c]."""
         sampling = fill(Sampling, self.sampling, "sampling")
-        seeds = [self.seed + i for i in range(len(self.prompts))]
-        return experiment.generator(sampling)(params, self.prompts, seeds,
-                                              num_frames=self.num_frames, fps=self.fps)
+        n, generator = len(self.prompts), experiment.generator(sampling)
+        steer = {name: np.repeat(value, n, 0) for name, value in self.steered(experiment).items()}
+        return generator(params, self.prompts, [self.seed + i for i in range(n)],
+                         num_frames=self.num_frames, fps=self.fps, steer=steer)
+
+    def steered(self, experiment: Experiment) -> dict[str, np.ndarray]:
+        """Entries of a batch of one clip. Raises ConfigError."""
+        for name, path in files(self.steer).items():
+            if file_digest(name, path) != self.digests.get(name):
+                raise ConfigError(f"--{name}={path} is not the file of the request any more.")
+        shape = (self.num_frames, experiment.data.height, experiment.data.width,
+                 experiment.model.channels)
+        return steered(self.steer, experiment.model.signals, shape, self.fps,
+                       experiment.objective.mean,
+                       experiment.clip.flow_points if experiment.clip else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +123,23 @@ def mesh_spec() -> dict[str, int] | None:
         raise app.UsageError(f"--mesh={FLAGS.mesh} is not like fsdp=4,tensor=2.") from error
 
 
+def controls() -> dict[str, str]:
+    """The dense maps of --control."""
+    pairs = [part.partition("=") for part in FLAGS.control.split(",")] if FLAGS.control else []
+    if wrong := ["".join(p) for p in pairs if p[0] not in ("depth", "pose", "flow") or not p[2]]:
+        raise app.UsageError(f"--control={wrong[0]} is not like depth=FILE or pose=FILE.")
+    return {name: path for name, _, path in pairs}
+
+
+def scales() -> dict[str, float]:
+    """The guidance scales of --guide."""
+    try:
+        return {name: float(value) for part in FLAGS.guide.split(",")
+                for name, value in [part.split("=")]}
+    except ValueError as error:
+        raise app.UsageError(f"--guide={FLAGS.guide} is not like depth=2,flow=1.5") from error
+
+
 def given(*names: str) -> dict[str, Any]:
     """The flags among `names` that were given."""
     return {name: value for name in names if (value := getattr(FLAGS, name)) is not None}
@@ -116,9 +152,13 @@ def from_flags(experiment: Experiment) -> Request:
         if len(scale) > 1:
             raise app.UsageError("--guidance is one number for a model of vdx.main.")
         said["guidance"] = scale[0]
+    if FLAGS.guide:
+        said["guide"] = scales()
     frames, fps = experiment.clip_default()
+    asked = given("image", "last_image", *STEER) | controls()
     return Request(prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
-                   {**dataclasses.asdict(experiment.sampling), **said})
+                   {**dataclasses.asdict(experiment.sampling), **said}, asked,
+                   {name: file_digest(name, path) for name, path in files(asked).items()})
 
 
 def one_file_or_folder(request: Request | PublicRequest) -> None:
@@ -140,6 +180,7 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
     request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
     one_file_or_folder(request)
     lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
+    request.steered(experiment)       # says what is wrong before anything large is read
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
@@ -238,6 +279,17 @@ if __name__ == "__main__":
     flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: empty.")
     flags.DEFINE_string("image", None, "A picture that the clip begins with.")
     flags.DEFINE_string("last_image", None, "A picture that it ends with.")
+    flags.DEFINE_string("reference", None, "A picture of what the clip is to show.")
+    flags.DEFINE_string("control", None, "Maps of every frame: depth=FILE,pose=FILE; a .npy or a "
+                        "video, as vdx.data.track_files says.")
+    flags.DEFINE_string("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
+    flags.DEFINE_string("camera", None, "A .json file of cameras, as vdx.data.camera says.")
+    flags.DEFINE_string("actions", None, "One for each frame, with commas between them, or a "
+                        ".json file.")
+    flags.DEFINE_float("motion", None, "Strength of motion, as vdx.data.motion measures it.",
+                       lower_bound=0.0)
+    flags.DEFINE_string("guide", None, "Guidance scales of other signals than the text, such as "
+                        "depth=2,flow=1.5")
     flags.DEFINE_string("init_noise", None, "A .npy file, float32 [b t h w c] of latents, to "
                         "start from instead of noise from the seeds.")
     flags.DEFINE_string("lora", None, "LoRA files with their weights, such as "

@@ -20,6 +20,9 @@ __all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "
 #   image_tokens float [b m d]      features of images from a frozen encoder
 #   concat     float  [b t h w c]   channels to lie beside the noisy clip
 #   control    float  [b t h w c]   what a network's control blocks read
+#   known, known_mask  [b t h w c], [b t]   frames that are given, and which
+#   reference  uint8  [b h w 3]     a picture of what the clip is to show
+#   depth, pose, flow, camera  [b t h w k], actions [b t], motion [b]: see vdx/models/steering.py
 #   fps        float32 [b]          frames per second of this clip
 #   num_frames int32  [b]           pixel frames in this clip
 Batch = Mapping[str, Array]
@@ -31,8 +34,8 @@ class Ports(flax.struct.PyTreeNode):
 
     tokens: float [b l d], read by cross-attention; tokens_mask: bool [b l], None if all are seen.
     image_tokens: float [b m d], read by a cross-attention of their own beside that of `tokens`.
-    vector: float [b d], added to the time embedding and so to every modulation.
-    modulation: float [b 6 d], added to that of every block, but not of the end.
+    vector: float [b d] or, one for each frame, [b t d]; added to the time embedding and so to
+    every modulation. modulation: float [b 6 d], added to that of every block, not of the end.
     concat: float [b t h w c], concatenated to the noisy input's channels.
     add:    float [b t h w d], added to the patch embeddings (control residuals).
     control: float [b t h w c], read by control blocks, whose hints are added to the tokens after

@@ -49,7 +49,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     if (folder / "metadata.jsonl").exists():
         return read_metadata(folder / "metadata.jsonl")
     rows = []
-    for name, caption, _ in list_videos(folder):
+    for name, caption, *_ in list_videos(folder):
         text = caption.read_text(encoding="utf-8").strip() if caption else None
         rows.append({"file_name": name} | ({} if text is None else {"caption": text}))
     if not rows:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BadRecord", "Record"]
+__all__ = ["BadRecord", "Record", "shown"]
+
+ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
 
 
 class BadRecord(ValueError):
@@ -31,6 +33,8 @@ class Record:
         where any instant may be read (a procedural source).
     read: `read(times)` with times float64 [t] in seconds gives uint8 [t h w 3].
     attributes: anything else that is known about the clip, for metrics and filters.
+    tracks: what else runs beside the frames, by name; `tracks[name](times)` reads it at the same
+        instants. `vdx.data.signals` says which names there are and what each gives.
     """
 
     key: str
@@ -39,3 +43,10 @@ class Record:
     timestamps: np.ndarray | None
     read: Callable[[np.ndarray], np.ndarray]
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tracks: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(
+        default_factory=dict)
+
+
+def shown(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """int [t]: the frame, of those with the timestamps, that is on the screen at each instant."""
+    return np.maximum(np.searchsorted(stamps, np.asarray(times) + ROUNDING, side="right") - 1, 0)

@@ -35,6 +35,8 @@ MOTION_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
              ("turns clockwise", "turning clockwise"), ("spins in place", "spinning in place")),
     "bounce": (("bounces", "bouncing"), ("bounces up and down", "bouncing up and down"),
                ("bounces off the floor", "bouncing off the floor")),
+    "steered": (("is steered", "being steered"), ("is steered around", "being steered around"),
+                ("is driven around", "being driven around")),
 }
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 SPEED_WORDS = {"slow": ("slowly", "gently"), "fast": ("quickly", "fast")}
@@ -81,7 +83,7 @@ def _verb(item: "Object", rng: np.random.Generator, form: int) -> str:
     verb = _pick(rng, MOTION_WORDS[item.motion])[form]
     if rng.random() < 0.4:
         adverb = _pick(rng, SPEED_WORDS[item.speed])
-        first = adverb != "fast" and rng.random() < 0.5
+        first = adverb != "fast" and rng.random() < 0.5 and not verb.startswith("is ")
         verb = f"{adverb} {verb}" if first else f"{verb} {adverb}"
     return verb
 

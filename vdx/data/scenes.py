@@ -21,40 +21,41 @@ import numpy as np
 from vdx.build import ConfigError, nearest
 from vdx.data.record import Record
 from vdx.data.scene_captions import describe
+from vdx.data.scene_drawing import (
+    BACKGROUNDS,
+    COLOURS,
+    REACH,
+    SHAPES,
+    STYLES,
+    background,
+    draw,
+    still,
+)
+from vdx.data.scene_signals import tracks
+from vdx.data.signals import ACTIONS
 
-__all__ = ["BACKGROUNDS", "CAMERAS", "COLOURS", "MOTIONS", "SHAPES", "STYLES", "Object",
-           "Scene", "Scenes", "background", "describe", "is_heldout", "paint"]
+__all__ = ["BACKGROUNDS", "CAMERAS", "COLOURS", "MOTIONS", "SHAPES", "STEERED", "STYLES", "Object",
+           "Scene", "Scenes", "describe", "is_heldout"]
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLOURS = {"red": (228, 32, 40), "green": (40, 176, 56), "blue": (48, 92, 246),
-           "yellow": (250, 226, 50), "purple": (170, 60, 222), "cyan": (50, 216, 226),
-           "orange": (250, 132, 24), "white": (246, 246, 246)}
 # The velocity of each motion in units of the object's speed.
 VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*VELOCITIES, "grow", "shrink", "turn", "bounce")
-STYLES = ("flat", "outlined", "soft")
+# Also known, but not among the motions of a source that does not ask for it: the object does one
+# of ACTIONS after another, each for one of HOLDS seconds. At 4, 8 or 16 frames per second and with
+# the start "first", a frame then never falls into the middle of an action.
+STEERED = "steered"
+HOLDS = (0.25, 0.5)
+STEER = 2.5                                # times the object's speed
 SIZES = {"small": 0.15, "large": 0.25}     # radius
 SHARED = 0.7                               # of the radius where two objects share the frame
 SPEEDS = {"slow": 0.12, "fast": 0.2}       # widths per second
 CAMERAS = {"static": 0.0, "pan left": 0.1, "pan right": -0.1}  # how fast the world goes right
-# Two tones and the pattern that mixes them; tones stay dark so that every object stands out.
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
-    "black": ((0, 0, 0), (0, 0, 0), ""), "grey": ((74, 74, 78), (74, 74, 78), ""),
-    "dark blue": ((16, 22, 64), (16, 22, 64), ""), "brown": ((60, 40, 28), (60, 40, 28), ""),
-    "stripes": ((22, 26, 34), (54, 60, 72), "stripes"),
-    "dots": ((28, 24, 36), (70, 64, 84), "dots"),
-    "checks": ((24, 30, 28), (56, 66, 62), "checks"),
-}
-PERIOD = 0.25             # of the background patterns
 STAY = 2.0                # seconds that a moving object stays wholly inside the frame
 GROWTH = 1.7              # relative growth per second, for each width per second of speed
 SHRINK_FROM = 1.5         # a shrinking object starts larger, so that it is still seen at the end
 RADII = (0.05, 0.5)       # growth and shrinkage end here
 TURN = 12.5               # radians per second, for each width per second of speed
 BOUNCE_PERIOD = {"slow": 1.2, "fast": 0.8}  # seconds from floor to floor
-OUTLINE, FILL = 0.2, 0.55  # width of an outline in radii; brightness inside it
-SOFT = 0.22               # half width of a soft edge in radii
-REACH = 1.2               # no shape or style is seen farther than this many radii from its centre
 BOTTOM = {"circle": 1.0, "ring": 1.0, "square": 0.84, "cross": 1.0, "triangle": 0.56,
           "star": 1.12 * math.cos(math.pi / 5)}  # lowest point of an upright shape, in radii
 HELDOUT_ONE_IN = 5
@@ -81,103 +82,6 @@ def _settings(backgrounds, cameras) -> tuple[tuple[str, str], ...]:
                  if c == "static" or BACKGROUNDS[b][2])
 
 
-# Drawing ------------------------------------------------------------------------------------
-
-def _star(x, y, points: int, outer: float, inner: float):
-    """Distance to a star with its first point up: fold to one wedge, whose edge is a line."""
-    sector = math.tau / points
-    turns = np.arctan2(x, -y) / np.float32(sector)
-    theta = np.abs(turns - np.rint(turns)) * np.float32(sector)
-    rho = np.hypot(x, y)
-    dx, dy = inner * math.cos(sector / 2) - outer, inner * math.sin(sector / 2)
-    slope = math.atan2(-dx, dy)  # direction of the edge's outward normal
-    return rho * np.cos(theta - np.float32(slope)) - outer * math.cos(slope)
-
-
-def _distance(shape: str, x, y):
-    """Signed distance in radii from the edge of the upright unit shape, negative inside."""
-    if shape == "circle":
-        return np.hypot(x, y) - 1.0
-    if shape == "ring":
-        return np.abs(np.hypot(x, y) - 0.74) - 0.26
-    if shape == "triangle":
-        return _star(x, y, 3, 1.12, 0.56)
-    if shape == "star":
-        return _star(x, y, 5, 1.12, 0.5)
-    x, y = np.abs(x), np.abs(y)
-    far = np.maximum(x, y)
-    return far - 0.84 if shape == "square" else np.maximum(far - 1.0, np.minimum(x, y) - 0.34)
-
-
-def paint(shape: str, style: str, dx, dy, radius, angle=0.0):
-    """Coverage and brightness, both in [0, 1], of a shape at offsets from its centre.
-
-    dx, dy: float32 offsets in pixels, x right and y down; radius in pixels and angle in
-    radians broadcast against them.
-    """
-    radius = np.asarray(radius, np.float32)
-    if np.any(angle):
-        cos, sin = np.cos(angle, dtype=np.float32), np.sin(angle, dtype=np.float32)
-        dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
-    edge = _distance(shape, dx / radius, dy / radius) * radius
-    shade: Any = np.float32(1.0)
-    if style == "soft":
-        cover = np.clip(0.5 - edge / np.maximum(2 * SOFT * radius, 1.0), 0.0, 1.0)
-        return cover * cover * (3.0 - 2.0 * cover), shade
-    if style == "outlined":
-        shade = FILL + (1.0 - FILL) * np.clip(0.5 + edge + OUTLINE * radius, 0.0, 1.0)
-    return np.clip(0.5 - edge, 0.0, 1.0), shade
-
-
-def _wave(position, pixels: float):
-    """A square wave of the pattern's period in [-1, 1], its edges one pixel wide."""
-    ramp = 0.25 - np.abs(position / PERIOD % 1.0 - 0.5)
-    return np.clip(2.0 * ramp * PERIOD * pixels, -1.0, 1.0)
-
-
-@functools.lru_cache(maxsize=64)
-def _still(name: str, height: int, width: int) -> np.ndarray:
-    return background(name, np.zeros(1), height, width)
-
-
-def background(name: str, shift: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The background moved right by `shift` [t] widths: float32 [t h w 3] in [0, 255]."""
-    dark, light, pattern = BACKGROUNDS[name]
-    x = (np.arange(width) + 0.5) / width - shift[:, None, None]
-    y = (np.arange(height)[:, None] + 0.5) / width  # in widths, so that patterns keep aspect
-    if pattern == "dots":
-        far = np.hypot(x / PERIOD % 1.0 - 0.5, y / PERIOD % 1.0 - 0.5) * PERIOD
-        mix = np.clip(0.5 + (0.07 - far) * width, 0.0, 1.0)
-    elif pattern == "checks":
-        mix = 0.5 + 0.5 * _wave(x, width) * _wave(y, width)
-    else:
-        mix = np.broadcast_to(0.5 + 0.5 * _wave(x, width), (len(shift), height, width))
-    low, high = np.array(dark, np.float32), np.array(light, np.float32)
-    return low + mix.astype(np.float32)[..., None] * (high - low)
-
-
-def _draw(canvas: np.ndarray, item: "Object", style: str, state: dict[str, np.ndarray]) -> None:
-    """Paint one object over the canvas [t h w 3], only where it can be seen."""
-    height, width = canvas.shape[1:3]
-    radius = state["size"] * min(height, width)
-    centre = state["center"] * (width, height)
-    side = math.ceil(2 * (REACH * radius.max() + 1))
-    kw, kh = min(side, width), min(side, height)
-    # The window follows the object and is kept in the frame; outside, coverage is zero anyway.
-    left = np.clip(np.rint(centre[:, 0] - kw / 2), 0, width - kw).astype(int)
-    top = np.clip(np.rint(centre[:, 1] - kh / 2), 0, height - kh).astype(int)
-    dx = (left - centre[:, 0] + 0.5)[:, None, None] + np.arange(kw)
-    dy = (top - centre[:, 1] + 0.5)[:, None, None] + np.arange(kh)[:, None]
-    cover, shade = paint(item.shape, style, dx.astype(np.float32), dy.astype(np.float32),
-                         radius[:, None, None], state["angle"][:, None, None])
-    colour = (cover * shade)[..., None] * np.array(COLOURS[item.colour], np.float32)
-    keep = 1.0 - cover[..., None]
-    for i, (x, y) in enumerate(zip(left.tolist(), top.tolist(), strict=True)):
-        window = canvas[i, y:y + kh, x:x + kw]
-        window *= keep[i]
-        window += colour[i]
-
-
 # Scenes -------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +89,8 @@ class Object:
     """One shape: words, and the numbers that fix its path in world coordinates.
 
     x, y: centre at time 0 (for a bounce, y is the lowest position of the centre);
-    radius, angle: at time 0; rise, phase: height of a bounce and where in it time 0 falls.
+    radius, angle: at time 0; rise, phase: height of a bounce and where in it time 0 falls;
+    commands: when a steered object begins which of ACTIONS, ascending, "stay" last.
     """
 
     shape: str
@@ -199,6 +104,7 @@ class Object:
     angle: float = 0.0
     rise: float = 0.0
     phase: float = 0.0
+    commands: tuple[tuple[float, str], ...] = ()
 
     def state(self, times: np.ndarray) -> dict[str, np.ndarray]:
         """center [t 2], size [t] (the radius), angle [t], in world coordinates, any time."""
@@ -214,7 +120,34 @@ class Object:
         elif self.motion == "bounce":
             u = (self.phase + times / BOUNCE_PERIOD[self.speed]) % 1.0
             y = self.y - self.rise * 4.0 * u * (1.0 - u)
+        elif self.motion == STEERED:
+            since = np.array([begin for begin, _ in self.commands])
+            steps = np.array([VELOCITIES.get(what, (0, 0)) for _, what in self.commands[:-1]])
+            path = np.cumsum(STEER * rate * steps * np.diff(since)[:, None], axis=0)
+            x, y = (start + np.interp(times, since, [0.0, *way]) for start, way in
+                    zip((self.x, self.y), path.T, strict=True))
         return {"center": np.stack([x, y], -1), "size": size, "angle": angle}
+
+
+    def actions(self, times: np.ndarray) -> np.ndarray:
+        """int32 [t], rows of ACTIONS: what is done from each instant to the next; the last one
+        is repeated. Of an object that is not steered, which way it goes, or "stay"."""
+        times = np.asarray(times, np.float64)
+        begin, end = (times[:-1], times[1:]) if len(times) > 1 else (times, times)
+        if self.motion == STEERED:  # what is done half way between the two
+            since = [start for start, _ in self.commands]
+            place = np.searchsorted(since, (begin + end) / 2, side="right") - 1
+            rows = np.array([ACTIONS.index(what) for _, what in self.commands])[place]
+        elif self.motion == "bounce":
+            fall = self.state(end)["center"][:, 1] - self.state(begin)["center"][:, 1]
+            rows = np.where(fall < 0, ACTIONS.index("up"), ACTIONS.index("down"))
+        else:
+            going = self.motion if self.motion in VELOCITIES else "stay"
+            rows = np.full(len(begin), ACTIONS.index(going))
+        if len(times) > 1:
+            rows = np.where(end > begin, rows, ACTIONS.index("stay"))  # of a clip that is held
+            rows = np.append(rows, rows[-1])
+        return rows.astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,19 +169,23 @@ class Scene:
         times = np.asarray(times, np.float64)
         states = [item.state(times) for item in self.objects]
         for state in states:
-            state["center"][:, 0] += CAMERAS[self.camera] * times
+            state["center"][:, 0] += self.shift(times)
         return states
+
+    def shift(self, times: np.ndarray) -> np.ndarray:
+        """How far the camera has moved the world to the right, in widths, at times [t]."""
+        return CAMERAS[self.camera] * np.asarray(times, np.float64)
 
     def render(self, times, height: int, width: int) -> np.ndarray:
         """uint8 [t h w 3] at times [t] seconds, edges antialiased over one pixel."""
         times = np.asarray(times, np.float64)
-        shift = CAMERAS[self.camera] * times
+        shift = self.shift(times)
         back = background(self.background, shift, height, width) if shift.any() else \
-            _still(self.background, height, width)
+            still(self.background, height, width)
         canvas = np.empty((len(times), height, width, 3), np.float32)
         canvas[:] = back
         for item, state in reversed(list(zip(self.objects, self.state(times), strict=True))):
-            _draw(canvas, item, self.style, state)
+            draw(canvas, item.shape, item.colour, self.style, state)
         canvas += 0.5  # the cast truncates
         return canvas.astype(np.uint8)
 
@@ -266,8 +203,30 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random()) if low < high else (low + high) / 2
 
 
+def _steer(x: float, y: float, rate: float, camera: str, margin: float, duration: float,
+           rng: np.random.Generator) -> tuple[tuple[float, str], ...]:
+    """Commands for `duration` seconds that keep a centre as far as `margin` from the border."""
+    commands: list[tuple[float, str]] = []
+    now, place = 0.0, (x, y)
+    while now < duration:
+        hold = HOLDS[int(rng.random() * len(HOLDS))]
+        outside = {}
+        for action in ACTIONS:
+            vx, vy = VELOCITIES.get(action, (0, 0))
+            to = (place[0] + (STEER * rate * vx + CAMERAS[camera]) * hold,
+                  place[1] + STEER * rate * vy * hold)
+            outside[action] = max(0.0, *(max(margin - v, v + margin - 1.0) for v in to)), to
+        least = min(far for far, _ in outside.values()) + 1e-9
+        fit = [action for action, (far, _) in outside.items()
+               if far <= least and [action] != [what for _, what in commands[-1:]]]
+        fit = fit or [action for action, (far, _) in outside.items() if far <= least]
+        commands.append((now, fit[int(rng.random() * len(fit))]))
+        now, place = now + hold, outside[commands[-1][1]][1]
+    return (*commands, (now, "stay"))
+
+
 def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
-           scale: float, rng: np.random.Generator) -> Object:
+           scale: float, duration: float, rng: np.random.Generator) -> Object:
     """An object of that colour, shape and motion, wholly in the frame for STAY seconds."""
     colour, shape, motion = words
     size = sizes[int(rng.random() * len(sizes))]
@@ -277,7 +236,9 @@ def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
     largest = radius * (math.exp(GROWTH * rate * STAY) if motion == "grow" else 1.0)
     margin = REACH * largest
     vx, vy = VELOCITIES.get(motion, (0, 0))
-    dx, dy = (rate * vx + CAMERAS[camera]) * STAY, rate * vy * STAY
+    # A steered object comes back by itself.
+    dx, dy = ((rate * vx + CAMERAS[camera]) * STAY, rate * vy * STAY) if motion != STEERED else \
+        (0.0, 0.0)
     x = _between(rng, margin - min(dx, 0.0), 1.0 - margin - max(dx, 0.0))
     y = _between(rng, margin - min(dy, 0.0), 1.0 - margin - max(dy, 0.0))
     angle = rise = phase = 0.0
@@ -286,7 +247,8 @@ def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
     elif motion == "bounce":  # it starts between the top and half way down, so it lands soon
         y = 1.0 - radius * BOTTOM[shape]
         rise, phase = _between(rng, 0.32, 0.48), _between(rng, 0.5, 0.8)
-    return Object(shape, colour, motion, size, speed, x, y, radius, angle, rise, phase)
+    commands = _steer(x, y, rate, camera, margin, duration, rng) if motion == STEERED else ()
+    return Object(shape, colour, motion, size, speed, x, y, radius, angle, rise, phase, commands)
 
 
 def _gap(objects: list[Object]) -> float:
@@ -321,8 +283,8 @@ class Scenes:
     duration: float = STAY
 
     def __post_init__(self):
-        known = {"shapes": SHAPES, "colours": COLOURS, "motions": MOTIONS, "styles": STYLES,
-                 "backgrounds": BACKGROUNDS, "cameras": CAMERAS, "sizes": SIZES}
+        known = {"shapes": SHAPES, "colours": COLOURS, "motions": (*MOTIONS, STEERED),
+                 "styles": STYLES, "backgrounds": BACKGROUNDS, "cameras": CAMERAS, "sizes": SIZES}
         for field, words in known.items():
             chosen = getattr(self, field)
             for word in chosen:
@@ -367,7 +329,7 @@ class Scenes:
             words.append(others[int(rng.random() * len(others))])
         # Of a few arrangements of two objects the one with the most room between them.
         scale = SHARED if words[1:] else 1.0
-        tries = [[_place(w, camera, self.sizes, scale, rng) for w in words]
+        tries = [[_place(w, camera, self.sizes, scale, self.duration, rng) for w in words]
                  for _ in range(8 if words[1:] else 1)]
         objects = max(tries, key=_gap)
         bare = Scene(tuple(objects), place, camera, style)
@@ -380,4 +342,4 @@ class Scenes:
         scene = self.scene(index)
         read = functools.partial(scene.render, height=self.height, width=self.width)
         return Record(f"scenes/{self.split}/{self.seed}/{index}", scene.caption, self.duration,
-                      None, read, scene.attributes)
+                      None, read, scene.attributes, tracks(scene, self.height, self.width))

@@ -21,18 +21,17 @@ import av
 import numpy as np
 
 from vdx.data.cache import check_classes, ready_example
-from vdx.data.record import BadRecord, Record
+from vdx.data.record import BadRecord, Record, shown
 from vdx.data.scenes import Scenes
+from vdx.data.track_files import TRACK_FILES, VIDEOS
 
 __all__ = ["SOURCES", "Records", "VideoFolder", "decode", "list_videos", "open_video", "pixels",
            "read_metadata", "video_record"]
 
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 CONTAINERS = "avi,matroska,mp4"  # as FFmpeg calls those of VIDEOS
 MOST_PIXELS = 1 << 26  # of a frame; a damaged or hostile header may ask for all memory
 SHA256 = re.compile("[0-9a-f]{64}")
 SPLITS = ("all", "train", "heldout")
-ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
 
 Opener = Callable[[], str | io.BytesIO]
 
@@ -120,15 +119,17 @@ def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
     return found
 
 
-def _guard(key: str, work: Callable, *arguments):
+def _guard(key: str, work: Callable, *arguments, what: str = "video"):
     """`work(*arguments)`, with whatever a bad file makes it raise as BadRecord."""
     try:
         return work(*arguments)
-    except BadRecord:
-        raise
+    except BadRecord as error:
+        if error.key == key:
+            raise
+        raise BadRecord(key, f"not a usable {what}: {error.reason}") from error
     except Exception as error:  # there is no list of what decoders raise on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadRecord(key, f"not a usable video: {reason}") from error
+        raise BadRecord(key, f"not a usable {what}: {reason}") from error
 
 
 def video_record(key: str, caption: Any, opener: Opener) -> Record:
@@ -143,8 +144,7 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
     stamps = (ticks - ticks[0]) * tick
 
     def read(times: np.ndarray) -> np.ndarray:
-        shown = np.searchsorted(stamps, np.asarray(times) + ROUNDING, side="right") - 1
-        wanted = ticks[np.maximum(shown, 0)]
+        wanted = ticks[shown(stamps, times)]
         found = _guard(key, lambda: decode(opener(), wanted))
         sizes = {frame.shape[:2] for frame in found.values()}
         if len(sizes) > 1:
@@ -162,20 +162,22 @@ def _is_heldout(name: str, share: float) -> bool:
 
 
 class Listed(NamedTuple):
-    """A video of a folder. A caption that is a Path is in that text file."""
+    """A video of a folder. A caption that is a Path is in that text file. tracks: (name, file) of
+    what steers it."""
 
     name: str
     caption: Any
     sha256: str | None = None
+    tracks: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoFolder:
     """Video files with captions.
 
-    path: a folder with `metadata.jsonl`, rows {"file_name", "caption"} and perhaps "sha256"
-      (other keys are ignored), or else videos that have a caption in a `.txt` file of the same
-      name.
+    path: a folder with `metadata.jsonl`, rows {"file_name", "caption"} and perhaps "sha256" and
+      files of what steers the clip, under the keys of `vdx.data.track_files` (other keys are
+      ignored), or else videos that have a caption in a `.txt` file of the same name.
     split: "all", "train" or "heldout"; heldout: the share of the files, by a hash of the name.
 
     Most damage to an encoded video decodes to other pixels without a sign. A file with "sha256",
@@ -209,15 +211,31 @@ class VideoFolder:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        name, caption, sha256 = self.rows[index]
+        name, caption, sha256, beside = self.rows[index]
         path = Path(self.path).absolute() / name  # a bare "x:y" would be an address to FFmpeg
         _guard(name, _check_file, path)
         if isinstance(caption, Path):
             caption = _guard(name, functools.partial(caption.read_text, encoding="utf-8")).strip()
-        if sha256 is None:
-            return video_record(name, caption, lambda: str(path))
-        data = _guard(name, _verified, path, sha256)
-        return video_record(name, caption, lambda: io.BytesIO(data))
+        opener: Opener = lambda: str(path)
+        if sha256 is not None:
+            data = _guard(name, _verified, path, sha256)
+            opener = lambda: io.BytesIO(data)
+        record = video_record(name, caption, opener)
+        return dataclasses.replace(record, tracks={
+            track: functools.partial(self._read, record, track, file) for track, file in beside})
+
+    def _read(self, record: Record, track: str, file: Any, times: np.ndarray) -> np.ndarray:
+        """A track, from its file; its faults are the record's, and name the file."""
+        def read() -> np.ndarray:
+            if not isinstance(file, str) or not _stays_inside(file):
+                raise ValueError("expected the name of a file inside the folder, / between folders")
+            path, stamps = Path(self.path).absolute() / file, record.timestamps
+            assert stamps is not None  # of a video
+            _check_file(path)
+            video = lambda: video_record(file, "", lambda: str(path)).read(times)
+            return TRACK_FILES[track](path, shown(stamps, times), len(stamps), video)
+
+        return _guard(record.key, read, what=f"{track} {file!r}")
 
 
 def _check_file(path: Path) -> None:
@@ -242,7 +260,8 @@ def list_videos(root: Path) -> list[Listed]:
     if not root.is_dir():
         raise ValueError(f"There is no folder {root.resolve()}.")
     if (root / "metadata.jsonl").exists():
-        return [Listed(row["file_name"], row.get("caption"), row.get("sha256"))
+        return [Listed(row["file_name"], row.get("caption"), row.get("sha256"),
+                       tuple((k, row[k]) for k in TRACK_FILES if row.get(k) is not None))
                 for row in read_metadata(root / "metadata.jsonl")]
     videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEOS)
     texts = [p.with_suffix(".txt") for p in videos]

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from vdx.data.record import BadRecord, Record
+from vdx.data.resize import resize
+from vdx.data.signals import Clip, read_signals
 
 __all__ = ["ClipSampling", "Tokenize", "resize", "to_example"]
 
@@ -36,6 +37,7 @@ class ClipSampling:
       its last frame, "loop" begins again.
     small: what to do with frames that would have to be enlarged to cover the clip: "error"
       refuses the record, since enlarged footage teaches blur; "enlarge" takes it.
+    flow_points: of the flow that steers a clip, how many points are told; 0: all of it.
     """
 
     num_frames: tuple[int, ...] | int
@@ -44,6 +46,7 @@ class ClipSampling:
     start: str = "random"
     short: str = "error"
     small: str = "error"
+    flow_points: int = 0
 
     def __post_init__(self):
         if (self.fps is None) == (self.stride is None):
@@ -53,6 +56,8 @@ class ClipSampling:
             raise ValueError(f"num_frames = {self.num_frames}: give positive lengths.")
         if min(self.rates, default=1.0) <= 0 or (self.stride is not None and self.stride < 1):
             raise ValueError(f"fps = {self.fps} and stride = {self.stride} must be positive.")
+        if self.flow_points < 0:
+            raise ValueError(f"flow_points = {self.flow_points} cannot be negative.")
         if self.fps is not None and not self.rates:
             raise ValueError("fps is empty: give one or more rates.")
         for name, value, known in (("start", self.start, STARTS), ("short", self.short, SHORT),
@@ -136,26 +141,15 @@ class ClipSampling:
         return {"random": rng.random(), "first": 0.0, "centre": 0.5}[self.start]
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [t h w 3] -> uint8 [t height width 3]: scaled to cover, then cropped at the centre."""
-    h, w = frames.shape[1:3]
-    if (h, w) == (height, width):
-        return frames
-    scale = max(height / h, width / w)
-    crop_h, crop_w = height / scale, width / scale  # the part that is kept, in old pixels
-    left, top = (w - crop_w) / 2, (h - crop_h) / 2
-    box = (left, top, min(left + crop_w, w), min(top + crop_h, h))
-    return np.stack([np.asarray(Image.fromarray(frame).resize(
-        (width, height), Image.Resampling.BICUBIC, box)) for frame in frames])
-
-
 def to_example(record: Record, *, clip: ClipSampling, height: int, width: int, tokenize: Tokenize,
-               num_frames: int, rng: np.random.Generator) -> dict:
+               num_frames: int, rng: np.random.Generator, signals: tuple[str, ...] = ()) -> dict:
     """One example, without the batch axis; `functools.partial` of it is for `make_loader`.
 
-    tokenize: caption -> (ids int32 [l], mask bool [l]).
+    tokenize: caption -> (ids int32 [l], mask bool [l]). signals: rows of
+    `vdx.data.signals.SIGNALS`, each of which adds an entry of its name.
     Gives video uint8 [t height width 3], text int32 [l], text_mask bool [l], fps float32,
-    num_frames int32, and key (str, for messages). Raises BadRecord.
+    num_frames int32, and key (str, for messages). Raises BadRecord; ConfigError for an unknown
+    signal.
     """
     times, fps = clip.times(record, num_frames, rng)
     frames = record.read(times)
@@ -166,6 +160,9 @@ def to_example(record: Record, *, clip: ClipSampling, height: int, width: int, t
         raise BadRecord(record.key, f"too small: {frames.shape[1]}x{frames.shape[2]} would be "
                                     f"enlarged to cover {height}x{width}")
     text, mask = tokenize(record.caption)
-    return {"video": resize(frames, height, width), "text": np.asarray(text),
+    video = resize(frames, height, width)
+    return {"video": video, "text": np.asarray(text),
             "text_mask": np.asarray(mask, bool), "fps": np.float32(fps),
-            "num_frames": np.int32(num_frames), "key": record.key}
+            "num_frames": np.int32(num_frames), "key": record.key,
+            **read_signals(signals, Clip(record, times, fps, video, frames.shape[1:3],
+                                         clip.flow_points, rng))}

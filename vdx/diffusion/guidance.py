@@ -5,7 +5,7 @@ coefficients for both answers, so it acts alike on noise, v, x0 and velocity.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +18,19 @@ from vdx.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How strongly the condition is followed.
+    """How strongly conditions are followed.
 
-    scale: null + scale (cond - null) (Ho & Salimans 2022); 1 is the condition alone.
-    rescale: phi in [0, 1], pulls the contrast back to that of the condition (Lin et al. 2023).
-    interval: times (low, high), ends included, where the scale holds; elsewhere it is 1
+    scales: of answers a_0 ... a_n under ever more conditions,
+        a_0 + sum_i scales[i] (a_{i+1} - a_i). One is classifier-free guidance (Ho & Salimans
+        2022), several give each condition a scale of its own (Brooks et al. 2023,
+        InstructPix2Pix); 1 everywhere is a_n alone.
+    rescale: phi in [0, 1], pulls the contrast back to that of a_n (Lin et al. 2023).
+    interval: times (low, high), ends included, where the scales hold; elsewhere they are 1
         (Kynkäänniemi et al. 2024).
     Raises ConfigError for values out of range.
     """
 
-    scale: float = 1.0
+    scales: tuple[float, ...] = (1.0,)
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
 
@@ -37,47 +40,53 @@ class Guidance:
             raise ConfigError(f"guidance: rescale = {self.rescale} must be in [0, 1] and "
                               f"interval = {self.interval} must be (low, high).")
 
-
-def questions(cond: Any, null: Any, guidance: Guidance) -> Any:
-    """What the network is asked with: `cond` alone or, with a scale, both in one batch."""
-    if guidance.scale == 1.0:
-        return cond
-    given, empty = str(jax.tree.structure(cond)), str(jax.tree.structure(null))
-    if given != empty:
-        raise ValueError("Guidance needs the same signals in cond and null, but cond is "
-                         f"{given} and null is {empty}.")
-    return jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
+    @property
+    def answers(self) -> int:
+        """How many the network gives."""
+        return 1 if all(scale == 1.0 for scale in self.scales) else len(self.scales) + 1
 
 
-def guided(network: Callable[[Array, Array, Any], Array], cond: Any, null: Any,
-           guidance: Guidance) -> Callable[[Array, Array], Array]:
-    """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction.
+def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
+    """All that the network is asked with, in one batch; the last alone if every scale is 1.
 
-    `cond` and `null` are pytrees of the same structure, every leaf [b ...]. Both questions go
-    through the network as one batch of 2b; scale 1 asks only the first. Raises ValueError when
-    the structures differ.
+    conditions: pytrees of the same structure, every leaf [b ...], from the fewest conditions to
+    all, one more than there are scales. Raises ValueError when structures or numbers differ.
     """
-    ports = questions(cond, null, guidance)
-    if guidance.scale == 1.0:
+    if guidance.answers == 1:
+        return conditions[-1]
+    if len(conditions) != guidance.answers:
+        raise ValueError(f"{len(guidance.scales)} guidance scales lead from one answer to the "
+                         f"next of {guidance.answers}, but there are {len(conditions)}.")
+    structures = [str(jax.tree.structure(c)) for c in conditions]
+    if len(set(structures)) > 1:
+        raise ValueError(f"Guidance needs the same signals in all its conditions: {structures}.")
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+
+
+def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any],
+           guidance: Guidance) -> Callable[[Array, Array], Array]:
+    """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction; for
+    conditions see `questions`."""
+    ports, n = questions(conditions, guidance), guidance.answers
+    if n == 1:
         return lambda x_t, t: network(x_t, t, ports).astype(jnp.float32)
 
     def denoise(x_t: Array, t: Array) -> Array:
-        both = network(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), ports)
-        with_cond, without = jnp.split(both.astype(jnp.float32), 2)
-        return combine(with_cond, without, t, guidance)
+        answers = network(jnp.concatenate([x_t] * n), jnp.concatenate([t] * n), ports)
+        return combine(jnp.split(answers.astype(jnp.float32), n), t, guidance)
 
     return denoise
 
 
-def combine(with_cond: Array, without: Array, t: Array, guidance: Guidance) -> Array:
-    """The guided prediction from the two answers [b t h w c] at times t [b] (or [b t])."""
+def combine(answers: Sequence[Array], t: Array, guidance: Guidance) -> Array:
+    """The guided prediction from the answers [b t h w c] at times t [b] (or [b t])."""
     low, high = guidance.interval
-    inside = (t >= low) & (t <= high)
-    scale = expand(jnp.where(inside, guidance.scale, 1.0), with_cond)
-    out = without + scale * (with_cond - without)
+    inside, out = (t >= low) & (t <= high), answers[0]
+    for before, after, scale in zip(answers, answers[1:], guidance.scales, strict=False):
+        out = out + expand(jnp.where(inside, scale, 1.0), after) * (after - before)
     if guidance.rescale == 0.0:
         return out
     axes = tuple(range(1, out.ndim))
     spread = jnp.std(out, axes, keepdims=True)
-    matched = out * jnp.std(with_cond, axes, keepdims=True) / jnp.maximum(spread, 1e-8)
+    matched = out * jnp.std(answers[-1], axes, keepdims=True) / jnp.maximum(spread, 1e-8)
     return guidance.rescale * matched + (1 - guidance.rescale) * out

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from vdx.diffusion.samplers import (
     hold,
     time_grid,
 )
+from vdx.models.conditioning import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
@@ -31,7 +32,8 @@ class Sampling:
     """How clips are drawn: the `sample` section of a config.
 
     steps: network evaluations of a first-order sampler. guidance: scale of classifier-free
-    guidance on the text. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
+    guidance on the text. guide: scales of other signals, which come before the text in that
+    order. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
     for models of rectified flow; empty: uniform times that the process has. shift: time shift
     of the grid. batch: clips drawn at once.
     """
@@ -39,6 +41,7 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     steps: int = 20
     guidance: float = 3.0
+    guide: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     grid: str = ""
@@ -65,23 +68,32 @@ class Generator:
     frame_shape: tuple[int, int, int]
     mean: float = 0.0
 
+    def __post_init__(self):
+        for name in self.sampling.guide:
+            lookup(name, self.model.signals, "config.sample.guide")
+
     def __call__(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
-                 num_frames: int, fps: float, noise: np.ndarray | None = None) -> np.ndarray:
+                 num_frames: int, fps: float, noise: np.ndarray | None = None,
+                 steer: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """float32 [n t h w c], one clip a prompt, at most `sampling.batch` at a time.
 
         Clip i starts from noise drawn from seeds[i] alone, or from noise[i] if given
-        (float32 [n t h w c]). Runs under the current mesh; every process gets all clips.
+        (float32 [n t h w c]). steer: entries of the batch for other signals, each [n ...]; a
+        signal without one is dropped. Runs under the current mesh; every process gets all clips.
+        Raises ConfigError for entries that no signal of the model reads, or that one needs.
         """
         shape = (num_frames, *self.frame_shape)
         if noise is not None and noise.shape != (len(prompts), *shape):
             raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
                              f"{(len(prompts), *shape)} [b t h w c].")
         self.check(shape)
+        self.check_steering(steer := steer or {})
         chunk, out = self._chunk(len(prompts)), []
         for start in range(0, len(prompts), chunk):
             # The last chunk is filled up by repetition, so that one program serves all.
             rows = [min(i, len(prompts) - 1) for i in range(start, start + chunk)]
             batch = self._batch([prompts[i] for i in rows], num_frames, fps)
+            batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
             given = None if noise is None else noise[np.asarray(rows)]
             x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
             out.append(np.asarray(x0)[:len(prompts) - start])
@@ -90,6 +102,11 @@ class Generator:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for a clip [t h w c] that cannot be drawn."""
         self.model.num_tokens((1, *shape))
+
+    def check_steering(self, steer: Mapping[str, np.ndarray]) -> None:
+        """Raises ConfigError for entries that no signal of the model reads."""
+        for key in steer:
+            lookup(key, self.model.parts()[1].example(), "This model's signals")
 
     def _batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
         ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)
@@ -147,24 +164,39 @@ class Generator:
         """
         denoise = guided(
             lambda x, t, ports: self.model.run(params, x, self.tell(t), ports),
-            *self.conditions(params, batch, negative, carry[0].shape[0]), self.guidance)
+            self.conditions(params, batch, negative, carry[0].shape),
+            self.guidance(batch, negative))
         if known is not None:
             denoise = hold(denoise, *known)
         return advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), carry, rows, key)
 
-    def conditions(self, params: Params, batch: Batch, negative: Batch | None,
-                   clips: int) -> tuple[Ports, Ports]:
-        """What guidance leads to, and what from: see `advance`."""
-        keep = self.model.drop_masks(clips, False)
-        # Guidance strengthens the text; frame rate and duration hold for both branches.
-        drop = {k: v | (k in ("text", "embeddings")) for k, v in keep.items()}
-        null = (batch, drop) if negative is None else (negative, keep)
-        return (self.model.run(params, batch, keep, method="condition"),
-                self.model.run(params, *null, method="condition"))
+    def guides(self, batch: Batch) -> list[tuple[set[str], float]]:
+        """(signals, scale) of what guidance strengthens one after the other, the text last."""
+        s, absent = self.sampling, self.model.absent(batch)
+        known = [*(({name}, scale) for name, scale in s.guide.items()), (set(TEXT), s.guidance)]
+        return [(names, scale) for names, scale in known if scale != 1.0 and names - absent]
 
-    @property
-    def guidance(self) -> Guidance:
-        return Guidance(self.sampling.guidance, self.sampling.rescale, self.sampling.interval)
+    def guidance(self, batch: Batch, negative: Batch | None = None) -> Guidance:
+        """As `advance` guides from `negative` to `batch`."""
+        s = self.sampling
+        scales = [s.guidance] if negative else [scale for _, scale in self.guides(batch)]
+        return Guidance(tuple(scales), s.rescale, s.interval)
+
+    def conditions(self, params: Params, batch: Batch, negative: Batch | None,
+                   shape: tuple[int, ...]) -> list[Ports]:
+        """What the network is told of clips of `shape` [b t h w c], from the fewest conditions to
+        all."""
+        absent, whole = self.model.absent(batch), self.model.completed(batch, shape)
+
+        def ports(batch: Batch, untold: set[str]) -> Ports:
+            drop = {name: mask | (name in absent | untold)
+                    for name, mask in self.model.drop_masks(shape[0], False).items()}
+            return self.model.run(params, batch, drop, method="condition")
+
+        if negative:
+            return [ports({**whole, **negative}, set()), ports(whole, set())]
+        guides = [names for names, _ in self.guides(batch)]
+        return [ports(whole, set().union(*guides[i:])) for i in range(len(guides) + 1)]
 
     def tell(self, t: Array) -> Array:
         """What the network is fed at time t."""
@@ -172,4 +204,4 @@ class Generator:
 
 
 def laid_out(batch: Batch) -> Batch:
-    return {k: constrain(v, " ".join(["b", *"xyz"[:v.ndim - 1]])) for k, v in batch.items()}
+    return {k: constrain(v, " ".join("bthwc"[:v.ndim])) for k, v in batch.items()}

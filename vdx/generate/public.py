@@ -19,7 +19,8 @@ from PIL import Image
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import Carry
 from vdx.generate.pipeline import Generator
-from vdx.generate.request import PublicRequest, open_picture, start_noise
+from vdx.generate.request import PublicRequest, start_noise
+from vdx.generate.steer import open_picture
 from vdx.interop.lora import open_lora
 from vdx.interop.public import EXPERTS, PublicModel
 from vdx.models.clip import preprocess

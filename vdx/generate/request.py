@@ -1,21 +1,19 @@
 """What clips to draw with public weights: the request, its defaults, and what cannot be asked."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image, ImageOps
 
 from vdx.build import ConfigError, fill, lookup
 from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.generate.pipeline import Sampling
+from vdx.generate.steer import file_digest, open_picture
 from vdx.interop.lora import open_lora
 from vdx.interop.public import EXPERTS, PublicModel, open_public
 from vdx.parallel import MeshSpec
@@ -134,7 +132,7 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
             area, _unit(model), *open_picture("image", given["image"]).size)
     request = fill(PublicRequest, fields | given, "request")
     return dataclasses.replace(
-        request, digests={name: _digest(name, path) for name, path in request.files().items()})
+        request, digests={name: file_digest(name, path) for name, path in request.files().items()})
 
 
 def prepare(folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
@@ -179,20 +177,6 @@ def _unit(model: PublicModel) -> int:
         max(model.experts[0].module.backbone["patch"][1:])
 
 
-def _digest(name: str, path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"--{name}={path} cannot be read: {error.strerror}.") from error
-
-
-def open_picture(name: str, path: str) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"--{name}={path} is not a picture that can be read: {error}.") from error
-
-
 def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
     """Raises ConfigError that lists all that the request asks and the model cannot do."""
     frames, unit = model.components["vae"].module.rates[0], _unit(model)
@@ -229,7 +213,7 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
     lookup(request.sampler, SAMPLERS, "sampler")
     lookup(request.grid, GRIDS, "grid")(request.steps, request.shift)
     for name, path in request.files().items():
-        if _digest(name, path) != request.digests.get(name):
+        if file_digest(name, path) != request.digests.get(name):
             raise ConfigError(f"{name} = {path} is not the file of the request; give the right "
                               f"one by --{name.split()[0]}.")
     for number, expert in enumerate(model.experts):

@@ -10,7 +10,7 @@ With a `window` the cache does not grow, and a clip may go on without end.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from vdx.build import ConfigError
-from vdx.diffusion.guidance import guided, questions
+from vdx.diffusion.guidance import Guidance, guided, questions
 from vdx.diffusion.samplers import SAMPLERS, advance
 from vdx.generate.pipeline import Generator, laid_out
 from vdx.models.mixers import Past
@@ -39,13 +39,11 @@ class Streamer(Generator):
     """
 
     def __post_init__(self):
+        super().__post_init__()
         if self.network.block() is None:
             raise ConfigError("A clip is made block by block if all mixers of config.model.pattern "
                               "have the same block, such as {'name': 'full', 'block': 3}; the "
                               f"pattern is {self.network.pattern}.")
-        if whole := sorted({"concat", "control"} & set(self.model.signals)):
-            raise ConfigError(f"The signal {whole[0]} is of a whole clip; what is made block by "
-                              "block cannot be told it.")
 
     @property
     def network(self) -> Any:
@@ -59,8 +57,8 @@ class Streamer(Generator):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if shape[0] % self.frames:
-            raise ValueError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
-                             f"{self.frames}.")
+            raise ConfigError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
+                              f"{self.frames}.")
 
     def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         blocks = jax.vmap(functools.partial(self.block_noise, key))(
@@ -74,67 +72,79 @@ class Streamer(Generator):
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
         b, t = noise.shape[:2]
         blocks = t // self.frames
-        conditions = self.conditions(params, batch, None, b)
-        cache = self.new_cache(params, conditions, blocks)
+        conditions, guidance = self.conditions(params, batch, None, noise.shape), \
+            self.guidance(batch)
+        cache = self.new_cache(params, conditions, guidance, blocks)
         parts = jnp.moveaxis(noise.reshape(b, blocks, self.frames, *noise.shape[2:]), 1, 0)
 
         def one(cache, part):
             index, noise = part
-            x0, cache = self.draw_block(params, conditions, cache, index, noise, key, blocks)
+            x0, cache = self.draw_block(params, conditions, guidance, cache, index, noise,
+                                        key, blocks)
             return cache, x0
 
         _, out = jax.lax.scan(one, cache, (jnp.arange(blocks), parts))
         return jnp.moveaxis(out, 0, 1).reshape(noise.shape) + self.mean
 
     def stream(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
-               num_frames: int | None, fps: float) -> Iterator[np.ndarray]:
+               num_frames: int | None, fps: float,
+               steer: Mapping[str, np.ndarray] | None = None) -> Iterator[np.ndarray]:
         """The clips that a call draws, float32 [n t h w c] a block, each as soon as it is made.
 
         num_frames: None for clips without end, whose cache must not grow: a `window` in every
-        mixer. Raises ValueError if they are not to be had, or not at once.
+        mixer; what `steer` says of the frames of one block then holds for all. Raises ValueError
+        if they are not to be had, or not at once.
         """
         bounded = all(mixer.window for mixer in self.network.over_time())
         if num_frames is None and (not bounded or "num_frames" in self.model.signals):
             raise ConfigError("A clip without end needs a window in every mixer that has a block, "
                               "and a model that is not told its length, the signal num_frames.")
         self.check((num_frames or self.frames, *self.frame_shape))
+        self.check_steering(steer := steer or {})
         chunk = self._chunk(len(prompts))
         if len(prompts) > chunk:
             raise ValueError(f"{len(prompts)} clips at once are too many, sample.batch = {chunk}.")
-        return self._stream(params, prompts, seeds, num_frames, fps, chunk, bounded)
-
-    def _stream(self, params, prompts, seeds, num_frames, fps, chunk, bounded):
         rows = [min(i, len(prompts) - 1) for i in range(chunk)]
         batch = self._batch([prompts[i] for i in rows], num_frames or 0, fps)
-        seeds = np.asarray([seeds[i] for i in rows])
+        batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
+        return self._stream(params, batch, [seeds[i] for i in rows], num_frames, bounded,
+                            len(prompts))
+
+    def _stream(self, params, batch, seeds, num_frames, bounded, clips):
+        seeds, guidance = np.asarray(seeds), self.guidance(batch)
         numbers = itertools.count() if num_frames is None else range(num_frames // self.frames)
         # With windows alone the cache is of one size, and the program is that of every length.
         blocks = 1 if bounded else (num_frames or 0) // self.frames
-        conditions, cache = self._begin(params, batch, blocks)
+        conditions, cache = self._begin(params, batch, guidance, blocks,
+                                        num_frames or self.frames)
         for index in numbers:
-            x0, cache = self._next(params, conditions, cache, np.int32(index), seeds, blocks)
-            yield np.asarray(x0)[:len(prompts)]
+            x0, cache = self._next(params, conditions, cache, np.int32(index), seeds, guidance,
+                                   blocks)
+            yield np.asarray(x0)[:clips]
 
     @functools.cached_property
     def _begin(self):
-        def begin(params, batch, blocks):
-            conditions = self.conditions(params, laid_out(batch), None, len(batch["text"]))
-            return conditions, self.new_cache(params, conditions, blocks)
-        return jax.jit(begin, static_argnums=2, out_shardings=_shardings(None, CACHE))
+        def begin(params, batch, guidance, blocks, frames):
+            shape = (len(batch["text"]), frames, *self.frame_shape)
+            conditions = self.conditions(params, laid_out(batch), None, shape)
+            return conditions, self.new_cache(params, conditions, guidance, blocks)
+        return jax.jit(begin, static_argnums=(2, 3, 4), out_shardings=_shardings(None, CACHE))
 
     @functools.cached_property
     def _next(self):
-        def step(params, conditions, cache, index, seeds, blocks):
+        def step(params, conditions, cache, index, seeds, guidance, blocks):
             keys = jax.vmap(jax.random.key)(seeds)
             noise = jax.vmap(self.block_noise, in_axes=(0, None))(keys, index)
-            x0, cache = self.draw_block(params, conditions, cache, index, noise, keys[0], blocks)
+            x0, cache = self.draw_block(params, conditions, guidance, cache, index, noise,
+                                        keys[0], blocks)
             return x0 + self.mean, cache
-        return jax.jit(step, static_argnums=5, donate_argnums=2,
+        return jax.jit(step, static_argnums=(5, 6), donate_argnums=2,
                        out_shardings=_shardings(P(), CACHE))
 
-    def new_cache(self, params: Params, conditions: tuple[Ports, Ports], blocks: int) -> Cache:
+    def new_cache(self, params: Params, conditions: list[Ports], guidance: Guidance,
+                  blocks: int) -> Cache:
         """Zeros. blocks: how many a mixer without a window holds."""
-        ports = questions(*conditions, self.guidance)
+        ports = questions(self.of_block(conditions, 0), guidance)
         b = len(jax.tree.leaves(ports)[0])
         x = jnp.zeros((b, self.frames, *self.frame_shape))
         past = Past(jnp.int32(0), blocks)
@@ -142,22 +152,34 @@ class Streamer(Generator):
             p, x, jnp.zeros(b), ports, past, mutable=["cache"])[1]["cache"], params)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def draw_block(self, params: Params, conditions: tuple[Ports, Ports], cache: Cache,
+    def draw_block(self, params: Params, conditions: list[Ports], guidance: Guidance, cache: Cache,
                    index: Array, noise: Array, key: PRNGKeyArray,
                    blocks: int) -> tuple[Array, Cache]:
         """(x0 [b t h w c] of block number `index`, the cache with it). Pure."""
         past = Past(index * self.network.block(), blocks)
+        conditions = self.of_block(conditions, index)
         denoise = guided(lambda x, t, ports: self.model.run(params, x, self.tell(t), ports, past,
                                                             cache=cache),
-                         *conditions, self.guidance)
+                         conditions, guidance)
         x0 = advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), self.start(noise),
                      self.rows(), jax.random.fold_in(key, index))[0]
-        return x0, self.remember(params, conditions, cache, past, x0)
+        return x0, self.remember(params, conditions, guidance, cache, past, x0)
 
-    def remember(self, params: Params, conditions: tuple[Ports, Ports], cache: Cache, past: Past,
-                 x0: Array) -> Cache:
-        """The cache after the clean block is read, by both branches of guidance."""
-        ports, x0 = questions(*conditions, self.guidance), questions(x0, x0, self.guidance)
+    def of_block(self, conditions: list[Ports], index: Array | int) -> list[Ports]:
+        """What is told of the frames of a block, if frames are told of one by one. A block
+        beyond the last is told what the last is."""
+        def at(x: Array | None, frames: int = self.frames) -> Array | None:
+            return x if x is None else jax.lax.dynamic_slice_in_dim(x, index * frames, frames, 1)
+
+        return [ports.replace(
+            concat=at(ports.concat), control=at(ports.control),
+            add=at(ports.add, self.network.block()), vector=ports.vector if ports.vector is None
+            or ports.vector.ndim == 2 else at(ports.vector)) for ports in conditions]
+
+    def remember(self, params: Params, conditions: list[Ports], guidance: Guidance, cache: Cache,
+                 past: Past, x0: Array) -> Cache:
+        """The cache after the clean block is read, by all branches of guidance."""
+        ports, x0 = questions(conditions, guidance), jnp.concatenate([x0] * guidance.answers)
         time = self.tell(jnp.zeros(len(x0)))
         return self.model.run(params, x0, time, ports, past, cache=cache,
                               mutable=["cache"])[1]["cache"]

@@ -17,7 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.encoders import clip_rows, clip_vision_from_config, t5_from_config, t5_rows
+from vdx.interop.encoders import (
+    clip_names,
+    clip_rows,
+    clip_vision_from_config,
+    t5_from_config,
+    t5_rows,
+)
 from vdx.interop.keymap import KEEP, Layout, Row, assign, flat, naming
 from vdx.interop.load import (
     abstract_params,
@@ -135,7 +141,7 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
 
 
 def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
-    source = open_weights(path)
+    source = clip_names(open_weights(path))
     config = config or read_json(path / "config.json")
     module = clip_vision_from_config(config, dtype)
     return _component(source, clip_rows(source, module), config=config, module=module,

@@ -1,20 +1,24 @@
 """Public text and image encoders: their keys, and models from their config.json.
 
 T5: transformers, or the file `models_t5_umt5-xxl-enc-bf16.pth` of the original Wan. CLIP:
-transformers, one tower or both in a file, with the prefixes of transformers 4 or without.
+transformers, one tower or both in a file, with the prefixes of transformers 4 or without; or
+`models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth` of the original Wan.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from vdx.build import ConfigError, lookup
-from vdx.interop.keymap import KEEP, LINEAR, Row, patches
+from vdx.interop.keymap import KEEP, LINEAR, Row, WeightsError, listed, patches
+from vdx.interop.safetensors import Stored
 from vdx.models.clip import CLIPTextModel, CLIPVisionModel
 from vdx.models.t5 import T5Encoder
 
-__all__ = ["clip_rows", "clip_text_from_config", "clip_vision_from_config", "t5_from_config",
-           "t5_rows"]
+__all__ = ["clip_names", "clip_rows", "clip_text_from_config", "clip_vision_config",
+           "clip_vision_from_config", "t5_from_config", "t5_rows"]
 
 # Parts of a T5 layer, ours -> theirs.
 _TRANSFORMERS = {
@@ -69,6 +73,7 @@ _TEXT = (
     Row("embeddings.token_embedding.weight", "words/embedding"),
     Row("embeddings.position_embedding.weight", "position_table"),
     *_CLIP_LAYERS, *_both("final_layer_norm", "norm", "scale"), _POSITION_IDS)
+HEAD_WIDTH = 80           # of the vision model that Wan reads, ViT-H
 # Of contrastive training, in files that hold more than one tower needs.
 _HEADS = tuple(Row(key, None)
                for key in ("logit_scale", "text_projection.weight", "visual_projection.weight"))
@@ -98,6 +103,70 @@ def clip_rows(keys: Collection[str], model: CLIPTextModel | CLIPVisionModel) -> 
     prefix = mine if any(key.startswith(mine) for key in keys) else ""
     return (*(dataclasses.replace(row, source=prefix + row.source) for row in rows),
             *(Row(other + row.source, None) for row in others), *_HEADS)
+
+
+# The original Wan's CLIP (wan/modules/clip.py) -> transformers: in layers and outside of them.
+_WAN_LAYERS = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj",
+               "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+_WAN_OUTSIDE = {"patch_embedding": "embeddings.patch_embedding",
+                "cls_embedding": "embeddings.class_embedding", "pre_norm": "pre_layrnorm",
+                "pos_embedding": "embeddings.position_embedding.weight",
+                "post_norm": "post_layernorm"}
+_WAN_KEY = re.compile(r"visual\.(?:transformer\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
+
+
+def clip_names(source: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The same arrays by the names of transformers, if they are those of the original Wan's CLIP:
+    queries, keys and values, which it stacks in one, are parts of that one. Its text model and
+    the heads, which Wan does not read, are left out."""
+    if "visual.patch_embedding.weight" not in source:
+        return dict(source)
+    out = {}
+    for key, stored in source.items():
+        if key.startswith("textual.") or key in ("log_scale", "visual.head"):
+            continue
+        if (match := _WAN_KEY.fullmatch(key)) is None:
+            out[key] = stored
+            continue
+        number, layer, leaf = match.groups(default="")
+        place = f"vision_model.encoder.layers.{number}." if number else "vision_model."
+        size, rest = divmod(math.prod(stored.shape[:1]), 3)
+        if layer == "attn.to_qkv" and not rest:
+            out |= {f"{place}self_attn.{part}_proj{leaf}": stored.rows(i * size, (i + 1) * size)
+                    for i, part in enumerate("qkv")}
+        else:
+            names = _WAN_LAYERS if number else _WAN_OUTSIDE
+            out[place + names.get(layer, layer) + leaf] = stored.squeezed()
+    return out
+
+
+def clip_vision_config(source: Mapping[str, Stored]) -> dict[str, Any]:
+    """The config.json of transformers for the vision model that Wan reads, from its arrays in
+    either layout; they do not tell the width of a head, which is 80, nor the activation.
+
+    Raises WeightsError for other arrays.
+    """
+    source = clip_names(source)
+    prefix = "vision_model." if any(key.startswith("vision_model.") for key in source) else ""
+    needed = [prefix + key for key in (
+        "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
+        "encoder.layers.0.mlp.fc1.weight")]
+    missing = [key for key in needed if key not in source or len(source[key].shape) < 2]
+    if missing:
+        raise WeightsError(listed("These are not the weights of CLIP's vision model. They begin "
+                                  f"with {', '.join(list(source)[:3])} and lack:", missing))
+    (width, *_, patch), places, up = (source[key].shape for key in needed)
+    if width % HEAD_WIDTH:
+        raise WeightsError(f"The weights of CLIP's vision model are {width} wide, which is no "
+                           f"number of heads of {HEAD_WIDTH}, as Wan's has: give the folder of "
+                           "transformers with its config.json.")
+    depth = next(i for i in range(len(source))
+                 if f"{prefix}encoder.layers.{i}.mlp.fc1.weight" not in source)
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
+            "hidden_size": width, "intermediate_size": up[0], "num_hidden_layers": depth,
+            "num_attention_heads": width // HEAD_WIDTH, "patch_size": patch,
+            "image_size": math.isqrt(places[0] - 1) * patch, "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5}
 
 
 def _read(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ READERS: dict[str, Callable[[Path], dict[str, Stored]]] = {
 # Kept in float32 whatever is asked for: norms, modulation, the embedding of time (as diffusers'
 # `_keep_in_fp32_modules` of Wan). They are small.
 FLOAT32 = re.compile(r"(bias|scale|table|null)$|^network/time/")
-BLOCKWISE = ("block", "window", "sink", "causal")      # fields of mixers
+BLOCKWISE = ("block", "window", "sink")      # fields of mixers
 
 
 def open_weights(path: str | Path) -> dict[str, Stored]:

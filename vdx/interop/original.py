@@ -2,7 +2,8 @@
 
 They come without most of the configs, which are known or follow from the arrays' shapes, and say
 what they are by their names: `high_noise_model` and `low_noise_model`, or
-`diffusion_pytorch_model*.safetensors`; `models_t5_*.pth`; `Wan2.?_VAE.pth`; `google/umt5-xxl`.
+`diffusion_pytorch_model*.safetensors`; `models_t5_*.pth`; `models_clip_*.pth`; `Wan2.?_VAE.pth`;
+`google/umt5-xxl`.
 References: the configs in wan/configs of Wan-Video/Wan2.1 and Wan2.2.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from vdx.files import read_json
 from vdx.interop.components import open_component
+from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
 from vdx.interop.public import PublicModel, assemble
@@ -25,7 +27,7 @@ PLACES = {
     "text_encoder": ("models_t5_*.pth",),
     "tokenizer": ("google/umt5-xxl",),
     "vae": ("Wan2.?_VAE.pth",),
-    "image_encoder": (),        # the original CLIP has other arrays: give that of transformers
+    "image_encoder": ("models_clip_*.pth",),
 }
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
          "solver_type": "bh2", "predict_x0": True, "prediction_type": "flow_prediction",
@@ -99,8 +101,8 @@ def _config(part: str, where: Path) -> dict[str, Any] | None:
     needed."""
     if part.startswith("transformer") or (where / "config.json").exists():
         return None
-    known = {"text_encoder": umt5_config, "vae": vae_config}.get(part)
-    return known and known(open_weights(where))
+    known = {"text_encoder": umt5_config, "image_encoder": clip_vision_config, "vae": vae_config}
+    return known[part](open_weights(where)) if part in known else None
 
 
 def umt5_config(source: Mapping[str, Stored]) -> dict[str, Any]:
@@ -128,11 +130,15 @@ def umt5_config(source: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def vae_config(source: Mapping[str, Stored]) -> dict[str, Any]:
-    """The config.json of diffusers for the VAE of Wan 2.1 or 2.2. Raises WeightsError for
-    another."""
-    key = next((k for k in ("conv2.weight", "post_quant_conv.weight") if k in source), None)
+    """The config.json of diffusers for the VAE of Wan 2.1 or 2.2, which the number of its latent
+    channels tells apart, or for one of other widths. Raises WeightsError for another."""
+    names = (("conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma"),
+             ("post_quant_conv.weight", "encoder.conv_in.weight", "decoder.norm_out.gamma"))
+    found = next((n for n in names if all(k in source for k in n)), None)
+    sizes = [source[key].shape[0] for key in found or ()]
     kinds = {16: "wan2.1", 48: "wan2.2"}
-    if key is None or source[key].shape[0] not in kinds:
+    if found is None or sizes[0] not in kinds:
         raise WeightsError("These are not the weights of Wan's VAE; they begin with "
                            f"{', '.join(list(source)[:3])}.")
-    return {"_class_name": "AutoencoderKLWan", **VIDEO_VAES[kinds[source[key].shape[0]]]}
+    return {"_class_name": "AutoencoderKLWan", **VIDEO_VAES[kinds[sizes[0]]],
+            "base_dim": sizes[1], "decoder_base_dim": sizes[2]}

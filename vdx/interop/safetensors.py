@@ -48,6 +48,18 @@ class Stored:
         return np.lib.stride_tricks.as_strided(
             flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False)
 
+    def rows(self, start: int, stop: int) -> "Stored":
+        """Where [start:stop] of it lies. Reads nothing."""
+        step = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
+        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]),
+                                   offset=self.offset + start * step * self.dtype.itemsize)
+
+    def squeezed(self) -> "Stored":
+        """Without its leading axes of size one."""
+        axes = next((i for i, n in enumerate(self.shape) if n != 1), 0)
+        return dataclasses.replace(self, shape=self.shape[axes:],
+                                   strides=self.strides and self.strides[axes:])
+
     def extent(self) -> int:
         """Entries from the first to the last, ends included."""
         if 0 in self.shape:

@@ -21,7 +21,7 @@ VIDEO_VAES: dict[str, dict[str, Any]] = {
                         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)},
     "wan2.2": {
         "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True,
-        "patch_size": 2, "in_channels": 12, "out_channels": 12,
+        "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
         "latents_mean": (
             -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
             -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
@@ -126,7 +126,8 @@ def video_vae_from_config(config: Mapping[str, Any], dtype: str = "float32") -> 
     Raises ConfigError for another class, unknown keys, and values that contradict one another.
     """
     fields = _of_class(config, "AutoencoderKLWan")
-    fields.pop("dropout", None)                        # of training; no public VAE has any
+    for key in ("dropout", "clip_output"):    # of training, and what the class no longer reads
+        fields.pop(key, None)
     want = [fields.pop(k, None) for k in ("scale_factor_temporal", "scale_factor_spatial")]
     # Older configs lack what Wan 2.2 introduced; the reference's defaults are Wan 2.1's.
     vae = fill(VideoVAE, {**VIDEO_VAES["wan2.1"], **fields}, "vae", dtype=dtype)

@@ -16,20 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from vdx.data.scenes import (
+from vdx.data.scene_drawing import (
     BACKGROUNDS,
     COLOURS,
     FILL,
-    GROWTH,
-    MOTIONS,
     REACH,
     SHAPES,
-    SPEEDS,
     STYLES,
-    TURN,
     background,
     paint,
 )
+from vdx.data.scenes import GROWTH, MOTIONS, SPEEDS, TURN
 
 __all__ = ["ATTRIBUTES", "read_attributes", "score"]
 

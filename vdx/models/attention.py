@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vdx.models.layers import RMSNorm
+from vdx.models.layers import MLP, LayerNorm, RMSNorm
 from vdx.types import Array, Bool, Float
 
 
@@ -39,6 +39,15 @@ class SelfAttention(nn.Module):
         q, k, v = (nn.Dense(d, name=name, dtype=self.dtype)(x).reshape(split) for name in "qkv")
         y = attend(q, k, v, mask, causal=self.causal).reshape(x.shape)
         return nn.Dense(d, name="out", dtype=self.dtype)(y)
+
+
+def encoder_layers(x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None, depth: int,
+                   heads: int) -> Float[Array, "b l d"]:
+    """Pre-norm layers of self-attention and MLP and a last norm, in the calling module's scope."""
+    for i in range(depth):
+        x = x + SelfAttention(heads, name=f"attention_{i}")(LayerNorm(name=f"norm_a{i}")(x), mask)
+        x = x + MLP(4 * x.shape[-1], name=f"mlp_{i}")(LayerNorm(name=f"norm_b{i}")(x))
+    return LayerNorm(name="norm")(x)
 
 
 class CrossAttention(nn.Module):

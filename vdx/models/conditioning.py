@@ -4,6 +4,7 @@
 (classifier-free dropout) and in sampling (guidance), by the same `drop` masks.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from vdx.build import ConfigError, build
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm
+from vdx.models.layers import MLP, LayerNorm
+from vdx.models.steering import STEERING, Clip, kept
 from vdx.models.text import ENCODERS, FROZEN, Tokenize
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
 
@@ -41,7 +43,7 @@ class Text(nn.Module):
         return self.net(parent=None).tokenizer()
 
     @nn.nowrap
-    def example(self) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         length = self.net(parent=None).length
         return {"text": jnp.zeros((1, length), jnp.int32), "text_mask": jnp.ones((1, length), bool)}
 
@@ -89,7 +91,7 @@ class Embeddings(nn.Module):
         return encoder.tokenizer()
 
     @nn.nowrap
-    def example(self) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         if self.encoder is not None:
             self.tokenizer()           # says now what is wrong with it
         return {"text": jnp.zeros((1, 1, self.features)), "text_mask": jnp.ones((1, 1), bool)}
@@ -114,57 +116,6 @@ class Embeddings(nn.Module):
         return Ports(tokens=project(jnp.pad(x * mask[..., None], ((0, 0), (0, short), (0, 0)))))
 
 
-class Scalar(nn.Module):
-    """A positive number per clip, on a log scale. Port `vector`. Null value: a learned vector."""
-
-    width: int
-    dropout: float = 0.1
-    key = ""
-
-    @nn.nowrap
-    def example(self) -> Batch:
-        return {self.key: jnp.ones(1)}
-
-    @nn.compact
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        value = jnp.log2(batch[self.key].astype(jnp.float32))
-        # 100 a doubling: the sinusoid then tells neighbouring rates apart.
-        emb = EmbedMLP(self.width, name="embed")(100.0 * value)
-        null = self.param("null", nn.initializers.normal(0.02), (self.width,), jnp.float32)
-        return Ports(vector=jnp.where(drop[:, None], null, emb))
-
-
-class FrameRate(Scalar):
-    """Frames per second of the clip (batch key `fps`)."""
-
-    key = "fps"
-
-
-class FrameRateClass(nn.Module):
-    """Whether the clip has 16 frames per second or more (batch key `fps`), as SkyReels-V2 reads
-    it. Port `modulation`. Null value: zeros."""
-
-    width: int
-    dropout: float = 0.0
-
-    @nn.nowrap
-    def example(self) -> Batch:
-        return {"fps": jnp.ones(1)}
-
-    @nn.compact
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        other = (jnp.round(batch["fps"]) != 16).astype(jnp.int32)
-        x = MLP(self.width, "silu", out=6 * self.width, name="project")(
-            nn.Embed(2, self.width, name="embed")(other))
-        return Ports(modulation=_kept(x.reshape(-1, 6, self.width), drop))
-
-
-class Duration(Scalar):
-    """Number of pixel frames of the clip (batch key `num_frames`)."""
-
-    key = "num_frames"
-
-
 class ImageTokens(nn.Module):
     """Features of images from a frozen encoder (batch key `image_tokens` [b m features]), as Wan
     reads CLIP's: norm, MLP, norm. Port `image_tokens`.
@@ -179,12 +130,12 @@ class ImageTokens(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self) -> Batch:
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"image_tokens": jnp.zeros((1, self.positions or 1, self.features))}
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        x = _kept(batch["image_tokens"], drop)
+        x = kept(batch["image_tokens"], drop)
         if self.positions:
             if x.shape[1] != self.positions:
                 raise ConfigError(f"image_tokens has {x.shape[1]} tokens a clip; this model reads "
@@ -207,11 +158,11 @@ class Concat(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def example(self) -> Batch:
-        return {"concat": jnp.zeros((1, 1, 1, 1, self.channels))}
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+        return {"concat": jnp.zeros((1, *clip[:3], self.channels))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        return Ports(concat=_kept(batch["concat"], drop))
+        return Ports(concat=kept(batch["concat"], drop))
 
 
 class Control(nn.Module):
@@ -223,39 +174,35 @@ class Control(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def example(self) -> Batch:
-        return {"control": jnp.zeros((1, 1, 1, 1, self.channels))}
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+        return {"control": jnp.zeros((1, *clip[:3], self.channels))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        return Ports(control=batch["control"].astype(jnp.float32),
+        return Ports(control=kept(batch["control"], drop),
                      control_scale=1.0 - drop.astype(jnp.float32))
-
-
-def _kept(x: Array, drop: Bool[Array, "b"]) -> Array:
-    """float32 x, zero where dropped."""
-    return jnp.where(drop.reshape(-1, *(1,) * (x.ndim - 1)), 0.0, x.astype(jnp.float32))
 
 
 SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "text": Text,
     "embeddings": Embeddings,
-    "fps": FrameRate,
-    "fps_class": FrameRateClass,
-    "num_frames": Duration,
     "image_tokens": ImageTokens,
     "concat": Concat,
     "control": Control,
+    **STEERING,
 }
+TEXT = ("text", "embeddings")     # what captions become, and what plain guidance strengthens
 
 
-def _only(values: list[Array]) -> Array:
-    (value,) = values
-    return value
+def _sum(values: list[Array]) -> Array:
+    """Of vectors [b d], and [b t d] for each frame."""
+    if any(v.ndim == 3 for v in values):
+        values = [v if v.ndim == 3 else v[:, None] for v in values]
+    return sum(values[1:], values[0])
 
 
 def merge(ports: list[Ports]) -> Ports:
-    """Several signals at one port: tokens and channels are concatenated, vector and add summed;
-    control has one signal."""
+    """Several signals at one port: tokens and channels are concatenated, vector and add summed.
+    Control blocks read the channels of all their signals, if there is one of these."""
     def gather(field, combine):
         values = [v for p in ports if (v := getattr(p, field)) is not None]
         return combine(values) if values else None
@@ -265,9 +212,9 @@ def merge(ports: list[Ports]) -> Ports:
         ports = [p if p.tokens is None or p.tokens_mask is not None else
                  p.replace(tokens_mask=jnp.ones(p.tokens.shape[:2], bool)) for p in ports]
     along, channels = partial(jnp.concatenate, axis=1), partial(jnp.concatenate, axis=-1)
-    rules = {"tokens": along, "tokens_mask": along, "image_tokens": along, "vector": sum,
-             "modulation": sum, "concat": channels, "add": sum, "control": _only,
-             "control_scale": _only}
+    rules = {"tokens": along, "tokens_mask": along, "image_tokens": along, "vector": _sum,
+             "modulation": _sum, "concat": channels, "add": _sum, "control": channels,
+             "control_scale": partial(functools.reduce, jnp.maximum)}
     return Ports(**{field: gather(field, combine) for field, combine in rules.items()})
 
 
@@ -288,10 +235,41 @@ class Conditioning(nn.Module):
                      f"config.model.signals.{signal}", width=self.width, **given)
 
     @nn.nowrap
-    def example(self) -> Batch:
-        """A batch of one with the keys, types and feature sizes that the signals read."""
+    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+        """A batch of one with the keys, types and feature sizes that the signals read, for a clip
+        of (t, h, w, c)."""
         return {k: v for name in self.signals
-                for k, v in self.row(name, parent=None).example().items()}
+                for k, v in self.row(name, parent=None).example(clip).items()}
+
+    @nn.nowrap
+    def derived(self, key: PRNGKeyArray, x0: Array) -> Batch:
+        """The entries of a training batch that signals make of its clips x0 [b t h w c]."""
+        out: dict[str, Array] = {}
+        for i, name in enumerate(self.signals):
+            row = self.row(name, parent=None)
+            if hasattr(row, "derived"):
+                out |= row.derived(jax.random.fold_in(key, i), x0)
+        return out
+
+    @nn.nowrap
+    def absent(self, batch: Batch) -> set[str]:
+        """Signals that a batch has nothing for. A text is always given. Raises ConfigError for
+        one that this model cannot do without: it never saw it dropped."""
+        rows = {name: self.row(name, parent=None) for name in self.signals if name not in TEXT}
+        lost = {name for name, row in rows.items() if not set(row.example()) <= set(batch)}
+        for name in lost:
+            if not rows[name].dropout:
+                raise ConfigError(f"This model was never trained without {name!r} "
+                                  f"(config.model.signals.{name}.dropout = 0): give it.")
+        return lost
+
+    @nn.nowrap
+    def completed(self, batch: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
+        """A batch for clips of `shape` [b t h w c] with an entry for every signal."""
+        examples = {k: v for name in self.absent(batch)
+                    for k, v in self.row(name, parent=None).example(shape[1:]).items()}
+        return {**batch, **{k: jnp.broadcast_to(v, (shape[0], *v.shape[1:]))
+                            for k, v in examples.items()}}
 
     @nn.nowrap
     def random_drop(self, key: PRNGKeyArray, batch_size: int) -> dict[str, Array]:

@@ -63,10 +63,8 @@ class Denoiser(nn.Module):
         """
         network, conditioning = self.parts()
         x = jnp.zeros((1, *network.patch, network.channels))
-        example = {k: jnp.broadcast_to(v, (*x.shape[:-1], v.shape[-1])) if v.ndim == x.ndim else v
-                   for k, v in conditioning.example().items()}
-        return self.init(key, x, jnp.zeros(1), example, self.drop_masks(1, False),
-                         method="train_view")["params"]
+        return self.init(key, x, jnp.zeros(1), conditioning.example(x.shape[1:]),
+                         self.drop_masks(1, False), method="train_view")["params"]
 
     @property
     def channels(self) -> int:
@@ -80,6 +78,18 @@ class Denoiser(nn.Module):
     @nn.nowrap
     def drop_masks(self, batch_size: int, dropped: bool) -> dict[str, Array]:
         return {name: jnp.full(batch_size, dropped) for name in self.signals}
+
+    @nn.nowrap
+    def derived(self, key: PRNGKeyArray, x0: Array) -> Batch:
+        return self.parts()[1].derived(key, x0)
+
+    @nn.nowrap
+    def absent(self, batch: Batch) -> set[str]:
+        return self.parts()[1].absent(batch)
+
+    @nn.nowrap
+    def completed(self, batch: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
+        return self.parts()[1].completed(batch, shape)
 
     @nn.nowrap
     def random_drop(self, key: PRNGKeyArray, batch_size: int) -> dict[str, Array]:

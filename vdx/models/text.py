@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdx.build import ConfigError
-from vdx.models.attention import SelfAttention
-from vdx.models.layers import MLP, LayerNorm
+from vdx.models.attention import encoder_layers
+from vdx.models.layers import LayerNorm
 from vdx.models.minilm import MiniLM
 from vdx.types import Array, Bool, Int
 
@@ -68,11 +68,7 @@ class ByteEncoder(nn.Module):
         x = LayerNorm(name="norm_in")(x)
         x = x + self.param("position_table", nn.initializers.normal(0.02),
                            (self.words, self.width), jnp.float32)
-        for i in range(self.depth):
-            x = x + SelfAttention(self.heads, name=f"attention_{i}")(
-                LayerNorm(name=f"norm_a{i}")(x), mask)
-            x = x + MLP(4 * self.width, name=f"mlp_{i}")(LayerNorm(name=f"norm_b{i}")(x))
-        return LayerNorm(name="norm")(x), mask
+        return encoder_layers(x, mask, self.depth, self.heads), mask
 
 
 def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:

@@ -96,8 +96,8 @@ class Block(nn.Module):
                  ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
         mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
                       name=self.mixer["name"])
-        image = x.shape[1] == 1 and context.past is None
-        if mixer.temporal and image and not self.is_initializing():
+        if (mixer.temporal and x.shape[1] == 1 and context.past is None
+                and not self.is_initializing()):
             return x
         table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
         rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
@@ -203,12 +203,13 @@ class Transformer(nn.Module):
     def over_time(self) -> list[Any]:
         """The mixers of the pattern that look beyond a frame."""
         mixers = [mixer_of(spec) for spec in self.dims()[3]]
-        return [mixer for mixer in mixers if getattr(mixer, "over", "") != "space"]
+        return [mixer for mixer in mixers if getattr(mixer, "over", "") not in ("space", "none")]
 
     def block(self) -> int | None:
         """Frames of tokens in a block, if what a token sees ends with its block, so that a clip
-        can be made block by block; else None."""
-        sizes = {getattr(mixer, "block", None) for mixer in self.over_time()}
+        can be made block by block; else None. (Biases of distances are not kept in caches.)"""
+        sizes = {getattr(mixer, "block", None) if getattr(mixer, "positions", "") != "relative"
+                 else None for mixer in self.over_time()}
         return sizes.pop() if len(sizes) == 1 else None
 
     def hidden(self) -> int:
@@ -240,6 +241,16 @@ class Transformer(nn.Module):
         return nn.Dense(self.dims()[0], name=name, dtype=jnp.dtype(self.dtype),
                         kernel_init=low_frequencies(self.patch))(x)
 
+    def told(self, emb: Array, vector: Array) -> Array:
+        """The time embedding [b d] or [b t d], and a vector [b d] or, one for each frame of the
+        clip, [b t d]; a token hears of all its frames."""
+        if vector.ndim == 3:
+            if self.patch[0] > 1:
+                vector = rearrange(vector, "b (t i) d -> b t (i d)", i=self.patch[0])
+                vector = nn.Dense(emb.shape[-1], name="frames", dtype=jnp.float32)(vector)
+            return (emb if emb.ndim == 3 else emb[:, None]) + vector
+        return emb + (vector if emb.ndim == 2 else vector[:, None])
+
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports,
                  past: Past | None = None) -> Float[Array, "b t h w c"]:
@@ -266,7 +277,7 @@ class Transformer(nn.Module):
 
         emb = EmbedMLP(width, name="time")(time * self.time_scale)         # b d or b t d
         if ports.vector is not None:
-            emb = emb + (ports.vector if time.ndim == 1 else ports.vector[:, None])
+            emb = self.told(emb, ports.vector)
         modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,
                               kernel_init=nn.initializers.zeros)(nn.silu(emb))
         modulation = modulation.reshape(len(x), -1, 6, width)                # b t 6 d

@@ -17,6 +17,7 @@ from vdx.types import Array, Batch, Params, PRNGKeyArray
 
 Metrics = dict[str, Array]
 _FIRST_FRAME = 0xF1    # folded into the key of a step; its other draws split that key
+_DERIVED = 0xDE
 SPIKE_MEMORY = 100     # accepted steps that the running mean of the gradient norm looks back
 
 
@@ -99,9 +100,15 @@ class Objective:
         noise = jax.random.normal(k_noise, x0.shape)
         return t, noise, self.model.random_drop(k_drop, x0.shape[0])
 
+    def derived(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """The batch with what signals make of its own clips, such as known frames."""
+        return {**batch, **self.model.derived(jax.random.fold_in(key, _DERIVED),
+                                              self.clean(batch))}
+
     def loss(self, params: Params | Adapted, batch: Batch,
              key: PRNGKeyArray) -> tuple[Array, Metrics]:
         (t, noise, drop), known = self.draw(batch, key), None
+        batch = self.derived(batch, key)
         if self.first_frame:
             known = jax.random.bernoulli(jax.random.fold_in(key, _FIRST_FRAME), self.first_frame,
                                          t.shape)
@@ -177,7 +184,7 @@ def make_eval_step(objective: Objective, levels: tuple[float, ...]):
     """
     def evaluate(params: Params | Adapted, batch: Batch,
                  key: PRNGKeyArray) -> tuple[Array, Array]:
-        x0 = objective.clean(batch)
+        x0, batch = objective.clean(batch), objective.derived(batch, key)
         b = x0.shape[0]
 
         def at(level_key):
