@@ -64,6 +64,13 @@ def get_config(variant: str = "") -> ConfigDict:
         del config.model.signals["text"]
         config.model.signals.embeddings = ConfigDict(
             {"features": 384, "encoder": {"name": "minilm", "length": 24}})
+    elif variant == "stream":      # clips of any length, in blocks of 4 frames (docs/temporal.md)
+        config.forcing = True
+        config.model.backbone.patch = (4, 4, 4)
+        with config.ignore_type():
+            config.model.backbone.pattern = ({"name": "full", "block": 1, "window": 2},)
+        config.data.clip = ConfigDict({"num_frames": (16,), "fps": (8.0,)})
+        del config.model.signals["num_frames"]
     elif variant:
-        raise ValueError(f"t2v_tiny has the variant 'minilm', not {variant!r}.")
+        raise ValueError(f"t2v_tiny has the variants 'minilm' and 'stream', not {variant!r}.")
     return config

@@ -20,7 +20,7 @@ FIELDS = {"text": {"encoder": BYTES}, "embeddings": {"features": 6},
           "reference": {"encoder": {"name": "patches", "width": 12, "heads": 2}, "height": 8,
                         "columns": 16}}
 NO_NULL = ("image_tokens", "concat", "control", "known_frames", "reference", "depth", "pose",
-           "flow", "camera", "fps_class")      # zero stands for what is dropped
+           "flow", "camera", "fps_class")           # zero stands for what is dropped
 RNG = np.random.default_rng(0)
 TOKENIZE = ENCODERS["bytes"](length=LENGTH).tokenizer()
 

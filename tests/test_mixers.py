@@ -32,10 +32,10 @@ CASES = {
     "full, blocks": ({"block": 2}, lambda a, b: a[0] // 2 >= b[0] // 2),
     "space": ({}, lambda a, b: a[0] == b[0]),
     "time": ({}, lambda a, b: a[1:] == b[1:]),
-    "time, causal": ({"causal": True}, lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
+    "time, causal": ({"block": 1}, lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
     "time, window": ({"window": 1, "positions": "relative"},
                      lambda a, b: a[1:] == b[1:] and near(a, b)),
-    "time, both": ({"window": 1, "causal": True, "positions": "none", "qk_norm": False},
+    "time, both": ({"window": 1, "block": 1, "positions": "none", "qk_norm": False},
                    lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1),
     "time, sink": ({"block": 1, "window": 1, "sink": 1},
                    lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
@@ -195,7 +195,7 @@ def test_the_cost_is_what_xla_counts(case, grid, quick):
 
 
 @pytest.mark.parametrize("spec", [{}, {"positions": "relative"}, {"window": 2},
-                                  {"causal": True, "window": 2, "positions": "relative"}])
+                                  {"block": 1, "window": 2, "positions": "relative"}])
 def test_attention_over_time_knows_distances_alone(spec, randomise):
     """The same clip a frame later in a longer one, far from both ends: the same answer. Distances
     beyond REACH share a bias, so that clips may be longer than any in training."""
@@ -221,8 +221,7 @@ def test_distances_beyond_the_reach_share_a_bias(randomise):
 @pytest.mark.parametrize(("name", "fields", "message"), [
     ("time", {"positions": "absolute"}, "known: rope, relative, none"),
     ("space", {"positions": "relative"}, "known: rope, none"),
-    ("time", {"window": 0}, "a window is of one or more blocks"),
-    ("time", {"block": 2, "causal": True}, "Set one of the two"),
+    ("time", {"window": 0}, "a window is of one or more"),
     ("conv", {"kernel": (2, 1, 1)}, "sizes are odd"),
     ("conv", {"kernel": (2, 1, 2), "causal": True}, "sizes are odd"),
     ("conv", {"padding": "mirror"}, "paddings are zeros, edge"),

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError
+from vdx.config import resolve
 from vdx.diffusion.guidance import guided
 from vdx.diffusion.losses import WEIGHTS
 from vdx.diffusion.process import PROCESSES, TIMES, RectifiedFlow
 from vdx.diffusion.samplers import SAMPLERS, sample
-from vdx.generate.pipeline import Sampling
+from vdx.experiment import Experiment, load, open_params
+from vdx.files import read_rows
+from vdx.generate.pipeline import Generator, Sampling
 from vdx.generate.stream import Streamer
+from vdx.main import run
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import rope_table, turned
@@ -23,6 +27,7 @@ from vdx.models.mixers import MIXERS, MixContext, Past
 from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
 from vdx.train.step import Objective
+from vdx.train.survive import Stop
 from vdx.types import Ports
 
 RNG = np.random.default_rng(0)
@@ -189,12 +194,12 @@ def drawn(weights):
     return make
 
 
-def by_definition(streamer, params, noise):
+def by_definition(streamer, params, noise, **steer):
     """Block i is what the sampler makes of its noise, the network being asked with the whole clip:
     the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
     which it must not see, as noise."""
     g, b, t = streamer, len(noise), noise.shape[1]
-    batch = g._batch(PROMPTS, t, 8.0)
+    batch = {**g._batch(PROMPTS, t, 8.0), **steer}
 
     def one(clip, first):
         def network(x, time, ports):
@@ -213,11 +218,14 @@ def by_definition(streamer, params, noise):
     return functools.reduce(one, range(0, t, 2), noise) + g.mean
 
 
+def noise_of(streamer):
+    return np.stack([streamer.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS])
+
+
 @pytest.fixture(scope="module")
 def defined(weights):
     streamer = streamer_of(BLOCKS["window"])
-    noise = [streamer.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS]
-    return by_definition(streamer, weights, np.stack(noise))
+    return by_definition(streamer, weights, noise_of(streamer))
 
 
 def test_clips_are_their_definition(drawn, defined):
@@ -270,6 +278,24 @@ def test_a_clip_begins_as_a_shorter_one(drawn, weights):
 
 
 @pytest.mark.slow
+def test_what_is_told_of_frames_reaches_their_block(randomise):
+    model = Denoiser(model_of(BLOCKS["all"]).backbone,
+                     {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}})
+    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    streamer = Streamer(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
+    steer = {"actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
+             "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
+             "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
+             "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32)}
+    asked = dict(num_frames=6, fps=8.0, steer=steer)
+    clips = streamer(params, PROMPTS, SEEDS, **asked)
+    blocks = list(streamer.stream(params, PROMPTS, SEEDS, **asked))
+    want = by_definition(streamer, params, noise_of(streamer), **steer)
+    np.testing.assert_allclose(clips, want, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(blocks, 1), want, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_streams(sampler, weights):
     streamer = streamer_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
@@ -297,9 +323,9 @@ def test_what_cannot_be_streamed(weights):
         streamer_of({}, pattern=({"name": "full", "block": 2}, "time"))
     with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
         streamer_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
-    wide = Denoiser(model_of({"block": 2}).backbone, {**TEXT, "concat": {"channels": 2}})
-    with pytest.raises(ConfigError, match="concat is of a whole clip"):
-        Streamer(wide, RectifiedFlow(), Sampling(), SHAPE)
+    with pytest.raises(ConfigError, match="This model's signals"):
+        streamer_of({"block": 2}).stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0,
+                                         steer={"actions": np.zeros((2, 4))})
 
 
 # Training with a time for each block.
@@ -347,3 +373,37 @@ def test_the_loss_of_a_frame_is_that_at_its_time(weights):
     np.testing.assert_allclose(about["bin_sums"], sums, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"first_frame = 0\.5 sets times"):
         dataclasses.replace(objective, first_frame=0.5)
+
+
+MICRO = [
+    "--config.train.steps=4", "--config.train.eval_every=4", "--config.train.sample_every=4",
+    "--config.train.save_every=4", "--config.train.log_every=2", "--config.train.eval_clips=8",
+    "--config.data.loader.global_batch=8", "--config.judge.prompts=0", "--config.sample.steps=2",
+    "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
+    "--config.model.backbone.heads=2", "--config.train.wall=('a red circle moves right',)"]
+
+
+def test_a_config_with_forcing_and_blocks_streams(at_root):
+    config = resolve("configs/t2v_tiny.py:stream", MICRO)
+    assert isinstance(Experiment(config).generator(), Streamer)
+    assert type(Experiment({**config, "forcing": False}).generator()) is Generator
+    config["model"]["backbone"]["pattern"][0]["block"] = 3
+    with pytest.raises(ConfigError, match=r"16 frames are no number of blocks.* of 12"):
+        Experiment(config)
+
+
+@pytest.mark.slow
+def test_it_trains_and_draws_clips_longer_than_those_of_training(at_root, tmp_path):
+    run(resolve("configs/t2v_tiny.py:stream", MICRO), tmp_path, Stop())
+    rows = [r for r in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert [r["step"] for r in rows] == [2, 4]
+    assert all(np.isfinite(r["train/loss"]) for r in rows)
+    experiment = load(tmp_path)
+    mesh = experiment.mesh_spec.make()
+    with jax.set_mesh(mesh):
+        params, *_ = open_params(experiment, tmp_path, mesh)
+        clip = experiment.generator()(params, PROMPTS, SEEDS, num_frames=64, fps=8.0)
+        blocks = list(itertools.islice(experiment.generator().stream(
+            params, PROMPTS, SEEDS, num_frames=None, fps=8.0), 3))
+    assert clip.shape == (2, 64, 32, 32, 3) and np.isfinite(clip).all()
+    np.testing.assert_allclose(np.concatenate(blocks, 1), clip[:, :12], atol=1e-4)

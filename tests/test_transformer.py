@@ -143,7 +143,7 @@ def test_an_image_is_a_clip_of_one_frame(randomise, quick):
 def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
     """A frame that has a past is no image, and passes by no block."""
     model = Transformer(**IMAGE | {"depth": 3, "pattern": (
-        "space", {"name": "time", "causal": True}, "recurrent")})
+        "space", {"name": "time", "block": 1}, "recurrent")})
     params = randomise(shapes(model))
     frames = CLIP.shape[1]
     step = jax.jit(lambda cache, x, start: model.apply(

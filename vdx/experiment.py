@@ -28,6 +28,7 @@ from vdx.diffusion.process import PROCESSES, TIMES
 from vdx.files import read_json
 from vdx.generate.pipeline import Generator, Sampling
 from vdx.generate.stream import Streamer
+from vdx.interop.latte import is_latte, load_latte
 from vdx.interop.load import abstract_params
 from vdx.interop.wan import load_wan
 from vdx.models.conditioning import Embeddings
@@ -124,8 +125,8 @@ class Sections:
 
     What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
     a run whose state and place in the data it takes over; `init`, a run whose averaged weights
-    it takes; `weights`, a public transformer (a file or folder that vdx.interop.wan reads), or
-    again a run; new weights. Runs are named by a workdir, or one step of it:
+    it takes; `weights`, a public transformer (a file or folder that vdx.interop.wan or latte
+    reads), or again a run; new weights. Runs are named by a workdir, or one step of it:
     runs/a/checkpoints/500.
 
     With `lora`, adapters are what is trained, saved and taken from `resume` and `init`, and
@@ -182,6 +183,8 @@ class Experiment:
                                    build(top.time, TIMES, "config.time"),
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
                                    self.data.mean or 0.0, self.lora, top.first_frame, top.forcing)
+        if isinstance(generator := self.generator(), Streamer) and self.clip is not None:
+            generator.check((self.clip_default()[0], *generator.frame_shape))
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -236,7 +239,8 @@ class Experiment:
                 params, *_ = run.restore_params(abstract_params(self.shapes, mesh), step=step)
             like = abstract_params(self.shapes, mesh, dtype)
             return jax.tree.map(lambda x, to: x.astype(to.dtype), params, like)
-        return load_wan(self.weights, self.model, mesh, dtype)
+        load = load_latte if is_latte(self.weights) else load_wan
+        return load(self.weights, self.model, mesh, dtype)
 
     def with_null(self, params: Params) -> Params:
         """Weights with what stands for a dropped caption. Files of public weights do not have it,

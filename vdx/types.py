@@ -35,8 +35,7 @@ class Ports(flax.struct.PyTreeNode):
     tokens: float [b l d], read by cross-attention; tokens_mask: bool [b l], None if all are seen.
     image_tokens: float [b m d], read by a cross-attention of their own beside that of `tokens`.
     vector: float [b d] or, one for each frame, [b t d]; added to the time embedding and so to
-    every modulation.
-    modulation: float [b 6 d], added to that of every block, but not of the end.
+    every modulation. modulation: float [b 6 d], added to that of every block, not of the end.
     concat: float [b t h w c], concatenated to the noisy input's channels.
     add:    float [b t h w d], added to the patch embeddings (control residuals).
     control: float [b t h w c], read by control blocks, whose hints are added to the tokens after

@@ -87,8 +87,7 @@ class Generator:
             raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
                              f"{(len(prompts), *shape)} [b t h w c].")
         self.check(shape)
-        for key in (steer := steer or {}):
-            lookup(key, self.model.parts()[1].example(), "This model's signals")
+        self.check_steering(steer := steer or {})
         chunk, out = self._chunk(len(prompts)), []
         for start in range(0, len(prompts), chunk):
             # The last chunk is filled up by repetition, so that one program serves all.
@@ -103,6 +102,11 @@ class Generator:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for a clip [t h w c] that cannot be drawn."""
         self.model.num_tokens((1, *shape))
+
+    def check_steering(self, steer: Mapping[str, np.ndarray]) -> None:
+        """Raises ConfigError for entries that no signal of the model reads."""
+        for key in steer:
+            lookup(key, self.model.parts()[1].example(), "This model's signals")
 
     def _batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
         ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)

@@ -10,7 +10,7 @@ With a `window` the cache does not grow, and a clip may go on without end.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,9 +44,6 @@ class Streamer(Generator):
             raise ConfigError("A clip is made block by block if all mixers of config.model.pattern "
                               "have the same block, such as {'name': 'full', 'block': 3}; the "
                               f"pattern is {self.network.pattern}.")
-        if whole := sorted({"concat", "control"} & set(self.model.signals)):
-            raise ConfigError(f"The signal {whole[0]} is of a whole clip; what is made block by "
-                              "block cannot be told it.")
 
     @property
     def network(self) -> Any:
@@ -60,8 +57,8 @@ class Streamer(Generator):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if shape[0] % self.frames:
-            raise ValueError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
-                             f"{self.frames}.")
+            raise ConfigError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
+                              f"{self.frames}.")
 
     def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         blocks = jax.vmap(functools.partial(self.block_noise, key))(
@@ -90,43 +87,48 @@ class Streamer(Generator):
         return jnp.moveaxis(out, 0, 1).reshape(noise.shape) + self.mean
 
     def stream(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
-               num_frames: int | None, fps: float) -> Iterator[np.ndarray]:
+               num_frames: int | None, fps: float,
+               steer: Mapping[str, np.ndarray] | None = None) -> Iterator[np.ndarray]:
         """The clips that a call draws, float32 [n t h w c] a block, each as soon as it is made.
 
         num_frames: None for clips without end, whose cache must not grow: a `window` in every
-        mixer. Raises ValueError if they are not to be had, or not at once.
+        mixer; what `steer` says of the frames of one block then holds for all. Raises ValueError
+        if they are not to be had, or not at once.
         """
         bounded = all(mixer.window for mixer in self.network.over_time())
         if num_frames is None and (not bounded or "num_frames" in self.model.signals):
             raise ConfigError("A clip without end needs a window in every mixer that has a block, "
                               "and a model that is not told its length, the signal num_frames.")
         self.check((num_frames or self.frames, *self.frame_shape))
+        self.check_steering(steer := steer or {})
         chunk = self._chunk(len(prompts))
         if len(prompts) > chunk:
             raise ValueError(f"{len(prompts)} clips at once are too many, sample.batch = {chunk}.")
-        return self._stream(params, prompts, seeds, num_frames, fps, chunk, bounded)
-
-    def _stream(self, params, prompts, seeds, num_frames, fps, chunk, bounded):
         rows = [min(i, len(prompts) - 1) for i in range(chunk)]
         batch = self._batch([prompts[i] for i in rows], num_frames or 0, fps)
-        seeds = np.asarray([seeds[i] for i in rows])
+        batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
+        return self._stream(params, batch, [seeds[i] for i in rows], num_frames, bounded,
+                            len(prompts))
+
+    def _stream(self, params, batch, seeds, num_frames, bounded, clips):
+        seeds, guidance = np.asarray(seeds), self.guidance(batch)
         numbers = itertools.count() if num_frames is None else range(num_frames // self.frames)
         # With windows alone the cache is of one size, and the program is that of every length.
         blocks = 1 if bounded else (num_frames or 0) // self.frames
-        guidance = self.guidance(batch)
-        conditions, cache = self._begin(params, batch, guidance, blocks)
+        conditions, cache = self._begin(params, batch, guidance, blocks,
+                                        num_frames or self.frames)
         for index in numbers:
             x0, cache = self._next(params, conditions, cache, np.int32(index), seeds, guidance,
                                    blocks)
-            yield np.asarray(x0)[:len(prompts)]
+            yield np.asarray(x0)[:clips]
 
     @functools.cached_property
     def _begin(self):
-        def begin(params, batch, guidance, blocks):
-            shape = (len(batch["text"]), self.frames, *self.frame_shape)
+        def begin(params, batch, guidance, blocks, frames):
+            shape = (len(batch["text"]), frames, *self.frame_shape)
             conditions = self.conditions(params, laid_out(batch), None, shape)
             return conditions, self.new_cache(params, conditions, guidance, blocks)
-        return jax.jit(begin, static_argnums=(2, 3), out_shardings=_shardings(None, CACHE))
+        return jax.jit(begin, static_argnums=(2, 3, 4), out_shardings=_shardings(None, CACHE))
 
     @functools.cached_property
     def _next(self):
@@ -142,7 +144,7 @@ class Streamer(Generator):
     def new_cache(self, params: Params, conditions: list[Ports], guidance: Guidance,
                   blocks: int) -> Cache:
         """Zeros. blocks: how many a mixer without a window holds."""
-        ports = questions(conditions, guidance)
+        ports = questions(self.of_block(conditions, 0), guidance)
         b = len(jax.tree.leaves(ports)[0])
         x = jnp.zeros((b, self.frames, *self.frame_shape))
         past = Past(jnp.int32(0), blocks)
@@ -155,12 +157,24 @@ class Streamer(Generator):
                    blocks: int) -> tuple[Array, Cache]:
         """(x0 [b t h w c] of block number `index`, the cache with it). Pure."""
         past = Past(index * self.network.block(), blocks)
+        conditions = self.of_block(conditions, index)
         denoise = guided(lambda x, t, ports: self.model.run(params, x, self.tell(t), ports, past,
                                                             cache=cache),
                          conditions, guidance)
         x0 = advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), self.start(noise),
                      self.rows(), jax.random.fold_in(key, index))[0]
         return x0, self.remember(params, conditions, guidance, cache, past, x0)
+
+    def of_block(self, conditions: list[Ports], index: Array | int) -> list[Ports]:
+        """What is told of the frames of a block, if frames are told of one by one. A block
+        beyond the last is told what the last is."""
+        def at(x: Array | None, frames: int = self.frames) -> Array | None:
+            return x if x is None else jax.lax.dynamic_slice_in_dim(x, index * frames, frames, 1)
+
+        return [ports.replace(
+            concat=at(ports.concat), control=at(ports.control),
+            add=at(ports.add, self.network.block()), vector=ports.vector if ports.vector is None
+            or ports.vector.ndim == 2 else at(ports.vector)) for ports in conditions]
 
     def remember(self, params: Params, conditions: list[Ports], guidance: Guidance, cache: Cache,
                  past: Past, x0: Array) -> Cache:

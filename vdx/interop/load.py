@@ -6,6 +6,7 @@ never holds the model: at most the shares of one parameter that lie on its own d
 
 import itertools
 import math
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from vdx.files import read_json, write_json
 from vdx.interop.keymap import Place, Row, WeightsError, assign, export, flat, listed
 from vdx.interop.pth import read_pth
 from vdx.interop.safetensors import Stored, read_header, write
+from vdx.models.denoiser import Denoiser
+from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
 from vdx.types import Params
 
@@ -29,7 +32,8 @@ READERS: dict[str, Callable[[Path], dict[str, Stored]]] = {
     ".safetensors": read_header, ".pth": read_pth, ".pt": read_pth, ".bin": read_pth}
 # Kept in float32 whatever is asked for: norms, modulation, the embedding of time (as diffusers'
 # `_keep_in_fp32_modules` of Wan). They are small.
-FLOAT32 = re.compile(r"(bias|scale|table|null)$|/time/")
+FLOAT32 = re.compile(r"(bias|scale|table|null)$|^network/time/")
+BLOCKWISE = ("block", "window", "sink")      # fields of mixers
 
 
 def open_weights(path: str | Path) -> dict[str, Stored]:
@@ -123,6 +127,37 @@ def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row])
     # Waiting for each lets go of its copy on the host before the next is read.
     return unflatten_dict({path: _load(leaf, parts.get(path, ())).block_until_ready()
                            for path, leaf in flat(like).items()}, sep="/")
+
+
+def _dims(network: Transformer) -> tuple[int, int, int, tuple[Any, ...]]:
+    """Without what weights know nothing of: which blocks of a clip see which."""
+    width, depth, heads, pattern = network.dims()
+    specs = ({k: v for k, v in spec.items() if k not in BLOCKWISE} for spec in pattern)
+    return width, depth, heads, tuple(s["name"] if len(s) == 1 else s for s in specs)
+
+
+def load_model(model: Denoiser, theirs: Denoiser, source: Mapping[str, Stored],
+               rows: Sequence[Row], path: str | Path, mesh: Mesh, dtype: str) -> Params:
+    """The parameters of `model` from the files of `theirs`, on the mesh; kernels of `dtype`.
+
+    The blocks of its pattern may be others than theirs, or none. Raises WeightsError for a model
+    that is another network, also where no array tells, and as `load_params`.
+    """
+    there, here = theirs.parts()[0], model.parts()[0]
+    facts: dict[str, Callable] = {
+        "(width, depth, heads, pattern)": _dims, "hidden features": Transformer.hidden,
+        **{name: operator.attrgetter(name) for name in (
+            "channels", "patch", "activation", "rope_theta", "absolute", "sincos", "cross",
+            "time_scale")}}
+    wrong = [f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
+             for name, of in facts.items() if of(here) != of(there)]
+    text = [m.get("embeddings", {}).get("length") for m in (model.signals, theirs.signals)]
+    if text[0] != text[1]:
+        wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
+    if wrong:
+        raise WeightsError(listed(f"The model is not that of {path}:", wrong))
+    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype)
+    return load_params(source, like, rows)
 
 
 def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:

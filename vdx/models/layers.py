@@ -148,6 +148,22 @@ def place_table(grid: tuple[int, int, int], width: int) -> np.ndarray:
     return np.pad(out, [(0, 0)] * 3 + [(0, width - out.shape[-1])]).astype(np.float32)
 
 
+def sincos_table(places: np.ndarray, width: int) -> np.ndarray:
+    """[n] -> [n width], float64: sines, then cosines, at geometric frequencies (Vaswani 2017)."""
+    angles = places[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1)
+
+
+def plane_table(grid: tuple[int, int], width: int, base: int) -> np.ndarray:
+    """Fixed positions [h w width] of the places of a frame (Peebles & Xie 2023, DiT; Latte): the
+    column in the first half of the features, the row in the second. Either axis is as long as
+    `base` places, whatever the grid."""
+    rows, columns = (sincos_table(np.arange(n) * base / n, width // 2) for n in grid)
+    shape = (*grid, width // 2)
+    return np.concatenate([np.broadcast_to(columns, shape),
+                           np.broadcast_to(rows[:, None], shape)], -1).astype(np.float32)
+
+
 def rope_table(grid: tuple[int, int, int], head_width: int,
                theta: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [t h w 1 head_width/2] of 3D rotary positions (Su et al. 2021).

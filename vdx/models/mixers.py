@@ -9,7 +9,7 @@ says of itself:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -48,11 +48,11 @@ class MixContext(flax.struct.PyTreeNode):
 
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch. Then the
-# axis that a mesh splits.
-OVER = {
-    "full": ("b t h w n d", "b (t h w) n d", "t"),
-    "space": ("b t h w n d", "(b t) (h w) n d", "t"),
-    "time": ("b t h w n d", "(b h w) t n d", "h"),
+# number of tokens that each one sees.
+OVER: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
+    "full": ("b t h w n d", "b (t h w) n d", "t", lambda t, h, w: t * h * w),
+    "space": ("b t h w n d", "(b t) (h w) n d", "t", lambda t, h, w: h * w),
+    "time": ("b t h w n d", "(b h w) t n d", "h", lambda t, h, w: t),
 }
 REACH = 32      # distances in time beyond this many frames have one bias
 
@@ -72,11 +72,11 @@ class GridAttention(nn.Module):
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    positions: str = "rope"
+    qk_norm: bool = True
     block: int | None = None
     window: int | None = None
     sink: int = 0
-    positions: str = "rope"
-    qk_norm: bool = True
     over = "full"        # a row of OVER
     temporal = False
     known_positions: ClassVar[tuple[str, ...]] = ("rope", "none")
@@ -87,7 +87,7 @@ class GridAttention(nn.Module):
                               f"{self.over!r}; known: {', '.join(self.known_positions)}.")
         if not ((self.block is None or (self.block > 0 and self.over != "space"))
                 and (self.window is None or (self.window > 0 and (self.block or self.temporal)))
-                and (self.sink == 0 or (self.sink > 0 and self.window and self.block))):
+                and (self.sink == 0 or (self.sink > 0 and self.block and self.window))):
             raise ConfigError(
                 f"model.pattern: {self.over!r} with block = {self.block}, window = {self.window}, "
                 f"sink = {self.sink}: a block is of one or more frames, of a mixer that looks over "
@@ -96,13 +96,20 @@ class GridAttention(nn.Module):
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        t, h, w = grid
-        pairs = {"full": float(t * h * w) ** 2, "space": t * float(h * w) ** 2,
-                 "time": float(t) ** 2 * h * w}[self.over]
-        if self.over == "full" and self.block:
-            pairs = sum((min(end, t) - at) * (old + min(end, t) - start) * float(h * w) ** 2
-                        for at, end, old, start in self.blocks(t, self.block))
-        return width * (8.0 * width * math.prod(grid) + 4.0 * pairs)
+        t, whole = grid[0], OVER[self.over][3](*grid)
+        seen = whole if self.block is None else whole / t ** 2 * sum(
+            (stop - start) * sum(b - a for a, b in self.seen(i, t))
+            for i, (start, stop) in enumerate(_blocks(t, self.block)))
+        return math.prod(grid) * width * (8.0 * width + 4.0 * seen)
+
+    @nn.nowrap
+    def seen(self, index: int, frames: int) -> list[tuple[int, int]]:
+        """Frames (from, to) that the block number `index` sees."""
+        assert self.block is not None
+        near = 0 if self.window is None else max(0, index - self.window)
+        old = min(self.sink, near) * self.block
+        now = near * self.block, min((index + 1) * self.block, frames)
+        return [(0, old), now] if old else [now]
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"],
@@ -119,45 +126,35 @@ class GridAttention(nn.Module):
             q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         q, k, v = (constrain(a, "b t h w n d", context=split) for a in (q, k, v))
         if self.block is None or context.past is None:
-            y = self.answers_of_clip(q, k, v)
+            y = self.within(q, k, v)
         else:
             y = self.answers(q, *self.after_past(k, v, self.block, context.past))
         y = rearrange(y, "b t h w n d -> b t h w (n d)")
-        return back(nn.Dense(width, name="out", dtype=self.dtype)(y), split)
-
-    def bias(self, queries: int, keys: int) -> Float[Array, "1 n q s"] | None:
-        """Added to the scores."""
-        return None
+        y = nn.Dense(width, name="out", dtype=self.dtype)(y)
+        return back(y, split)
 
     def answers(self, q: Float[Array, "b t h w n d"], k: Float[Array, "b s h w n d"],
-                v: Float[Array, "b s h w n d"],
-                seen: Bool[Array, "s"] | Bool[Array, "t s"] | None = None) -> Array:
-        """seen: frames of the keys that are, by all or, over time, by each frame; None: all."""
-        grid, flat, _ = OVER[self.over]
+                v: Float[Array, "b s h w n d"], seen: Array | None = None,
+                bias: Float[Array, "1 n q s"] | None = None) -> Array:
+        """seen: bool [s], frames of the keys that are, or for "time" [q s]; None: all."""
+        grid, flat = OVER[self.over][:2]
         sizes, frames = dict(zip("bthw", q.shape[:4], strict=True)), k.shape[1]
         q, k, v = (rearrange(a, f"{grid} -> {flat}") for a in (q, k, v))
         if self.block and self.over == "full":       # a block's frames may lie on one device
             q = constrain(q, "b s n d", context="s")
         mask = None if seen is None else jnp.repeat(seen, k.shape[1] // frames, -1)[None]
-        y = attend(q, k, v, mask, bias=self.bias(q.shape[1], k.shape[1]))
-        return rearrange(y, f"{flat} -> {grid}", **sizes)
+        return rearrange(attend(q, k, v, mask, bias=bias), f"{flat} -> {grid}", **sizes)
 
-    @nn.nowrap
-    def blocks(self, frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first frame, end, `old`, `start`) of each block, which sees frames :old, start:end."""
-        for i in range(-(-frames // size)):
-            near = 0 if self.window is None else max(0, i - self.window)
-            yield i * size, (i + 1) * size, min(self.sink, near) * size, near * size
-
-    def answers_of_clip(self, q: Array, k: Array, v: Array) -> Array:
-        """Block by block, each with the keys that it sees: what is hidden is not computed."""
+    def within(self, q: Array, k: Array, v: Array) -> Array:
+        """All of a clip; block by block, each with the keys that it sees: what is hidden is not
+        computed."""
         if self.block is None:
             return self.answers(q, k, v)
-        out = []
-        for at, end, old, start in self.blocks(q.shape[1], self.block):
-            seen = (jnp.concatenate([a[:, :old], a[:, start:end]], 1) if old else a[:, start:end]
+        out, frames = [], q.shape[1]
+        for i, (start, stop) in enumerate(_blocks(frames, self.block)):
+            seen = (jnp.concatenate([a[:, at:to] for at, to in self.seen(i, frames)], 1)
                     for a in (k, v))
-            out.append(self.answers(q[:, at:end], *seen))
+            out.append(self.answers(q[:, start:stop], *seen))
         return jnp.concatenate(out, 1)
 
     def after_past(self, k: Array, v: Array, size: int,
@@ -179,6 +176,11 @@ class GridAttention(nn.Module):
         return out[0], out[1], seen
 
 
+def _blocks(frames: int, size: int) -> list[tuple[int, int]]:
+    """Frames (from, to) of each block."""
+    return [(i, min(i + size, frames)) for i in range(0, frames, size)]
+
+
 class SpaceAttention(GridAttention):
     """The tokens of one frame attend to one another."""
 
@@ -188,52 +190,46 @@ class SpaceAttention(GridAttention):
 class TimeAttention(GridAttention):
     """The tokens of one place attend to one another.
 
-    causal: to those of their frame and before it alone, as with a block of one frame. window:
-    without blocks, to those at most so many frames away. positions: also "relative", a learned
-    bias for each head and each distance in frames (Shaw et al. 2018; as scores, Raffel et al.
-    2020), the same beyond REACH; the number of frames may differ between training and use.
+    block: 1 is causal. window: without blocks, those at most so many frames away are seen.
+    positions: also "relative", a learned bias for each head and each distance in frames (Shaw et
+    al. 2018; as scores, Raffel et al. 2020), the same beyond REACH. The number of frames may
+    differ between training and use.
     """
 
-    causal: bool = False
     over = "time"
     temporal = True
     known_positions = ("rope", "relative", "none")
 
-    def __post_init__(self):
-        if self.causal:
-            if self.block not in (None, 1):
-                raise ConfigError(f"model.pattern: 'time' is causal, with a block of {self.block} "
-                                  "frames, which see one another. Set one of the two.")
-            object.__setattr__(self, "block", 1)
-        super().__post_init__()
+    @nn.nowrap
+    def flops(self, grid: tuple[int, int, int], width: int) -> float:
+        return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])   # what is hidden as well
 
-    def answers_of_clip(self, q: Array, k: Array, v: Array) -> Array:
-        """All at once: the scores of one place are few, so that what is hidden is masked."""
-        return self.answers(q, k, v, self.seen(q.shape[1]))
+    def within(self, q: Array, k: Array, v: Array) -> Array:
+        """One product with a mask: so few tokens are not worth a program for each block."""
+        frames, bias = q.shape[1], None
+        if self.positions == "relative":
+            table = self.param("distance_table", nn.initializers.normal(0.02),
+                               (2 * REACH + 1, self.heads), jnp.float32)
+            rows = table[np.clip(_ahead(frames), -REACH, REACH) + REACH]
+            bias = rearrange(rows, "q s n -> 1 n q s")
+        return self.answers(q, k, v, self.mask(frames), bias)
 
     @nn.nowrap
-    def seen(self, frames: int) -> Bool[Array, "q s"] | None:
-        """Which frames each one sees; None: all."""
-        if self.block is None and self.window is None:
-            return None
-        blocks = np.arange(frames) // (self.block or 1)
-        age = blocks[:, None] - blocks                              # of the key, in blocks
-        far = frames if self.window is None else self.window
+    def mask(self, frames: int) -> Bool[Array, "q s"] | None:
+        """True on what each frame may see; None: all."""
         if self.block is None:
-            return jnp.asarray(np.abs(age) <= far)
-        return jnp.asarray((age >= 0) & ((age <= far) | (blocks < self.sink)))
+            return None if self.window is None else jnp.asarray(
+                abs(_ahead(frames)) <= self.window)
+        mask = np.zeros((frames, frames), bool)
+        for i, (start, stop) in enumerate(_blocks(frames, self.block)):
+            for at, to in self.seen(i, frames):
+                mask[start:stop, at:to] = True
+        return jnp.asarray(mask)
 
-    def bias(self, queries: int, keys: int) -> Float[Array, "1 n q s"] | None:
-        if self.positions != "relative":
-            return None
-        if queries != keys:
-            raise ConfigError("model.pattern: 'time' with positions = 'relative' makes no clip "
-                              "block by block; 'rope' does.")
-        table = self.param("distance_table", nn.initializers.normal(0.02),
-                           (2 * REACH + 1, self.heads), jnp.float32)
-        ahead = np.arange(keys) - np.arange(queries)[:, None]
-        rows = table[np.clip(ahead, -REACH, REACH) + REACH]
-        return rearrange(rows, "q s n -> 1 n q s")
+
+def _ahead(frames: int) -> np.ndarray:
+    """[q s]: by how many frames the key is ahead of the query."""
+    return np.arange(frames) - np.arange(frames)[:, None]
 
 
 class NoExchange(nn.Module):
@@ -266,12 +262,14 @@ MIXERS: dict[str, Callable[..., Any]] = {
 }
 
 # Names for block patterns; a config may also spell a pattern out, with names or specs
-# {"name": row of MIXERS, **fields}, e.g. ("space", "full", {"name": "time", "causal": True}).
+# {"name": row of MIXERS, **fields}, e.g. ("space", "full", {"name": "time", "block": 1}).
 PATTERNS: dict[str, tuple[str | dict[str, Any], ...]] = {
     "full": ("full",),
     "factorized": ("space", "time"),   # Latte, VDM: space within a frame, then time at a place
-    "factorized_causal": ("space", {"name": "time", "causal": True}),
+    "factorized_causal": ("space", {"name": "time", "block": 1}),
     "conv": ("space", {"name": "conv", "kernel": (3, 1, 1)}),
     "recurrent": ("space", "recurrent"),
+    "latte": tuple({"name": name, "positions": "none", "qk_norm": False}
+                   for name in ("space", "time")),         # its `sincos` positions are added
     "frames": ("space", "none"),       # independent frames
 }
