@@ -41,7 +41,7 @@ from wan_pipelines import (  # noqa: E402
 # distances of text, two residual blocks a level, the means and deviations of the latents.
 HEAD = {"attention_head_dim": 128, "num_attention_heads": 1}
 VAE = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 16}
-VAE_22 = VIDEO_VAES["wan2.2"] | {"base_dim": 4, "decoder_base_dim": 6}
+VAE_22 = VIDEO_VAES["wan2.2"] | {"base_dim": 4, "decoder_base_dim": 6, "scale_factor_spatial": 16}
 BROAD = VISION | {"hidden_size": 160}
 FAR = TEXT | {"relative_attention_max_distance": 128}
 LATENTS = {"in_channels": 16, "out_channels": 16}
