@@ -37,8 +37,8 @@ from vdx.types import Params
 FLAGS = flags.FLAGS
 # Flags of --workdir alone, and of --weights alone.
 TRAINED = ("step", "averaged")
-PUBLIC = ("negative_prompt", "image", "last_image", "init_noise", "lora", "lora_2", "height",
-          "width", "dtype", "mesh")
+PUBLIC = ("negative_prompt", "image", "last_image", "control", "control_mask", "reference",
+          "init_noise", "lora", "lora_2", "height", "width", "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +153,12 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
 
 def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np.ndarray]:
     """With public weights. What cannot be is said before anything large is read."""
-    said = given("negative_prompt", "image", "last_image", "init_noise", "height", "width",
-                 "num_frames", "fps", "seed", "sampler", "grid", "steps", "shift", "dtype")
+    said = given("negative_prompt", "image", "last_image", "control", "control_mask", "init_noise",
+                 "height", "width", "num_frames", "fps", "seed", "sampler", "grid", "steps",
+                 "shift", "dtype")
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
-    said |= {name: tuple(files.split(",")) for name, files in given("lora", "lora_2").items()}
+    said |= {name: tuple(files.split(","))
+             for name, files in given("lora", "lora_2", "reference").items()}
     made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
     if not manifest:
         said["prompts"] = prompts()
@@ -238,6 +240,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: empty.")
     flags.DEFINE_string("image", None, "A picture that the clip begins with.")
     flags.DEFINE_string("last_image", None, "A picture that it ends with.")
+    flags.DEFINE_string("control", None, "A video that leads the clip (VACE): depth, pose, "
+                        "footage to be changed. Its frames nearest in time at --fps are read.")
+    flags.DEFINE_string("control_mask", None, "A video or a picture, white where the control is "
+                        "drawn anew; default: all of it.")
+    flags.DEFINE_string("reference", None, "Pictures of what is to be seen (VACE), with commas "
+                        "between them.")
     flags.DEFINE_string("init_noise", None, "A .npy file, float32 [b t h w c] of latents, to "
                         "start from instead of noise from the seeds.")
     flags.DEFINE_string("lora", None, "LoRA files with their weights, such as "
