@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vdx.interop.unet import load_unet, open_unet, save_unet, unet_from_config
+from vdx.interop.unet import load_unet, save_unet
+from vdx.interop.unet_config import unet_from_config
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
 from vdx.types import Ports

@@ -279,12 +279,16 @@ def open_wan(path: str | Path) -> Wan:
     return Wan(config | said, source, *wan_from_config(config | said))
 
 
-def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32") -> Params:
+def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32",
+             trained: str | None = None) -> Params:
     """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
 
-    dtype: of the kernels. `null`, the dropped text, is zero: no file has it. Raises WeightsError
-    for files as `open_wan`, and for a model that is another network than theirs.
+    dtype: of the kernels. trained: a regex of paths that stay float32; those of them that the
+    file does not have are left out. `null`, the dropped text, is zero: no file has it. Raises
+    WeightsError for files as `open_wan`, and for a model that is another network than theirs.
     """
+    if not isinstance(path, str | Path):
+        raise WeightsError(f"{path}: a Wan transformer lies in one file or folder.")
     wan = open_wan(path)
     there, here = Denoiser(wan.backbone, wan.signals).parts()[0], model.parts()[0]
     facts: dict[str, Callable] = {
@@ -298,5 +302,6 @@ def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float3
         wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
     if wrong:
         raise WeightsError(listed(f"The model is not that of {path}:", wrong))
-    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype)
-    return load_params(wan.source, like, wan_transformer_rows(model))
+    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype,
+                           trained)
+    return load_params(wan.source, like, wan_transformer_rows(model), trained)
