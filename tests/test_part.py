@@ -108,7 +108,7 @@ def test_a_part_that_cannot_be_meant(pattern, message):
 
 
 def test_adapters_and_a_part_at_once():
-    with pytest.raises(ConfigError, match="config.lora and config.trainable: set one"):
+    with pytest.raises(ConfigError, match=r"config\.lora and config\.trainable: set one"):
         experiment("--config.lora.rank=2", "--config.lora.targets=['q/kernel$']")
 
 

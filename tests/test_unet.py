@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from vdx.interop.unet import load_unet, save_unet
-from vdx.interop.unet_config import unet_from_config
+from vdx.interop.unet_config import control_from_config, unet_from_config
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
@@ -27,6 +27,20 @@ def levels(kind: str) -> dict:
             "up_block_types": [f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"]}
 
 
+CONTROL = {key: value for key, value in {**TINY, **levels("2D")}.items()
+           if key not in ("sample_size", "up_block_types")}
+CONTROLS = {
+    "image": ("ControlNetModel", {**CONTROL, "attention_head_dim": 2,
+                                  "conditioning_embedding_out_channels": [4, 6]}),
+    "sparse": ("SparseControlNetModel", {
+        **CONTROL, "attention_head_dim": 2, "motion_num_attention_heads": 2,
+        "down_block_types": levels("Motion")["down_block_types"], "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": [4, 6],
+        "use_simplified_condition_embedding": False}),
+    "sparse_latents": ("SparseControlNetModel", {
+        **CONTROL, "attention_head_dim": 2, "motion_num_attention_heads": 2,
+        "down_block_types": levels("Motion")["down_block_types"]}),
+}
 CLASSES = {
     "image": ("UNet2DConditionModel", {**TINY, **levels("2D"), "attention_head_dim": 2}),
     "motion": ("UNetMotionModel", {**TINY, **levels("Motion"), "num_attention_heads": 2,
@@ -48,6 +62,14 @@ def randomised(model, seed=0):
     return model
 
 
+def saved(kind, config, folder, seed=0):
+    """A model of diffusers with random weights, in a folder."""
+    with warnings.catch_warnings(action="ignore"):
+        model = randomised(getattr(diffusers, kind)(**config), seed)
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return MeshSpec().make(jax.devices()[:1])
@@ -55,11 +77,8 @@ def mesh():
 
 class Case:
     def __init__(self, name, folder, mesh):
-        kind, config = CLASSES[name]
         self.name, self.folder, self.mesh = name, folder, mesh
-        with warnings.catch_warnings(action="ignore"):
-            self.torch = randomised(getattr(diffusers, kind)(**config))
-        self.torch.save_pretrained(folder)
+        self.torch = saved(*CLASSES[name], folder)
         self.config = json.loads((folder / "config.json").read_text())
         self.model = Denoiser(*unet_from_config(self.config))
         self.params = load_unet(folder, self.model, mesh)
@@ -114,4 +133,62 @@ def test_every_key_goes_there_and_back(case, tmp_path):
     with warnings.catch_warnings(action="ignore"):
         again = type(case.torch).from_pretrained(tmp_path / "back")
     for key, value in case.torch.state_dict().items():
+        np.testing.assert_allclose(again.state_dict()[key], value, atol=1e-6, err_msg=key)
+
+
+class Controlled:
+    """A U-Net of diffusers and a control branch beside it, and ours with both."""
+
+    def __init__(self, kind, unet, folder):
+        self.kind, self.unet, self.folder = kind, unet, folder
+        self.torch = saved(*CONTROLS[kind], folder, seed=1)
+        config = json.loads((folder / "config.json").read_text())
+        fields, signal = control_from_config(config)
+        self.model = Denoiser({**unet.model.backbone, **fields},
+                              {**unet.model.signals, "control": signal})
+        self.params = load_unet([unet.folder, folder], self.model, unet.mesh)
+        rng, side = np.random.default_rng(2), signal["side"]
+        self.control = rng.normal(size=(B, T, side * H, side * W, signal["channels"])).astype(
+            np.float32)
+
+    def reference(self, x, time, tokens, scale) -> np.ndarray:
+        control, x0, time0, tokens0 = map(torch.from_numpy, (self.control, x, time, tokens))
+        frames = tokens0.repeat_interleave(T, 0)
+        if self.kind == "image":
+            more, deepest = self.torch(
+                x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames,
+                control.flatten(0, 1).movedim(-1, 1), return_dict=False)
+        else:
+            maps = control.movedim(-1, 1)
+            more, deepest = self.torch(x0.movedim(-1, 1), time0, frames, maps[:, :-1],
+                                       conditioning_mask=maps[:, -1:], return_dict=False)
+        weight = torch.from_numpy(scale).repeat_interleave(T).reshape(-1, 1, 1, 1)
+        added = {"down_block_additional_residuals": [weight * y for y in more],
+                 "mid_block_additional_residual": weight * deepest}
+        if self.unet.name == "image":
+            y = self.unet.torch(x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames,
+                                **added).sample
+            return y.movedim(1, -1).reshape(x.shape).numpy()
+        y = self.unet.torch(x0.movedim(-1, 1), time0, frames, **added).sample
+        return y.movedim(1, -1).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "case"), [("image", "image"), ("sparse", "motion"),
+                                            ("sparse_latents", "motion")], indirect=["case"])
+def test_control_is_the_reference(kind, case, quick, tmp_path):
+    both = Controlled(kind, case, tmp_path / "control")
+    x, time, tokens = case.inputs()
+    scale = np.array([0.0, 0.7], np.float32)
+    want, plain = both.reference(x, time, tokens, scale), case.reference(x, time, tokens)
+    got = run(case, quick, both.params, x, time, Ports(
+        tokens=jnp.asarray(tokens), control=jnp.asarray(both.control),
+        control_scale=jnp.asarray(scale)), both.model)
+    assert np.abs(want[1] - plain[1]).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got[0], plain[0], atol=1e-4, rtol=0)
+
+    save_unet(both.params, both.model, tmp_path / "back", part="control")
+    again = type(both.torch).from_pretrained(tmp_path / "back")
+    for key, value in both.torch.state_dict().items():
         np.testing.assert_allclose(again.state_dict()[key], value, atol=1e-6, err_msg=key)

@@ -19,7 +19,7 @@ __all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "
 #   text_mask  bool   [b l]         True on real tokens
 #   image_tokens float [b m d]      features of images from a frozen encoder
 #   concat     float  [b t h w c]   channels to lie beside the noisy clip
-#   control    float  [b t h w c]   what a network's control blocks read
+#   control    float  [b t h w c]   what a network's control blocks read, perhaps larger than x0
 #   fps        float32 [b]          frames per second of this clip
 #   num_frames int32  [b]           pixel frames in this clip
 Batch = Mapping[str, Array]

@@ -16,7 +16,18 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.keymap import CONV, KEEP, LINEAR, Row, WeightsError, export, flat, listed, patches
+from vdx.interop.keymap import (
+    CONV,
+    KEEP,
+    LINEAR,
+    Row,
+    WeightsError,
+    export,
+    flat,
+    listed,
+    patches,
+    place_of,
+)
 from vdx.interop.load import (
     abstract_params,
     empty_folder,
@@ -29,6 +40,9 @@ from vdx.interop.safetensors import Stored
 from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,
+    CONTROLS,
+    control_config,
+    control_from_config,
     motion_config,
     single,
     unet_config,
@@ -95,13 +109,16 @@ def encoder_rows(theirs: str, ours: str, linear: bool, motion: str) -> Iterator[
                           f"{ours}/down_{{i}}_conv", CONV)
 
 
-def unet_rows(model: Denoiser, linear: bool | None = None) -> list[Row]:
-    """From the keys of diffusers to our parameters. linear: whether the projections around
-    attention in space are matrices or convolutions; by default as the public models have it.
+def unet_rows(model: Denoiser, linear: bool | None = None,
+              control_linear: bool = False) -> list[Row]:
+    """From the keys of diffusers, those of a control branch after "control.", to our parameters.
 
-    `null`, the dropped text, is not in the files, and zero until it is given.
+    linear: whether the projections around attention in space are matrices or convolutions; by
+    default as the public models have it. `null`, the dropped text, is not in the files, and zero
+    until it is given.
     """
-    temporal = model.parts()[0].dims()[1].temporal
+    network = model.parts()[0]
+    temporal = network.dims()[1].temporal
     linear = temporal.convs if linear is None else linear
     motion = "temp_attentions" if temporal.convs else "motion_modules"
     return [*encoder_rows("", "network/encoder", linear, motion),
@@ -109,7 +126,21 @@ def unet_rows(model: Denoiser, linear: bool | None = None) -> list[Row]:
             *dense_rows("up_blocks.{i}.upsamplers.0.conv", "network/up_{i}_conv", CONV),
             *norm_rows("conv_norm_out", "network/norm_out"),
             *dense_rows("conv_out", "network/conv_out", CONV),
-            Row("", "conditioning/embeddings/null")]
+            Row("", "conditioning/embeddings/null"),
+            *_control_rows(bool(network.hint), control_linear)]
+
+
+def _control_rows(deep: bool, linear: bool) -> Iterator[Row]:
+    """A control branch; deep: whether its maps pass several convolutions."""
+    theirs, ours = "control.controlnet_", "network/control"
+    yield from encoder_rows("control.", f"{ours}/encoder", linear, "motion_modules")
+    if deep:
+        for name, other in (("conv_in",) * 2, ("conv_out",) * 2, ("blocks.{i}", "conv_{i}")):
+            yield from dense_rows(f"{theirs}cond_embedding.{name}", f"{ours}/hint/{other}", CONV)
+    else:
+        yield from dense_rows(f"{theirs}cond_embedding", f"{ours}/hint/conv_in", CONV)
+    for name, other in (("down_blocks.{i}", "out_{i}"), ("mid_block", "out_middle")):
+        yield from dense_rows(f"{theirs}{name}", f"{ours}/{other}", patches((1, 1)))
 
 
 # In
@@ -132,16 +163,16 @@ class Files:
     def base(self) -> Mapping[str, Any]:
         return next(config for name, config in self.configs.items() if name in CLASSES)
 
-    @property
-    def linear(self) -> bool:
-        """Whether projections are matrices."""
+    def linear(self, prefix: str = "") -> bool:
+        """Whether projections are matrices, in the part whose keys begin so."""
         return all(len(stored.shape) == 2 for key, stored in self.source.items()
-                   if re.search(r"attentions\.\d+\.proj_in\.weight", key))
+                   if re.match(prefix + r"\w+_block.*\.attentions\.\d+\.proj_in\.weight", key))
 
 
 def open_unet(paths: str | Path | Sequence[str | Path]) -> Files:
     """The U-Net in a folder of diffusers, and in further ones what is added to it: motion modules,
-    also in AnimateDiff's own files. Reads headers only.
+    also in AnimateDiff's own files, and a control branch, whose keys here begin with "control.".
+    Reads headers only.
 
     Raises WeightsError for what is none, and for two of a kind.
     """
@@ -159,9 +190,10 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> Files:
                                "diffusers saves it (unet), or AnimateDiff's file of motion "
                                "modules.")
         name = str(config.get("_class_name"))
-        if name not in CLASSES and name != ADAPTER:
-            raise WeightsError(f"{path} is a {name}; U-Nets are made of {', '.join(CLASSES)} and "
-                               f"{ADAPTER}.")
+        if name not in (known := (*CLASSES, ADAPTER, *CONTROLS)):
+            raise WeightsError(f"{path} is a {name}; U-Nets are made of {', '.join(known)}.")
+        if name in CONTROLS:
+            arrays = {f"control.{key}": stored for key, stored in arrays.items()}
         if twice := sorted(set(arrays) & set(source)):
             raise WeightsError(listed(f"{path} and another of {', '.join(map(str, paths))} have "
                                       "the same arrays:", twice, most=3))
@@ -187,15 +219,23 @@ def load_unet(paths: str | Path | Sequence[str | Path], model: Denoiser, mesh: M
     """The parameters of `model` from files as `open_unet` reads them, on the mesh.
 
     dtype: of the kernels. trained: a regex of paths that stay float32; those of them that the
-    files do not have are left out. `null`, the dropped text, is zero: no file has it. Raises
-    WeightsError for files as `open_unet`, and for a model that is another network than theirs.
+    files do not have are left out. A control branch without files begins as a copy of the way
+    down. `null`, the dropped text, is zero: no file has it. Raises WeightsError for files as
+    `open_unet`, and for a model that is another network than theirs.
     """
     files = open_unet(paths)
     if wrong := _differences(model, files):
         raise WeightsError(listed(f"The model is not that of {paths}:", wrong))
     like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype,
                            trained)
-    return load_params(files.source, like, unet_rows(model, files.linear), trained)
+    source, linear = dict(files.source), files.linear()
+    branch = set(CONTROLS) & set(files.configs)
+    rows = unet_rows(model, linear, files.linear("control.") if branch else linear)
+    if not branch:
+        place, ours = place_of(rows), flat(like)
+        source |= {f"control.{key}": stored for key, stored in files.source.items()
+                   if (found := place(f"control.{key}")) and found.path in ours}
+    return load_params(source, like, rows, trained)
 
 
 def _differences(model: Denoiser, files: Files) -> list[str]:
@@ -222,10 +262,35 @@ def _differences(model: Denoiser, files: Files) -> list[str]:
               f"{adapter[key]}" for key, name in (("motion_num_attention_heads", "heads"),
                                                   ("motion_norm_num_groups", "groups"))
               if key in adapter and single(adapter[key]) != getattr(here, name)]
-    wrong += unknown(adapter)
+    wrong += unknown(adapter) + _control_differences(model, files)
     text, needs = model.signals.get("embeddings", {}), signals["embeddings"]
     wrong += [f"config.model.signals.embeddings.{key} = {text.get(key)}, not {needs[key]}"
               for key in ("project", "length") if text.get(key) != needs[key]]
+    return wrong
+
+
+def _control_differences(model: Denoiser, files: Files) -> list[str]:
+    here, wrong = model.parts()[0], []
+    for name in set(CONTROLS) & set(files.configs):
+        config = files.configs[name]
+        fields, signal = control_from_config(config)
+        fields["groups"] = config.get("norm_num_groups", 32)
+        wrong += [f"config.model.backbone: {field} = {getattr(here, field)}, but the weights of "
+                  f"the {name} have {value}" for field, value in fields.items()
+                  if getattr(here, field) != value]
+        said = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        heads = [here.dims()[1].split(width)[0] for width in here.widths]
+        if single(said) != single(heads):
+            wrong.append(f"config.model.backbone: heads = {single(heads)}, but the {name} has "
+                         f"{single(said)}")
+        if "motion_num_attention_heads" in config and \
+                single(config["motion_num_attention_heads"]) != here.heads:
+            wrong.append(f"config.model.backbone: heads = {here.heads}, but the {name} has "
+                         f"motion_num_attention_heads = {config['motion_num_attention_heads']}")
+        ours = model.signals.get("control", {})
+        wrong += [f"config.model.signals.control.{key} = {ours.get(key)}, not {value}"
+                  for key, value in signal.items() if ours.get(key, 1) != value]
+        wrong += unknown(config)
     return wrong
 
 
@@ -243,14 +308,14 @@ def save_unet(params: Params, model: Denoiser, path: str | Path, part: str = "un
     config, rows = config_of(model), unet_rows(model)
     kept = {name: leaf for name, leaf in flat(params).items() if re.search(pattern, name)}
     tree = unflatten_dict(kept, sep="/")
-    plan = export_plan(tree, rows)
+    plan = {key.removeprefix("control."): facts for key, facts in export_plan(tree, rows).items()}
     places = {key.replace(".proj_in.weight", ".transformer_blocks.0.pos_embed.pe"): shape[0]
               for key, (shape, _) in plan.items()
               if ".motion_modules." in key and key.endswith(".proj_in.weight")}
     table = {key: ((1, FRAMES, width), np.dtype(np.float32)) for key, width in places.items()}
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        yield from export(tree, rows)
+        yield from ((key.removeprefix("control."), value) for key, value in export(tree, rows))
         for key, width in places.items():
             yield key, np.asarray(frame_positions(FRAMES, width)).reshape(1, FRAMES, width)
 
@@ -261,4 +326,5 @@ def save_unet(params: Params, model: Denoiser, path: str | Path, part: str = "un
 
 FRAMES = 32      # whose positions diffusers keeps in its files; ours have no end
 PARTS = {"unet": (r"^(network/(?!control/)|conditioning/embeddings/null)", unet_config),
-         "motion": (r"^network/(?!control/).*/motion/", motion_config)}
+         "motion": (r"^network/(?!control/).*/motion/", motion_config),
+         "control": (r"^network/control/", control_config)}

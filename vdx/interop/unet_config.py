@@ -11,6 +11,7 @@ TOKENS = 77        # of CLIP, all of which are read, also those of the empty cap
 CLASSES = {"UNet2DConditionModel": ("none", "2D"), "UNetMotionModel": ("motion", "Motion"),
            "UNet3DConditionModel": ("3d", "3D")}
 ADAPTER = "MotionAdapter"
+CONTROLS = {"ControlNetModel": ("image", "2D"), "SparseControlNetModel": ("sparse", "Motion")}
 # What no public model has another value for; a tuple of these means the same.
 FIXED = {"flip_sin_to_cos": True, "act_fn": "silu", "norm_eps": 1e-5, "downsample_padding": 1,
          "mid_block_scale_factor": 1, "resnet_time_scale_shift": "default", "conv_in_kernel": 3,
@@ -19,7 +20,8 @@ FIXED = {"flip_sin_to_cos": True, "act_fn": "silu", "norm_eps": 1e-5, "downsampl
          "resnet_out_scale_factor": 1, "transformer_layers_per_block": 1,
          "transformer_layers_per_mid_block": 1, "temporal_transformer_layers_per_block": 1,
          "temporal_transformer_layers_per_mid_block": 1, "motion_transformer_layers_per_block": 1,
-         "motion_transformer_layers_per_mid_block": 1, "motion_mid_block_layers_per_block": 1}
+         "motion_transformer_layers_per_mid_block": 1, "motion_mid_block_layers_per_block": 1,
+         "controlnet_conditioning_channel_order": "rgb"}
 # What says nothing about the network (arrays tell whether projections are convolutions), and what
 # is read below. Any other key is of something that we do not have, unless it is off.
 SILENT = {"sample_size", "upcast_attention", "use_linear_projection", "motion_max_seq_length",
@@ -27,7 +29,9 @@ SILENT = {"sample_size", "upcast_attention", "use_linear_projection", "motion_ma
 READ = {"in_channels", "out_channels", "block_out_channels", "layers_per_block",
         "down_block_types", "up_block_types", "attention_head_dim", "num_attention_heads",
         "norm_num_groups", "cross_attention_dim", "use_motion_mid_block",
-        "motion_num_attention_heads", "motion_norm_num_groups", "motion_layers_per_block"}
+        "motion_num_attention_heads", "motion_norm_num_groups", "motion_layers_per_block",
+        "conditioning_channels", "conditioning_embedding_out_channels", "concat_conditioning_mask",
+        "use_simplified_condition_embedding"}
 
 
 def single(value: Any) -> Any:
@@ -147,3 +151,38 @@ def motion_config(model: Denoiser) -> dict[str, Any]:
             "motion_layers_per_block": config["layers_per_block"],
             "motion_norm_num_groups": config["norm_num_groups"],
             **{key: config[key] for key in ("motion_num_attention_heads", "use_motion_mid_block")}}
+
+
+def control_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of the backbone, the signal `control`) for the `config.json` of a control branch."""
+    kind, _ = CONTROLS[config["_class_name"]]
+    sparse = kind == "sparse"
+    simple = sparse and config.get("use_simplified_condition_embedding", True)
+    hint = () if simple else tuple(config.get("conditioning_embedding_out_channels")
+                                   or (16, 32, 96, 256))
+    channels = config.get("conditioning_channels", 4 if sparse else 3)
+    mask = sparse and config.get("concat_conditioning_mask", True)
+    return {"control": kind, "hint": hint}, {"channels": channels + bool(mask),
+                                             "side": 2 ** max(0, len(hint) - 1)}
+
+
+def control_config(model: Denoiser) -> dict[str, Any]:
+    """The `config.json` of diffusers for the control branch of a U-Net of ours."""
+    network = model.parts()[0]
+    names = {kind: (name, blocks) for name, (kind, blocks) in CONTROLS.items()}
+    if network.control not in names or "embeddings" not in model.signals:
+        raise WeightsError(f"model.control = {network.control!r} is no branch that diffusers has: "
+                           f"it knows {', '.join(names)}, beside embeddings.")
+    name, kind = names[network.control]
+    sparse = network.control == "sparse"
+    heads = single([network.dims()[1].split(width)[0] for width in network.widths])
+    config = {
+        "_class_name": name, "in_channels": network.channels,
+        "down_block_types": [f"{'CrossAttn' * on}DownBlock{kind}" for on in network.attention],
+        "block_out_channels": list(network.widths), "layers_per_block": network.layers,
+        "norm_num_groups": network.groups, "attention_head_dim": heads,
+        "cross_attention_dim": model.signals["embeddings"]["features"],
+        "conditioning_channels": model.signals["control"]["channels"] - sparse,
+        "conditioning_embedding_out_channels": list(network.hint) or None}
+    return config | ({"motion_num_attention_heads": network.heads, "concat_conditioning_mask": True,
+                      "use_simplified_condition_embedding": not network.hint} if sparse else {})

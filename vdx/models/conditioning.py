@@ -206,15 +206,20 @@ class Concat(nn.Module):
 
 class Control(nn.Module):
     """What control blocks read (batch key `control` [b t h w channels]), in Wan VACE the latents
-    of what stays, of what changes, and a mask. Port `control`. Null value: hints of weight 0."""
+    of what stays, of what changes, and a mask; in a U-Net maps of pixels. Port `control`. Null
+    value: hints of weight 0.
+
+    side: how many times as high and wide as the clip it is.
+    """
 
     width: int
     channels: int
+    side: int = 1
     dropout: float = 0.0
 
     @nn.nowrap
     def example(self) -> Batch:
-        return {"control": jnp.zeros((1, 1, 1, 1, self.channels))}
+        return {"control": jnp.zeros((1, 1, self.side, self.side, self.channels))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
         return Ports(control=batch["control"].astype(jnp.float32),

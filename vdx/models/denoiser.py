@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
         """
         network, conditioning = self.parts()
         x = jnp.zeros((1, *network.patch, network.channels))
-        example = {k: jnp.broadcast_to(v, (*x.shape[:-1], v.shape[-1])) if v.ndim == x.ndim else v
+        example = {k: jnp.tile(v, (1, *x.shape[1:-1], 1)) if v.ndim == x.ndim else v
                    for k, v in conditioning.example().items()}
         return self.init(key, x, jnp.zeros(1), example, self.drop_masks(1, False),
                          method="train_view")["params"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.build import ConfigError, lookup
+from vdx.models.controlnet import CONTROLS, ControlNet
 from vdx.models.image_blocks import GroupNorm
 from vdx.models.transformer import REMAT
 from vdx.models.unet_blocks import Common, Encoder, layer_of, temporal_of
@@ -36,6 +37,8 @@ class UNet(nn.Module):
     diffusers does, or each by itself, as AnimateDiff's own code does. motion_middle: whether the
     middle has one. A fresh motion module changes nothing.
     stem: frames, rows and columns that are one place of the first level.
+    control: a row of CONTROLS, a branch that reads the port `control`, or "none"; hint: widths of
+    the convolutions of its maps, which are 2^(len(hint) - 1) times as high and wide as the clip.
     remat: a row of REMAT. dtype: compute type of the matrix products.
     """
 
@@ -50,6 +53,8 @@ class UNet(nn.Module):
     joint_norm: bool = True
     motion_middle: bool = True
     stem: tuple[int, int, int] = (1, 1, 1)
+    control: str = "none"
+    hint: tuple[int, ...] = (16, 32, 96, 256)
     remat: str = "none"
     dtype: str = "float32"
 
@@ -65,6 +70,7 @@ class UNet(nn.Module):
         common = Common(self.heads, self.head_width, self.groups, self.joint_norm, temporal,
                         jnp.dtype(self.dtype))
         lookup(self.remat, REMAT, "model.remat")
+        lookup(self.control, {"none": None, **CONTROLS}, "model.control")
         if len(self.attention) != len(self.widths) or not self.widths:
             raise ConfigError(f"model.attention = {self.attention} says it for each of the levels "
                               f"model.widths = {self.widths}.")
@@ -87,14 +93,25 @@ class UNet(nn.Module):
 
     def check(self, x: Array, time: Array, ports: Ports) -> None:
         """Raises ValueError for sizes that do not fit and ports that a U-Net does not have."""
-        self.grid(x.shape[1:])
+        t, h, w = self.grid(x.shape[1:])
         if time.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
                              "for each clip [b] or for each frame [b t].")
-        for port in ("image_tokens", "add", "control"):
+        absent = ["image_tokens", "add"] + ["control"] * (self.control == "none")
+        for port in absent:
             if getattr(ports, port) is not None:
                 raise ConfigError(f"This U-Net has no port {port!r}: take the signal that gives it "
                                   "out of config.model.signals.")
+        if self.control == "none":
+            return
+        if ports.control is None:
+            raise ConfigError(f"model.control = {self.control!r} needs the signal "
+                              "config.model.signals.control.")
+        side = 2 ** max(0, len(self.hint) - 1)
+        if ports.control.shape[1:4] != (t, h * side, w * side):
+            raise ValueError(f"Maps of control are {ports.control.shape[1:4]} (t, h, w); a clip of "
+                             f"{x.shape[1:4]} needs {(t, h * side, w * side)}: see "
+                             f"config.model.signals.control.side = {side}.")
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"],
@@ -104,24 +121,32 @@ class UNet(nn.Module):
         st, sh, sw = self.stem
         time = time if time.ndim == 1 else time[:, ::st]
         tokens = None if ports.tokens is None else ports.tokens.astype(common.dtype)
-        if ports.concat is not None:
-            x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
-        x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=st, j=sh, k=sw)
 
-        emb, skips, x = Encoder(self.widths, self.layers, self.attention, self.motion_middle,
-                                self.remat, common, name="encoder")(
-            x, time, ports.vector, tokens, ports.tokens_mask)
+        def places(x: Array) -> Array:
+            return rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=st, j=sh, k=sw)
+
+        conditions: dict[str, Any] = dict(time=time, vector=ports.vector, tokens=tokens,
+                                          mask=ports.tokens_mask)
+        clip = x if ports.concat is None else jnp.concatenate(
+            [x, ports.concat.astype(x.dtype)], -1)
+        emb, skips, y = Encoder(self.widths, self.layers, self.attention, self.motion_middle,
+                                self.remat, common, name="encoder")(places(clip), **conditions)
+        if self.control != "none":
+            more, deepest = ControlNet(self.control, self.hint, self.widths, self.layers,
+                                       self.attention, self.remat, common, name="control")(
+                places(x), **conditions, control=ports.control, scale=ports.control_scale)
+            skips, y = [a + b for a, b in zip(skips, more, strict=True)], y + deepest
         layer, temporal, levels = layer_of(self.remat), common.temporal, len(self.widths)
         for i, width, attention in zip(range(levels), self.widths[::-1], self.attention[::-1],
                                        strict=True):
             motion = temporal.motion and (attention or temporal.everywhere)
             for j in range(self.layers + 1):
-                x = layer(width, attention, motion, common, name=f"up_{i}_{j}")(
-                    jnp.concatenate([x, skips.pop()], -1), emb, tokens, ports.tokens_mask)
+                y = layer(width, attention, motion, common, name=f"up_{i}_{j}")(
+                    jnp.concatenate([y, skips.pop()], -1), emb, tokens, ports.tokens_mask)
             if i < levels - 1:
-                x = nn.Conv(width, (3, 3), dtype=common.dtype, name=f"up_{i}_conv")(double(x))
-                x = constrain(x, "b t h w c", context="t")
-        x = nn.silu(GroupNorm(self.groups, 1e-5, name="norm_out")(x))
-        x = nn.Conv(st * sh * sw * self.channels, (3, 3), dtype=jnp.float32, name="conv_out",
-                    kernel_init=nn.initializers.zeros)(x)
-        return rearrange(x, "b t h w (i j k c) -> b (t i) (h j) (w k) c", i=st, j=sh, k=sw)
+                y = nn.Conv(width, (3, 3), dtype=common.dtype, name=f"up_{i}_conv")(double(y))
+                y = constrain(y, "b t h w c", context="t")
+        y = nn.silu(GroupNorm(self.groups, 1e-5, name="norm_out")(y))
+        y = nn.Conv(st * sh * sw * self.channels, (3, 3), dtype=jnp.float32, name="conv_out",
+                    kernel_init=nn.initializers.zeros)(y)
+        return rearrange(y, "b t h w (i j k c) -> b (t i) (h j) (w k) c", i=st, j=sh, k=sw)
