@@ -112,6 +112,7 @@ def test_adapters_and_a_part_at_once():
         experiment("--config.lora.rank=2", "--config.lora.targets=['q/kernel$']")
 
 
+@pytest.mark.slow
 def test_at_first_it_is_the_image_model(place, mesh, fresh):
     """Every frame of a clip, in every bit."""
     made = experiment(*place, "--config.model.backbone.dtype='float32'")
@@ -129,6 +130,7 @@ def test_at_first_it_is_the_image_model(place, mesh, fresh):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
     workdir, run = first
     made = experiment(*place)
@@ -150,6 +152,7 @@ def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
     assert len(losses) == 4 and np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_it_goes_on_exactly_and_beside_the_same_weights_only(first, place, mesh, tmp_path,
                                                              randomise):
     whole, _ = first
@@ -165,6 +168,7 @@ def test_it_goes_on_exactly_and_beside_the_same_weights_only(first, place, mesh,
                 mesh)
 
 
+@pytest.mark.slow
 def test_it_goes_out_as_an_adapter_and_comes_back(first, place, mesh, tmp_path):
     """As a folder beside the image model's, it is what the next run begins with."""
     workdir, run = first

@@ -46,7 +46,11 @@ CLASSES = {
     "motion": ("UNetMotionModel", {**TINY, **levels("Motion"), "num_attention_heads": 2,
                                    "motion_num_attention_heads": 2}),
     "3d": ("UNet3DConditionModel", {**TINY, **levels("3D"), "attention_head_dim": 8}),
+    # Stable Diffusion 2's layout, with channels beside the clip.
+    "image_2": ("UNet2DConditionModel", {**TINY, **levels("2D"), "attention_head_dim": [2, 4],
+                                         "use_linear_projection": True, "in_channels": 7}),
 }
+SLOW = pytest.mark.slow
 B, T, H, W = 2, 3, 4, 6
 
 
@@ -85,7 +89,7 @@ class Case:
 
     def inputs(self, seed=0):
         rng = np.random.default_rng(seed)
-        return (rng.normal(size=(B, T, H, W, 4)).astype(np.float32),
+        return (rng.normal(size=(B, T, H, W, self.torch.config.in_channels)).astype(np.float32),
                 np.array([7.0, 801.0], np.float32),
                 rng.normal(size=(B, 5, 12)).astype(np.float32))
 
@@ -98,11 +102,12 @@ class Case:
         else:
             y = self.torch(x.flatten(0, 1).movedim(-1, 1), time.repeat_interleave(T),
                            tokens.repeat_interleave(T, 0)).sample
-            return y.movedim(1, -1).reshape(x.shape).numpy()
+            return y.movedim(1, -1).reshape(*x.shape[:-1], 4).numpy()
         return y.movedim(1, -1).numpy()
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=[
+    "motion", *(pytest.param(name, marks=SLOW) for name in CLASSES if name != "motion")])
 def case(request, tmp_path_factory, mesh):
     return Case(request.param, tmp_path_factory.mktemp("unet"), mesh)
 
@@ -116,13 +121,17 @@ def run(case, quick, params, x, time, ports, model=None):
 def test_it_is_the_reference(case, quick):
     x, time, tokens = case.inputs()
     want = case.reference(x, time, tokens)
-    got = run(case, quick, case.params, x, time, Ports(tokens=jnp.asarray(tokens)))
+    ports = Ports(tokens=jnp.asarray(tokens), concat=x[..., 4:] if x.shape[-1] > 4 else None)
+    got = run(case, quick, case.params, x[..., :4], time, ports)
     assert want.std() > 0.1 and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
 def test_every_key_goes_there_and_back(case, tmp_path):
     save_unet(case.params, case.model, tmp_path / "back")
+    if case.name == "image_2":             # its projections come back as convolutions
+        again = load_unet(tmp_path / "back", case.model, case.mesh)
+        return jax.tree.map(np.testing.assert_array_equal, again, case.params)
     there, back = (load_file(f / "diffusion_pytorch_model.safetensors")
                    for f in (case.folder, tmp_path / "back"))
     assert set(back) == set(there)
@@ -173,7 +182,7 @@ class Controlled:
         return y.movedim(1, -1).numpy()
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(("kind", "case"), [("image", "image"), ("sparse", "motion"),
                                             ("sparse_latents", "motion")], indirect=["case"])
 def test_control_is_the_reference(kind, case, quick, tmp_path):

@@ -119,7 +119,7 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
     """
     network, signals = model.parts()[0], model.signals
     names = {temporal: (name, kind) for name, (temporal, kind) in CLASSES.items()}
-    if network.temporal not in names or network.stem != (1, 1, 1) or "embeddings" not in signals:
+    if network.temporal not in [*names] or network.stem != (1, 1, 1) or "embeddings" not in signals:
         raise WeightsError(
             f"diffusers has no U-Net of model.temporal = {network.temporal!r}, stem = "
             f"{network.stem} and signals {', '.join(signals)}: it knows {', '.join(names)}, a stem "

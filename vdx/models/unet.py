@@ -131,10 +131,11 @@ class UNet(nn.Module):
             [x, ports.concat.astype(x.dtype)], -1)
         emb, skips, y = Encoder(self.widths, self.layers, self.attention, self.motion_middle,
                                 self.remat, common, name="encoder")(places(clip), **conditions)
-        if self.control != "none":
+        if ports.control is not None:
+            scale = jnp.ones(len(x)) if ports.control_scale is None else ports.control_scale
             more, deepest = ControlNet(self.control, self.hint, self.widths, self.layers,
                                        self.attention, self.remat, common, name="control")(
-                places(x), **conditions, control=ports.control, scale=ports.control_scale)
+                places(x), **conditions, control=ports.control, scale=scale)
             skips, y = [a + b for a, b in zip(skips, more, strict=True)], y + deepest
         layer, temporal, levels = layer_of(self.remat), common.temporal, len(self.widths)
         for i, width, attention in zip(range(levels), self.widths[::-1], self.attention[::-1],
