@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
+from vdx.interop.wan import load_wan
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
@@ -112,11 +113,20 @@ def is_latte(path: str | Path) -> bool:
     return any(key.startswith(BLOCKS[1][0]) for key in open_weights(path))
 
 
-def load_latte(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32") -> Params:
+def load_transformer(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32",
+                     trained: str | None = None) -> Params:
+    """As `load_latte` or `vdx.interop.wan.load_wan`, whichever the weights are of."""
+    if not isinstance(path, str | Path):
+        raise WeightsError(f"{path}: a transformer lies in one file or folder.")
+    return (load_latte if is_latte(path) else load_wan)(path, model, mesh, dtype, trained)
+
+
+def load_latte(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32",
+               trained: str | None = None) -> Params:
     """The parameters of `model` from a folder of diffusers that holds a Latte transformer.
 
-    dtype: of the kernels. Raises WeightsError for files as `open_weights`, for a `config.json`
-    as `latte_denoiser`, and for a model that is another network than theirs.
+    dtype, trained: as of `load_model`. Raises WeightsError for files as `open_weights`, for a
+    `config.json` as `latte_denoiser`, and for a model that is another network than theirs.
     """
     given = Path(path) / "config.json"
     if not given.is_file():
@@ -125,4 +135,5 @@ def load_latte(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "floa
     source, theirs = open_weights(path), latte_denoiser(read_json(given))
     there = jax.eval_shape(theirs.new_params, jax.random.key(0))["network"]["unpatch"]["bias"]
     variance = source["proj_out.bias"].shape != there.shape if "proj_out.bias" in source else False
-    return load_model(model, theirs, source, latte_rows(model, variance), path, mesh, dtype)
+    return load_model(model, theirs, source, latte_rows(model, variance), path, mesh, dtype,
+                      trained)

@@ -299,13 +299,15 @@ def open_wan(path: str | Path) -> Wan:
     return Wan(config | said, source, *wan_from_config(config | said))
 
 
-def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32") -> Params:
+def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32",
+             trained: str | None = None) -> Params:
     """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
 
-    dtype: of the kernels. `null`, the dropped text, is zero: no file has it. The blocks of the
-    model's pattern may be others than theirs, or none: weights know nothing of them. Raises
+    dtype, trained: as of `load_model`. `null`, the dropped text, is zero: no file has it. The
+    blocks of the model's pattern may be others than theirs, or none: weights know nothing of them.
+    Raises
     WeightsError for files as `open_wan`, and for a model that is another network than theirs.
     """
     wan = open_wan(path)
     return load_model(model, Denoiser(wan.backbone, wan.signals), wan.source,
-                      wan_transformer_rows(model), path, mesh, dtype)
+                      wan_transformer_rows(model), path, mesh, dtype, trained)

@@ -16,11 +16,19 @@ import numpy as np
 
 from vdx.types import Array, Float, Int
 
+
+def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
+    """The first half of the features, gated by the second (Shazeer 2020)."""
+    x, gate = jnp.split(x, 2, -1)
+    return x * nn.gelu(gate, approximate=False)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,          # tanh form, as in Wan and T5
     "gelu_exact": partial(nn.gelu, approximate=False),     # BERT, CLIP ViT-H
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),     # OpenAI's CLIP
     "silu": nn.silu,
+    "geglu": geglu,           # the U-Nets
     "relu2": lambda x: jnp.square(nn.relu(x)),   # Primer (So et al. 2021); the cheapest on a CPU
 }
 
