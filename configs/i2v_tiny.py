@@ -22,4 +22,5 @@ def get_config(variant: str = "") -> ConfigDict:
         "reference": {"encoder": {"name": "patches", "patch": 8}, "dropout": 0.3},
         "motion": {"dropout": 0.3},
     })
+    config.judge.steering = 64
     return config

@@ -111,9 +111,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Judging:
-    """Prompt following on held-out scenes: how many prompts; 0 where truth is not known."""
+    """On held-out scenes: prompts of prompt following, and clips for each signal that steers; 0
+    where truth is not known."""
 
     prompts: int = 0
+    steering: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,8 @@ def lucas_kanade(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     levels = [(first.astype(np.float32), second.astype(np.float32))]
     while min(levels[-1][0].shape[:2]) >= 2 * SMALLEST:
-        levels.append((_blur(levels[-1][0], HALVE)[::2, ::2], _blur(levels[-1][1], HALVE)[::2, ::2]))
+        one, two = levels[-1]
+        levels.append((_blur(one, HALVE)[::2, ::2], _blur(two, HALVE)[::2, ::2]))
     flow = np.zeros((*levels[-1][0].shape[:2], 2), np.float32)
     for one, two in reversed(levels):
         h, w = one.shape[:2]
