@@ -74,20 +74,19 @@ def lucas_kanade(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     0.1 px for shrinking ones and 0.4 px for turning ones, which go 1 px; jumps of more than half
     of the object are lost. On a texture it is 0.1 px.
     """
-    levels = [(first.astype(np.float32), second.astype(np.float32))]
+    levels = [[first.astype(np.float32), second.astype(np.float32)]]
     while min(levels[-1][0].shape[:2]) >= 2 * SMALLEST:
-        one, two = levels[-1]
-        levels.append((_blur(one, HALVE)[::2, ::2], _blur(two, HALVE)[::2, ::2]))
+        levels.append([_blur(frame, HALVE)[::2, ::2] for frame in levels[-1]])
     flow = np.zeros((*levels[-1][0].shape[:2], 2), np.float32)
     for one, two in reversed(levels):
         h, w = one.shape[:2]
         if flow.shape[:2] != (h, w):
             flow = 2 * flow.repeat(2, 0).repeat(2, 1)[:h, :w]
         one, two = _blur(one, SMOOTH), _blur(two, SMOOTH)
-        # A fine pattern misleads the coarse levels; where rest fits better, begin from rest.
+        # A fine pattern misleads the coarse levels; where rest fits better, begin there.
         moved, rest = (_blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
                        for seen in (_warp(two, flow), two))
-        flow = np.where(moved < rest, flow, 0.0)
+        flow = np.where(rest < 0.9 * moved, 0.0, flow)
         for _ in range(ROUNDS):
             flow = _refined(one, two, flow)
     return flow.astype(np.float32)
