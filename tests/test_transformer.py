@@ -56,6 +56,24 @@ def relative(a, b):
     return np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
 
 
+def test_skip_leads_what_lies_beside_the_clip_to_its_own_patch(randomise):
+    """A fresh network predicts zero; with `skip` what is beside reaches the prediction past it."""
+    model = Transformer(**SMALL, skip=True)
+    beside = RNG.normal(size=(*CLIP.shape[:-1], 2)).astype(np.float32)
+    ports = PORTS.replace(concat=beside)
+    params = randomise(shapes(model, ports=ports))
+    params["unpatch"] = jax.tree.map(np.zeros_like, params["unpatch"])      # the network is silent
+    run = lambda beside: model.apply({"params": params}, CLIP, TIME, ports.replace(concat=beside))
+    assert not np.any(run(np.zeros_like(beside)))
+    one = np.zeros_like(beside)
+    one[0, 3, 1, 6, 1] = 1.0
+    got = np.asarray(run(one))
+    kernel = params["skip"]["kernel"].reshape(2, 2, 2, 2, 2, 2, 2, 3)        # i j k c -> i j k c
+    np.testing.assert_allclose(got[0, 2:4, 0:2, 6:8], kernel[1, 1, 0, 1], atol=1e-6)
+    got[0, 2:4, 0:2, 6:8] = 0
+    assert not got.any()
+
+
 @pytest.mark.parametrize("remat", [r for r in REMAT if r != "none"])
 def test_remat_changes_nothing(remat, reference, value_and_grad):
     params, out, grads = reference

@@ -222,10 +222,12 @@ def _strength(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
 
 def _rates(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
     """Clips 0 and 1, 2 and 3, ... show the same at two rates: the object must go farther from
-    frame to frame at the lower rate, in proportion. The error of that proportion, by its log2."""
-    wrong = [abs(math.log2(readings[i] / readings[i + 1] * truths[i]["fps"] / truths[i + 1]["fps"]))
-             for i in range(0, len(readings) - 1, 2)]
-    return _mean(wrong)
+    frame to frame at the lower rate, in proportion. How far the mean of that proportion is off, by
+    its log2."""
+    off = [math.log2(readings[i] / readings[i + 1] * truths[i]["fps"] / truths[i + 1]["fps"])
+           for i in range(0, len(readings) - 1, 2)]
+    value, valid = _mean(off)
+    return abs(value), valid
 
 
 def _still_picture(place: int) -> dict[str, Any]:
@@ -254,6 +256,6 @@ STEERING: dict[str, Metric] = {
     "reference": Metric("reference", "clips of that colour and shape", "share", 0.9, True,
                         read_attributes, _each(lambda read, truth: all(
                             read[k] == truth[k] for k in ("colour", "shape")))),
-    "fps": Metric("fps", "error of the displacement per frame", "octaves", 0.25, False, _step,
+    "fps": Metric("fps", "mean error of displacement / frame", "octaves", 0.26, False, _step,
                   _rates),
 }

@@ -7,6 +7,7 @@ Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/in
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -161,6 +162,8 @@ class Transformer(nn.Module):
     average places (where is the object?), which rotary positions alone learn much later. sincos:
     fixed positions are added, those of a frame, which is as many places long, to its patches, and
     those in time before the first block over time alone (Latte); 0: none. cross: a row of CROSS.
+    skip: what lies beside the clip at the port `concat` also reaches the prediction directly, by a
+    linear map of each patch, zero at first: a given frame need not pass through a narrow width.
     time_scale: multiplies the time that is embedded; below 1 neighbouring noise levels share
     what they learn, which a short training needs. remat: a row of REMAT. dtype: compute type of
     the matrix products.
@@ -179,6 +182,7 @@ class Transformer(nn.Module):
     absolute: bool = False
     sincos: int = 0
     cross: str = "normed"
+    skip: bool = False
     time_scale: float = 1.0
     remat: str = "none"
     dtype: str = "float32"
@@ -234,12 +238,14 @@ class Transformer(nn.Module):
                              "for each clip [b] or for each frame [b t].")
         return time[:, ::self.patch[0]]
 
+    def patches(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w k"]:
+        pt, ph, pw = self.patch
+        return rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
+
     def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b t h w d"]:
         """Patches start as their lowest frequencies, and are drawn from them again at the end."""
-        pt, ph, pw = self.patch
-        x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
         return nn.Dense(self.dims()[0], name=name, dtype=jnp.dtype(self.dtype),
-                        kernel_init=low_frequencies(self.patch))(x)
+                        kernel_init=low_frequencies(self.patch))(self.patches(x))
 
     def told(self, emb: Array, vector: Array) -> Array:
         """The time embedding [b d] or [b t d], and a vector [b d] or, one for each frame of the
@@ -257,8 +263,13 @@ class Transformer(nn.Module):
         width, depth, heads, pattern = self.dims()
         dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
         grid, time = self.grid(x.shape[1:]), self.frame_times(x, time)
+        out = partial(nn.Dense, pt * ph * pw * self.channels, dtype=jnp.float32)
+        direct: Array | float = 0.0
         if ports.concat is not None:
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
+            if self.skip:
+                direct = out(name="skip", use_bias=False, kernel_init=nn.initializers.zeros)(
+                    self.patches(ports.concat))
 
         x = self.tokens(x, "patch")
         if self.absolute:
@@ -310,6 +321,5 @@ class Transformer(nn.Module):
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
         shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)
         x = modulate(x, shift, scale).astype(dtype)
-        x = nn.Dense(pt * ph * pw * self.channels, name="unpatch", dtype=jnp.float32,
-                     kernel_init=low_frequencies(self.patch, out=True))(x)
+        x = direct + out(name="unpatch", kernel_init=low_frequencies(self.patch, out=True))(x)
         return rearrange(x, "b t h w (i j k c) -> b (t i) (h j) (w k) c", i=pt, j=ph, k=pw)
