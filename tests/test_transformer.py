@@ -67,7 +67,7 @@ def test_skip_leads_what_lies_beside_the_clip_to_its_own_patch(randomise):
     assert not np.any(run(np.zeros_like(beside)))
     one = np.zeros_like(beside)
     one[0, 3, 1, 6, 1] = 1.0
-    got = np.asarray(run(one))
+    got = np.array(run(one))
     kernel = params["skip"]["kernel"].reshape(2, 2, 2, 2, 2, 2, 2, 3)        # i j k c -> i j k c
     np.testing.assert_allclose(got[0, 2:4, 0:2, 6:8], kernel[1, 1, 0, 1], atol=1e-6)
     got[0, 2:4, 0:2, 6:8] = 0
