@@ -62,8 +62,8 @@ def mesh():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """name -> (file or files, what theirs is given instead)."""
-    path = tmp_path_factory.mktemp("files")
-    return {name: shown(name, path) for name in ("control", "control_mask", "reference")}
+    path, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    return {name: shown(name, path, rng) for name in ("control", "control_mask", "reference")}
 
 
 def once(method):

@@ -16,6 +16,7 @@ from vdx.generate.video_io import read_video, write_video
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "the", "street", "blurred", "grey"]
 PROMPT, NEGATIVE = "a cat walks  the street", "blurred grey"
 FRAMES, HEIGHT, WIDTH, STEPS = 9, 32, 48, 5
+REFERENCES = 2
 VAE = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1, -0.2, 0.3, 0.0],
        "latents_std": [1.5, 0.7, 1.0, 2.0]}
 VAE_22 = VAE | {"decoder_base_dim": 12, "is_residual": True, "patch_size": 2, "in_channels": 12,
@@ -126,11 +127,11 @@ def coarse(rng, width: int, height: int) -> Image.Image:
         (width, height), Image.Resampling.BICUBIC)
 
 
-def shown(name: str, folder: Path) -> tuple[str | tuple[str, ...], dict[str, Any]]:
+def shown(name: str, folder: Path, rng) -> tuple[str | tuple[str, ...], dict[str, Any]]:
     """(file or files that ours is given, what diffusers is)."""
-    rng = np.random.default_rng(sum(map(ord, name)))
     if name == "reference":
         pictures, files = [coarse(rng, 70, 50), coarse(rng, 20, 17)], []
+        assert len(pictures) == REFERENCES
         for i, picture in enumerate(pictures):
             files.append(str(folder / f"{name}_{i}.png"))
             picture.save(files[-1])
@@ -156,16 +157,17 @@ class Case:
         names, self.guidance = KINDS[kind][3:]
         self.folder, self.pipeline = folder, pipeline(kind)
         self.pipeline.save_pretrained(folder)
+        rng = np.random.default_rng(7)
+        side, self.size = (16, (64, 64)) if kind.startswith("5b") else (8, (HEIGHT, WIDTH))
+        frames = (FRAMES - 1) // 4 + 1 + REFERENCES * ("reference" in names)
+        self.noise = rng.normal(size=(1, frames, self.size[0] // side, self.size[1] // side,
+                                      4)).astype(np.float32)
+        np.save(folder / "noise.npy", self.noise)
         self.given: dict[str, Any] = {}             # to theirs
         self.files: dict[str, str | tuple[str, ...]] = {}
         for name in names:
-            self.files[name], theirs = shown(name, folder)
+            self.files[name], theirs = shown(name, folder, rng)
             self.given |= theirs
-        side, self.size = (16, (64, 64)) if kind.startswith("5b") else (8, (HEIGHT, WIDTH))
-        frames = (FRAMES - 1) // 4 + 1 + len(self.files.get("reference", ()))
-        self.noise = np.random.default_rng(7).normal(
-            size=(1, frames, self.size[0] // side, self.size[1] // side, 4)).astype(np.float32)
-        np.save(folder / "noise.npy", self.noise)
         self.pipeline.set_progress_bar_config(disable=True)
         # These ask for ftfy, which need not be installed; the first goes on without.
         for module in (pipeline_wan_i2v, pipeline_wan_vace):

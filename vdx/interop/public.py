@@ -23,7 +23,8 @@ from vdx.interop.load import empty_folder
 from vdx.interop.safetensors import Stored
 from vdx.models.clip import MEAN, STD
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE := "WanVACEPipeline")
+VACE = "WanVACEPipeline"
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE)
 INDEX = "model_index.json"
 # Scheduler of diffusers: (our sampler, its grid, its name for the shift, what ours takes for
 # granted).
