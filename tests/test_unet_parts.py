@@ -381,6 +381,9 @@ def test_configs_go_there_and_back():
     assert control_config(made)["conditioning_channels"] == 3
     with pytest.raises(WeightsError, match=r"no U-Net of model\.temporal = \{'name'"):
         unet_config(model(temporal={"name": "time"}))
+    for signals in ({**TEXT, "fps": {}}, {"embeddings": {"features": 6}}):
+        with pytest.raises(WeightsError, match=r"diffusers has no U-Net of .* and signals"):
+            unet_config(model(signals))
     with pytest.raises(WeightsError, match="'none' is no branch"):
         control_config(model())
 

@@ -180,11 +180,11 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> Files:
     configs: dict[str, Mapping[str, Any]] = {}
     source: dict[str, Stored] = {}
     for path in map(Path, paths):
-        arrays, given = open_weights(path), path / "config.json"
-        if given.exists():
-            config = read_json(given)
-        elif any(".temporal_transformer." in key for key in arrays):
+        arrays, given = open_weights(path), (path if path.is_dir() else path.parent) / "config.json"
+        if any(".temporal_transformer." in key for key in arrays):
             config, arrays = {"_class_name": ADAPTER}, _of_diffusers(arrays)
+        elif given.exists():
+            config = read_json(given)
         else:
             raise WeightsError(f"{path} has no config.json. Give the folder of a U-Net as "
                                "diffusers saves it (unet), or AnimateDiff's file of motion "

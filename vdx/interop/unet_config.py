@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vdx.interop.keymap import WeightsError, listed
+from vdx.models.conditioning import Embeddings
 from vdx.models.denoiser import Denoiser
 
 TOKENS = 77        # of CLIP, all of which are read, also those of the empty caption
@@ -97,7 +98,8 @@ def _heads(config: Mapping[str, Any], widths: Sequence[int], temporal: str,
            problems: list[str]) -> tuple[int, int]:
     """(heads, head_width) of our U-Net. `attention_head_dim` is the width of a head in 3D, where
     the first module has 8, and the number of heads elsewhere."""
-    said = single(config.get("num_attention_heads") or config.get("attention_head_dim", 8))
+    said = single(config.get("num_attention_heads")
+                  or config.get("attention_head_dim", 64 if temporal == "3d" else 8))
     motion = single(config.get("motion_num_attention_heads", 8))
     if temporal == "3d":
         heads, head_width = 8, said
@@ -119,11 +121,13 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
     """
     network, signals = model.parts()[0], model.signals
     names = {temporal: (name, kind) for name, (temporal, kind) in CLASSES.items()}
-    if network.temporal not in [*names] or network.stem != (1, 1, 1) or "embeddings" not in signals:
+    text = {"project": True, "features": Embeddings.features, **signals.get("embeddings", {})}
+    if network.temporal not in [*names] or network.stem != (1, 1, 1) or text["project"] \
+            or set(signals) - {"embeddings", "concat", "control"}:
         raise WeightsError(
             f"diffusers has no U-Net of model.temporal = {network.temporal!r}, stem = "
-            f"{network.stem} and signals {', '.join(signals)}: it knows {', '.join(names)}, a stem "
-            "of (1, 1, 1) and embeddings.")
+            f"{network.stem} and signals {dict(signals)}: it knows {', '.join(names)}, a stem of "
+            "(1, 1, 1), embeddings that are not projected, concat and control.")
     name, kind = names[network.temporal]
     levels = network.attention
     motion = network.temporal == "motion"
@@ -135,7 +139,7 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
         "up_block_types": [f"{'CrossAttn' * on}UpBlock{kind}" for on in levels[::-1]],
         "block_out_channels": list(network.widths), "layers_per_block": network.layers,
         "norm_num_groups": network.groups,
-        "cross_attention_dim": signals["embeddings"]["features"],
+        "cross_attention_dim": text["features"],
         "num_attention_heads" if motion else "attention_head_dim":
             network.head_width if network.temporal == "3d" else single(heads)}
     return config | ({"motion_num_attention_heads": network.heads,
@@ -181,7 +185,7 @@ def control_config(model: Denoiser) -> dict[str, Any]:
         "down_block_types": [f"{'CrossAttn' * on}DownBlock{kind}" for on in network.attention],
         "block_out_channels": list(network.widths), "layers_per_block": network.layers,
         "norm_num_groups": network.groups, "attention_head_dim": heads,
-        "cross_attention_dim": model.signals["embeddings"]["features"],
+        "cross_attention_dim": model.signals["embeddings"].get("features", Embeddings.features),
         "conditioning_channels": model.signals["control"]["channels"] - sparse,
         "conditioning_embedding_out_channels": list(network.hint) or None}
     return config | ({"motion_num_attention_heads": network.heads, "concat_conditioning_mask": True,
