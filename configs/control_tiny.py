@@ -29,4 +29,5 @@ def get_config(variant: str = "depth") -> ConfigDict:
                                    "cameras": ("static", "pan left", "pan right")})
     elif variant == "actions":
         config.data.source.motions = ("steered",)
+    config.judge = ConfigDict({"steering": 64})
     return config

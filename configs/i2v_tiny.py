@@ -1,7 +1,9 @@
-"""Image to video from scratch on a laptop: first and last frame, reference picture, motion.
+"""Image to video from scratch on a laptop: first and last frame, strength of motion, frame rate.
 
     python -m vdx.main --config=configs/i2v_tiny.py --workdir=runs/i2v
     python -m vdx.sample --workdir=runs/i2v --image=first.png --prompt="a red circle moves right"
+
+The variant `reference` reads a picture of the subject instead of frames of the clip.
 
 The scenes of t2v_tiny at 4, 8 and 16 frames per second; 2 CPU cores and 4 GB. docs/steering.md has
 the time it takes and what it reaches.
@@ -13,13 +15,20 @@ from configs import t2v_tiny
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant:
-        raise ValueError(f"i2v_tiny has no variant {variant!r}.")
     config = t2v_tiny.get_config()
     config.data.clip = ConfigDict({"num_frames": 8, "fps": (4.0, 8.0, 16.0)})
-    config.model.signals.update({
-        "known_frames": {"first": 0.7, "last": 0.3, "dropout": 0.3},
-        "reference": {"encoder": {"name": "patches", "patch": 8}, "dropout": 0.3},
-        "motion": {"dropout": 0.3},
-    })
+    del config.model.signals["num_frames"]
+    if variant == "reference":
+        config.model.signals.text.dropout = 0.4        # so that the picture alone must do
+        config.model.signals.reference = ConfigDict(
+            {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1})
+        config.sample.guide = ConfigDict({"reference": 2.0})
+    elif variant:
+        raise ValueError(f"i2v_tiny has the variant 'reference', not {variant!r}.")
+    else:
+        config.model.backbone.skip = True
+        config.model.signals.update({"known_frames": {"first": 0.8, "last": 0.3, "dropout": 0.2},
+                                     "motion": {"dropout": 0.3}})
+        config.sample.guide = ConfigDict({"motion": 2.0})
+    config.judge.steering = 64
     return config

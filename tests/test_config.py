@@ -118,11 +118,18 @@ TYPOS = [
 ]
 
 
+# The same in the fields that a U-Net has instead.
+OF_UNETS = {"widht": ("widhts", (8,), "widths"), "pattern": ("temporal", "motoin", "motion"),
+            "size": ("control", "imag", "image")}
+
+
 @pytest.mark.parametrize(("key", "value", "nearest"), TYPOS, ids=lambda v: str(v)[:24])
 def test_a_typo_anywhere_names_what_was_meant(config, key, value, nearest):
     config, (*sections, last) = copy.deepcopy(config), key.split(".")
     if sections[-1:] == ["clip"] and "clip" not in config["data"]:
         config["data"]["clip"] = {"num_frames": [8]}
+    if config["model"]["backbone"]["name"] == "unet" and sections == ["model", "backbone"]:
+        last, value, nearest = OF_UNETS.get(last, (last, value, nearest))
     place = config
     for section in sections:
         place = place.setdefault(section, {})

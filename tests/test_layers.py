@@ -27,6 +27,7 @@ DEFINITIONS = {
     "gelu_exact": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "geglu": lambda x: x[..., :len(x.T) // 2] * DEFINITIONS["gelu_exact"](x[..., len(x.T) // 2:]),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
@@ -63,7 +64,8 @@ def test_norms_work_in_float32_and_return_the_type_they_got(norm):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_and_the_mlp(name):
     close(ACTIVATIONS[name](X32), DEFINITIONS[name](X))
-    a, b, c, d = (RNG.normal(size=s) / 4 for s in [(12, 20), 20, (20, 12), 12])
+    out = 10 if name == "geglu" else 20
+    a, b, c, d = (RNG.normal(size=s) / 4 for s in [(12, 20), 20, (out, 12), 12])
     params = {"up": {"kernel": a, "bias": b}, "down": {"kernel": c, "bias": d}}
     params = jax.tree.map(lambda v: v.astype(np.float32), params)
     close(MLP(20, name).apply({"params": params}, X32), DEFINITIONS[name](X @ a + b) @ c + d, 1e-5)

@@ -29,6 +29,7 @@ def near(a, b):
 # case -> (spec, whether the token at place a = (t, h, w) sees the one at b).
 CASES = {
     "full": ({}, lambda a, b: True),
+    "full, blocks": ({"block": 2}, lambda a, b: a[0] // 2 >= b[0] // 2),
     "space": ({}, lambda a, b: a[0] == b[0]),
     "time": ({}, lambda a, b: a[1:] == b[1:]),
     "time, causal": ({"block": 1}, lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
@@ -36,6 +37,8 @@ CASES = {
                      lambda a, b: a[1:] == b[1:] and near(a, b)),
     "time, both": ({"window": 1, "block": 1, "positions": "none", "qk_norm": False},
                    lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1),
+    "time, sink": ({"block": 1, "window": 1, "sink": 1},
+                   lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
     "conv": ({}, near),
     "conv, causal": ({"kernel": (2, 1, 1), "causal": True, "padding": "edge"},
                      lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1),
@@ -46,6 +49,9 @@ CASES = {
 }
 CASES = {case: ({"name": case.split(",")[0], **spec}, sees)
          for case, (spec, sees) in CASES.items()}
+# Fields change what is seen, and the rest little: their other tests are slow ones.
+each_row = pytest.mark.parametrize("case", [
+    case if case in MIXERS else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 ATTENTION = [case for case, (spec, _) in CASES.items() if spec["name"] not in ("conv", "recurrent")]
 
 
@@ -139,7 +145,7 @@ def test_mixers_see_what_they_should_and_nothing_else(case, mixer, quick):
     assert module.temporal == (all(a[1:] == b[1:] for a, b in seen) and len(seen) > len(PLACES))
 
 
-@pytest.mark.parametrize("case", CASES)
+@each_row
 def test_mixers_in_bfloat16_are_close(case, mixer, quick):
     _, params, _, run = mixer(case)
     half = mixer_of(case, dtype=jnp.bfloat16)
@@ -150,8 +156,7 @@ def test_mixers_in_bfloat16_are_close(case, mixer, quick):
     assert np.linalg.norm(got.astype(np.float32) - want) < 0.02 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("case", [case if case in MIXERS else pytest.param(
-    case, marks=pytest.mark.slow) for case in CASES])
+@each_row
 def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
     """Values and gradients, with tokens, features and weights split."""
     module, params, *_ = mixer(case)
@@ -177,11 +182,12 @@ def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
 
 
 @pytest.mark.parametrize("grid", [(128, 2, 2), (2, 12, 12)])
-@pytest.mark.parametrize("case", CASES)
+@each_row
 def test_the_cost_is_what_xla_counts(case, grid, quick):
     """XLA also counts what is no matrix product: a little more, of which the most, 4 %, is where
     it computes the first of two separable convolutions again for each tap of the second."""
     module, width = mixer_of(case), 256
+    grid = (8, *grid[1:]) if "blocks" in case else grid       # each is a part of the program
     x = jax.ShapeDtypeStruct((1, *grid, width), jnp.float32)
     context = MixContext(rope=rope_table(grid, width // HEADS))
     params = jax.eval_shape(module.init, jax.random.key(0), x, context)

@@ -67,7 +67,12 @@ def far(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def marked(name: str, kind: str):
+    """What VACE's control blocks are told is tested by default, in test_control.py."""
+    return pytest.param(name, marks=[pytest.mark.slow] if kind.startswith("vace") else [])
+
+
+@pytest.mark.parametrize("kind", [marked(kind, kind) for kind in KINDS])
 def test_clips_are_those_of_diffusers(kind, case, draw):
     c = case(kind)
     assert close(draw(c.folder, c.asked()), c.want)
@@ -96,6 +101,12 @@ def tokens_swapped(monkeypatch):
                         lambda self, pictures: tokens(self, pictures[::-1]))
 
 
+def references_at_the_end(monkeypatch):
+    control = PublicGenerator.control
+    monkeypatch.setattr(PublicGenerator, "control", lambda self: {
+        k: np.roll(v, -2, 1) for k, v in control(self).items()})
+
+
 def known_frame_at_time_t(monkeypatch):
     hold = steps.hold
 
@@ -114,10 +125,12 @@ MUTATIONS: dict[str, tuple[str, dict, Any]] = {
     "mask after latents": ("i2v", {}, mask_last),
     "pictures swapped": ("flf2v", {}, tokens_swapped),
     "known frame at time t": ("5b image", {}, known_frame_at_time_t),
+    "no mask": ("vace", {"control_mask": None}, None),
+    "references at the end": ("vace", {}, references_at_the_end),
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [marked(name, kind) for name, (kind, *_) in MUTATIONS.items()])
 def test_what_would_be_wrong_is_seen(name, case, draw, monkeypatch):
     kind, change, mutate = MUTATIONS[name]
     if mutate:
@@ -186,6 +199,20 @@ def test_the_command_and_its_manifest(case, tmp_path):
     done = command("vdx.sample", "--weights=/nowhere", f"--prompt={PROMPT}", check=False)
     assert done.returncode == 1 and "vdx.sample: /nowhere is not a folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_with_a_control_a_mask_and_references(case, tmp_path):
+    c, out = case("vace"), tmp_path / "out.mp4"
+    flags = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+             for name, value in c.asked().items() if name not in ("prompts", "mesh")]
+    command("vdx.sample", f"--weights={c.folder}", f"--prompt={PROMPT}", f"--out={out}",
+            f"--save_array={tmp_path / 'x.npy'}", *flags)
+    made = np.load(tmp_path / "x.npy")
+    assert close(made, c.want)
+    command("vdx.sample", f"--weights={c.folder}", f"--from_manifest={out.with_suffix('.json')}",
+            f"--out={tmp_path / 'again.mp4'}", f"--save_array={tmp_path / 'y.npy'}")
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), made)
 
 
 @pytest.mark.slow

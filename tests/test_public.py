@@ -80,6 +80,8 @@ def spoilt(path: Path, name: str) -> None:
     elif name == "no index":
         (path / "model_index.json").unlink()
     elif name == "another pipeline":
+        edit(path / "model_index.json", _class_name="WanAnimatePipeline")
+    elif name == "no control":
         edit(path / "model_index.json", _class_name="WanVACEPipeline")
     elif name == "parts missing":
         shutil.rmtree(path / "vae")
@@ -98,7 +100,8 @@ def spoilt(path: Path, name: str) -> None:
 @pytest.mark.parametrize(("name", "message"), [
     ("no folder", "is not a folder: give the folder of a model as diffusers saves it"),
     ("no index", r"has no model_index.json.*vdx.convert.*There are: scheduler, text_encoder"),
-    ("another pipeline", "is a WanVACEPipeline; vdx draws from WanPipeline and WanImageToVideo"),
+    ("another pipeline", "is a WanAnimatePipeline; vdx draws from WanPipeline, WanImageToVideo"),
+    ("no control", "control blocks in the transformer go with a WanVACEPipeline"),
     ("parts missing", r"(?s)lacks folders that a WanPipeline needs.*\n  vae\n  tokenizer$"),
     ("a file cut off", r"transformer/.*safetensors is cut off.*Download it again"),
     ("one expert", "boundary_ratio = None goes with a transformer_2"),

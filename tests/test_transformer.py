@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError
-from vdx.models.mixers import PATTERNS
+from vdx.models.mixers import PATTERNS, Past
 from vdx.models.transformer import REMAT, SIZES, Transformer, modulate
 from vdx.types import Ports
 
@@ -54,6 +54,24 @@ def reference(randomise, value_and_grad):
 
 def relative(a, b):
     return np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+
+
+def test_skip_leads_what_lies_beside_the_clip_to_its_own_patch(randomise):
+    """A fresh network predicts zero; with `skip` what is beside reaches the prediction past it."""
+    model = Transformer(**SMALL, skip=True)
+    beside = RNG.normal(size=(*CLIP.shape[:-1], 2)).astype(np.float32)
+    ports = PORTS.replace(concat=beside)
+    params = randomise(shapes(model, ports=ports))
+    params["unpatch"] = jax.tree.map(np.zeros_like, params["unpatch"])      # the network is silent
+    run = lambda beside: model.apply({"params": params}, CLIP, TIME, ports.replace(concat=beside))
+    assert not np.any(run(np.zeros_like(beside)))
+    one = np.zeros_like(beside)
+    one[0, 3, 1, 6, 1] = 1.0
+    got = np.array(run(one))
+    kernel = params["skip"]["kernel"].reshape(2, 2, 2, 2, 2, 2, 2, 3)        # i j k c -> i j k c
+    np.testing.assert_allclose(got[0, 2:4, 0:2, 6:8], kernel[1, 1, 0, 1], atol=1e-6)
+    got[0, 2:4, 0:2, 6:8] = 0
+    assert not got.any()
 
 
 @pytest.mark.parametrize("remat", [r for r in REMAT if r != "none"])
@@ -138,6 +156,25 @@ def test_an_image_is_a_clip_of_one_frame(randomise, quick):
         lambda p: model.apply({"params": p}, CLIP[:, :1], TIME, PORTS),
         compiler_options=quick)(params)
     np.testing.assert_array_equal(run(model, params), run(image, few))
+
+
+def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
+    """A frame that has a past is no image, and passes by no block."""
+    model = Transformer(**IMAGE | {"depth": 3, "pattern": (
+        "space", {"name": "time", "block": 1}, "recurrent")})
+    params = randomise(shapes(model))
+    frames = CLIP.shape[1]
+    step = jax.jit(lambda cache, x, start: model.apply(
+        {"params": params, **cache}, x, TIME, PORTS, Past(start, frames), mutable=["cache"]),
+        compiler_options=quick)
+    empty = jax.eval_shape(step, {}, CLIP[:, :1], jnp.int32(0))[1]
+    cache, out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty), []
+    for i in range(frames):
+        y, cache = step(cache, CLIP[:, i:i + 1], jnp.int32(i))
+        out.append(y)
+    whole = jax.jit(lambda: model.apply({"params": params}, CLIP, TIME, PORTS),
+                    compiler_options=quick)()
+    np.testing.assert_allclose(np.concatenate(out, 1), whole, atol=1e-5)
 
 
 def test_independent_frames_are_as_many_images(randomise, quick):

@@ -8,12 +8,15 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v, pipeline_wan_vace
 from PIL import Image
+
+from vdx.generate.video_io import read_video, write_video
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "the", "street", "blurred", "grey"]
 PROMPT, NEGATIVE = "a cat walks  the street", "blurred grey"
 FRAMES, HEIGHT, WIDTH, STEPS = 9, 32, 48, 5
+REFERENCES = 2
 VAE = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1, -0.2, 0.3, 0.0],
        "latents_std": [1.5, 0.7, 1.0, 2.0]}
 VAE_22 = VAE | {"decoder_base_dim": 12, "is_residual": True, "patch_size": 2, "in_channels": 12,
@@ -28,17 +31,23 @@ NETWORK = dict(patch_size=[1, 2, 2], num_attention_heads=2, attention_head_dim=2
                cross_attn_norm=True)
 PICTURE = NETWORK | dict(in_channels=4 + 4 + 4)
 CLIP = PICTURE | dict(image_dim=20, added_kv_proj_dim=48)
+VACE = NETWORK | dict(vace_layers=[0, 1], vace_in_channels=4 + 4 + 64)
 UNIPC = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-# kind: (network, experts' boundary, scheduler, pictures, guidance)
-KINDS: dict[str, tuple[dict, float | None, str, int, tuple[float, ...]]] = {
-    "t2v": (NETWORK, None, "unipc", 0, (5.0,)),
-    "t2v euler": (NETWORK, None, "euler", 0, (5.0,)),
-    "i2v": (CLIP, None, "unipc", 1, (5.0,)),
-    "flf2v": (CLIP | {"pos_embed_seq_len": 10}, None, "euler", 2, (5.0,)),
-    "a14b t2v": (NETWORK, 0.875, "unipc", 0, (6.0, 2.0)),
-    "a14b i2v": (PICTURE, 0.9, "euler", 2, (3.5, 2.5)),
-    "5b": (NETWORK, None, "unipc", 0, (5.0,)),
-    "5b image": (NETWORK, None, "unipc", 1, (5.0,)),
+# kind: (network, experts' boundary, scheduler, what it is shown, guidance)
+KINDS: dict[str, tuple[dict, float | None, str, tuple[str, ...], tuple[float, ...]]] = {
+    "t2v": (NETWORK, None, "unipc", (), (5.0,)),
+    "t2v euler": (NETWORK, None, "euler", (), (5.0,)),
+    "i2v": (CLIP, None, "unipc", ("image",), (5.0,)),
+    "flf2v": (CLIP | {"pos_embed_seq_len": 10}, None, "euler", ("image", "last_image"), (5.0,)),
+    "a14b t2v": (NETWORK, 0.875, "unipc", (), (6.0, 2.0)),
+    "a14b i2v": (PICTURE, 0.9, "euler", ("image", "last_image"), (3.5, 2.5)),
+    "5b": (NETWORK, None, "unipc", (), (5.0,)),
+    "5b image": (NETWORK, None, "unipc", ("image",), (5.0,)),
+    "vace": (VACE, None, "unipc", ("control", "control_mask", "reference"), (5.0,)),
+    "vace control": (VACE, None, "unipc", ("control",), (5.0,)),
+    "vace reference": (VACE, None, "euler", ("reference",), (5.0,)),
+    "vace two": (VACE, 0.875, "unipc", ("control", "control_mask"), (5.0, 3.0)),
+    "vace text": (VACE, None, "unipc", (), (5.0,)),
 }
 
 
@@ -80,23 +89,26 @@ def scheduler(name: str):
 
 @functools.cache
 def pipeline(kind: str):
-    network, boundary, schedule, pictures, _ = KINDS[kind]
-    return assembled(network, scheduler(schedule), boundary, pictures,
+    network, boundary, schedule, shown, _ = KINDS[kind]
+    return assembled(network, scheduler(schedule), boundary, "image" in shown,
                      VAE_22 if kind.startswith("5b") else VAE)
 
 
-def assembled(network: dict, schedule, boundary: float | None, pictures: int, vae: dict,
+def assembled(network: dict, schedule, boundary: float | None, pictures: bool, vae: dict,
               vision: dict = VISION, text: dict = TEXT):
-    """The pipeline that reads so many pictures, of parts of these sizes."""
+    """The pipeline of parts of these sizes, which begins with a picture, or not."""
+    transformer = diffusers.WanVACETransformer3DModel if "vace_layers" in network else \
+        diffusers.WanTransformer3DModel
     parts: dict[str, Any] = dict(
         tokenizer=tokenizer(), scheduler=schedule, boundary_ratio=boundary,
-        expand_timesteps=vae.get("is_residual", False),
         text_encoder=randomised(transformers.UMT5EncoderModel(
             transformers.UMT5Config(**text)), 1),
         vae=randomised(diffusers.AutoencoderKLWan(**vae), 2),
-        transformer=randomised(diffusers.WanTransformer3DModel(**network), 3),
-        transformer_2=randomised(diffusers.WanTransformer3DModel(**network), 4) if boundary
-        else None)
+        transformer=randomised(transformer(**network), 3),
+        transformer_2=randomised(transformer(**network), 4) if boundary else None)
+    if "vace_layers" in network:
+        return diffusers.WanVACEPipeline(**parts)
+    parts["expand_timesteps"] = vae.get("is_residual", False)
     if not pictures:
         return diffusers.WanPipeline(**parts)
     if "image_dim" in network:
@@ -110,40 +122,68 @@ def assembled(network: dict, schedule, boundary: float | None, pictures: int, va
     return diffusers.WanImageToVideoPipeline(**parts)
 
 
+def coarse(rng, width: int, height: int) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC)
+
+
+def shown(name: str, folder: Path, rng) -> tuple[str | tuple[str, ...], dict[str, Any]]:
+    """(file or files that ours is given, what diffusers is)."""
+    if name == "reference":
+        pictures, files = [coarse(rng, 70, 50), coarse(rng, 20, 17)], []
+        assert len(pictures) == REFERENCES
+        for i, picture in enumerate(pictures):
+            files.append(str(folder / f"{name}_{i}.png"))
+            picture.save(files[-1])
+        return tuple(files), {"reference_images": pictures}
+    if name.startswith("control"):       # longer and larger than the clip
+        frames = [np.asarray(coarse(rng, 2 * WIDTH, 2 * HEIGHT)) for _ in range(FRAMES + 2)]
+        if name == "control_mask":
+            frames = [np.repeat(frame[..., :1], 3, -1) for frame in frames]
+        file = folder / f"{name}.mp4"
+        write_video(file, np.stack(frames), 16, min_side=1)
+        read = [Image.fromarray(frame) for frame in read_video(file)[0][:FRAMES]]
+        return str(file), {"mask": [p.convert("L") for p in read]} if "mask" in name else \
+            {"video": read}
+    picture, file = coarse(rng, 70, 50), folder / f"{name}.png"
+    picture.save(file)
+    return str(file), {name: picture}
+
+
 class Case:
     """A pipeline in a folder, its clip float32 [1 t h w 3] in [-1, 1], and how ours is asked."""
 
     def __init__(self, kind: str, folder: Path):
-        self.pictures, self.guidance = KINDS[kind][3:]
+        names, self.guidance = KINDS[kind][3:]
         self.folder, self.pipeline = folder, pipeline(kind)
         self.pipeline.save_pretrained(folder)
         rng = np.random.default_rng(7)
         side, self.size = (16, (64, 64)) if kind.startswith("5b") else (8, (HEIGHT, WIDTH))
-        self.noise = rng.normal(size=(1, (FRAMES - 1) // 4 + 1, self.size[0] // side,
-                                      self.size[1] // side, 4)).astype(np.float32)
+        frames = (FRAMES - 1) // 4 + 1 + REFERENCES * ("reference" in names)
+        self.noise = rng.normal(size=(1, frames, self.size[0] // side, self.size[1] // side,
+                                      4)).astype(np.float32)
         np.save(folder / "noise.npy", self.noise)
-        given = {}
-        for name in ("image", "last_image")[:self.pictures]:
-            coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
-            given[name] = Image.fromarray(coarse).resize((70, 50), Image.Resampling.BICUBIC)
-            given[name].save(folder / f"{name}.png")
+        self.given: dict[str, Any] = {}             # to theirs
+        self.files: dict[str, str | tuple[str, ...]] = {}
+        for name in names:
+            self.files[name], theirs = shown(name, folder, rng)
+            self.given |= theirs
         self.pipeline.set_progress_bar_config(disable=True)
-        # This one asks for ftfy, which need not be installed; the other goes on without.
-        pipeline_wan_i2v.prompt_clean = pipeline_wan.prompt_clean
+        # These ask for ftfy, which need not be installed; the first goes on without.
+        for module in (pipeline_wan_i2v, pipeline_wan_vace):
+            module.prompt_clean = pipeline_wan.prompt_clean
         with torch.no_grad():
             frames = self.pipeline(
                 prompt=PROMPT, negative_prompt=NEGATIVE, height=self.size[0], width=self.size[1],
                 num_frames=FRAMES, num_inference_steps=STEPS, guidance_scale=self.guidance[0],
                 guidance_scale_2=self.guidance[1] if len(self.guidance) > 1 else None,
                 latents=torch.from_numpy(np.moveaxis(self.noise, -1, 1).copy()),
-                output_type="np", **given).frames
+                output_type="np", **self.given).frames
         self.want = np.asarray(frames) * 2 - 1
         assert np.mean(np.abs(self.want) > 0.999) < 0.1 and self.want.std() > 0.1
 
     def asked(self) -> dict[str, Any]:
         """What the command line would say."""
-        files = {name: str(self.folder / f"{name}.png")
-                 for name in ("image", "last_image")[:self.pictures]}
         return dict(prompts=(PROMPT,), negative_prompt=NEGATIVE, height=self.size[0],
                     width=self.size[1], num_frames=FRAMES, steps=STEPS, guidance=self.guidance,
-                    mesh={"data": 1}, init_noise=str(self.folder / "noise.npy"), **files)
+                    mesh={"data": 1}, init_noise=str(self.folder / "noise.npy"), **self.files)

@@ -1,10 +1,14 @@
 """Judge: python -m vdx.evaluate --workdir=runs/tiny
 
 Prompt following: clips are drawn for held-out prompts, whose combinations of attributes never
-occurred in training, and read back from pixels. Writes `eval.json`, `eval/*.mp4`, the first
-twelve of them as one picture `eval/wall.webp`, and the report.
+occurred in training, and read back from pixels. Steering: for each signal that the model reads,
+clips are drawn with it and without, and what it asks for is measured. Writes `eval.json`,
+`eval/*.mp4`, the first twelve of them as one picture `eval/wall.webp`, and the report.
 """
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +16,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from vdx.build import ConfigError
-from vdx.data.scenes import Scenes
+from vdx.data.scenes import VELOCITIES, Scenes
+from vdx.data.signals import SIGNALS, Clip, read_signals
 from vdx.data.sources import SOURCES
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import write_json
@@ -20,6 +25,8 @@ from vdx.generate.video_io import to_uint8
 from vdx.generate.wall import write_clips, write_sheet
 from vdx.metrics.prompt_following import ATTRIBUTES, score
 from vdx.metrics.report import write_report
+from vdx.metrics.steering import STEERING, scene_truth, steering_scores
+from vdx.models.steering import KnownFrames
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
@@ -27,11 +34,23 @@ SEED = 10_000     # of the first judged clip; training's wall uses 0, 1, ...
 
 
 def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> dict:
-    """Scores `config.judge.prompts` held-out prompts; returns what `eval.json` says."""
+    """Judges as `config.judge` says; returns what `eval.json` says."""
     # Asked before it is made: a stranger's config could point it at any folder.
     if SOURCES.get(str(experiment.data.source.get("name"))) is not Scenes:
-        raise ConfigError("Prompt following needs data whose truth is known (source 'scenes'). "
-                          "Set config.judge.prompts = 0 for other data.")
+        raise ConfigError("Judging needs data whose truth is known (source 'scenes'). Set "
+                          "config.judge.prompts = 0 and steering = 0 for other data.")
+    result: dict = {"step": step}
+    if experiment.judging.prompts:
+        result |= prompt_following(experiment, params, workdir)
+    if experiment.judging.steering:
+        result["steering"] = steering(experiment, params)
+    if jax.process_index() == 0:
+        write_json(workdir / "eval.json", result)
+    return result
+
+
+def prompt_following(experiment: Experiment, params: Params, workdir: Path) -> dict:
+    """Scores `config.judge.prompts` held-out prompts."""
     source = experiment.source(heldout=True)
     count, (frames, fps) = experiment.judging.prompts, experiment.clip_default()
     records = [source[i] for i in range(count)]
@@ -46,7 +65,7 @@ def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> d
     rows = [{"prompt": p, "seed": s, "truth": t, "read": r, "ok": t == r} for p, s, t, r in
             zip(prompts, seeds, truth, drawn["readings"], strict=True)]
     sampling = experiment.sampling
-    result = {"step": step, "prompts": count, "sampler": sampling.sampler,
+    result = {"prompts": count, "sampler": sampling.sampler,
               "steps": sampling.steps, "guidance": sampling.guidance,
               "scores": drawn["accuracy"], "chance": drawn["chance"],
               "true_renders": true["accuracy"], "confusion": confusion(truth, drawn["readings"])}
@@ -54,8 +73,92 @@ def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> d
         rows = write_clips(workdir / "eval", videos, fps, rows)
         write_sheet(workdir / "eval" / "wall.webp", videos[:12], prompts[:12], fps)
         result["examples"] = [{**row, "file": f"eval/{row['file']}"} for row in rows]
-        write_json(workdir / "eval.json", result)
     return result
+
+
+class Drawing:
+    """Held-out scenes, what their clips should show, and clips drawn for them."""
+
+    def __init__(self, experiment: Experiment, params: Params, source: Scenes, count: int):
+        self.experiment, self.params = experiment, params
+        self.frames, self.fps = experiment.clip_default()
+        self.generator, self.size = experiment.generator(), (experiment.data.height,
+                                                             experiment.data.width)
+        self.scenes = [source.scene(i) for i in range(count)]
+        self.records = [source[i] for i in range(count)]
+        self.seeds = [SEED + i for i in range(count)]
+
+    def truths(self, fps: float | None = None) -> list[dict]:
+        times = np.arange(self.frames) / (fps or self.fps)
+        return [scene_truth(scene, times, *self.size) for scene in self.scenes]
+
+    def signal(self, name: str) -> dict[str, np.ndarray]:
+        """Entries of the batch for a signal, as the scenes have it."""
+        times, rng = np.arange(self.frames) / self.fps, np.random.default_rng(SEED)
+        points = self.experiment.clip.flow_points if self.experiment.clip else 0
+        rows = [read_signals((name,), Clip(record, times, self.fps, record.read(times), self.size,
+                                           points, rng)) for record in self.records]
+        return {name: np.stack([row[name] for row in rows])}
+
+    def draw(self, steer: Mapping[str, np.ndarray], fps: float | None = None,
+             words: bool = True) -> np.ndarray:
+        prompts = [record.caption if words else "" for record in self.records]
+        return to_uint8(self.generator(self.params, prompts, self.seeds, num_frames=self.frames,
+                                       fps=fps or self.fps, steer=steer))
+
+
+def steering(experiment: Experiment, params: Params) -> list[dict]:
+    """Rows of `steering_scores` for every signal that the model reads, of `config.judge.steering`
+    clips each, with the value of the same clips drawn "without" the signal."""
+    source, signals = experiment.source(heldout=True), set(experiment.model.signals)
+    drawing = Drawing(experiment, params, source, experiment.judging.steering)
+    truths, plain, rows = drawing.truths(), drawing.draw({}), []
+
+    def add(kind: str, videos: np.ndarray, without: np.ndarray, asked: Sequence[Mapping]) -> None:
+        score = steering_scores(kind, list(videos), asked, drawing.fps)
+        rows.append(score | {
+            "without": steering_scores(kind, list(without), asked, drawing.fps)["model"]})
+
+    if "known_frames" in signals:
+        pixels = np.stack([truth["video"] for truth in truths])
+        ends = ("first_frame",) if not experiment.model.signals["known_frames"].get(
+            "last", KnownFrames.last) else ("first_frame", "last_frame")
+        mask = np.zeros(pixels.shape[:2], np.float32)
+        mask[:, [0, -1][:len(ends)]] = 1.0
+        known = pixels.astype(np.float32) / 127.5 - 1.0 - experiment.objective.mean
+        videos = drawing.draw({"known": known * mask[..., None, None, None], "known_mask": mask})
+        for kind in ends:
+            add(kind, videos, plain, truths)
+    if "reference" in signals:            # the words would tell it
+        videos = drawing.draw(drawing.signal("reference"), words=False)
+        add("reference", videos, drawing.draw({}, words=False), truths)
+    if "motion" in signals:               # not what the words mean, but any strength there is
+        usual = sorted(truth["motion"] for truth in truths)
+        asked = np.random.default_rng(SEED).permutation(usual)
+        add("motion", drawing.draw({"motion": asked.astype(np.float32)}), plain,
+            [{**truth, "motion": value} for truth, value in zip(truths, asked, strict=True)])
+    for name in sorted(signals & {metric.signal for metric in STEERING.values()} & set(SIGNALS)
+                       - {"reference", "motion"}):
+        videos = drawing.draw(drawing.signal(name))
+        for kind, metric in STEERING.items():
+            if metric.signal == name:
+                add(kind, videos, plain, truths)
+    rates = experiment.clip.rates if experiment.clip else ()
+    if "fps" in signals and len(set(rates)) > 1:
+        rows.append(frame_rate(experiment, params, source, (min(rates), max(rates))))
+    return rows
+
+
+def frame_rate(experiment: Experiment, params: Params, source: Scenes,
+               rates: tuple[float, float]) -> dict:
+    """The row of the frame rate, of objects that go one way: the same words and noise at both."""
+    ways = tuple(motion for motion in source.motions if motion in VELOCITIES)
+    drawing = Drawing(experiment, params, dataclasses.replace(source, motions=ways),
+                      experiment.judging.steering)
+    clips, truths = [drawing.draw({}, rate) for rate in rates], [drawing.truths(r) for r in rates]
+    pairs = lambda two: [one for pair in zip(*two, strict=True) for one in pair]
+    score = steering_scores("fps", pairs(clips), pairs(truths), list(rates) * len(clips[0]))
+    return score | {"without": math.log2(rates[1] / rates[0])}       # a model that does not listen
 
 
 def confusion(truth: list[dict], read: list[dict]) -> dict[str, dict[str, dict[str, int]]]:
@@ -70,6 +173,22 @@ def confusion(truth: list[dict], read: list[dict]) -> dict[str, dict[str, dict[s
 
 def table(result: dict) -> str:
     """The scores as lines of text."""
+    return "\n\n".join([*([following_table(result)] if "scores" in result else []),
+                        *([steering_table(result["steering"])] if "steering" in result else [])])
+
+
+def steering_table(rows: list[dict]) -> str:
+    lines = [f"{'signal':14}{'measure':34}{'unit':10}{'model':>9}{'without':>9}{'other':>9}"
+             f"{'true':>9}{'goal':>9}"]
+    for row in rows:
+        numbers = "".join(f"{row[k]:9.3g}" for k in ("model", "without", "control", "true", "goal"))
+        lines.append(f"{row['signal']:14}{row['measure']:34}{row['unit']:10}{numbers}"
+                     f"  {'reached' if row['reached'] else 'not reached'}")
+    return "\n".join([*lines, "without: the signal; other: against what other clips asked; true: "
+                      "the reader on true renders"])
+
+
+def following_table(result: dict) -> str:
     lines = [f"{result['prompts']} held-out prompts, step {result['step']}, {result['sampler']} "
              f"{result['steps']} steps, guidance {result['guidance']:g}",
              f"{'':8} {'model':>8} {'chance':>8} {'reader on true renders':>24}"]

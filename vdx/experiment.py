@@ -7,7 +7,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from vdx.diffusion.process import PROCESSES, TIMES
 from vdx.files import read_json
 from vdx.generate.pipeline import Generator, Sampling
 from vdx.generate.stream import Streamer
+from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
-from vdx.interop.wan import load_wan
+from vdx.interop.unet import load_unet
 from vdx.models.conditioning import Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Lora, added, dense_kernels
+from vdx.models.part import Part, overlaid
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import digest, whole_digest
@@ -42,6 +44,8 @@ from vdx.train.step import Objective
 from vdx.types import Params, PRNGKeyArray
 
 Spec = Mapping[str, Any]
+# Of config.weights, by backbone.
+READERS: dict[str, Callable[..., Params]] = {"transformer": load_transformer, "unet": load_unet}
 MEAN_OF = 64      # clips over which the mean of the pixels is measured
 WALL, WALL_OF = 8, 64     # captions of the wall, and clips that are looked at for them
 
@@ -107,9 +111,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Judging:
-    """Prompt following on held-out scenes: how many prompts; 0 where truth is not known."""
+    """On held-out scenes: prompts of prompt following, and clips for each signal that steers; 0
+    where truth is not known."""
 
     prompts: int = 0
+    steering: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +130,15 @@ class Sections:
 
     What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
     a run whose state and place in the data it takes over; `init`, a run whose averaged weights
-    it takes; `weights`, a public transformer (a file or folder that vdx.interop.wan reads), or
-    again a run; new weights. Runs are named by a workdir, or one step of it:
-    runs/a/checkpoints/500.
+    it takes; `weights`, a public network (a file or folder that vdx.interop.wan, latte or unet
+    reads, or several that are parts of one U-Net), or again a run; new weights. Runs are named by a
+    workdir, or one step of it: runs/a/checkpoints/500.
 
     With `lora`, adapters are what is trained, saved and taken from `resume` and `init`, and
-    `weights` is always read: it names the frozen network beside them. first_frame, forcing: see
-    Objective; a network with blocks that is trained with `forcing` draws clips block by block.
+    `weights` is always read: it names the frozen network beside them. With `trainable`, a regex,
+    these are the parameters whose paths it finds; what of them `weights` lacks begins anew.
+    first_frame, forcing: see Objective; a network with blocks that is trained with `forcing` draws
+    clips block by block.
     """
 
     data: Spec
@@ -146,8 +154,9 @@ class Sections:
     judge: Spec = dataclasses.field(default_factory=dict)
     resume: str | None = None
     init: str | None = None
-    weights: str | None = None
+    weights: str | tuple[str, ...] | None = None
     lora: Spec | None = None
+    trainable: str | None = None
     first_frame: float = 0.0
     forcing: bool = False
 
@@ -177,11 +186,17 @@ class Experiment:
         if top.lora is not None:
             self.lora = fill(Lora, top.lora, "config.lora")
             self.kernels = self.lora.chosen(dense_kernels(self.model.new_params))
+        self.part: Lora | Part | None = self.lora
+        if top.trainable is not None:
+            if self.lora is not None:
+                raise ConfigError("config.lora and config.trainable: set one of them.")
+            self.part = Part(top.trainable)
+            self.part.check(self.shapes)
         self.process = build(top.process, PROCESSES, "config.process")
         self.objective = Objective(self.model, self.process,
                                    build(top.time, TIMES, "config.time"),
                                    build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
-                                   self.data.mean or 0.0, self.lora, top.first_frame, top.forcing)
+                                   self.data.mean or 0.0, self.part, top.first_frame, top.forcing)
         if isinstance(generator := self.generator(), Streamer) and self.clip is not None:
             generator.check((self.clip_default()[0], *generator.frame_shape))
 
@@ -210,35 +225,50 @@ class Experiment:
             **{"seed": self.seed if seed is None else seed, **self.data.loader, **settings})
 
     def new_params(self, key: PRNGKeyArray) -> Params:
-        """What is trained, as it begins: the network's parameters, or adapters."""
-        if self.lora is None:
-            return self.model.new_params(key)
-        return self.lora.new_factors(key, self.kernels)
+        """What is trained, as it begins: the network's parameters, some of them, or adapters."""
+        if isinstance(self.part, Lora):
+            return self.part.new_factors(key, self.kernels)
+        params = self.model.new_params(key)
+        return params if self.part is None else self.part.split(params)[1]
 
     def init(self, params: Params | None = None) -> TrainState:
-        """The state at step 0, with new parameters or the given ones. Traceable, so that jit can
-        create it where it will lie."""
-        if params is None:
-            params = self.new_params(jax.random.key(self.seed))
+        """The state at step 0, with the given parameters, and new ones where these lack some.
+        Traceable, so that jit can create it where it will lie."""
+        if params is None or self.part is not None:
+            params = overlaid(self.new_params(jax.random.key(self.seed)), params or {})
         return init_state(params, self.tx, self.seed)
 
     def read_weights(self, mesh: Mesh) -> Params:
-        """The network that `config.weights` names, on the mesh: in float32 if it is to be
-        trained, in the network's type if it is frozen.
+        """The network that `config.weights` names, on the mesh: in float32 what is to be
+        trained, in the network's type what is frozen. Of what `config.trainable` names, it has
+        what is in the files.
 
         Raises ConfigError, WeightsError, CheckpointError.
         """
         if not self.weights:
-            raise ConfigError("config.weights is not set: name the network whose weights these "
-                              "adapters stand beside, a folder of public weights or a run.")
-        dtype = "float32" if self.lora is None else self.model.parts()[0].dtype
-        workdir, step = locate(self.weights)
-        if (workdir / "checkpoints").is_dir():
-            with Checkpoints(workdir, read_only=True) as run:
-                params, *_ = run.restore_params(abstract_params(self.shapes, mesh), step=step)
-            like = abstract_params(self.shapes, mesh, dtype)
+            raise ConfigError("config.weights is not set: name the network whose weights stay as "
+                              "they are, a folder of public weights or a run.")
+        dtype = "float32" if self.part is None else self.model.parts()[0].dtype
+        trained = self.part.pattern if isinstance(self.part, Part) else None
+        if isinstance(self.weights, str) and (
+                (found := locate(self.weights))[0] / "checkpoints").is_dir():
+            with Checkpoints(found[0], read_only=True) as run:
+                params, *_ = run.restore_params(abstract_params(self.shapes, mesh), step=found[1])
+            like = abstract_params(self.shapes, mesh, dtype, trained)
             return jax.tree.map(lambda x, to: x.astype(to.dtype), params, like)
-        return load_wan(self.weights, self.model, mesh, dtype)
+        read = READERS[self.model.backbone["name"]]
+        return read(self.weights, self.model, mesh, dtype, trained)
+
+    def read_frozen(self, mesh: Mesh) -> tuple[Params, Params | None]:
+        """(what is not trained, what is trained if the files have it) of `read_weights`."""
+        weights = self.read_weights(mesh)
+        return self.part.split(weights) if isinstance(self.part, Part) else (weights, None)
+
+    def described(self, given: Params) -> str:
+        """How much of what is trained is new, and how much was read."""
+        names = flatten_dict(jax.eval_shape(self.new_params, jax.random.key(0)), sep="/")
+        read = len(flatten_dict(given, sep="/"))
+        return f"{read} trained arrays that were read and {len(names) - read} new ones"
 
     def with_null(self, params: Params) -> Params:
         """Weights with what stands for a dropped caption. Files of public weights do not have it,
@@ -325,15 +355,15 @@ def load(workdir: Path) -> Experiment:
 def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
                 step: int | str | None = None) -> tuple[Any, int, str]:
     """(parameters, step, identity) of a checkpoint, laid out on the mesh; those of a run that
-    trained adapters beside those of its `config.weights`, which are read again.
+    trained adapters, or a part, beside those of its `config.weights`, which are read again.
 
     item: "ema", the averaged parameters, or "params". step: a number, "best", or None for the
     newest that verifies. The identity is the same for the same weights. Raises CheckpointError.
     """
     trained, number, identity = open_trained(experiment, workdir, mesh, item=item, step=step)
-    if experiment.lora is None:
+    if experiment.part is None:
         return trained, number, identity
-    frozen = experiment.read_weights(mesh)
+    frozen, _ = experiment.read_frozen(mesh)
     base = whole_digest(frozen)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         check_base(checkpoints.facts(number)["progress"], base, f"step {number} of {workdir}")
@@ -342,7 +372,7 @@ def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str 
 
 def open_trained(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
                  step: int | str | None = None) -> tuple[Params, int, str]:
-    """As `open_params`, of what was trained alone: the network's parameters, or adapters."""
+    """As `open_params`, of what was trained alone: the network's parameters, some, or adapters."""
     shapes = jax.eval_shape(experiment.new_params, jax.random.key(0))
     if item not in ("ema", "params"):
         raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")

@@ -103,7 +103,7 @@ def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> 
     if primary:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
     done = train(experiment, workdir, mesh, on_sample, stop)
-    if experiment.judging.prompts:
+    if experiment.judging.prompts or experiment.judging.steering:
         judge(experiment, done.params, workdir, step=int(done.state.step))
     return done
 

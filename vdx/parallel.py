@@ -29,7 +29,8 @@ BATCH = ("data", "fsdp")
 # (regex over the parameter's path, mesh axes of its LAST dimensions). Dimensions further left,
 # such as the layer axis of a scan, are not split. First match wins; no match is an error.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(conv_in|quant_conv)/kernel$", ()),     # from the few channels of pixels or latents
+    # From the few channels of pixels or latents.
+    (r"(conv_in|quant_conv|hint/conv_\d+)/kernel$", ()),
     (r"depthwise\w*/kernel$", ()),             # a few numbers a feature
     (r"conv\w*/kernel$", ("fsdp", None)),      # before the rules below: "conv" ends in "v"
     (r"conv\w*/bias$", ()),

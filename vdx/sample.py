@@ -37,9 +37,10 @@ from vdx.types import Params
 
 FLAGS = flags.FLAGS
 # Flags of --workdir alone, and of --weights alone.
-STEER = ("reference", "flow", "camera", "actions", "motion")
-TRAINED = ("step", "averaged", "control", "guide", *STEER)
-PUBLIC = ("negative_prompt", "init_noise", "lora", "lora_2", "height", "width", "dtype", "mesh")
+STEER = ("flow", "camera", "actions", "motion")
+TRAINED = ("step", "averaged", "guide", *STEER)
+PUBLIC = ("negative_prompt", "control_mask", "init_noise", "lora", "lora_2", "height", "width",
+          "dtype", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,7 @@ def from_flags(experiment: Experiment) -> Request:
     if FLAGS.guide:
         said["guide"] = scales()
     frames, fps = experiment.clip_default()
-    asked = given("image", "last_image", *STEER) | controls()
+    asked = given("image", "last_image", "reference", *STEER) | controls()
     return Request(prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
                    {**dataclasses.asdict(experiment.sampling), **said}, asked,
                    {name: file_digest(name, path) for name, path in files(asked).items()})
@@ -194,10 +195,12 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
 
 def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np.ndarray]:
     """With public weights. What cannot be is said before anything large is read."""
-    said = given("negative_prompt", "image", "last_image", "init_noise", "height", "width",
-                 "num_frames", "fps", "seed", "sampler", "grid", "steps", "shift", "dtype")
+    said = given("negative_prompt", "image", "last_image", "control", "control_mask", "init_noise",
+                 "height", "width", "num_frames", "fps", "seed", "sampler", "grid", "steps",
+                 "shift", "dtype")
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
-    said |= {name: tuple(files.split(",")) for name, files in given("lora", "lora_2").items()}
+    said |= {name: tuple(files.split(","))
+             for name, files in given("lora", "lora_2", "reference").items()}
     made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
     if not manifest:
         said["prompts"] = prompts()
@@ -279,9 +282,14 @@ if __name__ == "__main__":
     flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: empty.")
     flags.DEFINE_string("image", None, "A picture that the clip begins with.")
     flags.DEFINE_string("last_image", None, "A picture that it ends with.")
-    flags.DEFINE_string("reference", None, "A picture of what the clip is to show.")
-    flags.DEFINE_string("control", None, "Maps of every frame: depth=FILE,pose=FILE; a .npy or a "
-                        "video, as vdx.data.track_files says.")
+    flags.DEFINE_string("reference", None, "A picture of what is to be seen; of --weights (VACE) "
+                        "also several, with commas between them.")
+    flags.DEFINE_string("control", None, "What leads every frame. Of --workdir depth=FILE or "
+                        "pose=FILE, a .npy or a video as vdx.data.track_files says; of --weights "
+                        "(VACE) a video: depth, pose, footage to be changed, of which the frames "
+                        "nearest in time at --fps are read.")
+    flags.DEFINE_string("control_mask", None, "A video or a picture, white where the control is "
+                        "drawn anew; default: all of it.")
     flags.DEFINE_string("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
     flags.DEFINE_string("camera", None, "A .json file of cameras, as vdx.data.camera says.")
     flags.DEFINE_string("actions", None, "One for each frame, with commas between them, or a "

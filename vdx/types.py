@@ -19,7 +19,7 @@ __all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "
 #   text_mask  bool   [b l]         True on real tokens
 #   image_tokens float [b m d]      features of images from a frozen encoder
 #   concat     float  [b t h w c]   channels to lie beside the noisy clip
-#   control    float  [b t h w c]   what a network's control blocks read
+#   control    float  [b t h w c]   what a network's control blocks read, perhaps larger than x0
 #   known, known_mask  [b t h w c], [b t]   frames that are given, and which
 #   reference  uint8  [b h w 3]     a picture of what the clip is to show
 #   depth, pose, flow, camera  [b t h w k], actions [b t], motion [b]: see vdx/models/steering.py

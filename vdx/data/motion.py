@@ -11,7 +11,7 @@ def motion_score(video: np.ndarray, fps: float) -> float:
     """100 times the mean absolute change of grey levels in [0, 1] in a second.
 
     video: uint8 [t h w 3]. Moving the same way at another frame rate gives about the same
-    score; one frame gives 0. Raises ValueError for another dtype or shape.
+    score; noise counts as motion; one frame gives 0. Raises ValueError for another dtype or shape.
     """
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
         raise ValueError(f"motion_score takes uint8 [t h w 3], not {video.dtype} "

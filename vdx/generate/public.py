@@ -2,11 +2,12 @@
 
 The networks are put on the mesh one after another and let go again: the text encoder, what reads
 pictures, the transformer (of two experts first that of high noise, then the other), the decoder.
-References: `WanPipeline` and `WanImageToVideoPipeline` of diffusers.
+References: `WanPipeline`, `WanImageToVideoPipeline` and `WanVACEPipeline` of diffusers.
 """
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,9 +19,15 @@ from PIL import Image
 
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import Carry
+from vdx.generate.pictures import (
+    fitted,
+    mask_channels,
+    moving_pictures,
+    on_white,
+    open_picture,
+)
 from vdx.generate.pipeline import Generator
 from vdx.generate.request import PublicRequest, start_noise
-from vdx.generate.steer import open_picture
 from vdx.interop.lora import open_lora
 from vdx.interop.public import EXPERTS, PublicModel
 from vdx.models.clip import preprocess
@@ -46,8 +53,9 @@ class PublicGenerator:
         """float32 [n t h w 3] in [-1, 1], on every process."""
         with jax.set_mesh(self.mesh):
             text = self.text()
-            pictures = self.pictures() if self.request.image else {}
-            return self.decode(self.denoise(text, pictures))
+            shown = self.control() if self.model.reads_control else \
+                self.pictures() if self.request.image else {}
+            return self.decode(self.denoise(text, shown))
 
     def load(self, name: str) -> Params:
         component, start = self.model.components[name], time.perf_counter()
@@ -96,13 +104,9 @@ class PublicGenerator:
         video = np.zeros((1, 1 if held else r.num_frames, r.height, r.width, 3), np.float32)
         shown = np.zeros(video.shape[1], bool)
         for place, picture in zip((0, -1), given, strict=False):
-            resized = picture.resize((r.width, r.height), Image.Resampling.LANCZOS)
-            video[0, place] = np.asarray(resized, np.float32) / 127.5 - 1
+            video[0, place] = fitted(picture, r.height, r.width)
             shown[place] = True
-        params, start = self.load("vae"), time.perf_counter()
-        encode = self.compiled("vae", lambda apply, x: apply(x, self.chunk, method="encode").mode())
-        latents = np.asarray(encode(params, video))
-        self.done("pictures encoded", start)
+        latents, = self.encode(video)
         if held:
             return out | {"known": latents}
         mask = shown_mask(shown, latents.shape[1:4], self.model.components["vae"].module.rates[0])
@@ -116,6 +120,38 @@ class PublicGenerator:
                             self.model.components["image_encoder"].module.image)
         return {"image_tokens": np.concatenate([np.asarray(see(params, x[None])) for x in pixels],
                                                1)}
+
+    def encode(self, *videos: np.ndarray) -> list[np.ndarray]:
+        """Latents of each [b t h w 3]."""
+        params, start = self.load("vae"), time.perf_counter()
+        encode = self.compiled("vae", lambda apply, x: apply(x, self.chunk, method="encode").mode())
+        out = [np.asarray(encode(params, video)) for video in videos]
+        self.done("pictures encoded", start)
+        return out
+
+    def control(self) -> Arrays:
+        """`control`, b = 1: latents of what stays, of what is drawn anew, and the mask. Before it
+        are those of the references, the last of them first, as in diffusers."""
+        r = self.request
+
+        def read(name: str, path: str, mode: str) -> np.ndarray:
+            frames = itertools.islice(moving_pictures(name, path, r.fps), r.num_frames)
+            return np.stack([fitted(f.convert(mode), r.height, r.width) for f in frames])
+
+        shape = r.num_frames, r.height, r.width
+        clip = read("control", r.control, "RGB") if r.control else np.zeros((*shape, 3), np.float32)
+        mask = (read("control_mask", r.control_mask, "L") + 1) / 2 if r.control_mask else \
+            np.ones(shape, np.float32)
+        anew = mask[..., None] > 0.5
+        references = [on_white(open_picture("reference", path), r.height, r.width)[None]
+                      for path in reversed(r.reference)]
+        stays, changes, *seen = self.encode(
+            *(x[None] for x in (clip * ~anew, clip * anew, *references)))
+        mask = mask_channels(mask, stays.shape[1], self.model.components["vae"].module.rates[1])
+        told = np.concatenate([stays, changes, mask[None]], -1)
+        # A reference stays as it is, and its mask is black.
+        rows = [np.pad(x, [(0, 0)] * 4 + [(0, told.shape[-1] - x.shape[-1])]) for x in seen]
+        return {"control": np.concatenate([*rows, told], 1)}
 
     def denoise(self, text: Arrays, pictures: Arrays) -> np.ndarray:
         """Latents [n t h w c]."""
@@ -164,12 +200,13 @@ class PublicGenerator:
             known[1][:1, :, None, None, None] > 0, latents, known[0][:1])
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        params, out = self.load("vae"), []
+        """Pixels of the clips, without the references before them."""
+        params, out, before = self.load("vae"), [], len(self.request.reference)
         decode = self.compiled("vae", lambda apply, x: jnp.clip(
             apply(x, self.chunk, method="decode"), -1, 1))
         for i in range(len(latents)):
             start = time.perf_counter()
-            out.append(np.asarray(decode(params, latents[i:i + 1])))
+            out.append(np.asarray(decode(params, latents[i:i + 1, before:])))
             self.done(f"clip {i + 1} of {len(latents)} decoded", start)
         return np.concatenate(out)
 

@@ -1,6 +1,7 @@
 """What clips to draw with public weights: the request, its defaults, and what cannot be asked."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +13,14 @@ from jax.sharding import Mesh
 from vdx.build import ConfigError, fill, lookup
 from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
+from vdx.generate.pictures import moving_pictures, open_picture
 from vdx.generate.pipeline import Sampling
-from vdx.generate.steer import file_digest, open_picture
+from vdx.generate.steer import file_digest
 from vdx.interop.lora import open_lora
 from vdx.interop.public import EXPERTS, PublicModel, open_public
 from vdx.parallel import MeshSpec
 
-FILES = ("image", "last_image", "init_noise")
+FILES = ("image", "last_image", "control", "control_mask", "init_noise")
 LORAS = ("lora", "lora_2")
 
 
@@ -26,8 +28,11 @@ LORAS = ("lora", "lora_2")
 class PublicRequest:
     """All that decides the clips, besides the weights.
 
-    image, last_image: files of pictures that the clip begins and ends with. init_noise: a .npy
-    file, float32 [b t h w c], to start from instead of noise from the seeds (clip i: seed + i).
+    image, last_image: files of pictures that the clip begins and ends with. control: a video
+    that leads the clip (VACE). control_mask: a video or a picture, white where it is drawn anew,
+    black where it stays; all of it is drawn anew without. reference: pictures of what is to be
+    seen. init_noise: a .npy file, float32 [b t h w c], to start from instead of noise from the
+    seeds (clip i: seed + i).
     lora, lora_2: LoRA files of the transformer, and of the second expert, each with its weight
     ("style.safetensors:0.8"; 1 unless given). digests: SHA-256 of these files. guidance: one
     scale, or one for each expert; 1 is none. negative_prompt: what guidance leads away from;
@@ -50,6 +55,9 @@ class PublicRequest:
     negative_prompt: str = ""
     image: str | None = None
     last_image: str | None = None
+    control: str | None = None
+    control_mask: str | None = None
+    reference: tuple[str, ...] = ()
     init_noise: str | None = None
     lora: tuple[str, ...] = ()
     lora_2: tuple[str, ...] = ()
@@ -65,20 +73,21 @@ class PublicRequest:
 
     def files(self) -> dict[str, str]:
         """{name: path} of the files that it reads."""
-        single = {name: path for name in FILES if (path := getattr(self, name))}
-        return single | {f"{name} {i}": weighted(text)[0] for name in LORAS
-                         for i, text in enumerate(getattr(self, name))}
+        out = {name: path for name in FILES if (path := getattr(self, name))}
+        out |= {f"reference {i}": path for i, path in enumerate(self.reference)}
+        return out | {f"{name} {i}": weighted(text)[0] for name in LORAS
+                      for i, text in enumerate(getattr(self, name))}
 
     def network_time(self, t: np.ndarray) -> np.ndarray:
         """What the network is fed at times of the grid."""
         return GRIDS[self.grid](self.steps, self.shift).network_time(t)
 
     def latents(self, model: PublicModel) -> tuple[int, int, int, int]:
-        """(t, h, w, c) of a clip's latents."""
+        """(t, h, w, c) of a clip's latents; those of the references are before it."""
         vae = model.components["vae"].module
         frames, side = vae.rates
-        return ((self.num_frames - 1) // frames + 1, self.height // side, self.width // side,
-                vae.z_dim)
+        return (len(self.reference) + (self.num_frames - 1) // frames + 1, self.height // side,
+                self.width // side, vae.z_dim)
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -119,17 +128,24 @@ def default_mesh(model: PublicModel) -> dict[str, int]:
 def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
     """A request from what was `given`; the rest is from the model's folder, or recommended.
 
-    Without a size the frame has the image's proportions and the recommended area. Raises
+    Without a size the frame has the proportions of the image or the control, and the recommended
+    area; without a number of frames there are at most as many as the control shows. Raises
     ConfigError for files that cannot be read, WeightsError for a scheduler that is not known.
     """
     given = {k: v for k, v in given.items() if v is not None}
     fields = recommended(model) | {"seed": 0, "dtype": model.dtype}
     if not {"sampler", "grid", "shift"} <= given.keys():
         fields |= model.schedule()
-    if "image" in given and not {"height", "width"} & given.keys():
-        area = fields["height"] * fields["width"]
+    shown = next((name for name in ("image", "control") if name in given), None)
+    if shown and not {"height", "width"} & given.keys():
+        first = next(moving_pictures(shown, given[shown], 1.0))
         fields["height"], fields["width"] = shape_for(
-            area, _unit(model), *open_picture("image", given["image"]).size)
+            fields["height"] * fields["width"], _unit(model), *first.size)
+    if "control" in given and "num_frames" not in given:
+        length = _length("control", given["control"], given.get("fps") or fields["fps"],
+                         fields["num_frames"])
+        rate = model.components["vae"].module.rates[0]
+        fields["num_frames"] = 1 + (length - 1) // rate * rate
     request = fill(PublicRequest, fields | given, "request")
     return dataclasses.replace(
         request, digests={name: file_digest(name, path) for name, path in request.files().items()})
@@ -158,7 +174,7 @@ def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PublicRequest
     """The request of a manifest; files and the mesh may lie elsewhere now."""
     request = fill(PublicRequest, fields, "manifest.request")
     moved = {k: v for k, v in given.items()
-             if v is not None and k in (*FILES, *LORAS, "mesh")}
+             if v is not None and k in (*FILES, *LORAS, "reference", "mesh")}
     if new := [k for k in moved if k != "mesh" and not getattr(request, k)]:
         raise ConfigError(f"The manifest's clip has no {', '.join(new)}.")
     return dataclasses.replace(request, **moved)
@@ -169,6 +185,11 @@ def shape_for(area: int, unit: int, width: int, height: int) -> tuple[int, int]:
     about `area` pixels, as the Wan of pictures has it."""
     tall, wide = math.sqrt(area * height / width), math.sqrt(area * width / height)
     return max(1, round(tall) // unit) * unit, max(1, round(wide) // unit) * unit
+
+
+def _length(name: str, path: str, fps: float, most: int) -> int:
+    """How many frames a file shows at this rate, of so many."""
+    return sum(1 for _ in itertools.islice(moving_pictures(name, path, fps), most))
 
 
 def _unit(model: PublicModel) -> int:
@@ -191,7 +212,12 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
            f"{(size // unit + 1) * unit}") for name, size in
           (("height", request.height), ("width", request.width))),
         (request.image and not model.reads_images,
-         f"image = {request.image}: this model reads text alone"),
+         f"image = {request.image}: this model reads " + (
+             "a control and references" if model.reads_control else "text alone")),
+        ((request.control or request.control_mask or request.reference)
+         and not model.reads_control,
+         "this model has no control blocks (VACE) that read a control, its mask or a reference"),
+        (request.control_mask and not request.control, "a control_mask needs a control"),
         (not request.image and "concat" in model.signals,
          "this model begins with a picture: give an image"),
         (request.last_image and not request.image, "a last_image needs an image"),
@@ -205,8 +231,9 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
          f"guidance = {request.guidance}: this model has {len(model.experts)} transformer(s)"),
         (request.lora_2 and len(model.experts) < 2, "lora_2 needs a model with two experts"),
         (t % mesh.shape["context"],
-         f"{request.num_frames} frames are {t} latent ones, which do not divide over the mesh "
-         f"axis context = {mesh.shape['context']}"),
+         f"{request.num_frames} frames{' and the references' * bool(request.reference)} are {t} "
+         f"latent ones, which do not divide over the mesh axis context = "
+         f"{mesh.shape['context']}"),
     ) if wrong]
     if problems:
         raise ConfigError("\n  ".join([f"{model.path} cannot draw this:", *problems]))
@@ -219,9 +246,15 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
     for number, expert in enumerate(model.experts):
         for path, _ in request.adapters(number):
             open_lora(path, expert.module, EXPERTS[number])
-    for name in ("image", "last_image"):
-        if path := getattr(request, name):
-            open_picture(name, path)
+    for name, path in request.files().items():
+        if (kind := name.split()[0]) in ("image", "last_image", "reference"):
+            open_picture(kind, path)
+        elif kind in ("control", "control_mask"):
+            length = _length(kind, path, request.fps, request.num_frames)
+            if length < request.num_frames:
+                raise ConfigError(f"--{kind}={path} shows {length} frames at fps = {request.fps}; "
+                                  f"num_frames = {request.num_frames} is more: take "
+                                  f"{1 + (length - 1) // frames * frames}.")
     start_noise(request, model)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from vdx.build import ConfigError, lookup
 from vdx.data.record import BadRecord, Record
@@ -15,24 +14,18 @@ from vdx.data.resize import resize
 from vdx.data.signals import ACTIONS, Clip, read_signals
 from vdx.data.sources import video_record
 from vdx.data.track_files import TRACK_FILES
+from vdx.generate.pictures import open_picture
 
 KNOWN = {"image": 0, "last_image": -1}       # frames that are given: the signal known_frames
 NUMBERS = ("motion",)
 TOLERANCE = 1e-3                             # seconds
 
 
-def open_picture(name: str, path: str) -> Image.Image:
-    """Raises ConfigError that names the flag."""
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"--{name}={path} is not a picture that can be read: {error}.") from error
-
-
 def file_digest(name: str, path: str) -> str:
     """SHA-256; raises ConfigError that names the flag."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"--{name}={path} cannot be read: {error.strerror}.") from error
 

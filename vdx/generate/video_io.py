@@ -1,5 +1,6 @@
 """Clips on disk: mp4 and WebP out, frames with their times in."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from vdx.data.sources import open_video, pixels
 from vdx.files import whole_or_not
 
-__all__ = ["read_video", "to_uint8", "write_video", "write_webp"]
+__all__ = ["frames_at", "read_video", "to_uint8", "write_video", "write_webp"]
 
 BT709 = 1          # the number of this colour matrix, its primaries and its curve in H.264
 LIMITED = 1        # the range of luma in H.264 that every player expects: 16 to 235
@@ -66,17 +67,40 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError, naming the file, if it does not decode whole.
     """
+    seconds, frames = zip(*_decoded(path), strict=True)
+    return np.stack(frames), np.array(seconds)
+
+
+def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
+    """The frames, uint8 [h w 3], that are nearest to 0, 1/fps, 2/fps, ... seconds from the first
+    until the video ends. Decodes as far as it is asked and holds two. Raises as `read_video`."""
+    count, last, shown = 0, 0.0, None
+    for second, frame in _decoded(path):
+        while shown is not None and count / fps < (last + second) / 2:
+            yield shown
+            count += 1
+        last, shown = second, frame
+    while shown is not None and count / fps < last + 0.5 / fps:
+        yield shown
+        count += 1
+
+
+def _decoded(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """(seconds from the first frame, uint8 [h w 3]) of every frame."""
+    first = None
     try:
         container, stream = open_video(str(path))
         with container:
-            decoded = [(f.pts, f.is_corrupt, pixels(f)) for f in container.decode(stream)]
-            tick = float(stream.time_base)
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path} is not a readable video: {error.strerror}.") from error
-    stamps, corrupt, frames = zip(*decoded, strict=True) if decoded else ((), (), ())
-    if not frames or any(corrupt):
-        raise ValueError(f"{path} {'has damaged' if frames else 'holds no'} frames.")
-    return np.stack(frames), (np.array(stamps) - stamps[0]) * tick
+            for frame in container.decode(stream):
+                if frame.is_corrupt or frame.pts is None:
+                    raise ValueError("damaged frames")
+                first = frame.pts if first is None else first
+                yield (frame.pts - first) * float(stream.time_base), pixels(frame)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable video: "
+                         f"{getattr(error, 'strerror', None) or error}.") from error
+    if first is None:
+        raise ValueError(f"{path} holds no frames.")
 
 
 def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:

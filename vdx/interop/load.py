@@ -6,6 +6,7 @@ never holds the model: at most the shares of one parameter that lie on its own d
 
 import itertools
 import math
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,17 +20,31 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from vdx.files import read_json, write_json
-from vdx.interop.keymap import Place, Row, WeightsError, assign, export, flat, listed
+from vdx.interop.keymap import (
+    Place,
+    Row,
+    WeightsError,
+    absent,
+    assign,
+    export,
+    flat,
+    listed,
+    place_of,
+)
 from vdx.interop.pth import read_pth
 from vdx.interop.safetensors import Stored, read_header, write
+from vdx.models.denoiser import Denoiser
+from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
 from vdx.types import Params
 
 READERS: dict[str, Callable[[Path], dict[str, Stored]]] = {
-    ".safetensors": read_header, ".pth": read_pth, ".pt": read_pth, ".bin": read_pth}
+    ".safetensors": read_header, ".pth": read_pth, ".pt": read_pth, ".bin": read_pth,
+    ".ckpt": read_pth}
 # Kept in float32 whatever is asked for: norms, modulation, the embedding of time (as diffusers'
 # `_keep_in_fp32_modules` of Wan). They are small.
-FLOAT32 = re.compile(r"(bias|scale|table|null)$|/time/")
+FLOAT32 = re.compile(r"(bias|scale|table|null)$|^network/time/")
+BLOCKWISE = ("block", "window", "sink")      # fields of mixers
 
 
 def open_weights(path: str | Path) -> dict[str, Stored]:
@@ -76,13 +91,15 @@ def _parts(index: Path) -> dict[str, Stored]:
     return {key: parts[name][key] for key, name in where.items()}
 
 
-def abstract_params(shapes: Params, mesh: Mesh, dtype: str = "float32") -> Params:
+def abstract_params(shapes: Params, mesh: Mesh, dtype: str = "float32",
+                    trained: str | None = None) -> Params:
     """What `load_params` fills: `shapes`, laid out on the mesh by the rules of vdx.parallel.
 
-    dtype: of the kernels; what FLOAT32 names stays float32.
+    dtype: of the kernels; what FLOAT32 names, or the regex `trained`, stays float32.
     """
     def one(path, leaf, sharding):
-        kept = FLOAT32.search(path_str(path))
+        name = path_str(path)
+        kept = FLOAT32.search(name) or (trained and re.search(trained, name))
         return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if kept else jnp.dtype(dtype),
                                     sharding=sharding)
 
@@ -114,15 +131,58 @@ def laid_out(layout: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -
     return layout(np.broadcast_to(np.uint8(0), shape)).shape
 
 
-def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row]) -> Params:
+def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row],
+                optional: str | None = None) -> Params:
     """Our parameters from files, of the shapes, types and shardings of `like`.
 
-    Raises WeightsError as `match` does, before anything is read.
+    optional: a regex of paths; what it finds and no file has is left out. Raises WeightsError as
+    `match` does, before anything is read.
     """
+    if optional:
+        place = place_of(rows)
+        filled = {found.path for key in source if (found := place(key))}
+        filled |= set(absent(flat(like), rows))
+        like = unflatten_dict({path: leaf for path, leaf in flat(like).items()
+                               if path in filled or not re.search(optional, path)}, sep="/")
     parts = match(source, like, rows)
     # Waiting for each lets go of its copy on the host before the next is read.
     return unflatten_dict({path: _load(leaf, parts.get(path, ())).block_until_ready()
                            for path, leaf in flat(like).items()}, sep="/")
+
+
+def _dims(network: Transformer) -> tuple[int, int, int, tuple[Any, ...]]:
+    """Without what weights know nothing of: which blocks of a clip see which."""
+    width, depth, heads, pattern = network.dims()
+    specs = ({k: v for k, v in spec.items() if k not in BLOCKWISE} for spec in pattern)
+    return width, depth, heads, tuple(s["name"] if len(s) == 1 else s for s in specs)
+
+
+def load_model(model: Denoiser, theirs: Denoiser, source: Mapping[str, Stored],
+               rows: Sequence[Row], path: str | Path, mesh: Mesh, dtype: str,
+               trained: str | None) -> Params:
+    """The parameters of `model` from the files of `theirs`, on the mesh.
+
+    dtype: of the kernels. trained: a regex of paths that stay float32; those of them that the file
+    does not have are left out. The blocks of its pattern may be others than theirs, or none. Raises
+    WeightsError for a model that is another network, also where no array tells, and as
+    `load_params`.
+    """
+    there, here = theirs.parts()[0], model.parts()[0]
+    facts: dict[str, Callable] = {
+        "(width, depth, heads, pattern)": _dims, "hidden features": Transformer.hidden,
+        **{name: operator.attrgetter(name) for name in (
+            "channels", "patch", "activation", "rope_theta", "absolute", "sincos", "cross",
+            "time_scale")}}
+    wrong = [f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
+             for name, of in facts.items() if of(here) != of(there)]
+    text = [m.get("embeddings", {}).get("length") for m in (model.signals, theirs.signals)]
+    if text[0] != text[1]:
+        wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
+    if wrong:
+        raise WeightsError(listed(f"The model is not that of {path}:", wrong))
+    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype,
+                           trained)
+    return load_params(source, like, rows, trained)
 
 
 def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:

@@ -16,7 +16,7 @@ from vdx.interop.components import open_component
 from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
-from vdx.interop.public import PublicModel, assemble
+from vdx.interop.public import VACE, PublicModel, assemble
 from vdx.interop.safetensors import Stored
 from vdx.interop.vae import VIDEO_VAES
 
@@ -59,11 +59,15 @@ def open_original(path: str | Path, given: Mapping[str, str | Path],
     first, held = components["transformer"], components["vae"].module.z_dim == 48
     pictures, experts = "concat" in first.module.signals, "transformer_2" in components
     ends = first.module.signals.get("image_tokens", {}).get("positions")
+    control = "control" in first.module.signals
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if pictures else "WanPipeline",
+        "_class_name": VACE if control else "WanImageToVideoPipeline" if pictures else
+        "WanPipeline",
         "boundary_ratio": (0.9 if pictures else 0.875) if experts else None,
-        "expand_timesteps": held, "scheduler": ["diffusers", UNIPC["_class_name"]],
+        "scheduler": ["diffusers", UNIPC["_class_name"]],
         "tokenizer": ["transformers", _tokenizer_class(tokenizer)]}
+    if not control:
+        index["expand_timesteps"] = held
     kinds = {"text_encoder": ["transformers", "UMT5EncoderModel"],
              "vae": ["diffusers", "AutoencoderKLWan"],
              "image_encoder": ["transformers", "CLIPVisionModel"],
@@ -75,7 +79,7 @@ def open_original(path: str | Path, given: Mapping[str, str | Path],
         kinds.pop("image_encoder")
     there = {*components, *(["image_processor"] if "image_encoder" in components else [])}
     index |= {part: kinds[part] if part in there else [None, None] for part in kinds}
-    shift = 12.0 if experts and not pictures else 16.0 if ends else 5.0
+    shift = 12.0 if experts and not pictures else 16.0 if ends or control else 5.0
     return assemble(path, dtype, index, UNIPC | {"flow_shift": shift}, tokenizer, components)
 
 

@@ -23,7 +23,8 @@ from vdx.interop.load import empty_folder
 from vdx.interop.safetensors import Stored
 from vdx.models.clip import MEAN, STD
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+VACE = "WanVACEPipeline"
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE)
 INDEX = "model_index.json"
 # Scheduler of diffusers: (our sampler, its grid, its name for the shift, what ours takes for
 # granted).
@@ -78,6 +79,11 @@ class PublicModel:
     @property
     def reads_images(self) -> bool:
         return self.first_frame_is_held or "concat" in self.signals
+
+    @property
+    def reads_control(self) -> bool:
+        """A video, a mask and pictures of what is to be seen lead the clip (VACE)."""
+        return "control" in self.signals
 
     def schedule(self) -> dict[str, Any]:
         """{"sampler", "grid", "shift"} as the scheduler has them.
@@ -182,7 +188,7 @@ def open_public(path: str | Path, dtype: str = "float32") -> PublicModel:
     index = read_json(path / INDEX)
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
-        raise WeightsError(f"{path} is a {name}; vdx draws from {' and '.join(PIPELINES)}.")
+        raise WeightsError(f"{path} is a {name}; vdx draws from {', '.join(PIPELINES)}.")
     wanted = ["text_encoder", "transformer", "vae"] + [
         part for part in COMPONENTS if (index.get(part) or [None])[0]]
     missing = [part for part in dict.fromkeys([*wanted, "tokenizer", "scheduler"])
@@ -212,13 +218,18 @@ def _check(model: PublicModel) -> None:
     encoder, tokens = parts.get("image_encoder"), model.signals.get("image_tokens")
     latents = parts["vae"].module.z_dim
     given = model.signals.get("concat", {}).get("channels", 0)
-    mask = parts["vae"].module.rates[0]
+    control = model.signals.get("control", {}).get("channels", 0)
+    mask, side = parts["vae"].module.rates
     other = [e for e in model.experts[1:] if e.module.signals != first.module.signals]
     problems = [message for wrong, message in (
         (("transformer_2" in parts) != bool(model.boundary),
          f"boundary_ratio = {model.boundary or None} goes with a transformer_2"),
         (other, "transformer_2 reads other conditions than transformer"),
-        ("control" in model.signals, "the transformer has control blocks (VACE)"),
+        (model.reads_control != (model.index["_class_name"] == VACE),
+         f"control blocks in the transformer go with a {VACE}"),
+        (control not in (0, 2 * latents + side ** 2),
+         f"the control blocks read {control} channels, not {2 * latents + side ** 2}, latents of "
+         "what stays and what does not, and a mask"),
         (first.module.channels != latents,
          f"the transformer draws {first.module.channels} channels, the VAE has {latents}"),
         (given not in (0, mask + latents),

@@ -56,7 +56,8 @@ def _gamma(axes: int) -> Layout:
     return Layout(lambda x: x.reshape(-1), lambda x: x.reshape(-1, *[1] * axes))
 
 
-def _rows(theirs: str, ours: str, layout: Layout) -> Iterator[Row]:
+def dense_rows(theirs: str, ours: str, layout: Layout) -> Iterator[Row]:
+    """A kernel and its bias."""
     yield Row(f"{theirs}.weight", f"{ours}/kernel", layout)
     yield Row(f"{theirs}.bias", f"{ours}/bias")
 
@@ -69,17 +70,17 @@ def _layer(theirs: str, ours: str, original: bool) -> Iterator[Row]:
             yield from _layer(f"{theirs}.{names[original]}", f"{ours}/{part}", original)
     elif kind.startswith("attention_"):
         yield Row(f"{theirs}.norm.gamma", f"{ours}/norm/scale", _gamma(2))
-        yield from _rows(f"{theirs}.to_qkv", f"{ours}/qkv", patches((1, 1)))
-        yield from _rows(f"{theirs}.proj", f"{ours}/out", patches((1, 1)))
+        yield from dense_rows(f"{theirs}.to_qkv", f"{ours}/qkv", patches((1, 1)))
+        yield from dense_rows(f"{theirs}.proj", f"{ours}/out", patches((1, 1)))
     elif kind in ("downsample", "upsample"):
-        yield from _rows(f"{theirs}.resample.1", f"{ours}/conv", CONV)
-        yield from _rows(f"{theirs}.time_conv", f"{ours}/time_conv", CONV)
+        yield from dense_rows(f"{theirs}.resample.1", f"{ours}/conv", CONV)
+        yield from dense_rows(f"{theirs}.time_conv", f"{ours}/time_conv", CONV)
     elif kind.startswith("norm"):
         yield Row(f"{theirs}.gamma", f"{ours}/scale", _gamma(3))
     elif kind in ("shortcut", "quant_conv", "post_quant_conv"):      # 1x1x1: our dense layers
-        yield from _rows(theirs, ours, patches((1, 1, 1)))
+        yield from dense_rows(theirs, ours, patches((1, 1, 1)))
     else:
-        yield from _rows(theirs, ours, CONV)
+        yield from dense_rows(theirs, ours, CONV)
 
 
 def _levels(vae: VideoVAE, coder: str, original: bool) -> Iterator[tuple[str, str]]:
@@ -139,36 +140,41 @@ def video_vae_from_config(config: Mapping[str, Any], dtype: str = "float32") -> 
     return vae
 
 
+def norm_rows(theirs: str, ours: str) -> Iterator[Row]:
+    """A norm over groups."""
+    yield Row(f"{theirs}.weight", f"{ours}/norm/scale", KEEP)
+    yield Row(f"{theirs}.bias", f"{ours}/norm/bias", KEEP)
+
+
+def residual_rows(theirs: str, ours: str) -> Iterator[Row]:
+    """An ImageResidual, `ResnetBlock2D` in diffusers."""
+    for i in (1, 2):
+        yield from norm_rows(f"{theirs}.norm{i}", f"{ours}/norm{i}")
+        yield from dense_rows(f"{theirs}.conv{i}", f"{ours}/conv{i}", CONV)
+    yield from dense_rows(f"{theirs}.conv_shortcut", f"{ours}/shortcut", patches((1, 1)))
+    yield from dense_rows(f"{theirs}.time_emb_proj", f"{ours}/emb", LINEAR)
+
+
 def image_vae_rows() -> tuple[Row, ...]:
     """The keys of `AutoencoderKL` in diffusers, the same for all its configurations; with the
     older names of the attention's matrices, which most public files have."""
-    def norm(theirs: str, ours: str) -> tuple[Row, ...]:
-        return (Row(f"{theirs}.weight", f"{ours}/norm/scale", KEEP),
-                Row(f"{theirs}.bias", f"{ours}/norm/bias", KEEP))
-
-    def residual(theirs: str, ours: str) -> Iterator[Row]:
-        for i in (1, 2):
-            yield from norm(f"{theirs}.norm{i}", f"{ours}/norm{i}")
-            yield from _rows(f"{theirs}.conv{i}", f"{ours}/conv{i}", CONV)
-        yield from _rows(f"{theirs}.conv_shortcut", f"{ours}/shortcut", patches((1, 1)))
-
-    rows = [*_rows("quant_conv", "quant_conv", patches((1, 1))),
-            *_rows("post_quant_conv", "post_quant_conv", patches((1, 1)))]
+    rows = [*dense_rows("quant_conv", "quant_conv", patches((1, 1))),
+            *dense_rows("post_quant_conv", "post_quant_conv", patches((1, 1)))]
     for coder, way in (("encoder", "down"), ("decoder", "up")):
-        rows += [*_rows(f"{coder}.conv_in", f"{coder}/conv_in", CONV),
-                 *_rows(f"{coder}.conv_out", f"{coder}/conv_out", CONV),
-                 *norm(f"{coder}.conv_norm_out", f"{coder}/norm_out")]
+        rows += [*dense_rows(f"{coder}.conv_in", f"{coder}/conv_in", CONV),
+                 *dense_rows(f"{coder}.conv_out", f"{coder}/conv_out", CONV),
+                 *norm_rows(f"{coder}.conv_norm_out", f"{coder}/norm_out")]
         level = f"{coder}.{way}_blocks.{{i}}"
-        rows += residual(f"{level}.resnets.{{j}}", f"{coder}/level_{{i}}_res_{{j}}")
-        rows += _rows(f"{level}.{way}samplers.0.conv", f"{coder}/level_{{i}}_resample", CONV)
+        rows += residual_rows(f"{level}.resnets.{{j}}", f"{coder}/level_{{i}}_res_{{j}}")
+        rows += dense_rows(f"{level}.{way}samplers.0.conv", f"{coder}/level_{{i}}_resample", CONV)
         middle = f"{coder}.mid_block"
-        rows += residual(f"{middle}.resnets.{{j}}", f"{coder}/middle_res_{{j}}")
+        rows += residual_rows(f"{middle}.resnets.{{j}}", f"{coder}/middle_res_{{j}}")
         theirs, ours = f"{middle}.attentions.{{j}}", f"{coder}/middle_attention_{{j}}"
-        rows += norm(f"{theirs}.group_norm", f"{ours}/norm")
+        rows += norm_rows(f"{theirs}.group_norm", f"{ours}/norm")
         for name, *others in (("q", "to_q", "query"), ("k", "to_k", "key"),
                               ("v", "to_v", "value"), ("out", "to_out.0", "proj_attn")):
             for other in others:
-                rows += _rows(f"{theirs}.{other}", f"{ours}/{name}", LINEAR)
+                rows += dense_rows(f"{theirs}.{other}", f"{ours}/{name}", LINEAR)
     return tuple(rows)
 
 

@@ -10,21 +10,18 @@ ours by rows.
 
 import dataclasses
 import math
-import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
-from vdx.interop.load import abstract_params, load_params, open_weights
+from vdx.interop.load import load_model, open_weights
 from vdx.interop.safetensors import Stored
 from vdx.models.denoiser import Denoiser
-from vdx.models.transformer import Transformer
 from vdx.types import Params
 
 
@@ -302,30 +299,15 @@ def open_wan(path: str | Path) -> Wan:
     return Wan(config | said, source, *wan_from_config(config | said))
 
 
-def _named(network: Transformer) -> tuple[int, int, int, tuple[str, ...]]:
-    width, depth, heads, pattern = network.dims()
-    return width, depth, heads, tuple(spec["name"] for spec in pattern)
-
-
-def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32") -> Params:
+def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32",
+             trained: str | None = None) -> Params:
     """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
 
-    dtype: of the kernels. `null`, the dropped text, is zero: no file has it. The blocks of the
-    model's pattern may be others than theirs, or none: weights know nothing of them. Raises
+    dtype, trained: as of `load_model`. `null`, the dropped text, is zero: no file has it. The
+    blocks of the model's pattern may be others than theirs, or none: weights know nothing of them.
+    Raises
     WeightsError for files as `open_wan`, and for a model that is another network than theirs.
     """
     wan = open_wan(path)
-    there, here = Denoiser(wan.backbone, wan.signals).parts()[0], model.parts()[0]
-    facts: dict[str, Callable] = {
-        "(width, depth, heads, pattern)": _named, "hidden features": Transformer.hidden,
-        **{name: operator.attrgetter(name) for name in (
-            "channels", "patch", "activation", "rope_theta", "absolute", "time_scale")}}
-    wrong = [f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
-             for name, of in facts.items() if of(here) != of(there)]
-    text = [m.get("embeddings", {}).get("length") for m in (model.signals, wan.signals)]
-    if text[0] != text[1]:
-        wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
-    if wrong:
-        raise WeightsError(listed(f"The model is not that of {path}:", wrong))
-    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype)
-    return load_params(wan.source, like, wan_transformer_rows(model))
+    return load_model(model, Denoiser(wan.backbone, wan.signals), wan.source,
+                      wan_transformer_rows(model), path, mesh, dtype, trained)

@@ -28,7 +28,7 @@ from vdx.data.scene_drawing import (
 )
 from vdx.data.scenes import GROWTH, MOTIONS, SPEEDS, TURN
 
-__all__ = ["ATTRIBUTES", "read_attributes", "score"]
+__all__ = ["ATTRIBUTES", "Track", "read_angles", "read_attributes", "score", "track_object"]
 
 ATTRIBUTES = ("colour", "shape", "motion")
 NONE = "none"
@@ -102,10 +102,16 @@ def _area(shape: str, style: str, contrast: float) -> float:
     return float(_template(shape, style, line, line[:, None], 40.0, 0.0, contrast).sum()) / 1600.0
 
 
-class _Track:
-    """The object through the frames: amount of its colour, and centre and area where seen."""
+class Track:
+    """The object through the frames: amount of its colour, and centre and area where seen.
+
+    amount [t h w]: 1 where a pixel has the object's colour, 0 where it has the background's;
+    area [t], centre [t 2]: in pixels, x and y from the upper left corner; seen: int, the frames
+    in which there is enough of it.
+    """
 
     def __init__(self, video: np.ndarray, back: np.ndarray, colour: str):
+        self.colour = colour
         line = _rgb(colour) - back
         power = np.maximum((line * line).sum(-1), 1.0)
         self.amount = np.clip(((video - back) * line).sum(-1) / power, 0.0, 1.2)
@@ -172,7 +178,7 @@ def _angles(shape: str, step: float) -> np.ndarray:
     return (np.arange(count) * (period / count)).astype(np.float32)
 
 
-def _name_shape(track: _Track, shapes: Sequence[str]) -> tuple[str, str]:
+def _name_shape(track: Track, shapes: Sequence[str]) -> tuple[str, str]:
     """(shape, style) most like the object where it is largest, each frame at its best angle."""
     frames = track.seen[np.argsort(-track.area[track.seen])[:SHAPE_FRAMES]].tolist()
     marks, turns = {}, {}
@@ -189,7 +195,18 @@ def _name_shape(track: _Track, shapes: Sequence[str]) -> tuple[str, str]:
     return best if marks[best] > 1.0 + LIKENESS else (NONE, best[1])
 
 
-def _turning(track: _Track, times: np.ndarray, shape: str, style: str) -> float:
+def read_angles(track: Track, shapes: Sequence[str] = SHAPES) -> tuple[np.ndarray, float]:
+    """(clockwise radians [frames seen] by which the object is turned, the period in which its
+    shape looks the same); period 0 where it always does, or the shape cannot be read."""
+    shape, style = _name_shape(track, shapes)
+    if shape not in SYMMETRY:
+        return np.zeros(len(track.seen)), 0.0
+    angles = _angles(shape, 3.0)
+    marks = [track.likeness(f, shape, style, angles).argmax() for f in track.seen.tolist()]
+    return angles[marks], math.tau / SYMMETRY[shape]
+
+
+def _turning(track: Track, times: np.ndarray, shape: str, style: str) -> float:
     """Clockwise radians per second of the constant turn that fits all frames; 0 if none does."""
     if shape not in SYMMETRY or len(times) < 3:
         return 0.0
@@ -205,7 +222,7 @@ def _turning(track: _Track, times: np.ndarray, shape: str, style: str) -> float:
     return float(rates[best]) if fit[best] > fit[30] + 0.01 else 0.0
 
 
-def _name_motion(track: _Track, fps: float, shape: str, style: str, motions) -> str:
+def _name_motion(track: Track, fps: float, shape: str, style: str, motions) -> str:
     """The strongest of the motions, each measured against what scenes call slow."""
     frame = track.amount.shape[1:]
     times = track.seen / fps
@@ -234,26 +251,30 @@ def read_attributes(video: np.ndarray, fps: float = 8.0,
     fps: frames per second; colours, shapes, motions: the words to choose from.
     Raises ValueError for another dtype or shape.
     """
+    track, nothing = track_object(video, colours), dict.fromkeys(ATTRIBUTES, NONE)
+    if track is None:
+        return nothing
+    if len(track.seen) < max(3, len(video) // 2):
+        return {**nothing, "colour": track.colour}
+    shape, style = _name_shape(track, shapes)
+    return {"colour": track.colour, "shape": shape,
+            "motion": _name_motion(track, fps, shape, style, motions)}
+
+
+def track_object(video: np.ndarray, colours: Sequence[str] = tuple(COLOURS)) -> Track | None:
+    """Follows the object of a clip that `read_attributes` can read; None where none is found."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
         raise ValueError(f"read_attributes takes uint8 [t h w 3], not {video.dtype} "
                          f"{list(video.shape)}.")
-    nothing = dict.fromkeys(ATTRIBUTES, NONE)
     frames = video.astype(np.float32)
     back = _estimate_background(frames)
     differs = ((frames - back) ** 2).sum(-1) > _threshold(frames - back) ** 2
     where = np.argwhere(differs)
     if len(where) < 0.003 * differs.size:
-        return nothing
+        return None
     t, h, w = where[::max(1, len(where) // 2000)].T
     colour = _name_colour(frames[t, h, w], back[h, w], colours)
-    if colour == NONE:
-        return nothing
-    track = _Track(frames, back, colour)
-    if len(track.seen) < max(3, len(video) // 2):
-        return {**nothing, "colour": colour}
-    shape, style = _name_shape(track, shapes)
-    return {"colour": colour, "shape": shape,
-            "motion": _name_motion(track, fps, shape, style, motions)}
+    return None if colour == NONE else Track(frames, back, colour)
 
 
 def _threshold(residual: np.ndarray) -> float:

@@ -251,8 +251,9 @@ def _samples(workdir: Path) -> str:
 
 def _following(workdir: Path, result: Mapping[str, Any]) -> str:
     """Generated clips, read for the attributes that their prompts ask for."""
+    steered = _steering(result.get("steering", []))
     if not (scores := result.get("scores")):
-        return NOT_YET
+        return steered or NOT_YET
     setting = " · ".join(f"{name} {result[key]}" for key, name in (
         ("step", "training step"), ("prompts", "prompts:"), ("sampler", "sampler"),
         ("steps", "sampling steps:"), ("guidance", "guidance")) if key in result)
@@ -270,7 +271,22 @@ def _following(workdir: Path, result: Mapping[str, Any]) -> str:
                    yaxis={"range": [0, 1.04], "tickformat": ".0%"})
     maps = [_confusion(name, counts) for name, counts in result.get("confusion", {}).items()]
     return (f'<p class="muted">{escape(setting)}{tag}</p>\n' + _charts(table, chart)
-            + _charts(*maps) + _examples(workdir, result.get("examples", [])))
+            + _charts(*maps) + _examples(workdir, result.get("examples", [])) + steered)
+
+
+def _steering(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each measure of how a signal is obeyed."""
+    def line(row: Mapping[str, Any]) -> list[str]:
+        numbers = [f"{row.get(key, math.nan):.3g}" for key in
+                   ("model", "without", "control", "true", "goal")]
+        verdict = '<span class="ok">✓</span>' if row.get("reached") else \
+            '<span class="wrong">✗</span>'
+        return [escape(str(row.get(key, ""))) for key in ("signal", "measure", "unit")] + [
+            *numbers, verdict]
+
+    return "<h3>Steering</h3>" + _table(
+        ["signal", "measure", "unit", "model", "without the signal", "against other clips' signals",
+         "reader on true renders", "goal", ""], map(line, rows), "values") if rows else ""
 
 
 def _confusion(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:

@@ -54,11 +54,13 @@ class CrossAttention(nn.Module):
     """Queries from the grid [b t h w d], keys and values from tokens [b l e].
 
     With image tokens [b m e] the same queries also attend to those, by keys and values of their
-    own, and both answers are added (Ye et al. 2023, IP-Adapter; Wan image-to-video).
+    own, and both answers are added (Ye et al. 2023, IP-Adapter; Wan image-to-video). qk_norm:
+    queries and keys are RMS-normalised across all heads (Wan).
     """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    qk_norm: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"], tokens: Float[Array, "b l e"],
@@ -69,11 +71,14 @@ class CrossAttention(nn.Module):
         def keys_and_values(tokens: Array, prefix: str = "") -> tuple[Array, Array]:
             k = nn.Dense(width, name=f"{prefix}k", dtype=self.dtype)(tokens)
             v = nn.Dense(width, name=f"{prefix}v", dtype=self.dtype)(tokens)
-            k = RMSNorm(name=f"{prefix}k_norm")(k)
+            if self.qk_norm:
+                k = RMSNorm(name=f"{prefix}k_norm")(k)
             k, v = (rearrange(a, "b l (n d) -> b l n d", n=self.heads) for a in (k, v))
             return k, v
 
-        q = RMSNorm(name="q_norm")(nn.Dense(width, name="q", dtype=self.dtype)(x))
+        q = nn.Dense(width, name="q", dtype=self.dtype)(x)
+        if self.qk_norm:
+            q = RMSNorm(name="q_norm")(q)
         q = rearrange(q, "b t h w (n d) -> b (t h w) n d", n=self.heads)
         y = attend(q, *keys_and_values(tokens), mask)
         if image_tokens is not None:

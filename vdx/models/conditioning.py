@@ -67,13 +67,16 @@ class Embeddings(nn.Module):
     clips, or by a frozen `encoder`, a row of FROZEN, while captions are read. Port `tokens`.
 
     length: captions are filled up with zeros to so many tokens and all of these are seen, as Wan
-    has it; None: padding is masked. Null value: one learned token.
+    has it; None: padding is masked. project: whether an MLP brings them to the network's width;
+    Stable Diffusion reads them as they are. Null value: `null_tokens` learned tokens.
     """
 
     width: int
     features: int = 4096
     encoder: Mapping[str, Any] | None = None
     length: int | None = None
+    project: bool = True
+    null_tokens: int = 1
     dropout: float = 0.1
 
     @nn.nowrap
@@ -94,7 +97,8 @@ class Embeddings(nn.Module):
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         if self.encoder is not None:
             self.tokenizer()           # says now what is wrong with it
-        return {"text": jnp.zeros((1, 1, self.features)), "text_mask": jnp.ones((1, 1), bool)}
+        n = self.null_tokens
+        return {"text": jnp.zeros((1, n, self.features)), "text_mask": jnp.ones((1, n), bool)}
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
@@ -102,11 +106,16 @@ class Embeddings(nn.Module):
         if x.shape[-1] != self.features:
             raise ConfigError(f"Cached text embeddings are {x.shape[-1]} wide; "
                               f"config.model.signals.embeddings.features = {self.features}.")
-        null = self.param("null", nn.initializers.normal(0.02), (self.features,), jnp.float32)
-        first = jnp.arange(x.shape[1]) == 0
-        x = jnp.where(drop[:, None, None], null * first[:, None], x)
-        mask = jnp.where(drop[:, None], first, batch["text_mask"])
-        project = MLP(self.width, out=self.width, name="project")
+        n = self.null_tokens
+        shape = (self.features,) if n == 1 else (n, self.features)
+        null = self.param("null", nn.initializers.normal(0.02), shape, jnp.float32)
+        mask, longer = batch["text_mask"], ((0, 0), (0, max(0, n - x.shape[1])))
+        x, mask = jnp.pad(x, (*longer, (0, 0))), jnp.pad(mask, longer)
+        null = jnp.pad(null.reshape(n, -1), ((0, x.shape[1] - n), (0, 0)))
+        x = jnp.where(drop[:, None, None], null, x)
+        mask = jnp.where(drop[:, None], jnp.arange(x.shape[1]) < n, mask)
+        project: Callable[[Array], Array] = (lambda tokens: tokens) if not self.project else MLP(
+            self.width, out=self.width, name="project")
         if self.length is None:
             return Ports(tokens=project(x), tokens_mask=mask)
         short = self.length - x.shape[1]
@@ -167,15 +176,21 @@ class Concat(nn.Module):
 
 class Control(nn.Module):
     """What control blocks read (batch key `control` [b t h w channels]), in Wan VACE the latents
-    of what stays, of what changes, and a mask. Port `control`. Null value: hints of weight 0."""
+    of what stays, of what changes, and a mask; in a U-Net maps of pixels. Port `control`. Null
+    value: hints of weight 0.
+
+    side: how many times as high and wide as the clip it is.
+    """
 
     width: int
     channels: int
+    side: int = 1
     dropout: float = 0.0
 
     @nn.nowrap
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
-        return {"control": jnp.zeros((1, *clip[:3], self.channels))}
+        t, h, w = clip[:3]
+        return {"control": jnp.zeros((1, t, h * self.side, w * self.side, self.channels))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
         return Ports(control=kept(batch["control"], drop),

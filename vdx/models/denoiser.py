@@ -13,9 +13,10 @@ from vdx.models.lora import Adapted
 from vdx.models.mixers import Past
 from vdx.models.text import Tokenize
 from vdx.models.transformer import Transformer
+from vdx.models.unet import UNet
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer, "unet": UNet}
 
 
 class Denoiser(nn.Module):

@@ -8,38 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vdx.build import ConfigError
+from vdx.models.image_blocks import GroupNorm, ImageResidual
 from vdx.models.vae_blocks import Posterior, attend_frames, double, down_conv
 from vdx.types import Array, Float, PRNGKeyArray
-
-
-class GroupNorm(nn.Module):
-    """Normalises groups of channels of each frame, in float32, returned in the input's dtype."""
-
-    groups: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Array:
-        # Not the fast variance E[x^2] - E[x]^2: it cancels where the mean is large.
-        return nn.GroupNorm(self.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False,
-                            name="norm")(x.astype(jnp.float32)).astype(x.dtype)
-
-
-class ImageResidual(nn.Module):
-    """Two 3x3 convolutions, each after group norm and SiLU, beside a shortcut."""
-
-    features: int
-    groups: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Array:
-        y = x
-        for i in (1, 2):
-            y = nn.silu(GroupNorm(self.groups, name=f"norm{i}")(y))
-            y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name=f"conv{i}")(y)
-        if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, name="shortcut", dtype=self.dtype)(x)
-        return x + y
 
 
 class ImageAttention(nn.Module):

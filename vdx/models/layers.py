@@ -16,11 +16,19 @@ import numpy as np
 
 from vdx.types import Array, Float, Int
 
+
+def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
+    """The first half of the features, gated by the second (Shazeer 2020)."""
+    x, gate = jnp.split(x, 2, -1)
+    return x * nn.gelu(gate, approximate=False)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,          # tanh form, as in Wan and T5
     "gelu_exact": partial(nn.gelu, approximate=False),     # BERT, CLIP ViT-H
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),     # OpenAI's CLIP
     "silu": nn.silu,
+    "geglu": geglu,           # the U-Nets
     "relu2": lambda x: jnp.square(nn.relu(x)),   # Primer (So et al. 2021); the cheapest on a CPU
 }
 
@@ -146,6 +154,22 @@ def place_table(grid: tuple[int, int, int], width: int) -> np.ndarray:
 
     out = _over_axes(grid, width, rows)
     return np.pad(out, [(0, 0)] * 3 + [(0, width - out.shape[-1])]).astype(np.float32)
+
+
+def sincos_table(places: np.ndarray, width: int) -> np.ndarray:
+    """[n] -> [n width], float64: sines, then cosines, at geometric frequencies (Vaswani 2017)."""
+    angles = places[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1)
+
+
+def plane_table(grid: tuple[int, int], width: int, base: int) -> np.ndarray:
+    """Fixed positions [h w width] of the places of a frame (Peebles & Xie 2023, DiT; Latte): the
+    column in the first half of the features, the row in the second. Either axis is as long as
+    `base` places, whatever the grid."""
+    rows, columns = (sincos_table(np.arange(n) * base / n, width // 2) for n in grid)
+    shape = (*grid, width // 2)
+    return np.concatenate([np.broadcast_to(columns, shape),
+                           np.broadcast_to(rows[:, None], shape)], -1).astype(np.float32)
 
 
 def rope_table(grid: tuple[int, int, int], head_width: int,

@@ -269,5 +269,7 @@ PATTERNS: dict[str, tuple[str | dict[str, Any], ...]] = {
     "factorized_causal": ("space", {"name": "time", "block": 1}),
     "conv": ("space", {"name": "conv", "kernel": (3, 1, 1)}),
     "recurrent": ("space", "recurrent"),
+    "latte": tuple({"name": name, "positions": "none", "qk_norm": False}
+                   for name in ("space", "time")),         # its `sincos` positions are added
     "frames": ("space", "none"),       # independent frames
 }

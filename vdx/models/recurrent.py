@@ -70,6 +70,7 @@ class Recurrent(nn.Module):
 
     A clip may come in windows, or frame by frame in constant memory: what one leaves, `run` gives
     to the next, so that the result is that of the whole clip. At its start the state is zero.
+    With a past it lies in the collection "cache", and moves on where that is mutable.
     """
 
     heads: int           # not used
@@ -108,4 +109,10 @@ class Recurrent(nn.Module):
         return jnp.zeros((len(x), *x.shape[2:]), jnp.float32)
 
     def __call__(self, x: Float[Array, "b t h w d"], context: Any) -> Float[Array, "b t h w d"]:
-        return self.run(self.new_state(x), x)[1]
+        state, past = self.new_state(x), getattr(context, "past", None)
+        if past is None:
+            return self.run(state, x)[1]
+        state, y = self.run(self.get_variable("cache", "state", state), x)
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", "state", state)
+        return y

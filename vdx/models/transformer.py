@@ -7,6 +7,7 @@ Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/in
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,9 @@ from vdx.models.layers import (
     dct_basis,
     layer_norm,
     place_table,
+    plane_table,
     rope_table,
+    sincos_table,
     turned,
 )
 from vdx.models.mixers import MIXERS, PATTERNS, MixContext, Past
@@ -50,6 +53,11 @@ REMAT = {
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_with_no_batch_dims_saveable,
 }
+# Whether cross-attention is normalised, its input and its queries and keys, and is in every block.
+CROSS = {
+    "normed": True,      # Wan
+    "plain": False,      # PixArt-alpha and Latte: in no block over time alone
+}
 
 
 def low_frequencies(patch: tuple[int, int, int], out: bool = False):
@@ -65,6 +73,11 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return layer_norm(x) * (1 + scale) + shift
 
 
+def mixer_of(spec: Mapping[str, Any], heads: int = 1) -> Any:
+    """The free-standing mixer of a spec. Raises ConfigError for one that cannot be."""
+    return build(spec, MIXERS, "model.pattern", heads=heads, dtype=jnp.float32, parent=None)
+
+
 class Block(nn.Module):
     """One mixer, cross-attention to the text, one MLP, each a residual.
 
@@ -76,6 +89,7 @@ class Block(nn.Module):
     heads: int
     hidden: int
     activation: str
+    cross: str
     dtype: jnp.dtype
 
     @nn.compact
@@ -92,10 +106,11 @@ class Block(nn.Module):
 
         y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
         x = (x + gate1 * y).astype(x.dtype)
-        if ports.tokens is not None:
-            cross = CrossAttention(self.heads, self.dtype, name="cross")
-            x = x + cross(LayerNorm(name="cross_norm")(x), ports.tokens, ports.tokens_mask,
-                          ports.image_tokens)
+        normed = CROSS[self.cross]
+        if ports.tokens is not None and (normed or not mixer.temporal):
+            cross = CrossAttention(self.heads, self.dtype, normed, name="cross")
+            x = x + cross(LayerNorm(name="cross_norm")(x) if normed else x, ports.tokens,
+                          ports.tokens_mask, ports.image_tokens)
         y = MLP(self.hidden, self.activation, self.dtype, name="mlp")(
             modulate(x, shift2, scale2).astype(self.dtype))
         x = (x + gate2 * y).astype(x.dtype)
@@ -106,7 +121,8 @@ class Period(nn.Module):
     """One pass through the pattern; `nn.scan` repeats it over the depth.
 
     Control tokens (Jiang et al. 2025, VACE) pass through a block of their own, and a projection
-    of them is added to the clip's after the first block.
+    of them is added to the clip's after the first block. Positions of frames [t 1 1 d] are added
+    once, before the first block over time alone (Latte).
     """
 
     pattern: tuple[Mapping[str, Any], ...]
@@ -114,8 +130,10 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, carry, modulation, ports, context):
-        x, control = carry
+        x, control, frames = carry
         for i, mixer in enumerate(self.pattern):
+            if frames is not None and mixer_of(mixer).temporal:
+                x, frames = x + frames, jnp.zeros_like(frames)
             x = Block(mixer, **self.block, name=f"block_{i}")(x, modulation, ports, context)
             if control is not None and i == 0:
                 control = Block(mixer, **self.block, name="control")(control, modulation, ports,
@@ -124,7 +142,7 @@ class Period(nn.Module):
                                 kernel_init=nn.initializers.zeros)(control)
                 scale = ports.control_scale[:, None, None, None, None]
                 x = (x + scale * hint).astype(x.dtype)
-        return (x, control), None
+        return (x, control, frames), None
 
 
 class Transformer(nn.Module):
@@ -141,7 +159,11 @@ class Transformer(nn.Module):
     repetition.
     rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
     a small one. absolute: tokens are also told their place in the clip, so that attention can
-    average places (where is the object?), which rotary positions alone learn much later.
+    average places (where is the object?), which rotary positions alone learn much later. sincos:
+    fixed positions are added, those of a frame, which is as many places long, to its patches, and
+    those in time before the first block over time alone (Latte); 0: none. cross: a row of CROSS.
+    skip: what lies beside the clip at the port `concat` also reaches the prediction directly, by a
+    linear map of each patch, zero at first: a given frame need not pass through a narrow width.
     time_scale: multiplies the time that is embedded; below 1 neighbouring noise levels share
     what they learn, which a short training needs. remat: a row of REMAT. dtype: compute type of
     the matrix products.
@@ -158,6 +180,9 @@ class Transformer(nn.Module):
     activation: str = "gelu"
     rope_theta: float = 10_000.0
     absolute: bool = False
+    sincos: int = 0
+    cross: str = "normed"
+    skip: bool = False
     time_scale: float = 1.0
     remat: str = "none"
     dtype: str = "float32"
@@ -171,7 +196,8 @@ class Transformer(nn.Module):
             pattern = lookup(pattern, PATTERNS, "model.pattern")
         pattern = tuple({"name": one} if isinstance(one, str) else dict(one) for one in pattern)
         for spec in pattern:
-            build(spec, MIXERS, "model.pattern", heads=heads, dtype=jnp.float32, parent=None)
+            mixer_of(spec, heads)
+        lookup(self.cross, CROSS, "model.cross")
         if depth % len(pattern):
             raise ConfigError(f"model.depth = {depth} is not a multiple of the pattern {pattern}.")
         if width % (2 * heads):
@@ -180,8 +206,7 @@ class Transformer(nn.Module):
 
     def over_time(self) -> list[Any]:
         """The mixers of the pattern that look beyond a frame."""
-        mixers = [build(spec, MIXERS, "model.pattern", heads=1, dtype=jnp.float32, parent=None)
-                  for spec in self.dims()[3]]
+        mixers = [mixer_of(spec) for spec in self.dims()[3]]
         return [mixer for mixer in mixers if getattr(mixer, "over", "") not in ("space", "none")]
 
     def block(self) -> int | None:
@@ -213,12 +238,14 @@ class Transformer(nn.Module):
                              "for each clip [b] or for each frame [b t].")
         return time[:, ::self.patch[0]]
 
+    def patches(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w k"]:
+        pt, ph, pw = self.patch
+        return rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
+
     def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b t h w d"]:
         """Patches start as their lowest frequencies, and are drawn from them again at the end."""
-        pt, ph, pw = self.patch
-        x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
         return nn.Dense(self.dims()[0], name=name, dtype=jnp.dtype(self.dtype),
-                        kernel_init=low_frequencies(self.patch))(x)
+                        kernel_init=low_frequencies(self.patch))(self.patches(x))
 
     def told(self, emb: Array, vector: Array) -> Array:
         """The time embedding [b d] or [b t d], and a vector [b d] or, one for each frame of the
@@ -236,14 +263,25 @@ class Transformer(nn.Module):
         width, depth, heads, pattern = self.dims()
         dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
         grid, time = self.grid(x.shape[1:]), self.frame_times(x, time)
+        out = partial(nn.Dense, pt * ph * pw * self.channels, dtype=jnp.float32)
+        direct: Array | float = 0.0
         if ports.concat is not None:
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
+            if self.skip:
+                direct = out(name="skip", use_bias=False, kernel_init=nn.initializers.zeros)(
+                    self.patches(ports.concat))
 
         x = self.tokens(x, "patch")
         if self.absolute:
             # With blocks it is the place in the block: how long the clip will be is not known.
             places = place_table((self.block() or grid[0], *grid[1:]), width)
             x = x + jnp.asarray(places[np.arange(grid[0]) % len(places)], x.dtype)
+        frames = None
+        if self.sincos:
+            x = x + jnp.asarray(plane_table(grid[1:], width, self.sincos), x.dtype)
+            if grid[0] > 1:
+                frames = jnp.asarray(sincos_table(np.arange(grid[0]), width), x.dtype)
+                frames = frames[:, None, None]
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
@@ -275,12 +313,13 @@ class Transformer(nn.Module):
         layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0},
                          split_rngs={"params": True, "lora": True},
                          in_axes=nn.broadcast, length=depth // len(pattern))
-        fields = dict(heads=heads, hidden=self.hidden(), activation=self.activation, dtype=dtype)
-        (x, _), _ = layers(pattern, fields, name="layers")((x, control), modulation, ports, context)
+        fields = dict(heads=heads, hidden=self.hidden(), activation=self.activation,
+                      cross=self.cross, dtype=dtype)
+        (x, *_), _ = layers(pattern, fields, name="layers")(
+            (x, control, frames), modulation, ports, context)
 
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
         shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)
         x = modulate(x, shift, scale).astype(dtype)
-        x = nn.Dense(pt * ph * pw * self.channels, name="unpatch", dtype=jnp.float32,
-                     kernel_init=low_frequencies(self.patch, out=True))(x)
+        x = direct + out(name="unpatch", kernel_init=low_frequencies(self.patch, out=True))(x)
         return rearrange(x, "b t h w (i j k c) -> b (t i) (h j) (w k) c", i=pt, j=ph, k=pw)

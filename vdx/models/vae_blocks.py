@@ -91,9 +91,10 @@ class CausalConv3d(nn.Module):
         return y.astype(self.dtype)
 
 
-def down_conv(features: int, dtype, name: str) -> nn.Conv:
-    """A 2D convolution that halves a frame [... h w c]; its padding is below and to the right."""
-    return nn.Conv(features, (3, 3), 2, [(0, 1), (0, 1)], dtype=dtype, name=name)
+def down_conv(features: int, dtype, name: str, before: int = 0) -> nn.Conv:
+    """A 2D convolution that halves a frame [... h w c]; its padding is below and to the right, and
+    `before` pixels above and to the left."""
+    return nn.Conv(features, (3, 3), 2, [(before, 1)] * 2, dtype=dtype, name=name)
 
 
 def double(x: Float[Array, "... h w c"]) -> Array:

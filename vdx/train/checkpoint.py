@@ -277,11 +277,11 @@ def check_same(abstract: Any, leaves: Mapping[str, Leaf], where: Path) -> None:
 
 
 def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> None:
-    """Raises CheckpointError if a step's adapters were trained beside other weights than those of
-    the digest `base`."""
+    """Raises CheckpointError if what a step trained was beside other weights than those of the
+    digest `base`."""
     if progress.get("weights") != base:
         raise CheckpointError(
-            f"The adapters of {where} were trained beside other weights than those that "
+            f"The parameters of {where} were trained beside other weights than those that "
             "config.weights names now (or in another type: config.model.backbone.dtype). Name "
             "those that they were trained beside.")
 

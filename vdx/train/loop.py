@@ -148,13 +148,14 @@ class Trainer:
         self.rollbacks = 0
         self.flying: Flying | None = None
         self.window = Window()
-        # The weights beside adapters, and their digest, which every checkpoint keeps.
-        self.frozen = self.base = None
-        if experiment.lora is not None:
-            self.frozen = experiment.read_weights(mesh)
+        # The weights beside what is trained, and their digest, which every checkpoint keeps.
+        self.frozen = self.base = self.given = None
+        if experiment.part is not None:
+            self.frozen, self.given = experiment.read_frozen(mesh)
             self.base = whole_digest(self.frozen)
             self.frozen = experiment.with_null(self.frozen)
         self.state, origin = self.start()
+        self.given = None
         self.step = int(self.state.step)
         self.log = Log(workdir, self.t.steps, self.step)
         self.log.say(origin)
@@ -182,16 +183,18 @@ class Trainer:
 
     def fresh(self) -> tuple[TrainState, str]:
         """(state at step 0, where its weights are from): of `config.init`, else of
-        `config.weights`, else new; with frozen weights these are adapters."""
+        `config.weights`, else new; with frozen weights these are those beside them."""
         experiment, params, origin = self.experiment, None, "new weights"
-        if experiment.lora is not None:
-            origin = f"new adapters beside the weights of {experiment.weights}"
+        if experiment.part is not None:
+            params = self.given or experiment.read_frozen(self.mesh)[1]
+            origin = "new adapters" if experiment.lora else experiment.described(params)
+            origin += f" beside the weights of {experiment.weights}"
         if experiment.init_from:
             path, step = locate(experiment.init_from)
             with Checkpoints(path, read_only=True) as other:
                 params, step, _ = other.restore_params(self.like.params, step=step)
             origin = f"the averaged weights of {experiment.init_from}, step {step}"
-        elif experiment.weights and experiment.lora is None:
+        elif experiment.weights and experiment.part is None:
             params = experiment.with_null(experiment.read_weights(self.mesh))
             origin = f"the weights of {experiment.weights}"
         made = jax.jit(experiment.init, out_shardings=self.shardings, donate_argnums=0)(params)

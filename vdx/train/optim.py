@@ -22,8 +22,10 @@ SCHEDULES = {
 NO_DECAY = re.compile(r"(bias|scale|table|null|embedding)$")
 
 
-# The matrices of the scanned blocks [depth, in, out]: what Muon orthogonalises.
+# What Muon orthogonalises: the matrices of the scanned blocks [depth, in, out], and those of the
+# U-Nets' blocks, where a convolution [h, w, in, out] counts as the matrix of all that it reads.
 BLOCK_MATRIX = re.compile(r"network/layers/.*kernel$")
+UNET_MATRIX = re.compile(r"network/(.*/)?(down_\d+|middle|up_\d+)_\w+/.*kernel$")
 
 
 def _adamw(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransformation:
@@ -35,10 +37,16 @@ def _muon(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransfo
     """Jordan et al. 2024 for the matrices of the blocks, at the update size of AdamW (Liu et al.
     2025, "Muon is scalable"), so that one learning rate serves both; AdamW with Nesterov's
     momentum for the rest."""
+    def axes(path, x):
+        name, last = path_str(path), x.ndim - 1
+        if BLOCK_MATRIX.search(name):
+            return optax.contrib.MuonDimensionNumbers(last - 1, last)
+        if UNET_MATRIX.search(name):
+            return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
+        return None
+
     def matrices(params: Params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-            if BLOCK_MATRIX.search(path_str(path)) else None, params)
+        return jax.tree_util.tree_map_with_path(axes, params)
 
     return optax.contrib.muon(
         rate, consistent_rms=0.2, eps=o.eps, weight_decay=o.weight_decay,

@@ -12,6 +12,7 @@ from vdx.build import ConfigError
 from vdx.diffusion.losses import bin_by_time, denoising_error, denoising_loss
 from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Adapted, Lora
+from vdx.models.part import Part
 from vdx.train.state import TrainState
 from vdx.types import Array, Batch, Params, PRNGKeyArray
 
@@ -25,11 +26,11 @@ SPIKE_MEMORY = 100     # accepted steps that the running mean of the gradient no
 class Objective:
     """What is learned: process, distribution of times, weight of the loss.
 
-    lora: adapters are trained, and the network's own weights are frozen. first_frame: share of
-    the clips whose first latent frame is given, without noise and at time 0, as Wan 2.2 TI2V
-    continues an image. forcing: every block of a clip (see Transformer; without blocks every
-    frame of tokens) has a time of its own (Chen et al. 2024, diffusion forcing), so that a
-    noisy block learns to follow clean ones.
+    part: what is trained if not the whole network: adapters beside it, or some of its parameters;
+    the rest is frozen. first_frame: share of the clips whose first latent frame is given, without
+    noise and at time 0, as Wan 2.2 TI2V continues an image. forcing: every block of a clip (see
+    Transformer; without blocks every frame of tokens) has a time of its own (Chen et al. 2024,
+    diffusion forcing), so that a noisy block learns to follow clean ones.
     """
 
     model: Denoiser
@@ -38,7 +39,7 @@ class Objective:
     weight: Any
     bins: int = 5
     mean: float = 0.0
-    lora: Lora | None = None
+    part: Lora | Part | None = None
     first_frame: float = 0.0
     forcing: bool = False
 
@@ -50,10 +51,10 @@ class Objective:
     def whole(self, trained: Params, frozen: Params | None,
               key: PRNGKeyArray | None = None) -> Params | Adapted:
         """What the network runs with; key: of a training step, for the adapters' dropout."""
-        if self.lora is None:
+        if self.part is None:
             return trained
         assert frozen is not None
-        return self.lora.beside(frozen, trained, key)
+        return self.part.beside(frozen, trained, key)
 
     def clean(self, batch: Batch) -> Array:
         """x0 [b t h w c] float32: cached latents as they are, or pixels from uint8 to [-1, 1],
@@ -126,7 +127,7 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
                     accumulate: int = 1, spike: float = 0.0
                     ) -> Callable[..., tuple]:
     """step(state, batch, frozen=None) -> (state, metrics). The caller jits it, with shardings and
-    donation of the state. frozen: the weights beside which adapters are trained.
+    donation of the state. frozen: the weights that are not trained, if only a part is.
 
     With `accumulate` = a the batch is cut into a microbatches and gradients are averaged. A batch
     whose loss or gradient is not finite, or whose gradient norm is over `spike` times the running

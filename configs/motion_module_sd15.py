@@ -1,0 +1,68 @@
+"""Motion modules for Stable Diffusion 1.5: still images learn to move, and stay what they were.
+
+    python -m vdx.main --config=configs/motion_module_sd15.py --workdir=/mnt/runs/motion \\
+        --config.weights=stable-diffusion-v1-5/unet --config.data.path=/data/latents
+
+The recipe of AnimateDiff (Guo et al. 2023): 417 million parameters between the frames are trained
+on cached latents of clips, beside the 860 million of the image model, which stay as they were read
+and are in no checkpoint. A fresh motion module changes nothing, so the first step draws the image
+model's frames. To go on with public modules name both folders:
+--config.weights="('stable-diffusion-v1-5/unet', 'animatediff-motion-adapter-v1-5-3')".
+
+Data as docs/finetune.md says: `latents` [16 32 32 4] of SD 1.5's VAE, times 0.18215, of 16 frames
+of 256x256; `text` [77 768], CLIP ViT-L/14's last hidden states; in the metadata `null` [77 768],
+those of the empty caption. Betas are linear, as AnimateDiff has them (the image model's own:
+scaled_linear).
+
+Hardware, computed and not measured: 1.7 GB of frozen bfloat16 weights, 8.3 GB of float32
+parameters, average, moments and gradients of the modules, split over the chips by FSDP; a chip of
+16 GB holds both and a clip with its layers checkpointed. A clip takes 4e12 operations forward and
+about 1.6e13 a step: at 40 % of the peak 0.2 s of a v5e chip. Nobody has yet run it on the public
+weights. `:smoke` is the same program shrunk for the tests.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict({
+        "seed": 0,
+        "weights": "",
+        "trainable": "/motion/",
+        "data": {
+            "path": "",
+            "heldout": {"split": "heldout"},
+            "loader": {"global_batch": 256, "workers": 8},
+        },
+        "model": {
+            "backbone": {
+                "name": "unet", "channels": 4, "widths": (320, 640, 1280, 1280), "layers": 2,
+                "attention": (True, True, True, False), "heads": 8, "groups": 32,
+                "temporal": "motion", "motion_middle": False, "dtype": "bfloat16",
+                "remat": "full",
+            },
+            "signals": {"embeddings": {"features": 768, "length": 77, "null_tokens": 77,
+                                       "project": False, "dropout": 0.1}},
+        },
+        "process": {"name": "variance_preserving", "betas": "linear", "beta_start": 0.00085,
+                    "beta_end": 0.012, "prediction": "noise"},
+        "time": {"name": "uniform"},
+        "loss": {"name": "none"},
+        "optim": {"learning_rate": 1e-4, "warmup": 1000, "schedule": "constant",
+                  "weight_decay": 0.01},
+        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
+        "train": {"steps": 30_000, "ema": 0.9999, "log_every": 50, "eval_every": 1000,
+                  "sample_every": 0, "save_every": 1000, "eval_clips": 256},
+        "sample": {"sampler": "ddim", "steps": 25, "guidance": 7.5, "batch": 1},
+    })
+    config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
+    if variant == "smoke":
+        config.data.loader.update({"global_batch": 8, "workers": 0})
+        config.model.backbone.update({"widths": (16, 32), "layers": 1, "attention": (True, False),
+                                      "heads": 2, "groups": 8})
+        config.model.signals.embeddings.features = 16
+        config.train.update({"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2,
+                             "eval_clips": 8})
+    elif variant:
+        raise ValueError(f"motion_module_sd15 has the variant 'smoke', not {variant!r}.")
+    return config
