@@ -330,7 +330,7 @@ def test_clips_of_four_devices_are_those_of_one(drawn, weights):
 
 
 def test_what_cannot_be_streamed(weights):
-    with pytest.raises(ConfigError, match=r"all mixers of .* have the same block"):
+    with pytest.raises(ConfigError, match=r"mixers in .* all have the same block"):
         streamer_of({})
     with pytest.raises(ConfigError, match="have the same block"):
         streamer_of({}, pattern=({"name": "full", "block": 2}, "time"))
@@ -366,8 +366,8 @@ class Told:
     """A model that predicts the time that it is told, in every pixel."""
 
     def __init__(self, model):
-        self.num_tokens, self.parts, self.random_drop, self.derived = \
-            model.num_tokens, model.parts, model.random_drop, model.derived
+        for name in ("num_tokens", "parts", "random_drop", "derived", "block"):
+            setattr(self, name, getattr(model, name))
 
     def run(self, params, x, time, batch, drop, method):
         return jnp.broadcast_to(time[:, :, None, None, None], x.shape) / 1000
