@@ -305,7 +305,7 @@ class Experiment:
     def generator(self, sampling: Sampling | None = None,
                   size: tuple[int, int] | None = None) -> Generator:
         height, width = size or (self.data.height, self.data.width)
-        by_block = self.objective.forcing and self.model.parts()[0].block()
+        by_block = self.objective.forcing and self.model.block
         return (Streamer if by_block else Generator)(
             self.model, self.process, sampling or self.sampling,
             (height, width, self.model.channels), self.objective.mean)

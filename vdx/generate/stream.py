@@ -40,10 +40,11 @@ class Streamer(Generator):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.network.block() is None:
-            raise ConfigError("A clip is made block by block if all mixers of config.model.pattern "
-                              "have the same block, such as {'name': 'full', 'block': 3}; the "
-                              f"pattern is {self.network.pattern}.")
+        if self.model.block is None:
+            raise ConfigError("A clip is made block by block by a transformer whose mixers in "
+                              "config.model.backbone.pattern all have the same block, such as "
+                              "{'name': 'full', 'block': 3}; "
+                              f"config.model.backbone = {dict(self.model.backbone)}.")
 
     @property
     def network(self) -> Any:
@@ -55,10 +56,10 @@ class Streamer(Generator):
         return self.network.block() * self.network.patch[0]
 
     def check(self, shape: tuple[int, ...]) -> None:
-        super().check(shape)
         if shape[0] % self.frames:
             raise ConfigError(f"{shape[0]} frames are no number of blocks; ask for a multiple of "
                               f"{self.frames}.")
+        super().check(shape)
 
     def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         blocks = jax.vmap(functools.partial(self.block_noise, key))(

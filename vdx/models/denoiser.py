@@ -71,6 +71,12 @@ class Denoiser(nn.Module):
     def channels(self) -> int:
         return self.parts()[0].channels
 
+    @property
+    def block(self) -> int | None:
+        """`Transformer.block`; None for another network."""
+        network = self.parts()[0]
+        return network.block() if isinstance(network, Transformer) else None
+
     @nn.nowrap
     def num_tokens(self, shape: tuple[int, ...]) -> int:
         """Tokens of one clip of a batch of shape [b t h w c]."""

@@ -91,8 +91,7 @@ class Objective:
         k_time, k_noise, k_drop = jax.random.split(key, 3)
         clips, tokens = x0.shape[0], self.model.num_tokens(x0.shape)
         if self.forcing:
-            network = self.model.parts()[0]
-            size = network.patch[0] * (network.block() or 1)
+            size = self.model.parts()[0].patch[0] * (self.model.block or 1)
             blocks = -(-x0.shape[1] // size)
             t = self.times.sample(k_time, clips * blocks, tokens).reshape(clips, blocks)
             t = jnp.repeat(t, size, 1)[:, :x0.shape[1]]
