@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "clip": {"num_frames": (8,), "fps": (8.0,)},
             "height": 32,
             "width": 32,
-            "loader": {"global_batch": 24},
+            "loader": {"global_batch": 16},
         },
         "model": {
             "backbone": {"name": "unet", "channels": 3, "widths": (64, 96), "layers": 1,
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
         "time": {"name": "logit_normal", "shift": 4.0},
         "loss": {"name": "velocity", "min_sigma": 0.3},
-        "optim": {"learning_rate": 2e-3, "warmup": 100, "schedule": "cosine"},
+        "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
         "mesh": {"data": -1},
         "train": {
             "steps": 1200, "ema": 0.998, "eval_every": 400, "sample_every": 400,

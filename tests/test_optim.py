@@ -12,6 +12,8 @@ from vdx.train.optim import METHODS, SCHEDULES, Optimizer
 RNG = np.random.default_rng(0)
 SHAPES = {"network": {"layers": {"block_0": {"mlp": {"up": {"kernel": (3, 8, 24), "bias": (3, 24)}},
                                              "table": (3, 6, 8)}},
+                      "encoder": {"down_0_1": {"res": {"conv1": {"kernel": (3, 3, 4, 8)}}},
+                                  "conv_in": {"kernel": (3, 3, 4, 8)}},
                       "patch": {"kernel": (12, 8)}},
           "text": {"bytes": {"embedding": (20, 8)}}}
 is_shape = lambda x: isinstance(x, tuple)
@@ -54,6 +56,12 @@ def test_muon_orthogonalises_each_layer_at_the_size_of_adamw_and_leaves_the_rest
         singular = np.linalg.svd(layer, compute_uv=False)
         assert singular.max() / singular.min() < 2.2        # five Newton-Schulz steps
         assert 0.1 < np.sqrt((layer**2).mean()) < 0.3       # 0.2 of the learning rate
+    for part, even in ((("down_0_1", "res", "conv1"), True), (("conv_in",), False)):
+        found = muon["network"]["encoder"]
+        for name in part:
+            found = found[name]
+        singular = np.linalg.svd(np.reshape(found["kernel"], (36, 8)), compute_uv=False)
+        assert (singular.max() / singular.min() < 2.2) == even
     singular = np.linalg.svd(kernel(adamw)[0], compute_uv=False)
     assert singular.max() / singular.min() > 2.2            # the control
     tx = optax.adamw(1.0, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
