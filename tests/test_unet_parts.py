@@ -344,6 +344,8 @@ def test_what_is_trained_may_be_missing(folders, mesh):
     assert not [k for k in flatten_dict(read, sep="/") if "/motion/" in k]
     with pytest.raises(WeightsError, match=r"motion/proj_in/kernel .*: not in the file"):
         load_unet(root / "image", clip, mesh)
+    with pytest.raises(WeightsError, match=r"down_0_0/motion/.*: not in the file"):
+        load_unet(root / "image", clip, mesh, trained="/up_.*/motion/")
     both = flatten_dict(load_unet([root / "image", root / "motion"], clip, mesh, "bfloat16",
                                   "/motion/"), sep="/")
     kinds = {("/motion/" in k, str(v.dtype)) for k, v in both.items() if k.endswith("kernel")
