@@ -3,7 +3,8 @@
     python -m vdx.main --config=configs/unet3d_tiny.py --workdir=runs/unet3d
 
 The scenes, text, process and times of configs/t2v_tiny.py. A place of the U-Net's first level is
-two frames of 4x4 pixels: 4 x 8 x 8 places of 64 features, then 4 x 4 x 4 of 96, which read the text.
+two frames of 4x4 pixels: 4 x 8 x 8 places of 64 features, then 4 x 4 x 4 of 96, which read the
+text.
 
 A step takes 0.74 s of one core, measured while other programs ran, so that the run should take
 under ten minutes of two. In 100 steps (of 24 clips) the loss fell from 0.42 to 0.10. Nobody has yet
