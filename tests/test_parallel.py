@@ -227,6 +227,14 @@ def test_parameters_that_cannot_be_laid_out_are_all_named():
     assert "bias" not in str(error.value)
 
 
+@pytest.mark.parametrize("config", ["t2v_base", "i2v_base", "motion_module_sd15"])
+@pytest.mark.parametrize("chips", [32, 64])
+def test_the_pod_configs_lie_on_pods(config, chips):
+    """Every parameter of their full size can be split over that many chips."""
+    shapes = Experiment(resolve(f"configs/{config}.py", [])).shapes
+    param_shardings(jax.sharding.AbstractMesh((1, chips, 1, 1), AXES), shapes)
+
+
 def test_a_rule_with_an_unknown_axis():
     with pytest.raises(ValueError, match=r"unknown mesh axes \['tensr'\]"):
         param_shardings(MeshSpec().make(), {}, (("kernel$", ("tensr",)),))

@@ -193,16 +193,20 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
     assert len(made) == 1
 
 
-def test_the_base_config_trains_from_cached_latents(tmp_path):
-    """configs/t2v_base.py, shrunk by `:smoke`, on eight devices, through the whole entrypoint."""
+@pytest.mark.parametrize("name", ["t2v_base", pytest.param("i2v_base", marks=pytest.mark.slow)])
+def test_the_base_configs_train_from_cached_latents(name, tmp_path):
+    """Shrunk by `:smoke`, on eight devices, through the whole entrypoint."""
     rng = np.random.default_rng(0)
+    more = {"t2v_base": {}, "i2v_base": {"image_tokens": (5, 16), "motion": ()}}[name]
     meta = {"latents": [4, 8, 8, 4], "text": [6, 32]}
     rows = [{"latents": rng.normal(size=(4, 8, 8, 4)).astype(np.float16),
              "text": rng.normal(size=(1 + i % 6, 32)).astype(np.float32), "caption": f"clip {i}",
-             "fps": 8.0, "num_frames": 4, "key": f"clip {i}"} for i in range(24)]
+             "fps": 8.0, "num_frames": 4, "key": f"clip {i}",
+             **{k: rng.random(shape).astype(np.float16) for k, shape in more.items()}}
+            for i in range(24)]
     write_records(tmp_path / "data", {"train": rows[:16], "heldout": rows[16:]},
-                  latent_features((4, 8, 8, 4), 32), metadata=meta)
-    base = resolve(str(ROOT / "configs" / "t2v_base.py:smoke"),
+                  latent_features((4, 8, 8, 4), 32, **more), metadata=meta)
+    base = resolve(str(ROOT / "configs" / f"{name}.py:smoke"),
                    [f"--config.data.path={tmp_path / 'data'}"])
     run(base, tmp_path / "run", Stop())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")

@@ -31,7 +31,7 @@ from vdx.generate.stream import Streamer
 from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
 from vdx.interop.unet import load_unet
-from vdx.models.conditioning import Embeddings
+from vdx.models.conditioning import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Lora, added, dense_kernels
 from vdx.models.part import Part, overlaid
@@ -276,11 +276,11 @@ class Experiment:
 
         Raises ConfigError if it is needed and missing.
         """
-        path, leaves = "conditioning/embeddings/null", flatten_dict(params, sep="/")
-        if path not in leaves or np.any(leaves[path]):
+        leaves = flatten_dict(params, sep="/")
+        if NULL not in leaves or np.any(leaves[NULL]):
             return params
         if (null := getattr(self.source(), "metadata", {}).get("null")) is not None:
-            return added(params, {path: np.asarray(null, np.float32)})
+            return added(params, {NULL: np.asarray(null, np.float32)})
         rate = self.model.signals["embeddings"].get("dropout", Embeddings.dropout)
         if rate:
             raise ConfigError(
@@ -367,6 +367,8 @@ def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str 
     base = whole_digest(frozen)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         check_base(checkpoints.facts(number)["progress"], base, f"step {number} of {workdir}")
+    if (kept := Path(workdir) / "null.npy").exists():    # the data, which told it, may not be here
+        frozen = added(frozen, {NULL: np.load(kept, allow_pickle=False)})
     return experiment.objective.whole(trained, frozen), number, digest([identity, base])
 
 

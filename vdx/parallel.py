@@ -32,6 +32,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # From the few channels of pixels or latents.
     (r"(conv_in|quant_conv|hint/conv_\d+)/kernel$", ()),
     (r"depthwise\w*/kernel$", ()),             # a few numbers a feature
+    (r"/(control_)?patch/kernel$", (None, "fsdp")),    # from few channels as well
+    (r"/skip/kernel$", ()),
     (r"conv\w*/kernel$", ("fsdp", None)),      # before the rules below: "conv" ends in "v"
     (r"conv\w*/bias$", ()),
     (r"(q|k|v|up|decay)/kernel$", ("fsdp", "tensor")),

@@ -22,8 +22,8 @@ __all__ = ["check_classes", "check_latents", "latent_features", "ready_example",
 CLASSES = {f"tensorflow_datasets.core.features.{name}" for name in (
     "features_dict.FeaturesDict", "scalar.Scalar", "tensor_feature.Tensor", "text_feature.Text")}
 
-# Batch keys of signals that read an array of the clip: see vdx.models.conditioning.
-SIGNALS = ("concat", "control", "image_tokens")
+# Batch keys of signals that a record may hold: see vdx.models.conditioning and steering.
+SIGNALS = ("concat", "control", "image_tokens", "depth", "pose", "flow", "camera", "motion")
 
 
 def video_features():
@@ -43,7 +43,7 @@ def latent_features(latents: tuple[int | None, ...], text_dim: int,
     fps: frames per second; num_frames: pixel frames; key: names the clip.
     signals: shapes of further arrays, float16, by their names in SIGNALS. For Wan's
     image-to-video `concat` [t h w 4 + c], the mask of known frames and their latents, and
-    `image_tokens` [m d], CLIP's features of the first frame.
+    `image_tokens` [m d], CLIP's features of the first frame; maps have the latents' size.
     """
     import tensorflow_datasets as tfds
     return tfds.features.FeaturesDict({

@@ -205,6 +205,7 @@ SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "control": Control,
     **STEERING,
 }
+NULL = "conditioning/embeddings/null"     # the parameter that stands for a dropped caption
 TEXT = ("text", "embeddings")     # what captions become, and what plain guidance strengthens
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, host_file, write_json
+from vdx.models.conditioning import NULL
 from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import whole_digest
@@ -154,6 +156,9 @@ class Trainer:
             self.frozen, self.given = experiment.read_frozen(mesh)
             self.base = whole_digest(self.frozen)
             self.frozen = experiment.with_null(self.frozen)
+            null = flatten_dict(self.frozen, sep="/").get(NULL)
+            if null is not None and jax.process_index() == 0:
+                np.save(workdir / "null.npy", np.asarray(null, np.float32))
         self.state, origin = self.start()
         self.given = None
         self.step = int(self.state.step)

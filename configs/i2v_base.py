@@ -1,0 +1,26 @@
+"""Image to video on a TPU pod: t2v_base that also reads first and last frames and a reference.
+
+    python -m vdx.main --config=configs/i2v_base.py --workdir=/mnt/runs/i2v_base \\
+        --config.data.path=/data/latents
+
+Hardware and data as of t2v_base; `:smoke` is the same program shrunk for the tests. Known frames
+are those of the clip's own latents. Besides `latents` and `text` the records hold `image_tokens`
+float16 [257 1280], the features of a frame before or after the clip by CLIP ViT-H (the last layer
+but one, vdx/models/clip.py), and `motion`, vdx.data.motion.motion_score of its pixels. Nothing has
+been trained with this config yet, so no result is claimed for it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import t2v_base
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = t2v_base.get_config(variant)
+    config.model.signals.update({
+        "known_frames": {"channels": 4, "first": 0.9, "last": 0.2, "dropout": 0.1},
+        "image_tokens": {"features": 16 if variant == "smoke" else 1280, "dropout": 0.2},
+        "motion": {"dropout": 0.2},
+    })
+    config.sample.guide = ConfigDict({"known_frames": 1.5})
+    return config
