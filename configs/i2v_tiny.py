@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"i2v_tiny has the variant 'reference', not {variant!r}.")
     else:
         config.model.backbone.skip = True
-        config.model.signals.update({"known_frames": {"first": 0.8, "last": 0.3, "dropout": 0.2},
+        config.model.signals.update({"known_frames": {"first": 0.9, "last": 0.4, "dropout": 0.2},
                                      "motion": {"dropout": 0.3}})
         config.sample.guide = ConfigDict({"motion": 2.0})
     config.judge.steering = 64

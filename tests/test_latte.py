@@ -164,7 +164,7 @@ def test_a_fault_is_seen(fault, case, monkeypatch):
     assert case.error() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_run_begins_from_its_files(dtype, case):
     """What `config.weights` names is read as Latte; in the network's type beside adapters."""
     config = resolve("configs/wan21_t2v_1p3b.py:smoke", [])

@@ -28,7 +28,8 @@ SCENES = {"actions": {"motions": (STEERED,)},
 READER = {"first_frame": (99, 29), "last_frame": (99, 29), "depth": (0.07, 0.3),
           "depth_overlap": (0.88, 0.85), "pose": (0.07, 0.3), "pose_angle": (1.0, 3.0),
           "flow": (0.15, 0.25), "camera": (0.005, 0.012), "actions": (1.0, 0.97),
-          "motion": (1.0, 0.9), "reference": (1.0, 1.0), "fps": (0.03, 0.1)}
+          "motion": (1.0, 0.9), "reference": (1.0, 1.0),
+          "first_frame_motion": (1.0, 0.95), "fps": (0.03, 0.1)}
 
 
 def scenes_of(kind, count=COUNT, **more):
@@ -117,6 +118,7 @@ def recoloured(video):
     ("depth", frozen, 0.5, 3.0), ("depth", recoloured, 0.0, 0.1),
     ("depth_overlap", frozen, 0.5, 0.85), ("pose_angle", mirrored, 12, 60),
     ("first_frame", backwards, 5, 25), ("first_frame", frozen, 99, 99),
+    ("first_frame_motion", frozen, 0, 0.1), ("first_frame_motion", backwards, 0, 0.3),
     ("last_frame", frozen, 5, 25), ("flow", frozen, 0.35, 0.6), ("flow", backwards, 0.8, 1.3),
     ("camera", frozen, 0.05, 0.1), ("camera", backwards, 0.1, 0.2), ("camera", recoloured, 0, 0.01),
     ("actions", frozen, 0.05, 0.45), ("actions", mirrored, 0.3, 0.8),

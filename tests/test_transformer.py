@@ -118,7 +118,9 @@ SEEN = dict.fromkeys(PATTERNS, (True, True)) | {
 SPELLED = {"mixed": ("space", "full", "time", {"name": "time", "window": 1})}
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, *SPELLED])
+@pytest.mark.parametrize("pattern", [
+    name if name in ("full", "factorized", "mixed") else pytest.param(name, marks=pytest.mark.slow)
+    for name in SEEN])
 def test_a_fresh_transformer_predicts_zero_and_a_trained_one_sees_what_it_should(
         pattern, randomise, quick):
     model = Transformer(**SMALL, pattern=SPELLED.get(pattern, pattern))

@@ -121,14 +121,17 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
 
     if "known_frames" in signals:
         pixels = np.stack([truth["video"] for truth in truths])
-        ends = ("first_frame",) if not experiment.model.signals["known_frames"].get(
-            "last", KnownFrames.last) else ("first_frame", "last_frame")
-        mask = np.zeros(pixels.shape[:2], np.float32)
-        mask[:, [0, -1][:len(ends)]] = 1.0
         known = pixels.astype(np.float32) / 127.5 - 1.0 - experiment.objective.mean
-        videos = drawing.draw({"known": known * mask[..., None, None, None], "known_mask": mask})
-        for kind in ends:
-            add(kind, videos, plain, truths)
+        kinds = {"first_frame": [0], "last_frame": [0, -1]}
+        if not experiment.model.signals["known_frames"].get("last", KnownFrames.last):
+            del kinds["last_frame"]
+        for name, places in kinds.items():
+            mask = np.zeros(pixels.shape[:2], np.float32)
+            mask[:, places] = 1.0
+            videos = drawing.draw({"known": known * mask[..., None, None, None],
+                                   "known_mask": mask})
+            for kind in measures(name):
+                add(kind, videos, plain, truths)
     if "reference" in signals:            # the words would tell it
         videos = drawing.draw(drawing.signal("reference"), words=False)
         add("reference", videos, drawing.draw({}, words=False), truths)
@@ -140,13 +143,16 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
     for name in sorted(signals & {metric.signal for metric in STEERING.values()} & set(SIGNALS)
                        - {"reference", "motion"}):
         videos = drawing.draw(drawing.signal(name))
-        for kind, metric in STEERING.items():
-            if metric.signal == name:
-                add(kind, videos, plain, truths)
+        for kind in measures(name):
+            add(kind, videos, plain, truths)
     rates = experiment.clip.rates if experiment.clip else ()
     if "fps" in signals and len(set(rates)) > 1:
         rows.append(frame_rate(experiment, params, source, (min(rates), max(rates))))
     return rows
+
+
+def measures(signal: str) -> list[str]:
+    return [kind for kind, metric in STEERING.items() if metric.signal == signal]
 
 
 def frame_rate(experiment: Experiment, params: Params, source: Scenes,

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-__all__ = ["lucas_kanade", "pan_speed"]
+__all__ = ["blur", "lucas_kanade", "pan_speed", "warp"]
 
 WINDOW = 3.0      # standard deviation of the weights of a neighbourhood, in pixels
 SMOOTH = 0.7      # of the frames, which linear interpolation would otherwise favour at rest
@@ -31,13 +31,13 @@ def _smoother(size: int, sigma: float) -> np.ndarray:
     return matrix
 
 
-def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
+def blur(x: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian over the first two axes of [h w c]."""
     h, w = x.shape[:2]
     return _smoother(w, sigma) @ np.tensordot(_smoother(h, sigma), x, 1)
 
 
-def _warp(frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
+def warp(frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """frame [h w c] read at each pixel plus flow [h w 2], linearly, borders repeated."""
     h, w = flow.shape[:2]
     x = np.clip(np.arange(w) + flow[..., 0], 0, w - 1)
@@ -52,14 +52,14 @@ def _warp(frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
 def _refined(one: np.ndarray, two: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """The flow [h w 2] that in least squares explains each neighbourhood of frame two, read where
     the given flow leads."""
-    seen = _warp(two, flow)
+    seen = warp(two, flow)
     gy, gx = np.gradient(0.5 * (one + seen), axis=(0, 1))
     # What is left to explain, plus what the flow of each pixel already does: one flow for all.
     gt = seen - one - gx * flow[..., :1] - gy * flow[..., 1:]
     products = np.stack([(a * b).sum(-1) for a, b in
                          ((gx, gx), (gx, gy), (gy, gy), (gx, gt), (gy, gt))], -1)
-    xx, xy, yy, xt, yt = np.moveaxis(_blur(products, WINDOW), -1, 0)
-    prior, near = PRIOR * (xx + yy).max() + 1e-6, _blur(flow, WINDOW)
+    xx, xy, yy, xt, yt = np.moveaxis(blur(products, WINDOW), -1, 0)
+    prior, near = PRIOR * (xx + yy).max() + 1e-6, blur(flow, WINDOW)
     xx, yy, xt, yt = xx + prior, yy + prior, prior * near[..., 0] - xt, prior * near[..., 1] - yt
     return np.stack([yy * xt - xy * yt, xx * yt - xy * xt], -1) / (xx * yy - xy * xy)[..., None]
 
@@ -76,16 +76,16 @@ def lucas_kanade(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     levels = [[first.astype(np.float32), second.astype(np.float32)]]
     while min(levels[-1][0].shape[:2]) >= 2 * SMALLEST:
-        levels.append([_blur(frame, HALVE)[::2, ::2] for frame in levels[-1]])
+        levels.append([blur(frame, HALVE)[::2, ::2] for frame in levels[-1]])
     flow = np.zeros((*levels[-1][0].shape[:2], 2), np.float32)
     for one, two in reversed(levels):
         h, w = one.shape[:2]
         if flow.shape[:2] != (h, w):
             flow = 2 * flow.repeat(2, 0).repeat(2, 1)[:h, :w]
-        one, two = _blur(one, SMOOTH), _blur(two, SMOOTH)
+        one, two = blur(one, SMOOTH), blur(two, SMOOTH)
         # A fine pattern misleads the coarse levels; where rest fits better, begin there.
-        moved, rest = (_blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
-                       for seen in (_warp(two, flow), two))
+        moved, rest = (blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
+                       for seen in (warp(two, flow), two))
         flow = np.where(rest < 0.9 * moved, 0.0, flow)
         for _ in range(ROUNDS):
             flow = _refined(one, two, flow)
@@ -100,7 +100,7 @@ def pan_speed(video: np.ndarray, fps: float, still: np.ndarray) -> float:
     """
     count, _, width, _ = video.shape
     known = still[..., None].astype(np.float32)
-    frames = np.stack([_blur(np.concatenate([f * k, k], -1), TEXTURE)
+    frames = np.stack([blur(np.concatenate([f * k, k], -1), TEXTURE)
                        for f, k in zip(video.astype(np.float32), known, strict=True)])
     known = frames[..., 3:] * still[..., None]
     frames = frames[..., :3] / np.maximum(frames[..., 3:], 1e-3)

@@ -64,7 +64,8 @@ def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dic
             "depth": depth(scene, times, height, width), "pan": CAMERAS[scene.camera], "fps": fps,
             "flow": told(flow(scene, times, height, width), 0, np.random.default_rng(0)),
             "actions": scene.objects[0].actions(times), "motion": motion_score(video, fps),
-            "colour": scene.objects[0].colour, "shape": scene.objects[0].shape}
+            "words": scene.objects[0].motion, "colour": scene.objects[0].colour,
+            "shape": scene.objects[0].shape}
 
 
 def steering_scores(kind: str, videos: Sequence[np.ndarray], truths: Sequence[Truth],
@@ -238,6 +239,9 @@ def _still_picture(place: int) -> dict[str, Any]:
 STEERING: dict[str, Metric] = {
     "first_frame": Metric("first_frame", "first frame as given", "dB", 30.0, True,
                           **_still_picture(0)),
+    "first_frame_motion": Metric(
+        "first_frame", "motion as the words say", "share", 0.9, True, read_attributes,
+        _each(lambda read, truth: read["motion"] == truth["words"])),
     "last_frame": Metric("last_frame", "last frame as given", "dB", 30.0, True,
                          **_still_picture(-1)),
     "depth": Metric("depth", "position error", "px", 1.0, False, _path, _each(_distance)),

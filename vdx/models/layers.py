@@ -89,6 +89,17 @@ class EmbedMLP(nn.Module):
                         kernel_init=nn.initializers.normal(0.02))(x)
 
 
+def told(emb: Array, vector: Array, t: int) -> Array:
+    """The time embedding [b d] or [b t d] and a vector [b d] or, one for each frame of the clip,
+    [b t*k d], of which one of the t frames of tokens hears its k; in the calling module's scope."""
+    if vector.ndim == 3:
+        if vector.shape[1] > t:
+            vector = vector.reshape(len(vector), t, -1)
+            vector = nn.Dense(emb.shape[-1], name="frames", dtype=jnp.float32)(vector)
+        return (emb if emb.ndim == 3 else emb[:, None]) + vector
+    return emb + (vector if emb.ndim == 2 else vector[:, None])
+
+
 class MLP(nn.Module):
     """dense -> activation -> dense, back to the input's width unless `out` is given."""
 

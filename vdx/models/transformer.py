@@ -28,6 +28,7 @@ from vdx.models.layers import (
     plane_table,
     rope_table,
     sincos_table,
+    told,
     turned,
 )
 from vdx.models.mixers import MIXERS, PATTERNS, MixContext, Past
@@ -247,16 +248,6 @@ class Transformer(nn.Module):
         return nn.Dense(self.dims()[0], name=name, dtype=jnp.dtype(self.dtype),
                         kernel_init=low_frequencies(self.patch))(self.patches(x))
 
-    def told(self, emb: Array, vector: Array) -> Array:
-        """The time embedding [b d] or [b t d], and a vector [b d] or, one for each frame of the
-        clip, [b t d]; a token hears of all its frames."""
-        if vector.ndim == 3:
-            if self.patch[0] > 1:
-                vector = rearrange(vector, "b (t i) d -> b t (i d)", i=self.patch[0])
-                vector = nn.Dense(emb.shape[-1], name="frames", dtype=jnp.float32)(vector)
-            return (emb if emb.ndim == 3 else emb[:, None]) + vector
-        return emb + (vector if emb.ndim == 2 else vector[:, None])
-
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports,
                  past: Past | None = None) -> Float[Array, "b t h w c"]:
@@ -288,7 +279,7 @@ class Transformer(nn.Module):
 
         emb = EmbedMLP(width, name="time")(time * self.time_scale)         # b d or b t d
         if ports.vector is not None:
-            emb = self.told(emb, ports.vector)
+            emb = told(emb, ports.vector, grid[0])
         modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,
                               kernel_init=nn.initializers.zeros)(nn.silu(emb))
         modulation = modulation.reshape(len(x), -1, 6, width)                # b t 6 d

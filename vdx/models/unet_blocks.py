@@ -16,7 +16,7 @@ from einops import rearrange
 from vdx.build import build, lookup
 from vdx.models.attention import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, rope_table, sinusoidal
+from vdx.models.layers import MLP, EmbedMLP, LayerNorm, rope_table, sinusoidal, told
 from vdx.models.mixers import MIXERS, MixContext
 from vdx.models.transformer import REMAT
 from vdx.models.vae_blocks import down_conv, split_space
@@ -236,13 +236,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"] | Float[Array, "b t"],
-                 vector: Float[Array, "b d"] | None, tokens: Array | None, mask: Array | None,
+                 vector: Array | None, tokens: Array | None, mask: Array | None,
                  hint: Array | None = None) -> tuple[Array, list[Array], Array]:
         common, temporal, first = self.common, self.common.temporal, self.widths[0]
         layer = layer_of(self.remat)
         emb = EmbedMLP(4 * first, sinusoid=first, name="time")(time)
         if vector is not None:
-            emb = emb + (vector if time.ndim == 1 else vector[:, None])
+            emb = told(emb, vector, x.shape[1])
         emb = emb.reshape(len(x), -1, 1, 1, emb.shape[-1])
 
         x = nn.Conv(first, (3, 3), dtype=common.dtype, name="conv_in")(x)
