@@ -100,6 +100,22 @@ def test_a_generator_says_what_it_does_not_read():
         generator({}, ["a"], [0], num_frames=8, fps=8.0, steer={"flow": np.zeros(1)})
 
 
+def test_a_first_frame_at_time_zero_is_held(asked, randomise):
+    """A model that was trained with `first_frame` begins with the picture, and goes on from it."""
+    made = Experiment(resolve(str(ROOT / "configs" / "t2v_tiny.py"), [
+        *MICRO, "--config.first_frame=0.5", "--config.model.backbone.patch=(1,8,8)",
+        "--config.data.mean=-0.5"]))
+    params, generator = randomise(made.shapes), made.generator()
+    steer = steered({"image": asked["image"]}, made.model.signals, SHAPE, FPS, -0.5, 0, holds=True)
+    draw = lambda steer: generator(params, ["a"], [0], num_frames=8, fps=FPS, steer=steer)
+    got, plain = draw(steer), draw({})
+    first = np.asarray(Image.open(asked["image"]), np.float32) / 127.5 - 1
+    np.testing.assert_allclose(got[0, 0], first, atol=1e-6)
+    assert np.abs(got[0, 1:] - plain[0, 1:]).max() > 1e-3
+    with pytest.raises(ConfigError, match="a token of this model is 8 frames long"):
+        Experiment(resolve(str(ROOT / "configs" / "t2v_tiny.py"), ["--config.first_frame=0.5"]))
+
+
 @pytest.mark.slow
 def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
     """A model of all signals, from its config through training to vdx.sample and its manifest."""

@@ -192,6 +192,11 @@ class Experiment:
                 raise ConfigError("config.lora and config.trainable: set one of them.")
             self.part = Part(top.trainable)
             self.part.check(self.shapes)
+        if top.first_frame and (frames := self.model.parts()[0].patch[0]) > 1:
+            raise ConfigError(f"config.first_frame = {top.first_frame} gives the first frame a time "
+                              f"of its own, but a token of this model is {frames} frames long "
+                              "(config.model.backbone.patch). The signal known_frames works with "
+                              "any.")
         self.process = build(top.process, PROCESSES, "config.process")
         self.objective = Objective(self.model, self.process,
                                    build(top.time, TIMES, "config.time"),
@@ -308,7 +313,8 @@ class Experiment:
         by_block = self.objective.forcing and self.model.block
         return (Streamer if by_block else Generator)(
             self.model, self.process, sampling or self.sampling,
-            (height, width, self.model.channels), self.objective.mean)
+            (height, width, self.model.channels), self.objective.mean,
+            self.objective.first_frame > 0)
 
     def clip_default(self) -> tuple[int, float]:
         """(frames, frames per second) of a clip when nobody says otherwise: the first length

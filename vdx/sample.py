@@ -76,7 +76,8 @@ class Request:
                  experiment.model.channels)
         return steered(self.steer, experiment.model.signals, shape, self.fps,
                        experiment.objective.mean,
-                       experiment.clip.flow_points if experiment.clip else 0)
+                       experiment.clip.flow_points if experiment.clip else 0,
+                       experiment.objective.first_frame > 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,13 +60,15 @@ class Sampling:
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """Draws clips from a trained denoiser. `frame_shape` is (h, w, c) of the model's space,
-    `mean` what training subtracted from the pixels."""
+    `mean` what training subtracted from the pixels; holds: it was trained to go on from a first
+    frame at time 0, the entry `held` [b h w c] of a batch."""
 
     model: Denoiser
     process: Any
     sampling: Sampling
     frame_shape: tuple[int, int, int]
     mean: float = 0.0
+    holds: bool = False
 
     def __post_init__(self):
         for name in self.sampling.guide:
@@ -105,8 +107,9 @@ class Generator:
 
     def check_steering(self, steer: Mapping[str, np.ndarray]) -> None:
         """Raises ConfigError for entries that no signal of the model reads."""
+        known = {**self.model.parts()[1].example(), **({"held": None} if self.holds else {})}
         for key in steer:
-            lookup(key, self.model.parts()[1].example(), "This model's signals")
+            lookup(key, known, "This model's signals")
 
     def _batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
         ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)
@@ -137,8 +140,13 @@ class Generator:
 
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
         """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
-        carry = self.start(noise)
-        return self.advance(params, batch, None, carry, self.rows(), key)[0] + self.mean
+        carry, known, batch = self.start(noise), None, dict(batch)
+        if (first := batch.pop("held", None)) is not None:
+            free = (jnp.arange(noise.shape[1]) > 0).astype(jnp.float32)
+            known = (jnp.zeros_like(noise).at[:, 0].set(first),
+                     jnp.broadcast_to(free, noise.shape[:2]))
+        x0 = self.advance(params, batch, None, carry, self.rows(), key, known)[0]
+        return (x0 if first is None else x0.at[:, 0].set(first)) + self.mean
 
     @functools.cached_property
     def grid(self) -> Grid | None:

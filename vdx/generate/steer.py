@@ -37,24 +37,26 @@ def files(asked: Mapping[str, Any]) -> dict[str, str]:
 
 
 def steered(asked: Mapping[str, Any], signals: Collection[str], shape: tuple[int, ...],
-            fps: float, mean: float, flow_points: int) -> dict[str, np.ndarray]:
+            fps: float, mean: float, flow_points: int,
+            holds: bool = False) -> dict[str, np.ndarray]:
     """Entries of a batch of one clip of `shape` (t, h, w, c), from what is asked by name:
 
     image, last_image: pictures that the clip begins and ends with; reference: one of its subject;
     depth, pose, flow, camera: files as vdx.data.track_files says, with an entry for each frame, or
     videos; actions: such a file, or names with commas between them; motion: a number.
     signals: what the model reads. mean: what training subtracted from the pixels. flow_points: see
-    ClipSampling. Raises ConfigError for what the model was not trained with, and what cannot be
-    read.
+    ClipSampling. holds: see Generator. Raises ConfigError for what the model was not trained with,
+    and what cannot be read.
     """
     for name in asked:
         signal = "known_frames" if name in KNOWN else name
-        if signal not in signals:
+        if signal not in signals and not (holds and name == "image"):
             raise ConfigError(f"--{name}: this model was not trained with the signal {signal!r}; "
                               f"it reads: {', '.join(signals)}.")
     out: dict[str, np.ndarray] = {}
     if given := {name: asked[name] for name in KNOWN if name in asked}:
-        out |= _known_frames(given, shape, mean)
+        known = _known_frames(given, shape, mean)
+        out |= known if "known_frames" in signals else {"held": known["known"][0]}
     if "motion" in asked:
         out["motion"] = np.asarray(asked["motion"], np.float32)
     tracks = {name: functools.partial(_read, name, asked[name]) for name in asked
