@@ -24,6 +24,7 @@ def get_config(variant: str = "depth") -> ConfigDict:
     config.model.signals[variant] = ConfigDict({"dropout": 0.1})
     if variant == "flow":
         config.data.clip.flow_points = 8
+        config.model.signals.text.dropout = 0.4        # words tell the motion too
     elif variant == "camera":
         config.data.source.update({"backgrounds": ("stripes", "dots", "checks"),
                                    "cameras": ("static", "pan left", "pan right")})

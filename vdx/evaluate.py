@@ -30,6 +30,7 @@ from vdx.models.steering import KnownFrames
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
+WORDLESS = ("reference", "flow", "camera")     # drawn with no words, which tell the same
 SEED = 10_000     # of the first judged clip; training's wall uses 0, 1, ...
 
 
@@ -109,7 +110,8 @@ class Drawing:
 
 def steering(experiment: Experiment, params: Params) -> list[dict]:
     """Rows of `steering_scores` for every signal that the model reads, of `config.judge.steering`
-    clips each, with the value of the same clips drawn "without" the signal."""
+    clips each, with the value of the same clips drawn "without" the signal. What the words tell as
+    well is drawn without them."""
     source, signals = experiment.source(heldout=True), set(experiment.model.signals)
     drawing = Drawing(experiment, params, source, experiment.judging.steering)
     truths, plain, rows = drawing.truths(), drawing.draw({}), []
@@ -132,19 +134,18 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
                                    "known_mask": mask})
             for kind in measures(name):
                 add(kind, videos, plain, truths)
-    if "reference" in signals:            # the words would tell it
-        videos = drawing.draw(drawing.signal("reference"), words=False)
-        add("reference", videos, drawing.draw({}, words=False), truths)
     if "motion" in signals:               # not what the words mean, but any strength there is
         usual = sorted(truth["motion"] for truth in truths)
         asked = np.random.default_rng(SEED).permutation(usual)
         add("motion", drawing.draw({"motion": asked.astype(np.float32)}), plain,
             [{**truth, "motion": value} for truth, value in zip(truths, asked, strict=True)])
+    silent = drawing.draw({}, words=False) if signals & set(WORDLESS) else plain
     for name in sorted(signals & {metric.signal for metric in STEERING.values()} & set(SIGNALS)
-                       - {"reference", "motion"}):
-        videos = drawing.draw(drawing.signal(name))
+                       - {"motion"}):
+        words = name not in WORDLESS
+        videos = drawing.draw(drawing.signal(name), words=words)
         for kind in measures(name):
-            add(kind, videos, plain, truths)
+            add(kind, videos, plain if words else silent, truths)
     rates = experiment.clip.rates if experiment.clip else ()
     if "fps" in signals and len(set(rates)) > 1:
         rows.append(frame_rate(experiment, params, source, (min(rates), max(rates))))

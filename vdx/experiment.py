@@ -193,8 +193,8 @@ class Experiment:
             self.part = Part(top.trainable)
             self.part.check(self.shapes)
         if top.first_frame and (frames := self.model.parts()[0].patch[0]) > 1:
-            raise ConfigError(f"config.first_frame = {top.first_frame} gives the first frame a time "
-                              f"of its own, but a token of this model is {frames} frames long "
+            raise ConfigError(f"config.first_frame = {top.first_frame} gives the first frame a "
+                              f"time of its own, but a token of this model is {frames} frames long "
                               "(config.model.backbone.patch). The signal known_frames works with "
                               "any.")
         self.process = build(top.process, PROCESSES, "config.process")
