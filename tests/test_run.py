@@ -213,3 +213,27 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
     assert sorted(losses) == [1, 2, 3] and np.isfinite(list(losses.values())).all()
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["i2v_tiny", "i2v_tiny:reference", "control_tiny:actions",
+                                  "unet3d_tiny"])
+def test_the_tiny_configs_run(name, tmp_path):
+    """Shortened: they train, and are judged by what they read."""
+    file, _, variant = name.partition(":")
+    micro = [one for one in MICRO if "backbone" not in one or file != "unet3d_tiny"]
+    made = resolve(str(ROOT / "configs" / f"{file}.py") + (f":{variant}" if variant else ""),
+                   [*micro, "--config.judge.prompts=0", "--config.train.sample_every=0",
+                    "--config.train.eval_every=0",
+                    f"--config.judge.steering={0 if file == 'unet3d_tiny' else 4}"])
+    run(made, tmp_path, Stop())
+    losses = [r["train/loss"] for r in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    expected = {"i2v_tiny": {"first_frame", "last_frame", "motion", "fps"},
+                "i2v_tiny:reference": {"reference", "fps"},
+                "control_tiny:actions": {"actions"}, "unet3d_tiny": set()}[name]
+    if expected:
+        rows = read_json(tmp_path / "eval.json")["steering"]
+        assert {row["signal"] for row in rows} == expected
+        assert all(key in row for row in rows for key in ("model", "without", "control", "true"))
+        assert "Steering" in (tmp_path / "report.html").read_text()
