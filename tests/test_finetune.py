@@ -120,7 +120,9 @@ def leaves(workdir: Path, step: int = 4) -> dict:
         return checkpoints.facts(step)["leaves"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in (CONFIGS[0], LORA) else [pytest.mark.slow])
+    for name in CONFIGS])
 def test_it_trains_from_files_of_weights(name, runs, place, mesh):
     workdir, run = runs(name)
     assert sorted(losses(workdir)) == [1, 2, 3, 4]

@@ -312,6 +312,7 @@ def two_steps(trained, quick, devices, **sizes):
     return losses, gradient, state, frozen
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one(trained, quick):
     losses, gradient, *_ = two_steps(trained, quick, jax.devices()[:1])
     many, spread, state, frozen = two_steps(trained, quick, jax.devices(), fsdp=4, tensor=2)

@@ -31,6 +31,7 @@ MESHES = {
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*?"
     r"(?:replica_groups|source_target_pairs)=((?:mesh)?[\[{].*?)(?:, [a-z]\w+=[^(]|$)", re.M)
+QUICK = ("data8", "fsdp8", "fsdp2_context2_tensor2")
 STEPS = 3
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -136,7 +137,8 @@ def alone(experiment, params, batch, quick):
     return Steps(experiment, params, batch, quick, {}, jax.devices()[:1])
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MESHES])
 def together(request, experiment, params, batch, quick):
     sizes = {axis: size for axis, (size, _) in MESHES[request.param].items()}
     steps = Steps(experiment, params, batch, quick, sizes, jax.devices())

@@ -67,9 +67,12 @@ def far(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.max())
 
 
+DEFAULT = ("t2v", "i2v", "5b image")
+
+
 def marked(name: str, kind: str):
-    """What VACE's control blocks are told is tested by default, in test_control.py."""
-    return pytest.param(name, marks=[pytest.mark.slow] if kind.startswith("vace") else [])
+    """By default one of each way in. What VACE's control blocks are told is in test_control.py."""
+    return pytest.param(name, marks=[] if kind in DEFAULT else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("kind", [marked(kind, kind) for kind in KINDS])

@@ -110,7 +110,8 @@ def case(request, tmp_path_factory, quick):
     return Case(CONFIGS[request.param], tmp_path_factory.mktemp("vae"), quick)
 
 
-@pytest.fixture(scope="module", params=LIGHT)
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=[pytest.mark.slow] if name == "residual" else []) for name in LIGHT])
 def light(request, randomise, quick):
     """All kinds of layers, few of each: what does not need a reference is tested on it."""
     vae = VideoVAE(**LIGHT[request.param])
