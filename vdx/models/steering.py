@@ -188,8 +188,8 @@ class FrameRate(Scalar):
 
 
 class FrameRateClass(nn.Module):
-    """Whether the clip has 16 frames per second or more (batch key `fps`), as SkyReels-V2 reads
-    it. Port `modulation`. Null value: zeros."""
+    """Whether the clip has 16 frames per second or another rate (batch key `fps`), as SkyReels-V2
+    reads it. Port `modulation`. Null value: zeros."""
 
     width: int
     dropout: float = 0.0
