@@ -23,46 +23,29 @@ weights. `:smoke` is the same program shrunk for the tests.
 
 from ml_collections import ConfigDict
 
+from configs import t2v_base
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict({
-        "seed": 0,
-        "weights": "",
-        "trainable": "/motion/",
-        "data": {
-            "path": "",
-            "heldout": {"split": "heldout"},
-            "loader": {"global_batch": 256, "workers": 8},
-        },
-        "model": {
-            "backbone": {
-                "name": "unet", "channels": 4, "widths": (320, 640, 1280, 1280), "layers": 2,
-                "attention": (True, True, True, False), "heads": 8, "groups": 32,
-                "temporal": "motion", "motion_middle": False, "dtype": "bfloat16",
-                "remat": "full",
-            },
-            "signals": {"embeddings": {"features": 768, "length": 77, "null_tokens": 77,
-                                       "project": False, "dropout": 0.1}},
-        },
-        "process": {"name": "variance_preserving", "betas": "linear", "beta_start": 0.00085,
-                    "beta_end": 0.012, "prediction": "noise"},
-        "time": {"name": "uniform"},
-        "loss": {"name": "none"},
-        "optim": {"learning_rate": 1e-4, "warmup": 1000, "schedule": "constant",
-                  "weight_decay": 0.01},
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
-        "train": {"steps": 30_000, "ema": 0.9999, "log_every": 50, "eval_every": 1000,
-                  "sample_every": 0, "save_every": 1000, "eval_clips": 256},
-        "sample": {"sampler": "ddim", "steps": 25, "guidance": 7.5, "batch": 1},
-    })
-    config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
+    config = t2v_base.get_config(variant)
+    config.update({"weights": "", "trainable": "/motion/"})
+    config.model.backbone = ConfigDict({
+        "name": "unet", "channels": 4, "widths": (320, 640, 1280, 1280), "layers": 2,
+        "attention": (True, True, True, False), "heads": 8, "groups": 32, "temporal": "motion",
+        "motion_middle": False, "dtype": "bfloat16", "remat": "full"})
+    config.model.signals = ConfigDict({"embeddings": {
+        "features": 768, "length": 77, "null_tokens": 77, "project": False, "dropout": 0.1}})
+    config.process = ConfigDict({
+        "name": "variance_preserving", "betas": "linear", "beta_start": 0.00085,
+        "beta_end": 0.012, "prediction": "noise"})
+    config.time = ConfigDict({"name": "uniform"})
+    config.sample = ConfigDict({"sampler": "ddim", "steps": 25, "guidance": 7.5, "batch": 1})
     if variant == "smoke":
-        config.data.loader.update({"global_batch": 8, "workers": 0})
         config.model.backbone.update({"widths": (16, 32), "layers": 1, "attention": (True, False),
                                       "heads": 2, "groups": 8})
         config.model.signals.embeddings.features = 16
-        config.train.update({"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2,
-                             "eval_clips": 8})
-    elif variant:
-        raise ValueError(f"motion_module_sd15 has the variant 'smoke', not {variant!r}.")
+        config.train.update({"steps": 4, "eval_every": 4, "save_every": 2})
+    else:
+        config.data.loader.global_batch = 256
+        config.train.update({"steps": 30_000, "eval_every": 1000, "eval_clips": 256})
     return config

@@ -52,5 +52,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.train.update({"steps": 3, "log_every": 1, "eval_every": 3, "save_every": 3,
                              "eval_clips": 8})
     elif variant:
-        raise ValueError(f"t2v_base has the variant 'smoke', not {variant!r}.")
+        raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")
     return config

@@ -16,48 +16,17 @@ the peak 2.5 s of an H100. `:smoke` is the same program shrunk for the tests.
 
 from ml_collections import ConfigDict
 
+from configs import wan21_t2v_1p3b_lora
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict({
-        "seed": 0,
-        "weights": "",
-        "lora": {"rank": 32, "alpha": 32.0, "dropout": 0.0},
-        "data": {
-            "path": "",
-            "heldout": {"split": "heldout"},
-            "loader": {"global_batch": 8, "workers": 4},
-        },
-        "model": {
-            "backbone": {
-                "name": "transformer", "size": "wan_14b", "channels": 16, "patch": (1, 2, 2),
-                "pattern": "full", "dtype": "bfloat16", "remat": "full",
-            },
-            # The image is never dropped: Wan has not learned to do without.
-            "signals": {"embeddings": {"features": 4096, "length": 512, "dropout": 0.1},
-                        "concat": {"channels": 20, "dropout": 0.0},
-                        "image_tokens": {"features": 1280, "dropout": 0.0}},
-        },
-        "process": {"name": "rectified_flow", "prediction": "velocity"},
-        "time": {"name": "uniform", "shift": 3.0},
-        "loss": {"name": "none"},
-        "optim": {"learning_rate": 1e-4, "warmup": 50, "schedule": "constant",
-                  "weight_decay": 0.01},
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
-        "train": {"steps": 2000, "ema": 0.99, "log_every": 20, "eval_every": 250,
-                  "sample_every": 0, "save_every": 250, "eval_clips": 16},
-        "sample": {"sampler": "unipc", "steps": 40, "guidance": 5.0, "shift": 3.0, "batch": 1},
-    })
-    config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
-    if variant == "smoke":
-        config.lora.rank = 4
-        config.data.loader.workers = 0
-        config.model.backbone.update({"channels": 4, "width": 48, "depth": 2, "heads": 2,
-                                      "mlp_ratio": 2.0})
-        config.model.signals.embeddings.features = 16
-        config.model.signals.concat.channels = 8
-        config.model.signals.image_tokens.features = 24
-        config.train.update({"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2,
-                             "eval_clips": 8})
-    elif variant:
-        raise ValueError(f"wan21_i2v_14b_lora has the variant 'smoke', not {variant!r}.")
+    config = wan21_t2v_1p3b_lora.get_config(variant)
+    smoke = variant == "smoke"
+    config.model.backbone.size = "wan_14b"
+    # The image is never dropped: Wan has not learned to do without.
+    config.model.signals.update({
+        "concat": {"channels": 8 if smoke else 20, "dropout": 0.0},
+        "image_tokens": {"features": 24 if smoke else 1280, "dropout": 0.0}})
+    config.time.shift = config.sample.shift = 3.0
+    config.sample.steps = 40
     return config

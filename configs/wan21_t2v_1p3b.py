@@ -53,5 +53,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.train.update({"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2,
                              "eval_clips": 8})
     elif variant:
-        raise ValueError(f"wan21_t2v_1p3b has the variant 'smoke', not {variant!r}.")
+        raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")
     return config
