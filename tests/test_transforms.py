@@ -5,7 +5,8 @@ import pytest
 
 from vdx.build import fill
 from vdx.data.record import BadRecord, Record
-from vdx.data.transforms import ClipSampling, resize, to_example
+from vdx.data.resize import resize
+from vdx.data.transforms import ClipSampling, to_example
 
 RNG = np.random.default_rng
 

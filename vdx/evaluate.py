@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
@@ -123,7 +124,7 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
 
     if "known_frames" in signals:
         pixels = np.stack([truth["video"] for truth in truths])
-        known = pixels.astype(np.float32) / 127.5 - 1.0 - experiment.objective.mean
+        known = np.asarray(experiment.objective.clean({"video": jnp.asarray(pixels)}))
         kinds = {"first_frame": [0], "last_frame": [0, -1]}
         if not experiment.model.signals["known_frames"].get("last", KnownFrames.last):
             del kinds["last_frame"]

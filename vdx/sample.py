@@ -59,13 +59,14 @@ class Request:
     steer: dict = dataclasses.field(default_factory=dict)
     digests: dict = dataclasses.field(default_factory=dict)
 
-    def draw(self, experiment: Experiment, params: Params) -> np.ndarray:
-        """float32 [n t h w c]."""
+    def draw(self, experiment: Experiment, params: Params,
+             steer: dict[str, np.ndarray]) -> np.ndarray:
+        """float32 [n t h w c]. steer: what `steered` gives."""
         sampling = fill(Sampling, self.sampling, "sampling")
         n, generator = len(self.prompts), experiment.generator(sampling)
-        steer = {name: np.repeat(value, n, 0) for name, value in self.steered(experiment).items()}
         return generator(params, self.prompts, [self.seed + i for i in range(n)],
-                         num_frames=self.num_frames, fps=self.fps, steer=steer)
+                         num_frames=self.num_frames, fps=self.fps,
+                         steer={name: np.repeat(value, n, 0) for name, value in steer.items()})
 
     def steered(self, experiment: Experiment) -> dict[str, np.ndarray]:
         """Entries of a batch of one clip. Raises ConfigError."""
@@ -182,7 +183,7 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
     request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
     one_file_or_folder(request)
     lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
-    request.steered(experiment)       # says what is wrong before anything large is read
+    steer = request.steered(experiment)       # says what is wrong before anything large is read
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
@@ -190,7 +191,7 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
             item, step = made.item, made.step
         params, step, identity = open_params(experiment, workdir, mesh, item=item, step=step)
         same_weights(made, identity, f"{workdir} at step {step}")
-        videos = request.draw(experiment, params)
+        videos = request.draw(experiment, params, steer)
     return request, Weights(str(workdir), step, item, identity), videos
 
 

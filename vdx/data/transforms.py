@@ -12,7 +12,7 @@ from vdx.data.record import BadRecord, Record
 from vdx.data.resize import resize
 from vdx.data.signals import Clip, read_signals
 
-__all__ = ["ClipSampling", "Tokenize", "resize", "to_example"]
+__all__ = ["ClipSampling", "Tokenize", "to_example"]
 
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
 

@@ -17,6 +17,7 @@ from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.wan import load_wan
+from vdx.models.conditioning import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
@@ -71,7 +72,7 @@ def latte_rows(model: Denoiser, variance: bool = True) -> list[Row]:
            Row("proj_out.weight", "network/unpatch/kernel", last or LINEAR),
            Row("proj_out.bias", "network/unpatch/bias", last or KEEP),
            *dense(NETWORK, "", "network"), *dense(TEXT, "", "conditioning/embeddings"),
-           Row("", "conditioning/embeddings/null")]
+           Row("", NULL)]
     for place, (stack, attentions) in enumerate(BLOCKS):
         ours, theirs = f"network/layers/block_{place}", f"{stack}.{{i}}."
         for our, their in attentions:

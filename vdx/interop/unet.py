@@ -50,6 +50,7 @@ from vdx.interop.unet_config import (
     unknown,
 )
 from vdx.interop.vae import dense_rows, norm_rows, residual_rows
+from vdx.models.conditioning import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.models.unet import UNet
 from vdx.models.unet_blocks import frame_positions
@@ -126,7 +127,7 @@ def unet_rows(model: Denoiser, linear: bool | None = None,
             *dense_rows("up_blocks.{i}.upsamplers.0.conv", "network/up_{i}_conv", CONV),
             *norm_rows("conv_norm_out", "network/norm_out"),
             *dense_rows("conv_out", "network/conv_out", CONV),
-            Row("", "conditioning/embeddings/null"),
+            Row("", NULL),
             *_control_rows(bool(network.hint), control_linear)]
 
 

@@ -21,6 +21,7 @@ from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.safetensors import Stored
+from vdx.models.conditioning import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
@@ -134,7 +135,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
 
     block = BLOCK + (IMAGE_BLOCK if "image_tokens" in signals else ())
     out = [*rows(NETWORK, "", "network"), *rows(TEXT, "", "conditioning/embeddings"),
-           Row("", "conditioning/embeddings/null")]
+           Row("", NULL)]
     for i in range(depth):
         period, place = divmod(i, len(pattern))
         out += rows(block, f"blocks.{i}.", f"network/layers/block_{place}", f"[{period}]")

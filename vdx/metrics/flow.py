@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-__all__ = ["blur", "lucas_kanade", "pan_speed", "warp"]
+__all__ = ["lucas_kanade", "pan_speed", "warp"]
 
 WINDOW = 3.0      # standard deviation of the weights of a neighbourhood, in pixels
 SMOOTH = 0.7      # of the frames, which linear interpolation would otherwise favour at rest
@@ -31,7 +31,7 @@ def _smoother(size: int, sigma: float) -> np.ndarray:
     return matrix
 
 
-def blur(x: np.ndarray, sigma: float) -> np.ndarray:
+def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian over the first two axes of [h w c]."""
     h, w = x.shape[:2]
     return _smoother(w, sigma) @ np.tensordot(_smoother(h, sigma), x, 1)
@@ -58,8 +58,8 @@ def _refined(one: np.ndarray, two: np.ndarray, flow: np.ndarray) -> np.ndarray:
     gt = seen - one - gx * flow[..., :1] - gy * flow[..., 1:]
     products = np.stack([(a * b).sum(-1) for a, b in
                          ((gx, gx), (gx, gy), (gy, gy), (gx, gt), (gy, gt))], -1)
-    xx, xy, yy, xt, yt = np.moveaxis(blur(products, WINDOW), -1, 0)
-    prior, near = PRIOR * (xx + yy).max() + 1e-6, blur(flow, WINDOW)
+    xx, xy, yy, xt, yt = np.moveaxis(_blur(products, WINDOW), -1, 0)
+    prior, near = PRIOR * (xx + yy).max() + 1e-6, _blur(flow, WINDOW)
     xx, yy, xt, yt = xx + prior, yy + prior, prior * near[..., 0] - xt, prior * near[..., 1] - yt
     return np.stack([yy * xt - xy * yt, xx * yt - xy * xt], -1) / (xx * yy - xy * xy)[..., None]
 
@@ -76,15 +76,15 @@ def lucas_kanade(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     levels = [[first.astype(np.float32), second.astype(np.float32)]]
     while min(levels[-1][0].shape[:2]) >= 2 * SMALLEST:
-        levels.append([blur(frame, HALVE)[::2, ::2] for frame in levels[-1]])
+        levels.append([_blur(frame, HALVE)[::2, ::2] for frame in levels[-1]])
     flow = np.zeros((*levels[-1][0].shape[:2], 2), np.float32)
     for one, two in reversed(levels):
         h, w = one.shape[:2]
         if flow.shape[:2] != (h, w):
             flow = 2 * flow.repeat(2, 0).repeat(2, 1)[:h, :w]
-        one, two = blur(one, SMOOTH), blur(two, SMOOTH)
+        one, two = _blur(one, SMOOTH), _blur(two, SMOOTH)
         # A fine pattern misleads the coarse levels; where rest fits better, begin there.
-        moved, rest = (blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
+        moved, rest = (_blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
                        for seen in (warp(two, flow), two))
         flow = np.where(rest < 0.9 * moved, 0.0, flow)
         for _ in range(ROUNDS):
@@ -100,7 +100,7 @@ def pan_speed(video: np.ndarray, fps: float, still: np.ndarray) -> float:
     """
     count, _, width, _ = video.shape
     known = still[..., None].astype(np.float32)
-    frames = np.stack([blur(np.concatenate([f * k, k], -1), TEXTURE)
+    frames = np.stack([_blur(np.concatenate([f * k, k], -1), TEXTURE)
                        for f, k in zip(video.astype(np.float32), known, strict=True)])
     known = frames[..., 3:] * still[..., None]
     frames = frames[..., :3] / np.maximum(frames[..., 3:], 1e-3)

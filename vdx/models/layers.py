@@ -136,6 +136,15 @@ def dct_basis(patch: tuple[int, int, int], channels: int, width: int) -> np.ndar
     return out
 
 
+def low_frequencies(patch: tuple[int, int, int], out: bool = False):
+    """An initializer for the projection of patches to features, or (`out`) back."""
+    def init(key, shape, dtype=jnp.float32):
+        pixels, width = shape[::-1] if out else shape
+        basis = dct_basis(patch, pixels // math.prod(patch), width)
+        return jnp.asarray(basis.T * 0.5 if out else basis, dtype)
+    return init
+
+
 def _over_axes(grid: tuple[int, int, int], width: int,
                rows: Callable[[int, int], np.ndarray]) -> np.ndarray:
     """[t h w f], float64: rows(entries, features) of each axis, laid along it, side by side.

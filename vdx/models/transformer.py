@@ -5,7 +5,6 @@ time embedding for the whole network plus a learned table in each block. The des
 Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/interop/wan.py).
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,8 +21,8 @@ from vdx.models.layers import (
     MLP,
     EmbedMLP,
     LayerNorm,
-    dct_basis,
     layer_norm,
+    low_frequencies,
     place_table,
     plane_table,
     rope_table,
@@ -59,15 +58,6 @@ CROSS = {
     "normed": True,      # Wan
     "plain": False,      # PixArt-alpha and Latte: in no block over time alone
 }
-
-
-def low_frequencies(patch: tuple[int, int, int], out: bool = False):
-    """An initializer for the projection of patches to features, or (`out`) back."""
-    def init(key, shape, dtype=jnp.float32):
-        pixels, width = shape[::-1] if out else shape
-        basis = dct_basis(patch, pixels // math.prod(patch), width)
-        return jnp.asarray(basis.T * 0.5 if out else basis, dtype)
-    return init
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:

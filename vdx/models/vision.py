@@ -8,7 +8,7 @@ from einops import rearrange
 
 from vdx.build import ConfigError
 from vdx.models.attention import encoder_layers
-from vdx.models.layers import dct_basis
+from vdx.models.layers import low_frequencies
 from vdx.types import Array, Float
 
 
@@ -28,11 +28,9 @@ class PatchEncoder(nn.Module):
             raise ConfigError(f"A picture of {x.shape[1:3]} (h, w) does not divide into patches of "
                               f"{self.patch}; set the encoder's patch.")
 
-        def lowest(key, shape, dtype=jnp.float32):
-            return jnp.asarray(dct_basis((1, self.patch, self.patch), 3, shape[1]), dtype)
-
         x = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        x = nn.Dense(self.width, name="patch", kernel_init=lowest)(x)
+        x = nn.Dense(self.width, name="patch",
+                     kernel_init=low_frequencies((1, self.patch, self.patch)))(x)
         x = x + self.param("position_table", nn.initializers.normal(0.02), x.shape[1:],
                            jnp.float32)
         return encoder_layers(x, None, self.depth, self.heads)
