@@ -1,5 +1,6 @@
 """Eight simulated devices for the whole suite; set before anything imports jax."""
 
+import functools
 import os
 import tempfile
 
@@ -17,6 +18,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+from vdx.parallel import MeshSpec  # noqa: E402
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -25,6 +28,21 @@ def quick():
     """Options of jax.jit for programs that run a few times: LLVM's optimizations are half of the
     time to compile, and change nothing of what is tested."""
     return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(scope="module")
+def quickly(quick):
+    """Every jax.jit of a module takes `quick`: for modules of which each program runs a few
+    steps, which name this in their `pytestmark`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
+        yield
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """Of one device."""
+    return MeshSpec().make(jax.devices()[:1])
 
 
 @pytest.fixture(scope="session")

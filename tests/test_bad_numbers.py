@@ -50,12 +50,6 @@ def experiment(bad: dict[int, float]) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "context", "tensor"),
-                         axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
 def memory():
     """Spikes are judged after three steps here, after a hundred in earnest."""
     step_module.SPIKE_MEMORY, before = 3, step_module.SPIKE_MEMORY

@@ -19,7 +19,6 @@ from vdx.generate.request import check, complete, remake
 from vdx.generate.video_io import frames_at, write_video
 from vdx.interop.keymap import WeightsError
 from vdx.interop.public import assemble, open_public
-from vdx.parallel import MeshSpec
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -52,11 +51,6 @@ def model(pipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("vace")
     pipe.save_pretrained(path)
     return open_public(path)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return MeshSpec().make(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

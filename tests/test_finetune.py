@@ -1,7 +1,6 @@
 """Fine-tuning from files of weights: every config of Wan at a tiny size, what its checkpoints hold,
 what stays frozen, and where a run begins and goes on."""
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from vdx.interop.load import export_plan, save_folder
 from vdx.interop.lora import open_lora, write_lora
 from vdx.interop.wan import load_wan, wan_config, wan_transformer_rows
 from vdx.models.lora import Adapted, adapt
-from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.fingerprint import fingerprints
 from vdx.train.loop import Run, train
 from vdx.train.step import Objective
 from vdx.train.survive import Stop
 
+pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]
 CONFIGS = ["wan21_t2v_1p3b", "wan21_t2v_1p3b_lora", "wan21_i2v_14b_lora", "wan22_ti2v_5b_lora"]
 LORA = "wan21_t2v_1p3b_lora"
@@ -69,19 +68,6 @@ def save_weights(folder: Path, model, params) -> None:
     rows = wan_transformer_rows(model)
     shapes = {key: shape for key, (shape, _) in export_plan(params, rows).items()}
     save_folder(params, rows, wan_config(shapes, head_width=24), folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(quick):
-    """Programs of a few steps: see `quick`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
-        yield
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return MeshSpec().make(jax.devices()[:1])
 
 
 SHORT = ["--config.train.eval_every=0", "--config.optim.warmup=1"]

@@ -1,6 +1,5 @@
 """Training a part of a network: motion modules beside an image model from files of weights."""
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from vdx.files import read_rows
 from vdx.interop.unet import load_unet, save_unet
 from vdx.models.denoiser import Denoiser
 from vdx.models.part import Part
-from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.loop import Run, train
 from vdx.train.survive import Stop
 from vdx.types import Ports
 
+pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]
 NULL = np.linspace(-1, 1, 77 * 16).reshape(77, 16).astype(np.float32)
 TREE = {"a": {"kernel": 1, "bias": 2}, "b": {"motion": {"kernel": 3}}}
@@ -39,18 +38,6 @@ def experiment(*args: str) -> Experiment:
 def image_model() -> Denoiser:
     made = experiment()
     return Denoiser({**made.model.backbone, "temporal": "none"}, made.model.signals)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(quick):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
-        yield
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return MeshSpec().make(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from vdx.generate.request import check, complete, recommended, shape_for
 from vdx.interop.keymap import WeightsError
 from vdx.interop.public import open_public
 from vdx.interop.safetensors import Stored, read_header, write
-from vdx.parallel import MeshSpec
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -26,11 +25,6 @@ from test_wan import original_names  # noqa: E402
 from wan_pipelines import CLIP, NETWORK, pipeline, randomised  # noqa: E402
 
 ASKED = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return MeshSpec().make(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
 
+pytestmark = pytest.mark.usefixtures("quickly")
 RNG = np.random.default_rng(0)
 BLOCKS = {"all": {"block": 2}, "window": {"block": 2, "window": 1},
           "sink": {"block": 1, "window": 2, "sink": 1}, "one": {"block": 1, "window": 3}}
@@ -33,14 +34,6 @@ def sees(spec, query: int, key: int) -> bool:
     """Whether a frame sees another, said once more."""
     a, b = query // spec["block"], key // spec["block"]
     return b <= a and (b >= a - spec.get("window", 99) or b < spec.get("sink", 0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(quick):
-    """Programs of a few steps: see `quick`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
-        yield
 
 
 @pytest.mark.parametrize(("spec", "mixer"), [

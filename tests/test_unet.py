@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 from vdx.interop.unet import load_unet, save_unet
 from vdx.interop.unet_config import control_from_config, unet_from_config
 from vdx.models.denoiser import Denoiser
-from vdx.parallel import MeshSpec
 from vdx.types import Ports
 
 torch = pytest.importorskip("torch")
@@ -72,11 +71,6 @@ def saved(kind, config, folder, seed=0):
         model = randomised(getattr(diffusers, kind)(**config), seed)
     model.save_pretrained(folder)
     return model
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return MeshSpec().make(jax.devices()[:1])
 
 
 class Case:

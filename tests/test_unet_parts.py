@@ -51,11 +51,6 @@ def apply(quick, made: Denoiser, params, x, time, **ports):
     return jax.jit(lambda *args: made.run(*args), compiler_options=quick)(params, x, time, ports)
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return MeshSpec().make(jax.devices()[:1])
-
-
 # Parts
 
 
