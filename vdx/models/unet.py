@@ -32,8 +32,8 @@ class UNet(nn.Module):
     attention: which levels attend, within a frame and to the text.
     heads: of every attention. head_width: if given, attention at width w has w / head_width heads
     instead; in motion modules too if `temporal` is "3d". groups: of the group norms.
-    temporal: a row of TEMPORAL, or a spec {"name": row of MIXERS, **fields}, motion modules
-    around that mixer. joint_norm: motion modules normalise all frames of a clip at once, as
+    temporal: a row of TEMPORAL, a spec {"name": such a row, **other fields of Temporal}, or a spec
+    {"name": row of MIXERS, **fields}, motion modules around that mixer. joint_norm: motion modules normalise all frames of a clip at once, as
     diffusers does, or each by itself, as AnimateDiff's own code does. motion_middle: whether the
     middle has one. A fresh motion module changes nothing.
     stem: frames, rows and columns that are one place of the first level.

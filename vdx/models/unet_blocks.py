@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 
-from vdx.build import build, lookup
+from vdx.build import build, fill, lookup
 from vdx.models.attention import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual
 from vdx.models.layers import MLP, EmbedMLP, LayerNorm, rope_table, sinusoidal, told
@@ -53,9 +53,12 @@ TEMPORAL: dict[str, Temporal] = {
 
 
 def temporal_of(spec: str | Mapping[str, Any]) -> Temporal:
-    """A row of TEMPORAL, or motion modules around the row of MIXERS that a spec names."""
+    """A row of TEMPORAL, one with other fields, or motion modules around a row of MIXERS."""
     if isinstance(spec, str):
         return lookup(spec, TEMPORAL, "model.temporal")
+    if spec.get("name") in TEMPORAL:
+        fields = {k: v for k, v in spec.items() if k != "name"}
+        return fill(Temporal, {**vars(TEMPORAL[spec["name"]]), **fields}, "config.model.temporal")
     build(spec, MIXERS, "model.temporal", heads=1, dtype=jnp.float32, parent=None)
     return Temporal(positions=False, mixer=spec)
 
