@@ -22,7 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.signals.text.dropout = 0.4        # so that the picture alone must do
         config.model.signals.reference = ConfigDict(
             {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1})
-        config.sample.guide = ConfigDict({"reference": 2.0})
+        config.sample.guide = ConfigDict({"reference": 3.0})
+        config.train.steps = 2500
     elif variant:
         raise ValueError(f"i2v_tiny has the variant 'reference', not {variant!r}.")
     else:

@@ -100,9 +100,22 @@ def test_what_is_between_frames():
     assert temporal_of("none") == Temporal(motion=False)
     assert temporal_of({"name": "time"}).mixer == {"name": "time"}
     for spec, message in (("motoin", "Did you mean 'motion'"), ({"name": "tiem"}, "'time'"),
-                          ({"name": "time", "no": 1}, "Unknown key model.temporal.no")):
+                          ({"name": "time", "no": 1}, "Unknown key model.temporal.no"),
+                          ({"name": "3d", "no": 1}, "Unknown key model.temporal.no")):
         with pytest.raises(ConfigError, match=message):
             temporal_of(spec)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_with_positions_frames_know_their_place(positions, randomise, quick):
+    """A clip that runs backwards is answered by the answer backwards, or is not."""
+    told = temporal_of({"name": "3d", "positions": positions})
+    ours = Exchange("time", 2, 8, Common(2, 0, 4, True, told, jnp.float32))
+    x = RNG.normal(size=(1, 3, 2, 2, 8)).astype(np.float32)
+    params = randomise(jax.eval_shape(ours.init, jax.random.key(0), x)["params"])
+    run = jax.jit(lambda x: ours.apply({"params": params}, x), compiler_options=quick)
+    apart = np.abs(run(x[:, ::-1])[:, ::-1] - run(x)).max()
+    assert apart > 1e-2 if positions else apart < 1e-5
 
 
 @pytest.mark.parametrize("temporal", [

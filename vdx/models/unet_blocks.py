@@ -58,7 +58,7 @@ def temporal_of(spec: str | Mapping[str, Any]) -> Temporal:
         return lookup(spec, TEMPORAL, "model.temporal")
     if spec.get("name") in TEMPORAL:
         fields = {k: v for k, v in spec.items() if k != "name"}
-        return fill(Temporal, {**vars(TEMPORAL[spec["name"]]), **fields}, "config.model.temporal")
+        return fill(Temporal, {**vars(TEMPORAL[spec["name"]]), **fields}, "model.temporal")
     build(spec, MIXERS, "model.temporal", heads=1, dtype=jnp.float32, parent=None)
     return Temporal(positions=False, mixer=spec)
 
