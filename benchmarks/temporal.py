@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vdx.build import build
 from vdx.config import resolve
 from vdx.data.motion import motion_score
 from vdx.evaluate import prompt_following
@@ -31,7 +30,7 @@ from vdx.generate.wall import write_sheet
 from vdx.main import run
 from vdx.metrics.prompt_following import track_object
 from vdx.metrics.steadiness import flicker, identity_drift
-from vdx.models.mixers import MIXERS
+from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.train.survive import Stop
 from vdx.types import Ports
@@ -132,20 +131,9 @@ def train(out: Path) -> None:
 
 
 def model_flops(pattern) -> float:
-    """Matrix products of one training step: three forward passes' worth, 24 clips."""
-    config = config_of(pattern, 1)["model"]["backbone"]
-    model = Transformer(channels=3, **{k: v for k, v in config.items() if k != "name"})
-    width, depth, heads, specs = model.dims()
-    grid = model.grid((8, 32, 32, 3))
-    tokens = int(np.prod(grid))
-    mixers = [build(spec, MIXERS, "pattern", heads=heads, dtype=jnp.float32, parent=None)
-              for spec in specs]
-    words = 24                                                   # of the text, keys and values
-    cross = tokens * 4.0 * width**2 + words * 4.0 * width**2 + 4.0 * tokens * words * width
-    mlp = tokens * 4.0 * width * model.hidden()
-    ends = tokens * 4.0 * width * int(np.prod(model.patch)) * 3
-    blocks = sum(mixer.flops(grid, width) + cross + mlp for mixer in mixers) * depth / len(mixers)
-    return 3 * 24 * (blocks + ends)
+    """Of one training step of 24 clips: three forward passes' worth."""
+    model = config_of(pattern, 1)["model"]
+    return 3 * 24 * Denoiser(model["backbone"], model["signals"]).flops((8, 32, 32, 3))
 
 
 def judge(workdir: Path) -> dict:

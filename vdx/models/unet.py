@@ -35,9 +35,9 @@ class UNet(nn.Module):
     heads: of every attention. head_width: if given, attention at width w has w / head_width heads
     instead; in motion modules too if `temporal` is "3d". groups: of the group norms.
     temporal: a row of TEMPORAL, a spec {"name": such a row, **other fields of Temporal}, or a spec
-    {"name": row of MIXERS, **fields}, motion modules around that mixer. joint_norm: motion modules normalise all frames of a clip at once, as
-    diffusers does, or each by itself, as AnimateDiff's own code does. motion_middle: whether the
-    middle has one. A fresh motion module changes nothing.
+    {"name": row of MIXERS, **fields}, motion modules around that mixer. joint_norm: motion modules
+    normalise all frames of a clip at once, as diffusers does, or each by itself, as AnimateDiff's
+    own code does. motion_middle: whether the middle has one. A fresh motion module changes nothing.
     stem: frames, rows and columns that are one place of the first level.
     control: a row of CONTROLS, a branch that reads the port `control`, or "none"; hint: widths of
     the convolutions of its maps, which are 2^(len(hint) - 1) times as high and wide as the clip.
