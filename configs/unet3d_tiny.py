@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.backbone = ConfigDict({
         "name": "unet", "channels": 3, "widths": (64, 96), "layers": 1, "attention": (False, True),
         "head_width": 16, "heads": 4, "groups": 8,
-        "temporal": {"name": "3d", "positions": True}, "stem": (2, 4, 4)})
+        "temporal": {"name": "3d", "embedded": True}, "stem": (2, 4, 4)})
     config.data.loader.global_batch = 16
-    config.train.steps = 1000
+    config.train.steps = 1200
     return config

@@ -106,16 +106,14 @@ def test_what_is_between_frames():
             temporal_of(spec)
 
 
-@pytest.mark.parametrize("positions", [True, False])
-def test_with_positions_frames_know_their_place(positions, randomise, quick):
-    """A clip that runs backwards is answered by the answer backwards, or is not."""
-    told = temporal_of({"name": "3d", "positions": positions})
-    ours = Exchange("time", 2, 8, Common(2, 0, 4, True, told, jnp.float32))
-    x = RNG.normal(size=(1, 3, 2, 2, 8)).astype(np.float32)
-    params = randomise(jax.eval_shape(ours.init, jax.random.key(0), x)["params"])
-    run = jax.jit(lambda x: ours.apply({"params": params}, x), compiler_options=quick)
-    apart = np.abs(run(x[:, ::-1])[:, ::-1] - run(x)).max()
-    assert apart > 1e-2 if positions else apart < 1e-5
+@pytest.mark.slow
+def test_embedded_frames_know_their_place(randomise, quick):
+    """Equal frames without exchange get equal answers, or are told apart by their place."""
+    still = jnp.repeat(X[:1, :1], X.shape[1], 1)
+    for temporal, least, most in (("none", 0, 0), ({"name": "none", "embedded": True}, 1e-2, 9)):
+        net = model(temporal=temporal)
+        y = apply(quick, net, randomise(shapes(net)), still, TIME[:1])
+        assert least <= np.abs(y[:, 1:] - y[:, :1]).max() <= most
 
 
 @pytest.mark.parametrize("temporal", [

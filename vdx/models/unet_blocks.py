@@ -32,14 +32,16 @@ class Temporal:
     """What lies between the frames of a U-Net.
 
     motion: motion modules, after the image layers; with `everywhere`, also at levels without
-    attention. positions: frames are told their place. attentions: how many of a motion module
-    follow one another. convs: a convolution in time after every residual, and a motion module
-    before the first level. mixer: a row of MIXERS with its fields in the attentions' place.
+    attention. positions: attention over time is told the frames' places; embedded: so is every
+    residual, by the time embedding. attentions: how many of a motion module follow one another.
+    convs: a convolution in time after every residual, and a motion module before the first level.
+    mixer: a row of MIXERS with its fields in the attentions' place.
     """
 
     motion: bool = True
     everywhere: bool = True
     positions: bool = True
+    embedded: bool = False
     attentions: int = 2
     convs: bool = False
     mixer: Mapping[str, Any] | None = None
@@ -246,6 +248,9 @@ class Encoder(nn.Module):
         emb = EmbedMLP(4 * first, sinusoid=first, name="time")(time)
         if vector is not None:
             emb = told(emb, vector, x.shape[1])
+        if temporal.embedded:
+            places = frame_positions(x.shape[1], first)[None, :, 0, 0]
+            emb = told(emb, nn.Dense(4 * first, name="frame")(places), x.shape[1])
         emb = emb.reshape(len(x), -1, 1, 1, emb.shape[-1])
 
         x = nn.Conv(first, (3, 3), dtype=common.dtype, name="conv_in")(x)
