@@ -23,7 +23,8 @@ def get_config(variant: str = "depth") -> ConfigDict:
     del config.model.signals["num_frames"], config.model.signals["fps"]
     config.model.signals[variant] = ConfigDict({"dropout": 0.1})
     if variant == "flow":
-        config.data.clip.flow_points = 8
+        config.data.clip.flow_points = 16
+        config.sample.guide = ConfigDict({"flow": 2.0})
         config.model.signals.text.dropout = 0.4        # words tell the motion too
     elif variant == "camera":
         config.data.source.update({"backgrounds": ("stripes", "dots", "checks"),
