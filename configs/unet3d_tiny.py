@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     del config.model.signals["fps"], config.model.signals["num_frames"]
     config.model.backbone = ConfigDict({
         "name": "unet", "channels": 3, "widths": (64, 96), "layers": 1, "attention": (False, True),
-        "head_width": 16, "heads": 4, "groups": 8,
+        "head_width": 16, "heads": 4, "groups": 8, "gated": True,
         "temporal": {"name": "3d", "embedded": True}, "stem": (2, 4, 4)})
     config.data.loader.global_batch = 16
     config.train.steps = 1200

@@ -75,6 +75,7 @@ class Common:
     joint: bool
     temporal: Temporal
     dtype: Any
+    gated: bool = False
 
     def split(self, width: int, motion: bool = False) -> tuple[int, int]:
         """(heads, their width) in attention at this width."""
@@ -207,7 +208,8 @@ class Layer(nn.Module):
     def __call__(self, x: Float[Array, "b t h w c"], emb: Array, tokens: Array | None,
                  mask: Array | None) -> Float[Array, "b t h w f"]:
         common, width = self.common, self.features
-        x = ImageResidual(width, common.groups, common.dtype, 1e-5, name="res")(x, emb)
+        x = ImageResidual(width, common.groups, common.dtype, 1e-5, common.gated,
+                          name="res")(x, emb)
         x = constrain(x, "b t h w c", context="t")
         if common.temporal.convs:
             x = TimeConvs(common.groups, common.dtype, name="time_convs")(x)
