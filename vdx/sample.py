@@ -8,10 +8,12 @@ same clip again, bit for bit on the same machine. `--prompts_file` has one promp
 --out is then a folder.
 """
 
+import collections
 import dataclasses
 import hashlib
 import platform
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from vdx.train.checkpoint import CheckpointError
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
+# Each clip is pieces [t h w 3], uint8 or float32 in [-1, 1].
+Clips = Iterable[Iterable[np.ndarray]]
 # Flags of --workdir alone, and of --weights alone.
 STEER = ("flow", "camera", "actions", "motion")
 TRAINED = ("step", "averaged", "guide", *STEER)
@@ -176,7 +180,7 @@ def same_weights(made: Weights | PublicWeights | None, identity: str, where: str
                              "cannot be made again from them.")
 
 
-def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
+def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
     """With the weights of a run of vdx.main."""
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
@@ -192,11 +196,12 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
         params, step, identity = open_params(experiment, workdir, mesh, item=item, step=step)
         same_weights(made, identity, f"{workdir} at step {step}")
         videos = request.draw(experiment, params, steer)
-    return request, Weights(str(workdir), step, item, identity), videos
+    return request, Weights(str(workdir), step, item, identity), ([video] for video in videos)
 
 
-def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np.ndarray]:
-    """With public weights. What cannot be is said before anything large is read."""
+def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Clips]:
+    """With public weights. What cannot be is said before anything large is read, and clips are
+    decoded as they are asked for."""
     said = given("negative_prompt", "image", "last_image", "control", "control_mask", "init_noise",
                  "height", "width", "num_frames", "fps", "seed", "sampler", "grid", "steps",
                  "shift", "dtype")
@@ -211,26 +216,46 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np
     identity = model.identity()
     same_weights(made, identity, FLAGS.weights)
     say = print if jax.process_index() == 0 else lambda line: None
-    videos = PublicGenerator(model, request, mesh, say)()
-    return request, PublicWeights(FLAGS.weights, identity), videos
+    clips = PublicGenerator(model, request, mesh, say).clips(exact=bool(FLAGS.save_array))
+    return request, PublicWeights(FLAGS.weights, identity), clips
 
 
-def write(request: Request | PublicRequest, videos: np.ndarray, out: Path,
+def kept(clips: Clips, floats: list[np.ndarray]) -> Iterator[Iterable[np.ndarray]]:
+    """The same clips; `floats` is filled with them."""
+    for clip in clips:
+        floats.append(np.concatenate(list(clip)))
+        yield [floats[-1]]
+
+
+def frames(clip: Iterable[np.ndarray], digest) -> Iterator[np.ndarray]:
+    """uint8 [h w 3], which the digest reads as well."""
+    for piece in clip:
+        for frame in piece if piece.dtype == np.uint8 else to_uint8(piece):
+            digest.update(frame.tobytes())
+            yield frame
+
+
+def write(request: Request | PublicRequest, clips: Clips, out: Path,
           weights: Weights | PublicWeights) -> None:
-    """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json."""
-    pixels = to_uint8(videos)
+    """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
+
+    Frames are written as they come, and no clip is held whole.
+    """
+    digest = hashlib.sha256()
+    videos, rows = (frames(clip, digest) for clip in clips), None
+    if len(request.prompts) == 1 and out.suffix:
+        write_video(out, next(videos), request.fps)
+        path = out.with_suffix(".json")
+    else:
+        rows = write_clips(out, videos, request.fps, [
+            {"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)])
+        path = out / "manifest.json"
     manifest = {"request": dataclasses.asdict(request), "weights": dataclasses.asdict(weights),
                 "versions": {"vdx": vdx.__version__, "jax": jax.__version__,
                              "python": platform.python_version()},
                 "device": jax.devices()[0].device_kind,
-                "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
-    if len(pixels) == 1 and out.suffix:
-        write_video(out, pixels[0], request.fps)
-        write_json(out.with_suffix(".json"), manifest)
-        return
-    rows = [{"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)]
-    manifest["clips"] = write_clips(out, pixels, request.fps, rows)
-    write_json(out / "manifest.json", manifest)
+                "pixels_sha256": digest.hexdigest(), **({"clips": rows} if rows else {})}
+    write_json(path, manifest)
 
 
 def main(argv):
@@ -247,13 +272,20 @@ def main(argv):
     if manifest and not {"request", "weights"} <= set(manifest):
         raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
     try:
-        request, weights, videos = (draw_trained if FLAGS.workdir else draw_public)(manifest)
+        request, weights, clips = (draw_trained if FLAGS.workdir else draw_public)(manifest)
+        floats: list[np.ndarray] = []
+        if FLAGS.save_array:
+            clips = kept(clips, floats)
+        if jax.process_index() == 0:
+            write(request, clips, Path(FLAGS.out), weights)
+        else:                                # decoding takes all processes
+            for clip in clips:
+                collections.deque(clip, maxlen=0)
     except (ConfigError, WeightsError, CheckpointError) as error:
         sys.exit(f"vdx.sample: {error}")
     if jax.process_index() == 0:
-        write(request, videos, Path(FLAGS.out), weights)
         if FLAGS.save_array:
-            np.save(FLAGS.save_array, videos)
+            np.save(FLAGS.save_array, np.stack(floats))
         print(f"Wrote {FLAGS.out}")
 
 
