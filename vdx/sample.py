@@ -27,6 +27,8 @@ from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
+from vdx.generate.calibrate import FILE as PROOF
+from vdx.generate.calibrate import calibrate, check_proof, read_proof
 from vdx.generate.pipeline import Sampling
 from vdx.generate.public import PublicGenerator
 from vdx.generate.request import PublicRequest, prepare
@@ -40,9 +42,10 @@ from vdx.types import Params
 FLAGS = flags.FLAGS
 # Each clip is pieces [t h w 3], uint8 or float32 in [-1, 1].
 Clips = Iterable[Iterable[np.ndarray]]
+CALIBRATED = 4          # prompts, if none are given
 # Flags of --workdir alone, and of --weights alone.
 STEER = ("flow", "camera", "actions", "motion")
-TRAINED = ("step", "averaged", "guide", *STEER)
+TRAINED = ("step", "averaged", "guide", "calibrate", "cached", *STEER)
 PUBLIC = ("negative_prompt", "control_mask", "init_noise", "lora", "lora_2", "height", "width",
           "dtype", "mesh")
 
@@ -152,9 +155,9 @@ def given(*names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(FLAGS, name)) is not None}
 
 
-def from_flags(experiment: Experiment) -> Request:
+def from_flags(experiment: Experiment, words: tuple[str, ...] | None = None) -> Request:
     """A request from the command line; what is not given is as the model was trained."""
-    said = given("sampler", "steps", "grid", "shift")
+    said = given("sampler", "steps", "grid", "shift", "reuse")
     if scale := guidance():
         if len(scale) > 1:
             raise app.UsageError("--guidance is one number for a model of vdx.main.")
@@ -163,7 +166,7 @@ def from_flags(experiment: Experiment) -> Request:
         said["guide"] = scales()
     frames, fps = experiment.clip_default()
     asked = given("image", "last_image", "reference", *STEER) | controls()
-    return Request(prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
+    return Request(words or prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
                    {**dataclasses.asdict(experiment.sampling), **said}, asked,
                    {name: file_digest(name, path) for name, path in files(asked).items()})
 
@@ -195,8 +198,36 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
             item, step = made.item, made.step
         params, step, identity = open_params(experiment, workdir, mesh, item=item, step=step)
         same_weights(made, identity, f"{workdir} at step {step}")
+        if FLAGS.cached:
+            proof = read_proof(workdir)
+            check_proof(proof, identity, request.sampling, request.num_frames, request.fps,
+                        f"{workdir / PROOF}")
+            request = dataclasses.replace(
+                request, sampling={**request.sampling, "reuse": proof.threshold})
         videos = request.draw(experiment, params, steer)
     return request, Weights(str(workdir), step, item, identity), ([video] for video in videos)
+
+
+def calibrate_run() -> None:
+    """--calibrate: what the run may reuse, and the proof, into its workdir."""
+    workdir = Path(FLAGS.workdir)
+    experiment = load(workdir)
+    words = prompts() if FLAGS.prompt or FLAGS.prompts_file else experiment.wall[:CALIBRATED]
+    asked, mesh = from_flags(experiment, words), experiment.mesh_spec.make()
+    if asked.steer:
+        raise app.UsageError("--calibrate draws from words alone, not --"
+                             f"{', --'.join(asked.steer)}.")
+    sampling = fill(Sampling, {**asked.sampling, "reuse": 0.0}, "sampling")
+    with jax.set_mesh(mesh):
+        params, _, identity = open_params(experiment, workdir, mesh, step=FLAGS.step,
+                                          item="ema" if FLAGS.averaged else "params")
+        say = print if jax.process_index() == 0 else lambda line: None
+        proof = calibrate(experiment.generator(sampling), params, words, seed=FLAGS.seed,
+                          num_frames=asked.num_frames, fps=asked.fps, floor=FLAGS.calibrate,
+                          weights=identity, say=say)
+    if jax.process_index() == 0:
+        proof.save(workdir)
+        print(f"{proof.said()}\nWrote {workdir / PROOF}; --cached uses it.")
 
 
 def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Clips]:
@@ -204,7 +235,7 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Cl
     decoded as they are asked for."""
     said = given("negative_prompt", "image", "last_image", "control", "control_mask", "init_noise",
                  "height", "width", "num_frames", "fps", "seed", "sampler", "grid", "steps",
-                 "shift", "dtype")
+                 "shift", "reuse", "dtype")
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
     said |= {name: tuple(files.split(","))
              for name, files in given("lora", "lora_2", "reference").items()}
@@ -268,10 +299,14 @@ def main(argv):
     if wrong := [name for name in (PUBLIC if FLAGS.workdir else TRAINED) if FLAGS[name].present]:
         raise app.UsageError(f"--{', --'.join(wrong)}: not with "
                              f"--{'workdir' if FLAGS.workdir else 'weights'}.")
+    if FLAGS.from_manifest and FLAGS.cached:
+        raise app.UsageError("--cached: a manifest says itself what was reused.")
     manifest = read_json(FLAGS.from_manifest) if FLAGS.from_manifest else None
     if manifest and not {"request", "weights"} <= set(manifest):
         raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
     try:
+        if FLAGS.calibrate is not None:
+            return calibrate_run()
         request, weights, clips = (draw_trained if FLAGS.workdir else draw_public)(manifest)
         floats: list[np.ndarray] = []
         if FLAGS.save_array:
@@ -308,6 +343,13 @@ if __name__ == "__main__":
                         "diffusers_dpmpp.")
     flags.DEFINE_integer("steps", None, "Sampler steps.", lower_bound=1)
     flags.DEFINE_float("shift", None, "Time shift of the grid: above 1, more steps at high noise.")
+    flags.DEFINE_float("reuse", None, "The network is not asked while its answer would change by "
+                       "less than this share; 0 is exact.", lower_bound=0.0)
+    flags.DEFINE_float("calibrate", None, "Instead of drawing: find the largest --reuse whose "
+                       "clips have at least this SSIM to the exact ones, for --prompt, "
+                       "--prompts_file or the first prompts of the run's wall, and keep it with "
+                       f"its proof in the workdir ({PROOF}).")
+    flags.DEFINE_bool("cached", False, "Reuse as much as was calibrated.")
     flags.DEFINE_string("guidance", None, "Scale of classifier-free guidance; 1 is none. Two "
                         "numbers, as in 4,3: of the experts for high and for low noise.")
     flags.DEFINE_integer("num_frames", None, "Frames of the clip.", lower_bound=1)

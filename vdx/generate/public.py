@@ -33,7 +33,7 @@ from vdx.interop.public import EXPERTS, PublicModel
 from vdx.models.clip import preprocess
 from vdx.models.lora import Adapted, adapt
 from vdx.models.text_tokens import PromptTokenizer
-from vdx.types import Params
+from vdx.types import Array, Params
 
 Say = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
@@ -196,12 +196,13 @@ class PublicGenerator:
             advance = self.jitted(functools.partial(_advance, generator))
             for i, rows in enumerate(chunks):
                 start = time.perf_counter()
-                carries[i] = jax.block_until_ready(advance(
+                carries[i], asked = jax.block_until_ready(advance(
                     params, conditions(rows), negative, carries[i],
                     {name: values[first:last] for name, values in plan.items()},
                     r.seed + int(rows[0]), known))
                 self.done(f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(r.prompts)}: "
-                          f"evaluations {first + 1} to {last} of {len(plan['t'])}", start)
+                          f"evaluations {first + 1} to {last} of {len(plan['t'])}"
+                          f"{f', {asked.sum()} made' if r.reuse else ''}", start)
             first = last
             del params
         latents = np.concatenate([np.asarray(carry[0]) for carry in carries])[:len(r.prompts)]
@@ -223,7 +224,8 @@ class PublicGenerator:
             yield piece
 
 
-def _advance(generator: Generator, params, batch, negative, carry, rows, seed, known) -> Carry:
+def _advance(generator: Generator, params, batch, negative, carry, rows, seed,
+             known) -> tuple[Carry, Array]:
     return generator.advance(params, batch, negative, carry, rows, jax.random.key(seed), known)
 
 
