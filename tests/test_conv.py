@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError
+from vdx.models import conv
 from vdx.models.conv import PADDINGS, Conv3D, ConvMixer
 
 RNG = np.random.default_rng(0)
@@ -45,6 +46,29 @@ def test_convolution_is_its_definition(causal, padding, depthwise, randomise, qu
                                   zip(modules, params, strict=True)], compiler_options=quick)
     for one, p, got in zip(fields, params, run(params), strict=True):
         np.testing.assert_allclose(got, conv_by_loop(p, X, **one), atol=2e-6, err_msg=str(one))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_form_for_accelerators_is_that_for_cpus(dtype, monkeypatch, quick):
+    """Values and gradients, with strides and padding."""
+    kernel = RNG.normal(size=(3, 3, 1, 3, 4)).astype(dtype)
+
+    def found(platform):
+        monkeypatch.setattr(conv, "platform", lambda: platform)
+
+        def loss(x, kernel):
+            y = conv.convolve(x, kernel, (2, 1, 2), ((1, 0), (0, 1))).astype(jnp.float32)
+            return jnp.sum(jnp.sin(y)), y
+
+        out = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=quick)
+        return out(X.astype(dtype), kernel)
+
+    cpu, other = found("cpu"), found("tpu")
+    for a, b in zip(jax.tree.leaves(cpu), jax.tree.leaves(other), strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert np.std(a) > 0.1
+        tolerance = 1e-5 if dtype == "float32" else 0.02
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(a).max())
 
 
 def test_a_causal_kernel_of_even_size():

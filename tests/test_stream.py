@@ -196,7 +196,7 @@ def by_definition(streamer, params, noise, **steer):
     the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
     which it must not see, as noise."""
     g, b, t = streamer, len(noise), noise.shape[1]
-    batch = {**g._batch(PROMPTS, t, 8.0), **steer}
+    batch = {**g.batch(PROMPTS, t, 8.0), **steer}
 
     def one(clip, first):
         def network(x, time, ports):

@@ -5,6 +5,7 @@ import sys
 from fractions import Fraction
 
 import av
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from vdx.files import read_json, write_json
 from vdx.generate.video_io import (
     read_video,
     to_uint8,
+    to_uint8_there,
     write_video,
     write_webp,
 )
@@ -100,6 +102,24 @@ def test_to_uint8_rounds_and_clips():
     assert to_uint8([-2, -1, -0.9999, 0, 0.999, 1, 3]).tolist() == [0, 0, 0, 128, 255, 255, 255]
     steps = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(steps / np.float32(127.5) - 1), steps)
+
+
+def test_to_uint8_inside_a_program_has_the_same_bits():
+    """Also beside the places where rounding turns, where one rounding less would be seen."""
+    middle = ((np.arange(255) + 0.5) / 127.5 - 1).astype(np.float32)
+    x = np.concatenate([middle, np.random.default_rng(0).uniform(-1.1, 1.1, 10 ** 6)])
+    x = x.astype(np.float32)
+    x = np.concatenate([x, *(np.nextafter(x[:255], np.float32(to)) for to in (-2, 2))])
+    np.testing.assert_array_equal(jax.jit(to_uint8_there)(x), to_uint8(x))
+
+
+def test_frames_may_come_one_by_one(tmp_path):
+    frames = clip(5, 15, 21)
+    write_video(tmp_path / "a.mp4", frames, 12)
+    write_video(tmp_path / "b.mp4", (frame for frame in frames), 12)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    with pytest.raises(ValueError, match=r"expected uint8 \[t h w 3\]"):
+        write_video(tmp_path / "c.mp4", iter(()), 12)
 
 
 def test_json_round_trip(tmp_path):

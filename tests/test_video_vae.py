@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from vdx.build import ConfigError
+from vdx.generate.decode import Decoder
+from vdx.generate.video_io import to_uint8
 from vdx.interop.keymap import export, gather
 from vdx.interop.vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
 from vdx.models.vae_blocks import FrameAttention, Posterior, ResidualBlock
@@ -151,6 +153,34 @@ def test_chunks_are_the_whole_in_bounded_memory(light, method):
         np.testing.assert_allclose(got, whole[:, :got.shape[1]], atol=1e-5, rtol=0)
     assert light.run(method, 17, 1)[1] < 1.01 * light.run(method, 9, 1)[1]
     assert whole_memory > 1.25 * light.run(method, 9)[1]       # what it would be otherwise
+
+
+@pytest.mark.parametrize(("latents", "chunk", "sizes"),
+                         [(1, 2, [1]), (5, 2, [1, 8, 8]), (4, 2, [5, 8]), (5, 1, [1, 4, 4, 4, 4])])
+def test_pieces_for_the_screen_are_the_clip(light, decoder, latents, chunk, sizes):
+    """The bytes that the whole clip gives on the host; the next piece is begun before one is
+    given, and no further one."""
+    exact, screen = decoder(chunk)
+    z, begun = light.latents[0, :latents], []
+    screen.later = lambda *args, f=screen.later: begun.append(None) or f(*args)
+    pieces = []
+    for number, piece in enumerate(screen(z)):
+        assert len(begun) == min(number + 1, len(sizes) - 1)
+        pieces.append(piece)
+    assert [len(piece) for piece in pieces] == sizes and pieces[0].dtype == np.uint8
+    want, _ = light.call("decode", z[None], chunk)
+    np.testing.assert_array_equal(np.concatenate(list(exact(z))), np.clip(want[0], -1, 1))
+    np.testing.assert_array_equal(np.concatenate(pieces), to_uint8(want[0]))
+
+
+@pytest.fixture(scope="module")
+def decoder(light, quick):
+    @functools.cache
+    def make(chunk):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
+            return [Decoder(light.vae, light.params, chunk, exact) for exact in (True, False)]
+    return make
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])

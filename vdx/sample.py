@@ -8,10 +8,12 @@ same clip again, bit for bit on the same machine. `--prompts_file` has one promp
 --out is then a folder.
 """
 
+import collections
 import dataclasses
 import hashlib
 import platform
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
+from vdx.generate.calibrate import FILE as PROOF
+from vdx.generate.calibrate import calibrate, check_proof, read_proof
 from vdx.generate.pipeline import Sampling
 from vdx.generate.public import PublicGenerator
 from vdx.generate.request import PublicRequest, prepare
@@ -36,9 +40,12 @@ from vdx.train.checkpoint import CheckpointError
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
+# Each clip is pieces [t h w 3], uint8 or float32 in [-1, 1].
+Clips = Iterable[Iterable[np.ndarray]]
+CALIBRATED = 4          # prompts, if none are given
 # Flags of --workdir alone, and of --weights alone.
 STEER = ("flow", "camera", "actions", "motion")
-TRAINED = ("step", "averaged", "guide", *STEER)
+TRAINED = ("step", "averaged", "guide", "calibrate", "cached", *STEER)
 PUBLIC = ("negative_prompt", "control_mask", "init_noise", "lora", "lora_2", "height", "width",
           "dtype", "mesh")
 
@@ -148,9 +155,9 @@ def given(*names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(FLAGS, name)) is not None}
 
 
-def from_flags(experiment: Experiment) -> Request:
+def from_flags(experiment: Experiment, words: tuple[str, ...] | None = None) -> Request:
     """A request from the command line; what is not given is as the model was trained."""
-    said = given("sampler", "steps", "grid", "shift")
+    said = given("sampler", "steps", "grid", "shift", "reuse")
     if scale := guidance():
         if len(scale) > 1:
             raise app.UsageError("--guidance is one number for a model of vdx.main.")
@@ -159,7 +166,7 @@ def from_flags(experiment: Experiment) -> Request:
         said["guide"] = scales()
     frames, fps = experiment.clip_default()
     asked = given("image", "last_image", "reference", *STEER) | controls()
-    return Request(prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
+    return Request(words or prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
                    {**dataclasses.asdict(experiment.sampling), **said}, asked,
                    {name: file_digest(name, path) for name, path in files(asked).items()})
 
@@ -176,7 +183,7 @@ def same_weights(made: Weights | PublicWeights | None, identity: str, where: str
                              "cannot be made again from them.")
 
 
-def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
+def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
     """With the weights of a run of vdx.main."""
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
@@ -191,15 +198,44 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, np.ndarray]:
             item, step = made.item, made.step
         params, step, identity = open_params(experiment, workdir, mesh, item=item, step=step)
         same_weights(made, identity, f"{workdir} at step {step}")
+        if FLAGS.cached:
+            proof = read_proof(workdir)
+            check_proof(proof, identity, request.sampling, request.num_frames, request.fps,
+                        f"{workdir / PROOF}")
+            request = dataclasses.replace(
+                request, sampling={**request.sampling, "reuse": proof.threshold})
         videos = request.draw(experiment, params, steer)
-    return request, Weights(str(workdir), step, item, identity), videos
+    return request, Weights(str(workdir), step, item, identity), ([video] for video in videos)
 
 
-def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np.ndarray]:
-    """With public weights. What cannot be is said before anything large is read."""
+def calibrate_run() -> None:
+    """--calibrate: what the run may reuse, and the proof, into its workdir."""
+    workdir = Path(FLAGS.workdir)
+    experiment = load(workdir)
+    words = prompts() if FLAGS.prompt or FLAGS.prompts_file else experiment.wall[:CALIBRATED]
+    asked, mesh = from_flags(experiment, words), experiment.mesh_spec.make()
+    if asked.steer:
+        raise app.UsageError("--calibrate draws from words alone, not --"
+                             f"{', --'.join(asked.steer)}.")
+    sampling = fill(Sampling, {**asked.sampling, "reuse": 0.0}, "sampling")
+    with jax.set_mesh(mesh):
+        params, _, identity = open_params(experiment, workdir, mesh, step=FLAGS.step,
+                                          item="ema" if FLAGS.averaged else "params")
+        say = print if jax.process_index() == 0 else lambda line: None
+        proof = calibrate(experiment.generator(sampling), params, words, seed=FLAGS.seed,
+                          num_frames=asked.num_frames, fps=asked.fps, floor=FLAGS.calibrate,
+                          weights=identity, say=say)
+    if jax.process_index() == 0:
+        proof.save(workdir)
+        print(f"{proof.said()}\nWrote {workdir / PROOF}; --cached uses it.")
+
+
+def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Clips]:
+    """With public weights. What cannot be is said before anything large is read, and clips are
+    decoded as they are asked for."""
     said = given("negative_prompt", "image", "last_image", "control", "control_mask", "init_noise",
                  "height", "width", "num_frames", "fps", "seed", "sampler", "grid", "steps",
-                 "shift", "dtype")
+                 "shift", "reuse", "dtype")
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
     said |= {name: tuple(files.split(","))
              for name, files in given("lora", "lora_2", "reference").items()}
@@ -211,26 +247,46 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, np
     identity = model.identity()
     same_weights(made, identity, FLAGS.weights)
     say = print if jax.process_index() == 0 else lambda line: None
-    videos = PublicGenerator(model, request, mesh, say)()
-    return request, PublicWeights(FLAGS.weights, identity), videos
+    clips = PublicGenerator(model, request, mesh, say).clips(exact=bool(FLAGS.save_array))
+    return request, PublicWeights(FLAGS.weights, identity), clips
 
 
-def write(request: Request | PublicRequest, videos: np.ndarray, out: Path,
+def kept(clips: Clips, floats: list[np.ndarray]) -> Iterator[Iterable[np.ndarray]]:
+    """The same clips; `floats` is filled with them."""
+    for clip in clips:
+        floats.append(np.concatenate(list(clip)))
+        yield [floats[-1]]
+
+
+def frames(clip: Iterable[np.ndarray], digest) -> Iterator[np.ndarray]:
+    """uint8 [h w 3], which the digest reads as well."""
+    for piece in clip:
+        for frame in piece if piece.dtype == np.uint8 else to_uint8(piece):
+            digest.update(frame.tobytes())
+            yield frame
+
+
+def write(request: Request | PublicRequest, clips: Clips, out: Path,
           weights: Weights | PublicWeights) -> None:
-    """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json."""
-    pixels = to_uint8(videos)
+    """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
+
+    Frames are written as they come, and no clip is held whole.
+    """
+    digest = hashlib.sha256()
+    videos, rows = (frames(clip, digest) for clip in clips), None
+    if len(request.prompts) == 1 and out.suffix:
+        write_video(out, next(videos), request.fps)
+        path = out.with_suffix(".json")
+    else:
+        rows = write_clips(out, videos, request.fps, [
+            {"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)])
+        path = out / "manifest.json"
     manifest = {"request": dataclasses.asdict(request), "weights": dataclasses.asdict(weights),
                 "versions": {"vdx": vdx.__version__, "jax": jax.__version__,
                              "python": platform.python_version()},
                 "device": jax.devices()[0].device_kind,
-                "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
-    if len(pixels) == 1 and out.suffix:
-        write_video(out, pixels[0], request.fps)
-        write_json(out.with_suffix(".json"), manifest)
-        return
-    rows = [{"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)]
-    manifest["clips"] = write_clips(out, pixels, request.fps, rows)
-    write_json(out / "manifest.json", manifest)
+                "pixels_sha256": digest.hexdigest(), **({"clips": rows} if rows else {})}
+    write_json(path, manifest)
 
 
 def main(argv):
@@ -243,17 +299,28 @@ def main(argv):
     if wrong := [name for name in (PUBLIC if FLAGS.workdir else TRAINED) if FLAGS[name].present]:
         raise app.UsageError(f"--{', --'.join(wrong)}: not with "
                              f"--{'workdir' if FLAGS.workdir else 'weights'}.")
+    if FLAGS.from_manifest and FLAGS.cached:
+        raise app.UsageError("--cached: a manifest says itself what was reused.")
     manifest = read_json(FLAGS.from_manifest) if FLAGS.from_manifest else None
     if manifest and not {"request", "weights"} <= set(manifest):
         raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
     try:
-        request, weights, videos = (draw_trained if FLAGS.workdir else draw_public)(manifest)
+        if FLAGS.calibrate is not None:
+            return calibrate_run()
+        request, weights, clips = (draw_trained if FLAGS.workdir else draw_public)(manifest)
+        floats: list[np.ndarray] = []
+        if FLAGS.save_array:
+            clips = kept(clips, floats)
+        if jax.process_index() == 0:
+            write(request, clips, Path(FLAGS.out), weights)
+        else:                                # decoding takes all processes
+            for clip in clips:
+                collections.deque(clip, maxlen=0)
     except (ConfigError, WeightsError, CheckpointError) as error:
         sys.exit(f"vdx.sample: {error}")
     if jax.process_index() == 0:
-        write(request, videos, Path(FLAGS.out), weights)
         if FLAGS.save_array:
-            np.save(FLAGS.save_array, videos)
+            np.save(FLAGS.save_array, np.stack(floats))
         print(f"Wrote {FLAGS.out}")
 
 
@@ -276,6 +343,13 @@ if __name__ == "__main__":
                         "diffusers_dpmpp.")
     flags.DEFINE_integer("steps", None, "Sampler steps.", lower_bound=1)
     flags.DEFINE_float("shift", None, "Time shift of the grid: above 1, more steps at high noise.")
+    flags.DEFINE_float("reuse", None, "The network is not asked while its answer would change by "
+                       "less than this share; 0 is exact.", lower_bound=0.0)
+    flags.DEFINE_float("calibrate", None, "Instead of drawing: find the largest --reuse whose "
+                       "clips have at least this SSIM to the exact ones, for --prompt, "
+                       "--prompts_file or the first prompts of the run's wall, and keep it with "
+                       f"its proof in the workdir ({PROOF}).")
+    flags.DEFINE_bool("cached", False, "Reuse as much as was calibrated.")
     flags.DEFINE_string("guidance", None, "Scale of classifier-free guidance; 1 is none. Two "
                         "numbers, as in 4,3: of the experts for high and for low noise.")
     flags.DEFINE_integer("num_frames", None, "Frames of the clip.", lower_bound=1)

@@ -17,6 +17,7 @@ import numpy as np
 
 from vdx.build import ConfigError
 from vdx.diffusion.process import FLOOR, Process, shift_time
+from vdx.diffusion.reuse import Memory, Reuse
 from vdx.types import Array, PRNGKeyArray
 
 Rows = dict[str, np.ndarray]
@@ -49,7 +50,7 @@ def sample(denoise: Callable[[Array, Array], Array], process: Process, sampler: 
     within [0, 1], a missing key, or a start where the prediction cannot say x0.
     """
     rows = evaluations(process, sampler, times)
-    return advance(denoise, process, sampler, sampler.start(x.astype(jnp.float32)), rows, key)[0]
+    return advance(denoise, process, sampler, sampler.start(x.astype(jnp.float32)), rows, key)[0][0]
 
 
 def evaluations(process: Process, sampler: Any, times: np.ndarray) -> Rows:
@@ -63,22 +64,35 @@ def evaluations(process: Process, sampler: Any, times: np.ndarray) -> Rows:
 
 
 def advance(denoise: Callable[[Array, Array], Array], process: Process, sampler: Any,
-            carry: Carry, rows: Rows, key: PRNGKeyArray | None = None) -> Carry:
-    """`carry` after some consecutive `rows` of `evaluations`, so that several networks can take
-    turns; it begins as `sampler.start(x)`, and x is always its first array."""
+            carry: Carry, rows: Rows, key: PRNGKeyArray | None = None,
+            reuse: Reuse | None = None) -> tuple[Carry, Array]:
+    """(`carry` after some consecutive `rows` of `evaluations`, bool [rows]: which of them asked
+    `denoise`), so that several networks can take turns.
+
+    The carry begins as `sampler.start(x)`, and x is always its first array. Without `reuse` all
+    evaluations are made.
+    """
     if sampler.stochastic and key is None:
         raise ValueError(f"{sampler} draws noise: pass a key.")
+    must = np.ones(len(rows["t"]), bool) if reuse is None else reuse.must(rows["t"])
+    memory = None if reuse is None else reuse.start(carry[0])
 
-    def evaluate(carry: Carry, row) -> tuple[Carry, None]:
+    def evaluate(state, now) -> tuple[tuple[Carry, Memory | None], Array]:
+        (carry, memory), (row, asked) = state, now
         x = carry[0]
         t = jnp.broadcast_to(row["t"], x.shape[:1])
-        x0, noise = process.to_x0_noise(denoise(x, t), x, t)
+        if reuse is None:
+            prediction = denoise(x, t)
+        else:
+            prediction, memory, asked = reuse(denoise, x, t, asked, memory)
+        x0, noise = process.to_x0_noise(prediction, x, t)
         fresh = None
         if sampler.stochastic and key is not None:
             fresh = jax.random.normal(jax.random.fold_in(key, row["index"]), x.shape)
-        return sampler.step(carry, x0, noise, row, fresh), None
+        return (sampler.step(carry, x0, noise, row, fresh), memory), asked
 
-    return jax.lax.scan(evaluate, carry, rows)[0]
+    (carry, _), asked = jax.lax.scan(evaluate, (carry, memory), (rows, must))
+    return carry, asked
 
 
 def hold(denoise: Callable[[Array, Array], Array], known: Array,

@@ -11,7 +11,8 @@ import numpy as np
 
 from vdx.build import lookup
 from vdx.diffusion.grids import GRIDS, Grid
-from vdx.diffusion.guidance import Guidance, guided
+from vdx.diffusion.guidance import Guidance, guided, questions
+from vdx.diffusion.reuse import Reuse
 from vdx.diffusion.samplers import (
     SAMPLERS,
     Carry,
@@ -35,7 +36,8 @@ class Sampling:
     guidance on the text. guide: scales of other signals, which come before the text in that
     order. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
     for models of rectified flow; empty: uniform times that the process has. shift: time shift
-    of the grid. batch: clips drawn at once.
+    of the grid. batch: clips drawn at once. reuse: the network is not asked while its answer
+    would change by less than this share (vdx.diffusion.reuse); 0: it is asked in every step.
     """
 
     sampler: str = "dpmpp_2m"
@@ -47,6 +49,7 @@ class Sampling:
     grid: str = ""
     shift: float = 1.0
     batch: int = 16
+    reuse: float = 0.0
 
     def __post_init__(self):
         lookup(self.sampler, SAMPLERS, "config.sample.sampler")
@@ -55,6 +58,8 @@ class Sampling:
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"sample.steps = {self.steps} and sample.batch = {self.batch} "
                              "must be positive.")
+        if self.reuse < 0:
+            raise ValueError(f"sample.reuse = {self.reuse} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +95,11 @@ class Generator:
                              f"{(len(prompts), *shape)} [b t h w c].")
         self.check(shape)
         self.check_steering(steer := steer or {})
-        chunk, out = self._chunk(len(prompts)), []
+        chunk, out = self.at_once(len(prompts)), []
         for start in range(0, len(prompts), chunk):
             # The last chunk is filled up by repetition, so that one program serves all.
             rows = [min(i, len(prompts) - 1) for i in range(start, start + chunk)]
-            batch = self._batch([prompts[i] for i in rows], num_frames, fps)
+            batch = self.batch([prompts[i] for i in rows], num_frames, fps)
             batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
             given = None if noise is None else noise[np.asarray(rows)]
             x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
@@ -111,13 +116,14 @@ class Generator:
         for key in steer:
             lookup(key, known, "This model's signals")
 
-    def _batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
+    def batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
+        """What the conditions of these clips are made of, besides `steer`."""
         ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)
         return {"text": np.stack(ids), "text_mask": np.stack(mask),
                 "fps": np.full(len(prompts), fps, np.float32),
                 "num_frames": np.full(len(prompts), num_frames, np.int32)}
 
-    def _chunk(self, clips: int) -> int:
+    def at_once(self, clips: int) -> int:
         """Clips at once: what is asked for, up to `batch`, rounded up to fill the mesh."""
         mesh = jax.sharding.get_abstract_mesh()
         parts = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -140,13 +146,19 @@ class Generator:
 
     def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
         """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
+        return self.drawn(params, batch, noise, key)[0]
+
+    def drawn(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray,
+              threshold: float | Array | None = None) -> tuple[Array, Array]:
+        """(as `draw`, which evaluations asked the network); threshold: as of `advance`. Pure."""
         carry, known, batch = self.start(noise), None, dict(batch)
         if (first := batch.pop("held", None)) is not None:
             free = (jnp.arange(noise.shape[1]) > 0).astype(jnp.float32)
             known = (jnp.zeros_like(noise).at[:, 0].set(first),
                      jnp.broadcast_to(free, noise.shape[:2]))
-        x0 = self.advance(params, batch, None, carry, self.rows(), key, known)[0]
-        return (x0 if first is None else x0.at[:, 0].set(first)) + self.mean
+        carry, asked = self.advance(params, batch, None, carry, self.rows(), key, known, threshold)
+        x0 = carry[0] if first is None else carry[0].at[:, 0].set(first)
+        return x0 + self.mean, asked
 
     @functools.cached_property
     def grid(self) -> Grid | None:
@@ -164,19 +176,28 @@ class Generator:
 
     def advance(self, params: Params, batch: Batch, negative: Batch | None, carry: Carry,
                 rows: Rows, key: PRNGKeyArray,
-                known: tuple[Array, Array] | None = None) -> Carry:
-        """`carry` after the evaluations `rows`; the clip is its first array. Pure.
+                known: tuple[Array, Array] | None = None,
+                threshold: float | Array | None = None) -> tuple[Carry, Array]:
+        """(`carry` after the evaluations `rows`, which of them asked the network); the clip is
+        the first array of the carry. Pure.
 
         Guidance leads from the conditions `negative` to those of `batch`; None: the same without
-        their text. known: what `samplers.hold` takes.
+        their text. known: what `samplers.hold` takes. threshold: in the place of sampling.reuse.
         """
+        conditions = self.conditions(params, batch, negative, carry[0].shape)
+        guidance = self.guidance(batch, negative)
+        ports, x = questions(conditions, guidance), jnp.concatenate([carry[0]] * guidance.answers)
+        # XLA does not move this out of the loop over steps: the layers are a loop themselves.
+        told = self.model.told(params, x, jnp.zeros(len(x)), ports)
         denoise = guided(
-            lambda x, t, ports: self.model.run(params, x, self.tell(t), ports),
-            self.conditions(params, batch, negative, carry[0].shape),
-            self.guidance(batch, negative))
+            lambda x, t, ports: self.model.run(params, x, self.tell(t), ports, told=told),
+            conditions, guidance)
         if known is not None:
             denoise = hold(denoise, *known)
-        return advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), carry, rows, key)
+        threshold = self.sampling.reuse if threshold is None else threshold
+        plain = isinstance(threshold, int | float) and threshold == 0
+        return advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), carry, rows, key,
+                       None if plain else Reuse(threshold, self.sampling.interval))
 
     def guides(self, batch: Batch) -> list[tuple[set[str], float]]:
         """(signals, scale) of what guidance strengthens one after the other, the text last."""

@@ -9,16 +9,16 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import Carry
+from vdx.generate.decode import Decoder
 from vdx.generate.pictures import (
     fitted,
     mask_channels,
@@ -33,7 +33,7 @@ from vdx.interop.public import EXPERTS, PublicModel
 from vdx.models.clip import preprocess
 from vdx.models.lora import Adapted, adapt
 from vdx.models.text_tokens import PromptTokenizer
-from vdx.types import Params
+from vdx.types import Array, Params
 
 Say = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
@@ -51,11 +51,20 @@ class PublicGenerator:
 
     def __call__(self) -> np.ndarray:
         """float32 [n t h w 3] in [-1, 1], on every process."""
+        return np.stack([np.concatenate(list(pieces)) for pieces in self.clips(exact=True)])
+
+    def clips(self, exact: bool = False) -> Iterator[Iterator[np.ndarray]]:
+        """The clips one after another, each piece by piece [t h w 3] as they are decoded, on every
+        process: uint8, or, `exact`, float32 in [-1, 1]. Each must be used up before the next."""
         with jax.set_mesh(self.mesh):
             text = self.text()
             shown = self.control() if self.model.reads_control else \
                 self.pictures() if self.request.image else {}
-            return self.decode(self.denoise(text, shown))
+            latents = self.denoise(text, shown)
+            decoder = Decoder(self.model.components["vae"].module, self.load("vae"), self.chunk,
+                              exact)
+        for number in range(len(latents)):
+            yield self.decode(decoder, latents, number)
 
     def load(self, name: str) -> Params:
         component, start = self.model.components[name], time.perf_counter()
@@ -187,31 +196,36 @@ class PublicGenerator:
             advance = self.jitted(functools.partial(_advance, generator))
             for i, rows in enumerate(chunks):
                 start = time.perf_counter()
-                carries[i] = jax.block_until_ready(advance(
+                carries[i], asked = jax.block_until_ready(advance(
                     params, conditions(rows), negative, carries[i],
                     {name: values[first:last] for name, values in plan.items()},
                     r.seed + int(rows[0]), known))
                 self.done(f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(r.prompts)}: "
-                          f"evaluations {first + 1} to {last} of {len(plan['t'])}", start)
+                          f"evaluations {first + 1} to {last} of {len(plan['t'])}"
+                          f"{f', {asked.sum()} made' if r.reuse else ''}", start)
             first = last
             del params
         latents = np.concatenate([np.asarray(carry[0]) for carry in carries])[:len(r.prompts)]
         return latents if known is None else np.where(
             known[1][:1, :, None, None, None] > 0, latents, known[0][:1])
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pixels of the clips, without the references before them."""
-        params, out, before = self.load("vae"), [], len(self.request.reference)
-        decode = self.compiled("vae", lambda apply, x: jnp.clip(
-            apply(x, self.chunk, method="decode"), -1, 1))
-        for i in range(len(latents)):
+    def decode(self, decoder: Decoder, latents: np.ndarray, number: int) -> Iterator[np.ndarray]:
+        """The pieces of a clip, without the references before it."""
+        pieces, shown = decoder(latents[number, len(self.request.reference):]), 0
+        while True:
             start = time.perf_counter()
-            out.append(np.asarray(decode(params, latents[i:i + 1, before:])))
-            self.done(f"clip {i + 1} of {len(latents)} decoded", start)
-        return np.concatenate(out)
+            with jax.set_mesh(self.mesh):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            shown += len(piece)
+            self.done(f"clip {number + 1} of {len(latents)}: {shown} of {self.request.num_frames} "
+                      "frames decoded", start)
+            yield piece
 
 
-def _advance(generator: Generator, params, batch, negative, carry, rows, seed, known) -> Carry:
+def _advance(generator: Generator, params, batch, negative, carry, rows, seed,
+             known) -> tuple[Carry, Array]:
     return generator.advance(params, batch, negative, carry, rows, jax.random.key(seed), known)
 
 

@@ -36,7 +36,8 @@ class PublicRequest:
     lora, lora_2: LoRA files of the transformer, and of the second expert, each with its weight
     ("style.safetensors:0.8"; 1 unless given). digests: SHA-256 of these files. guidance: one
     scale, or one for each expert; 1 is none. negative_prompt: what guidance leads away from;
-    empty, as in diffusers. dtype, mesh: of the computation; they decide the last bits.
+    empty, as in diffusers. reuse: see Sampling. dtype, mesh: of the computation; they decide the
+    last bits.
     """
 
     prompts: tuple[str, ...]
@@ -61,11 +62,13 @@ class PublicRequest:
     init_noise: str | None = None
     lora: tuple[str, ...] = ()
     lora_2: tuple[str, ...] = ()
+    reuse: float = 0.0
     digests: dict = dataclasses.field(default_factory=dict)
 
     def sampling(self, expert: int = 0) -> Sampling:
         return Sampling(sampler=self.sampler, grid=self.grid, steps=self.steps, shift=self.shift,
-                        guidance=self.guidance[expert % len(self.guidance)], batch=1)
+                        guidance=self.guidance[expert % len(self.guidance)], batch=1,
+                        reuse=self.reuse)
 
     def adapters(self, expert: int) -> list[tuple[str, float]]:
         """(LoRA file, weight) of those of an expert."""

@@ -40,6 +40,9 @@ class Streamer(Generator):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sampling.reuse:
+            raise ConfigError(f"sample.reuse = {self.sampling.reuse}: a clip that is made block by "
+                              "block asks the network in every step; set it to 0.")
         if self.model.block is None:
             raise ConfigError("A clip is made block by block by a transformer whose mixers in "
                               "config.model.backbone.pattern all have the same block, such as "
@@ -75,13 +78,13 @@ class Streamer(Generator):
         blocks = t // self.frames
         conditions, guidance = self.conditions(params, batch, None, noise.shape), \
             self.guidance(batch)
-        cache = self.new_cache(params, conditions, guidance, blocks)
+        told, cache = self.begin(params, conditions, guidance, blocks)
         parts = jnp.moveaxis(noise.reshape(b, blocks, self.frames, *noise.shape[2:]), 1, 0)
 
         def one(cache, part):
             index, noise = part
-            x0, cache = self.draw_block(params, conditions, guidance, cache, index, noise,
-                                        key, blocks)
+            x0, cache = self.draw_block(params, conditions, guidance, told, cache, index,
+                                        noise, key, blocks)
             return cache, x0
 
         _, out = jax.lax.scan(one, cache, (jnp.arange(blocks), parts))
@@ -102,11 +105,11 @@ class Streamer(Generator):
                               "and a model that is not told its length, the signal num_frames.")
         self.check((num_frames or self.frames, *self.frame_shape))
         self.check_steering(steer := steer or {})
-        chunk = self._chunk(len(prompts))
+        chunk = self.at_once(len(prompts))
         if len(prompts) > chunk:
             raise ValueError(f"{len(prompts)} clips at once are too many, sample.batch = {chunk}.")
         rows = [min(i, len(prompts) - 1) for i in range(chunk)]
-        batch = self._batch([prompts[i] for i in rows], num_frames or 0, fps)
+        batch = self.batch([prompts[i] for i in rows], num_frames or 0, fps)
         batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
         return self._stream(params, batch, [seeds[i] for i in rows], num_frames, bounded,
                             len(prompts))
@@ -116,11 +119,11 @@ class Streamer(Generator):
         numbers = itertools.count() if num_frames is None else range(num_frames // self.frames)
         # With windows alone the cache is of one size, and the program is that of every length.
         blocks = 1 if bounded else (num_frames or 0) // self.frames
-        conditions, cache = self._begin(params, batch, guidance, blocks,
-                                        num_frames or self.frames)
+        conditions, told, cache = self._begin(params, batch, guidance, blocks,
+                                              num_frames or self.frames)
         for index in numbers:
-            x0, cache = self._next(params, conditions, cache, np.int32(index), seeds, guidance,
-                                   blocks)
+            x0, cache = self._next(params, conditions, told, cache, np.int32(index), seeds,
+                                   guidance, blocks)
             yield np.asarray(x0)[:clips]
 
     @functools.cached_property
@@ -128,43 +131,46 @@ class Streamer(Generator):
         def begin(params, batch, guidance, blocks, frames):
             shape = (len(batch["text"]), frames, *self.frame_shape)
             conditions = self.conditions(params, laid_out(batch), None, shape)
-            return conditions, self.new_cache(params, conditions, guidance, blocks)
-        return jax.jit(begin, static_argnums=(2, 3, 4), out_shardings=_shardings(None, CACHE))
+            return conditions, *self.begin(params, conditions, guidance, blocks)
+        return jax.jit(begin, static_argnums=(2, 3, 4),
+                       out_shardings=_shardings(None, None, CACHE))
 
     @functools.cached_property
     def _next(self):
-        def step(params, conditions, cache, index, seeds, guidance, blocks):
+        def step(params, conditions, told, cache, index, seeds, guidance, blocks):
             keys = jax.vmap(jax.random.key)(seeds)
             noise = jax.vmap(self.block_noise, in_axes=(0, None))(keys, index)
-            x0, cache = self.draw_block(params, conditions, guidance, cache, index, noise,
-                                        keys[0], blocks)
+            x0, cache = self.draw_block(params, conditions, guidance, told, cache, index,
+                                        noise, keys[0], blocks)
             return x0 + self.mean, cache
-        return jax.jit(step, static_argnums=(5, 6), donate_argnums=2,
+        return jax.jit(step, static_argnums=(6, 7), donate_argnums=3,
                        out_shardings=_shardings(P(), CACHE))
 
-    def new_cache(self, params: Params, conditions: list[Ports], guidance: Guidance,
-                  blocks: int) -> Cache:
-        """Zeros. blocks: how many a mixer without a window holds."""
-        ports = questions(self.of_block(conditions, 0), guidance)
+    def begin(self, params: Params, conditions: list[Ports], guidance: Guidance,
+              blocks: int) -> tuple[Any, Cache]:
+        """(what stays the same in all blocks, a cache of zeros). blocks: how many a mixer without
+        a window holds."""
+        past, conditions = Past(jnp.int32(0), blocks), self.of_block(conditions, 0)
+        ports = questions(conditions, guidance)
         b = len(jax.tree.leaves(ports)[0])
         x = jnp.zeros((b, self.frames, *self.frame_shape))
-        past = Past(jnp.int32(0), blocks)
         shapes = jax.eval_shape(lambda p: self.model.run(
             p, x, jnp.zeros(b), ports, past, mutable=["cache"])[1]["cache"], params)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return self.model.told(params, x, jnp.zeros(b), ports, past, cache=cache), cache
 
-    def draw_block(self, params: Params, conditions: list[Ports], guidance: Guidance, cache: Cache,
-                   index: Array, noise: Array, key: PRNGKeyArray,
+    def draw_block(self, params: Params, conditions: list[Ports], guidance: Guidance, told: Any,
+                   cache: Cache, index: Array, noise: Array, key: PRNGKeyArray,
                    blocks: int) -> tuple[Array, Cache]:
         """(x0 [b t h w c] of block number `index`, the cache with it). Pure."""
         past = Past(index * self.network.block(), blocks)
         conditions = self.of_block(conditions, index)
         denoise = guided(lambda x, t, ports: self.model.run(params, x, self.tell(t), ports, past,
-                                                            cache=cache),
+                                                            told=told, cache=cache),
                          conditions, guidance)
         x0 = advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), self.start(noise),
-                     self.rows(), jax.random.fold_in(key, index))[0]
-        return x0, self.remember(params, conditions, guidance, cache, past, x0)
+                     self.rows(), jax.random.fold_in(key, index))[0][0]
+        return x0, self.remember(params, conditions, guidance, told, cache, past, x0)
 
     def of_block(self, conditions: list[Ports], index: Array | int) -> list[Ports]:
         """What is told of the frames of a block, if frames are told of one by one. A block
@@ -177,12 +183,12 @@ class Streamer(Generator):
             add=at(ports.add, self.network.block()), vector=ports.vector if ports.vector is None
             or ports.vector.ndim == 2 else at(ports.vector)) for ports in conditions]
 
-    def remember(self, params: Params, conditions: list[Ports], guidance: Guidance, cache: Cache,
-                 past: Past, x0: Array) -> Cache:
+    def remember(self, params: Params, conditions: list[Ports], guidance: Guidance, told: Any,
+                 cache: Cache, past: Past, x0: Array) -> Cache:
         """The cache after the clean block is read, by all branches of guidance."""
         ports, x0 = questions(conditions, guidance), jnp.concatenate([x0] * guidance.answers)
         time = self.tell(jnp.zeros(len(x0)))
-        return self.model.run(params, x0, time, ports, past, cache=cache,
+        return self.model.run(params, x0, time, ports, past, told=told, cache=cache,
                               mutable=["cache"])[1]["cache"]
 
 

@@ -1,17 +1,20 @@
 """Clips on disk: mp4 and WebP out, frames with their times in."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from vdx.data.sources import open_video, pixels
 from vdx.files import whole_or_not
+from vdx.types import Array
 
-__all__ = ["frames_at", "read_video", "to_uint8", "write_video", "write_webp"]
+__all__ = ["frames_at", "read_video", "to_uint8", "to_uint8_there", "write_video", "write_webp"]
 
 BT709 = 1          # the number of this colour matrix, its primaries and its curve in H.264
 LIMITED = 1        # the range of luma in H.264 that every player expects: 16 to 235
@@ -23,6 +26,14 @@ def to_uint8(x) -> np.ndarray:
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
+def to_uint8_there(x: Array) -> Array:
+    """`to_uint8` inside a program, with the same bits: a quarter of the bytes come to the host."""
+    # A product and a sum after it may become one operation that rounds once. This is x * 127.5,
+    # rounded as on the host: both products are exact.
+    x = x.astype(jnp.float32)
+    return jnp.rint(jnp.clip((128 * x - 0.5 * x) + 127.5, 0, 255)).astype(jnp.uint8)
+
+
 def _check(frames: np.ndarray, fps: float) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"Frames are {frames.dtype} {frames.shape}, expected uint8 [t h w 3].")
@@ -30,36 +41,47 @@ def _check(frames: np.ndarray, fps: float) -> None:
         raise ValueError(f"fps = {fps} must be positive.")
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, min_side: int = 128) -> None:
-    """uint8 [t h w 3] -> an H.264 mp4 that any player shows, at exactly `fps`.
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float,
+                min_side: int = 128) -> None:
+    """uint8 [t h w 3], or its frames as they come -> an H.264 mp4 that any player shows, at
+    exactly `fps`. Holds one frame, besides those that the encoder looks ahead.
 
     Small clips are enlarged by a whole factor until the shorter side has `min_side` pixels:
     players blur tiny videos, and 4:2:0 smears colours over two pixels. An odd height or width
     gets its last row or column twice, since 4:2:0 has none. Raises ValueError.
     """
-    _check(frames, fps)
-    factor = -(-min_side // min(frames.shape[1:3]))
-    if factor > 1:
-        frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    if isinstance(frames, np.ndarray):
+        _check(frames, fps)
+    first, frames = _peeked(frames)
+    _check(first[None], fps)
+    factor = -(-min_side // min(first.shape[:2]))
+    height, width = (factor * n for n in first.shape[:2])
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
     with whole_or_not(path) as part, \
             av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out:
         stream = out.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.time_base = 1 / rate
         codec.color_range = LIMITED
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         for number, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+            picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709",
                                    dst_color_range="MPEG")
             frame.pts, frame.time_base = number, 1 / rate
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
+
+
+def _peeked(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """(the first, all of them)"""
+    rest = iter(frames)
+    first = next(rest, np.zeros((0, 0, 3), np.uint8))
+    return first, itertools.chain([first], rest)
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The wall: the same prompts and seeds drawn again while a model learns. And contact sheets."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from vdx.generate.video_io import to_uint8, write_video, write_webp
 from vdx.types import Params
 
 
-def write_clips(folder: Path, videos: np.ndarray, fps: float,
+def write_clips(folder: Path, videos: Iterable[Iterable[np.ndarray]], fps: float,
                 rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Writes uint8 videos [n t h w 3] as NNN.mp4; gives back the rows with their "file"."""
+    """Writes videos, each of frames uint8 [h w 3], as NNN.mp4; gives back the rows with their
+    "file"."""
     folder.mkdir(parents=True, exist_ok=True)
     out = []
     for i, (video, row) in enumerate(zip(videos, rows, strict=True)):

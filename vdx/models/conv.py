@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from vdx.build import ConfigError
-from vdx.parallel import back, constrain
+from vdx.parallel import back, constrain, platform
 from vdx.types import Array, Float
 
 Size = tuple[int, int, int]
@@ -19,23 +19,29 @@ PADDINGS = {"zeros": "constant", "edge": "edge"}       # as jnp.pad names them
 
 def convolve(x: Float[Array, "b t h w c"], kernel: Float[Array, "i j k c f"],
              stride: Size = (1, 1, 1), space: Any = ((0, 0), (0, 0))) -> Float[Array, "b t h w f"]:
-    """The convolution (as networks say it: no flip) of x with a kernel, in float32.
+    """The convolution (as networks say it: no flip) of x with a kernel.
 
     There is no padding in time, and in space zeros, (before, after) for h and w. Depthwise, each
-    feature by its own kernel [i j k 1 c], if x has more features than the kernel takes.
+    feature by its own kernel [i j k 1 c], if x has more features than the kernel takes. The
+    result is float32, or on accelerators, where XLA rounds a sum once, of x's type.
     """
     (taps, *size, ins, features), steps = kernel.shape, stride[0]
     frames = max(0, (x.shape[1] - taps) // steps + 1)
     if ins < x.shape[-1]:
         x = jnp.pad(x, [(0, 0), (0, 0), *space, (0, 0)])
         return _depthwise(x, kernel[..., 0, :], stride, frames)
-    # A sum of 2D convolutions over the taps in time: on a CPU XLA's 3D convolution takes four
-    # times as long; on a TPU either is the same matrix products, whose results are added
-    # anyway. In float32, or bfloat16 would round at every tap.
     high, wide = ((n + sum(pad) - k) // s + 1 for n, pad, k, s in zip(
         x.shape[2:4], space, size, stride[1:], strict=True))
+    if not frames:
+        return jnp.zeros((len(x), 0, high, wide, features), jnp.float32)
+    if platform() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, stride, [(0, 0), *space],
+                                            dimension_numbers=("NTHWC", "THWIO", "NTHWC"))
+    # A sum of 2D convolutions over the taps in time: on a CPU XLA's 3D convolution takes four
+    # times as long. On a TPU this moves 1.7 to 2.5 times the bytes by its compiler's account.
+    # In float32, or bfloat16 would round at every tap.
     y = jnp.zeros((len(x) * frames, high, wide, features), jnp.float32)
-    for i in range(taps if frames else 0):
+    for i in range(taps):
         tap = x[:, i:i + steps * (frames - 1) + 1:steps]
         y += jax.lax.conv_general_dilated(
             rearrange(tap, "b t h w c -> (b t) h w c"), kernel[i], stride[1:], space,

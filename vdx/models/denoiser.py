@@ -46,12 +46,19 @@ class Denoiser(nn.Module):
 
     @nn.nowrap
     def run(self, params: Params | Adapted, *args, method: str = "__call__", **more) -> Any:
-        """`apply` with parameters, or these and adapters; `more`: collections such as `cache`,
-        and `mutable`."""
+        """`apply` with parameters, or these and adapters; `more`: collections such as `cache`
+        and `told`, and `mutable`."""
         if isinstance(params, Adapted):
             return params.apply(self, *args, method=method, **more)
         mutable = more.pop("mutable", False)
         return self.apply({"params": params, **more}, *args, method=method, mutable=mutable)
+
+    @nn.nowrap
+    def told(self, params: Params | Adapted, *args, **more) -> Any:
+        """The collection "told", for the same arguments: keys and values of the ports' tokens in
+        all layers, which no sampler step changes, and which `run` takes. A program computes
+        nothing else of the network for it."""
+        return self.run(params, *args, mutable=["told"], **more)[1].get("told", {})
 
     @nn.nowrap
     def parts(self) -> tuple[Any, Conditioning]:

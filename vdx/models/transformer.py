@@ -324,7 +324,7 @@ class Transformer(nn.Module):
             rope, past.start, width // heads, self.rope_theta), past)
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
-        layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0},
+        layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0, "told": 0},
                          split_rngs={"params": True, "lora": True},
                          in_axes=nn.broadcast, length=depth // len(pattern))
         fields = dict(heads=heads, hidden=self.hidden(), activation=self.activation,

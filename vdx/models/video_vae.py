@@ -275,6 +275,11 @@ class VideoVAE(nn.Module):
         return causal_chunks(step, x, chunk, rates)
 
 
+def head_of(latents: int, chunk: int) -> int:
+    """Latent frames of a clip's first piece, so that all later ones have `chunk`."""
+    return 1 + (latents - 1) % chunk
+
+
 def causal_chunks(step: Callable[[Any, Array, bool], tuple[Array, Any]],
                   x: Float[Array, "b t ..."], chunk: int, rates: tuple[int, int]) -> Array:
     """A clip through `step(history, piece, first) -> (y, history)`, `chunk` latents at a time.
@@ -286,7 +291,7 @@ def causal_chunks(step: Callable[[Any, Array, bool], tuple[Array, Any]],
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} latent frames must be positive.")
     latents = 1 + (x.shape[1] - 1) // rates[0]
-    head = 1 + (latents - 1) % chunk
+    head = head_of(latents, chunk)
     start = [1 + (head - 1) * rate for rate in rates]
     y, history = step({}, x[:, :start[0]], True)
     if head == latents:
