@@ -96,6 +96,13 @@ def constrain(x: Array, axes: str, context: str = "") -> Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what the program is compiled for. Those are the mesh's devices, which
+    may be only described, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def back(y: Array, split: str) -> Array:
     """The end of a mixer whose tokens [b t h w d] were split by the letter `split`: as other
     layers have them, by t.

@@ -1,0 +1,151 @@
+"""Attention as one function, computed by the backend that suits the device and the sizes.
+
+All are exact. `BACKENDS`, at the bottom, says what each can do; "auto" takes the first that can of
+those preferred on the platform that the program is compiled for, and `chosen` says what it took.
+On several devices each attends for its own clips, heads and queries.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from einops import rearrange
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from vdx.build import ConfigError, lookup
+from vdx.models.blockwise import blockwise
+from vdx.parallel import BATCH, platform
+from vdx.types import Array, Bool, Float
+
+SMALL = 128 * 128      # queries x keys, up to which the scores are simply written out
+_CHOSEN: dict[str, None] = {}
+
+
+def attend(q: Float[Array, "b ... q n d"], k: Float[Array, "b ... s n d"],
+           v: Float[Array, "b ... s n d"],
+           mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None, *,
+           bias: Float[Array, "1 n q s"] | None = None, scale: float | None = None,
+           causal: bool = False, backend: str = "auto") -> Float[Array, "b ... q n d"]:
+    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen, by all queries
+    or, [b q s] (b may be 1), by each. Each query sees one key or more.
+
+    The scale is 1 / sqrt(d) unless given; `causal` hides the keys after each query. Softmax runs
+    in float32. On a mesh b is split over data and fsdp, n over tensor, and the axis after b, be
+    it the queries or more of the batch, over context, where they divide. backend: "auto" or a row
+    of BACKENDS. Raises ConfigError where that cannot do it.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = None if mask is None else jnp.asarray(mask)
+    ask = Ask(q.shape[-3], k.shape[-3], q.shape[-1], str(q.dtype), 0 if mask is None else mask.ndim,
+              bias is not None, causal, platform())
+    name = choose(ask, backend)
+    _note(ask, name)
+
+    def flat(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        rows = math.prod(q.shape[:-3])
+        if mask is not None and len(mask) not in (1, rows):
+            mask = jnp.repeat(mask, rows // len(mask), 0)
+        args = (a.reshape(rows, *a.shape[-3:]) for a in (q, k, v))
+        return BACKENDS[name].run(*args, mask, bias, scale, causal).reshape(q.shape)
+
+    if name == "xla":                   # which the compiler splits by itself
+        return flat(q, k, v, mask)
+    return _on_each_device(flat, q, k, v, mask, causal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What is asked of a backend. mask: its axes, 2 for [b s], 3 for [b q s], 0 for none."""
+
+    queries: int
+    keys: int
+    width: int
+    dtype: str = "float32"
+    mask: int = 0
+    bias: bool = False
+    causal: bool = False
+    platform: str = "cpu"
+
+
+def choose(ask: Ask, backend: str = "auto") -> str:
+    """The row of BACKENDS that does it. Raises ConfigError if the one that is named cannot."""
+    if backend != "auto":
+        why = lookup(backend, BACKENDS, "model.attention").lacks(ask)
+        if why:
+            raise ConfigError(f"model.attention = {backend!r} {why}. Here: {ask}. 'auto' takes a "
+                              "backend that can.")
+        return backend
+    if ask.queries * ask.keys <= SMALL:
+        return "xla"
+    return next((name for name in PREFERRED.get(ask.platform, ()) if not BACKENDS[name].lacks(ask)),
+                "xla")
+
+
+def chosen() -> list[str]:
+    """What the programs that this process has traced so far attend with, in words."""
+    return list(_CHOSEN)
+
+
+def _note(ask: Ask, name: str) -> None:
+    line = f"{ask.queries} queries, {ask.keys} keys of {ask.width} in {ask.dtype}: {name}"
+    if line not in _CHOSEN:
+        _CHOSEN[line] = None
+        logging.info("Attention on %s, %s", ask.platform, line)
+
+
+def _on_each_device(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array | None,
+                    causal: bool) -> Array:
+    """run(q, k, v, mask) on every device's share, where there is a mesh of several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
+        return run(q, k, v, mask)
+
+    def over(size: int, *axes: str) -> tuple[str, ...] | None:
+        parts = math.prod(mesh.shape[a] for a in axes)
+        return axes if parts > 1 and size % parts == 0 else None
+
+    queries = q.ndim == 4               # the axis after b is theirs
+    batch, heads = over(len(q), *BATCH), over(q.shape[-2], "tensor")
+    along = None if queries and causal else over(q.shape[1], "context")
+    here = P(batch, along, *[None] * (q.ndim - 4), heads)
+    there = P(batch, None, heads) if queries else here
+    hides = P() if mask is None else P(batch if len(mask) > 1 else None,
+                                       along if queries and mask.ndim == 3 else None)
+    return jax.shard_map(run, in_specs=(here, there, there, hides), out_specs=here,
+                         check_vma=False)(q, k, v, mask)
+
+
+def _xla(q, k, v, mask, bias, scale, causal) -> Array:
+    mask = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, is_causal=causal)
+
+
+def _blockwise(q, k, v, mask, bias, scale, causal) -> Array:
+    rows = (rearrange(a, "b s n d -> (b n) s d") for a in (q, k, v))
+    seen = mask[:, None] if mask is not None and mask.ndim == 2 else mask
+    return rearrange(blockwise(*rows, seen, scale, causal), "(b n) q d -> b q n d", b=len(q))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """run(q, k, v [b s n d], mask, bias, scale, causal) -> [b q n d] on one device, and
+    lacks(ask) -> why it cannot do that, or ""."""
+
+    run: Callable[..., Array]
+    lacks: Callable[[Ask], str]
+
+
+BACKENDS: dict[str, Backend] = {
+    # Writes out all scores. The compiler's own, on any device.
+    "xla": Backend(_xla, lambda ask: ""),
+    # In blocks, in plain JAX, on any device.
+    "blockwise": Backend(_blockwise, lambda ask: "adds no bias" if ask.bias else ""),
+}
+# What "auto" tries, in this order, where scores are not small.
+PREFERRED: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("blockwise",),
+}
