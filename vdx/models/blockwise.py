@@ -75,8 +75,8 @@ class _Row:
 def forward(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, "r s d"],
             seen: Bool[Array, "m 1 s"] | Bool[Array, "m q s"] | None, scale: float,
             causal: bool = False) -> tuple[Float[Array, "r q d"], Float[Array, "r q"]]:
-    """Answers, and float32 logarithms of the sums of exp(score). m divides r: an entry of `seen`
-    serves r / m rows."""
+    """Answers and the logarithms of the sums of exp(score), float32. m divides r: an entry of
+    `seen` serves r / m rows."""
     queries, size = q.shape[1], _size(q.shape[1], k.shape[1])
 
     def row(which: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -90,7 +90,7 @@ def forward(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, 
             p = lax.optimization_barrier(jnp.exp((x - most) * scale))
             total = p.sum(-1, keepdims=True)
             y = _dot("qs,sd->qd", p.astype(v.dtype), v) / total
-            return None, (y.astype(q.dtype), (most * scale + jnp.log(total))[:, 0])
+            return None, (y, (most * scale + jnp.log(total))[:, 0])
 
         y, sums = lax.scan(step, None, one.blocks(q))[1]
         return _join(y, queries), _join(sums, queries)
@@ -138,11 +138,12 @@ def _which(q: Array, seen: Array | None) -> Array:
 def blockwise(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, "r s d"],
               seen: Array | None, scale: float, causal: bool) -> Float[Array, "r q d"]:
     """`forward` without the sums, with a backward pass that is as sparing."""
-    return forward(q, k, v, seen, scale, causal)[0]
+    return _forward(q, k, v, seen, scale, causal)[0]
 
 
 def _forward(q, k, v, seen, scale, causal):
-    y, sums = (checkpoint_name(a, SAVED) for a in forward(q, k, v, seen, scale, causal))
+    y, sums = forward(q, k, v, seen, scale, causal)
+    y, sums = checkpoint_name(y.astype(q.dtype), SAVED), checkpoint_name(sums, SAVED)
     return y, (q, k, v, seen, y, sums)
 
 

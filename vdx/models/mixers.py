@@ -41,11 +41,13 @@ class Past(flax.struct.PyTreeNode):
 
 class MixContext(flax.struct.PyTreeNode):
     """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin), the past
-    of a block that comes alone, and the backend of attention (see attend)."""
+    of a block that comes alone, and the backend of attention and how "full" attention meets keys
+    on other devices (see attend)."""
 
     rope: tuple[Any, Any]
     past: Past | None = None
     attention: str = flax.struct.field(pytree_node=False, default="auto")
+    across: str = flax.struct.field(pytree_node=False, default="gather")
 
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch. Then the
@@ -117,7 +119,7 @@ class GridAttention(nn.Module):
                  context: MixContext) -> Float[Array, "b t h w d"]:
         width, split = x.shape[-1], OVER[self.over][2]
         # What is attended over must lie on one device, so the context axis splits another one
-        # (for "full" XLA gathers keys and values).
+        # (for "full" see CONTEXTS in attend.py).
         x = constrain(x, "b t h w d", context=split)
         q, k, v = (nn.Dense(width, name=name, dtype=self.dtype)(x) for name in "qkv")
         if self.qk_norm:
@@ -145,7 +147,8 @@ class GridAttention(nn.Module):
         if self.block and self.over == "full":       # a block's frames may lie on one device
             q = constrain(q, "b s n d", context="s")
         mask = None if seen is None else jnp.repeat(seen, k.shape[-3] // frames, -1)[None]
-        y = attend(q, k, v, mask, bias=bias, backend=context.attention)
+        across = context.across if self.over == "full" and self.block is None else "gather"
+        y = attend(q, k, v, mask, bias=bias, backend=context.attention, context=across)
         return rearrange(y, f"{flat} -> {grid}", **sizes)
 
     def within(self, context: MixContext, q: Array, k: Array, v: Array) -> Array:
