@@ -1,26 +1,12 @@
-"""Attention behind one function, and cross-attention to conditioning tokens."""
+"""Self-attention over sequences, and cross-attention to conditioning tokens."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from vdx.models.attend import attend
 from vdx.models.layers import MLP, LayerNorm, RMSNorm
 from vdx.types import Array, Bool, Float
-
-
-def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"],
-           mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None, *,
-           bias: Float[Array, "1 n q s"] | None = None, scale: float | None = None,
-           causal: bool = False) -> Float[Array, "b q n d"]:
-    """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen, by all queries
-    or, [b q s] (b may be 1), by each.
-
-    The scale is 1 / sqrt(d) unless given; `causal` hides the keys after each query. Softmax runs
-    in float32.
-    """
-    mask4 = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, bias, mask4, scale=scale, is_causal=causal)
 
 
 class SelfAttention(nn.Module):
@@ -55,13 +41,15 @@ class CrossAttention(nn.Module):
 
     With image tokens [b m e] the same queries also attend to those, by keys and values of their
     own, and both answers are added (Ye et al. 2023, IP-Adapter; Wan image-to-video). qk_norm:
-    queries and keys are RMS-normalised across all heads (Wan). The keys and values are what the
-    collection "told" holds, if it is given; made mutable it is filled.
+    queries and keys are RMS-normalised across all heads (Wan). attention: the backend, see attend.
+    The keys and values are what the collection "told" holds, if it is given; made mutable it is
+    filled.
     """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
     qk_norm: bool = True
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"], tokens: Float[Array, "b l e"],
@@ -85,8 +73,8 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             q = RMSNorm(name="q_norm")(q)
         q = rearrange(q, "b t h w (n d) -> b (t h w) n d", n=self.heads)
-        y = attend(q, *keys_and_values(tokens), mask)
+        y = attend(q, *keys_and_values(tokens), mask, backend=self.attention)
         if image_tokens is not None:
-            y = y + attend(q, *keys_and_values(image_tokens, "image_"))
+            y = y + attend(q, *keys_and_values(image_tokens, "image_"), backend=self.attention)
         y = rearrange(y, "b (t h w) n d -> b t h w (n d)", t=t, h=h, w=w)
         return nn.Dense(width, name="out", dtype=self.dtype)(y)

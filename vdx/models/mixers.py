@@ -20,7 +20,7 @@ import numpy as np
 from einops import rearrange
 
 from vdx.build import ConfigError
-from vdx.models.attention import attend
+from vdx.models.attend import attend
 from vdx.models.conv import ConvMixer
 from vdx.models.layers import RMSNorm, apply_rope
 from vdx.models.recurrent import Recurrent
@@ -40,19 +40,22 @@ class Past(flax.struct.PyTreeNode):
 
 
 class MixContext(flax.struct.PyTreeNode):
-    """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin), and the
-    past of a block that comes alone."""
+    """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin), the past
+    of a block that comes alone, and the backend of attention and how "full" attention meets keys
+    on other devices (see attend)."""
 
     rope: tuple[Any, Any]
     past: Past | None = None
+    attention: str = flax.struct.field(pytree_node=False, default="auto")
+    across: str = flax.struct.field(pytree_node=False, default="gather")
 
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch. Then the
 # number of tokens that each one sees.
 OVER: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
     "full": ("b t h w n d", "b (t h w) n d", "t", lambda t, h, w: t * h * w),
-    "space": ("b t h w n d", "(b t) (h w) n d", "t", lambda t, h, w: h * w),
-    "time": ("b t h w n d", "(b h w) t n d", "h", lambda t, h, w: t),
+    "space": ("b t h w n d", "b t (h w) n d", "t", lambda t, h, w: h * w),
+    "time": ("b t h w n d", "b h w t n d", "h", lambda t, h, w: t),
 }
 REACH = 32      # distances in time beyond this many frames have one bias
 
@@ -116,7 +119,7 @@ class GridAttention(nn.Module):
                  context: MixContext) -> Float[Array, "b t h w d"]:
         width, split = x.shape[-1], OVER[self.over][2]
         # What is attended over must lie on one device, so the context axis splits another one
-        # (for "full" XLA gathers keys and values).
+        # (for "full" see CONTEXTS in attend.py).
         x = constrain(x, "b t h w d", context=split)
         q, k, v = (nn.Dense(width, name=name, dtype=self.dtype)(x) for name in "qkv")
         if self.qk_norm:
@@ -126,15 +129,16 @@ class GridAttention(nn.Module):
             q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         q, k, v = (constrain(a, "b t h w n d", context=split) for a in (q, k, v))
         if self.block is None or context.past is None:
-            y = self.within(q, k, v)
+            y = self.within(context, q, k, v)
         else:
-            y = self.answers(q, *self.after_past(k, v, self.block, context.past))
+            y = self.answers(context, q, *self.after_past(k, v, self.block, context.past))
         y = rearrange(y, "b t h w n d -> b t h w (n d)")
         y = nn.Dense(width, name="out", dtype=self.dtype)(y)
         return back(y, split)
 
-    def answers(self, q: Float[Array, "b t h w n d"], k: Float[Array, "b s h w n d"],
-                v: Float[Array, "b s h w n d"], seen: Array | None = None,
+    def answers(self, context: MixContext, q: Float[Array, "b t h w n d"],
+                k: Float[Array, "b s h w n d"], v: Float[Array, "b s h w n d"],
+                seen: Array | None = None,
                 bias: Float[Array, "1 n q s"] | None = None) -> Array:
         """seen: bool [s], frames of the keys that are, or for "time" [q s]; None: all."""
         grid, flat = OVER[self.over][:2]
@@ -142,19 +146,21 @@ class GridAttention(nn.Module):
         q, k, v = (rearrange(a, f"{grid} -> {flat}") for a in (q, k, v))
         if self.block and self.over == "full":       # a block's frames may lie on one device
             q = constrain(q, "b s n d", context="s")
-        mask = None if seen is None else jnp.repeat(seen, k.shape[1] // frames, -1)[None]
-        return rearrange(attend(q, k, v, mask, bias=bias), f"{flat} -> {grid}", **sizes)
+        mask = None if seen is None else jnp.repeat(seen, k.shape[-3] // frames, -1)[None]
+        across = context.across if self.over == "full" and self.block is None else "gather"
+        y = attend(q, k, v, mask, bias=bias, backend=context.attention, context=across)
+        return rearrange(y, f"{flat} -> {grid}", **sizes)
 
-    def within(self, q: Array, k: Array, v: Array) -> Array:
+    def within(self, context: MixContext, q: Array, k: Array, v: Array) -> Array:
         """All of a clip; block by block, each with the keys that it sees: what is hidden is not
         computed."""
         if self.block is None:
-            return self.answers(q, k, v)
+            return self.answers(context, q, k, v)
         out, frames = [], q.shape[1]
         for i, (start, stop) in enumerate(_blocks(frames, self.block)):
             seen = (jnp.concatenate([a[:, at:to] for at, to in self.seen(i, frames)], 1)
                     for a in (k, v))
-            out.append(self.answers(q[:, start:stop], *seen))
+            out.append(self.answers(context, q[:, start:stop], *seen))
         return jnp.concatenate(out, 1)
 
     def after_past(self, k: Array, v: Array, size: int,
@@ -204,7 +210,7 @@ class TimeAttention(GridAttention):
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
         return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])   # what is hidden as well
 
-    def within(self, q: Array, k: Array, v: Array) -> Array:
+    def within(self, context: MixContext, q: Array, k: Array, v: Array) -> Array:
         """One product with a mask: so few tokens are not worth a program for each block."""
         frames, bias = q.shape[1], None
         if self.positions == "relative":
@@ -212,7 +218,7 @@ class TimeAttention(GridAttention):
                                (2 * REACH + 1, self.heads), jnp.float32)
             rows = table[np.clip(_ahead(frames), -REACH, REACH) + REACH]
             bias = rearrange(rows, "q s n -> 1 n q s")
-        return self.answers(q, k, v, self.mask(frames), bias)
+        return self.answers(context, q, k, v, self.mask(frames), bias)
 
     @nn.nowrap
     def mask(self, frames: int) -> Bool[Array, "q s"] | None:

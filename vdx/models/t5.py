@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.models.attention import attend
+from vdx.models.attend import attend
 from vdx.models.layers import ACTIVATIONS, RMSNorm
 from vdx.parallel import constrain
 from vdx.types import Array, Bool, Float, Int

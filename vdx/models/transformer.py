@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from vdx.build import ConfigError, build, lookup
+from vdx.models.attend import BACKENDS, CONTEXTS
 from vdx.models.attention import CrossAttention
 from vdx.models.layers import (
     MLP,
@@ -100,7 +101,7 @@ class Block(nn.Module):
         x = (x + gate1 * y).astype(x.dtype)
         normed = CROSS[self.cross]
         if ports.tokens is not None and (normed or not mixer.temporal):
-            cross = CrossAttention(self.heads, self.dtype, normed, name="cross")
+            cross = CrossAttention(self.heads, self.dtype, normed, context.attention, name="cross")
             x = x + cross(LayerNorm(name="cross_norm")(x) if normed else x, ports.tokens,
                           ports.tokens_mask, ports.image_tokens)
         y = MLP(self.hidden, self.activation, self.dtype, name="mlp")(
@@ -157,8 +158,9 @@ class Transformer(nn.Module):
     skip: what lies beside the clip at the port `concat` also reaches the prediction directly, by a
     linear map of each patch, zero at first: a given frame need not pass through a narrow width.
     time_scale: multiplies the time that is embedded; below 1 neighbouring noise levels share
-    what they learn, which a short training needs. remat: a row of REMAT. dtype: compute type of
-    the matrix products.
+    what they learn, which a short training needs. remat: a row of REMAT. attention: "auto" or a row
+    of BACKENDS; context: a row of CONTEXTS, for "full" attention without blocks on a mesh that
+    splits tokens (see attend). dtype: compute type of the matrix products.
     """
 
     channels: int = 3
@@ -177,6 +179,8 @@ class Transformer(nn.Module):
     skip: bool = False
     time_scale: float = 1.0
     remat: str = "none"
+    attention: str = "auto"
+    context: str = "gather"
     dtype: str = "float32"
 
     def dims(self) -> tuple[int, int, int, tuple[Mapping[str, Any], ...]]:
@@ -190,6 +194,8 @@ class Transformer(nn.Module):
         for spec in pattern:
             mixer_of(spec, heads)
         lookup(self.cross, CROSS, "model.cross")
+        lookup(self.attention, {"auto": None, **BACKENDS}, "model.attention")
+        lookup(self.context, CONTEXTS, "model.context")
         if depth % len(pattern):
             raise ConfigError(f"model.depth = {depth} is not a multiple of the pattern {pattern}.")
         if width % (2 * heads):
@@ -321,7 +327,7 @@ class Transformer(nn.Module):
 
         rope = rope_table(grid, width // heads, self.rope_theta)
         context = MixContext(rope if past is None else turned(
-            rope, past.start, width // heads, self.rope_theta), past)
+            rope, past.start, width // heads, self.rope_theta), past, self.attention, self.context)
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
         layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0, "told": 0},

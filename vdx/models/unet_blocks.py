@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.build import build, fill, lookup
-from vdx.models.attention import attend
+from vdx.models.attend import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual
 from vdx.models.layers import MLP, EmbedMLP, LayerNorm, rope_table, sinusoidal, told
 from vdx.models.mixers import MIXERS, MixContext
@@ -24,7 +24,7 @@ from vdx.parallel import constrain
 from vdx.types import Array, Bool, Float
 
 # Which axes of the grid attend to one another; the rest is batch.
-OVER = {"space": "(b t) (h w) n d", "time": "(b h w) t n d", "tokens": "b (t h w) n d"}
+OVER = {"space": "b t (h w) n d", "time": "b h w t n d", "tokens": "b (t h w) n d"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vdx.models.attention import attend
+from vdx.models.attend import attend
 from vdx.models.conv import convolve
 from vdx.models.layers import RMSNorm
 from vdx.parallel import constrain
@@ -104,7 +104,7 @@ def double(x: Float[Array, "... h w c"]) -> Array:
 
 def attend_frames(q: Array, k: Array, v: Array) -> Array:
     """Attention with one head between the places of each frame, all [b t h w d]."""
-    flat = (rearrange(a, "b t h w d -> (b t) (h w) 1 d") for a in (q, k, v))
+    flat = (rearrange(a, "b t h w d -> b t (h w) 1 d") for a in (q, k, v))
     return attend(*flat).reshape(q.shape)
 
 
