@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from vdx.models.layers import MLP, LayerNorm, RMSNorm
 from vdx.types import Array, Bool, Float
@@ -20,7 +21,8 @@ def attend(q: Float[Array, "b q n d"], k: Float[Array, "b s n d"], v: Float[Arra
     in float32.
     """
     mask4 = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, bias, mask4, scale=scale, is_causal=causal)
+    y = jax.nn.dot_product_attention(q, k, v, bias, mask4, scale=scale, is_causal=causal)
+    return checkpoint_name(y, "attention")       # for REMAT of vdx.models.transformer
 
 
 class SelfAttention(nn.Module):
