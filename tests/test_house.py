@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top of the house to its ground; a module may import its own level and lower ones.
 LEVELS = [
-    {"main", "sample", "evaluate", "convert"},
+    {"main", "sample", "evaluate", "convert", "plan"},
     {"experiment"},
     {"train", "metrics", "generate"},
     {"interop"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"config", "build", "files", "types"},
+    {"config", "build", "files", "flops", "hardware", "types"},
 ]
 # Siblings that must not know one another.
 APART = {"diffusion": {"models", "data", "train"}, "data": {"models", "diffusion"},

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vdx.build import ConfigError, build
+from vdx.flops import traced
 from vdx.models.conditioning import Conditioning, Drop
 from vdx.models.lora import Adapted
 from vdx.models.mixers import Past
@@ -81,6 +83,21 @@ class Denoiser(nn.Module):
     def num_tokens(self, shape: tuple[int, ...]) -> int:
         """Tokens of one clip of a batch of shape [b t h w c]."""
         return math.prod(self.parts()[0].grid(shape[1:]))
+
+    @nn.nowrap
+    def flops(self, shape: tuple[int, ...], text: int | None = None) -> float:
+        """Operations of the matrix products and convolutions of one forward pass of one clip
+        [t h w c], its conditions included, two to a multiply-add. text: tokens of cached text (a
+        text that is read here has its own length). A training step takes three times that."""
+        network, conditioning = self.parts()
+        batch = jax.eval_shape(lambda: conditioning.example(shape))
+        if text is not None and "embeddings" in self.signals:
+            batch |= {k: jax.ShapeDtypeStruct((1, text, *v.shape[2:]), v.dtype)
+                      for k, v in batch.items() if k in ("text", "text_mask")}
+        drop = jax.eval_shape(lambda: self.drop_masks(1, False))
+        params = jax.eval_shape(conditioning.init, jax.random.key(0), batch, drop)
+        ports = jax.eval_shape(conditioning.apply, params, batch, drop)
+        return network.flops(shape, ports) + traced(conditioning.apply, params, batch, drop)
 
     @nn.nowrap
     def drop_masks(self, batch_size: int, dropped: bool) -> dict[str, Array]:

@@ -5,6 +5,7 @@ time embedding for the whole network plus a learned table in each block. The des
 Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/interop/wan.py).
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -235,6 +236,38 @@ class Transformer(nn.Module):
                              f"{self.patch}; choose sizes that are multiples of the patch.")
         t, h, w = (n // p for n, p in zip(shape[:3], self.patch, strict=True))
         return t, h, w
+
+    def flops(self, shape: tuple[int, ...], ports: Ports) -> float:
+        """Operations of the matrix products of one forward pass of one clip [t h w c], two to a
+        multiply-add. ports: of a batch of any size; their shapes are enough."""
+        width, depth, heads, pattern = self.dims()
+        grid, patch = self.grid(shape), math.prod(self.patch)
+        tokens, hidden = math.prod(grid), self.hidden()
+        down = hidden / 2 if self.activation == "geglu" else hidden
+
+        def cross(mixer: Any) -> float:
+            normed = CROSS[self.cross]
+            if ports.tokens is None or (mixer.temporal and not normed):
+                return 0.0
+            read = [x.shape[1:] for x in (ports.tokens, ports.image_tokens) if x is not None]
+            return 4.0 * width * (tokens * width + sum(
+                length * (features + tokens) for length, features in read))
+
+        def block(mixer: Any) -> float:
+            if mixer.temporal and grid[0] == 1:
+                return 0.0
+            mlp = 2.0 * tokens * width * (hidden + down)
+            return mixer.flops(grid, width) + cross(mixer) + mlp
+
+        blocks = [block(mixer_of(spec, heads)) for spec in pattern]
+        beside = 0 if ports.concat is None else ports.concat.shape[-1]
+        ends = 1.0 * width * (2 * self.channels + beside)
+        ends += self.skip * patch * beside * self.channels
+        if ports.control is not None:
+            blocks.append(blocks[0] + 2.0 * tokens * width ** 2)
+            ends += width * (ports.control.shape[-1] + width / patch)
+        time = width * (256 + 7.0 * width)
+        return depth // len(pattern) * sum(blocks) + 2.0 * (tokens * patch * ends + time)
 
     def frame_times(self, x: Float[Array, "b t h w c"], time: Array) -> Array:
         """[b], one time for all tokens, or [b t], one for each frame of tokens."""

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.build import ConfigError, lookup
+from vdx.flops import traced
 from vdx.models.controlnet import CONTROLS, ControlNet
 from vdx.models.image_blocks import GroupNorm
 from vdx.models.transformer import REMAT
@@ -90,6 +92,14 @@ class UNet(nn.Module):
                              f"this U-Net: choose sizes that are multiples of {self.patch}.")
         t, h, w = (n // p for n, p in zip(shape[:3], self.stem, strict=True))
         return t, h, w
+
+    @nn.nowrap
+    def flops(self, shape: tuple[int, ...], ports: Ports) -> float:
+        """Operations of the matrix products and convolutions of one forward pass of one clip
+        [t h w c], counted in the traced network. ports: of a batch of one; shapes are enough."""
+        x, time = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
+        params = jax.eval_shape(self.init, jax.random.key(0), x, time, ports)
+        return traced(self.apply, params, x, time, ports)
 
     def check(self, x: Array, time: Array, ports: Ports) -> None:
         """Raises ValueError for sizes that do not fit and ports that a U-Net does not have."""
