@@ -1,5 +1,8 @@
 """The transformer as a whole: what enters where, remat, scan, types, images, sizes."""
 
+import re
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 
 from vdx.build import ConfigError
 from vdx.models.mixers import PATTERNS, Past
-from vdx.models.transformer import REMAT, SIZES, Transformer, modulate
+from vdx.models.transformer import REMAT, SIZES, Transformer, check_remat, modulate
+from vdx.parallel import MeshSpec
 from vdx.types import Ports
 
 RNG = np.random.default_rng(0)
@@ -74,7 +78,8 @@ def test_skip_leads_what_lies_beside_the_clip_to_its_own_patch(randomise):
     assert not got.any()
 
 
-@pytest.mark.parametrize("remat", [r for r in REMAT if r != "none"])
+@pytest.mark.parametrize("remat", [
+    pytest.param(r, marks=pytest.mark.slow) if r == "offload" else r for r in REMAT if r != "none"])
 def test_remat_changes_nothing(remat, reference, value_and_grad):
     params, out, grads = reference
     run = value_and_grad(Transformer(**SMALL, pattern="factorized", remat=remat))
@@ -85,6 +90,72 @@ def test_remat_changes_nothing(remat, reference, value_and_grad):
     count = lambda run: str(jax.make_jaxpr(run.__wrapped__)(params)).count("dot_general")
     plain = value_and_grad(Transformer(**SMALL, pattern="factorized"))
     assert count(run) > count(plain)
+
+
+LONG = RNG.normal(size=(2, 8, 16, 16, 3)).astype(np.float32)
+CONTROL = dict(control=LONG[::-1], control_scale=np.array([1.0, 0.5], np.float32))
+
+
+@pytest.fixture(scope="module")
+def gradients_of():
+    """gradients_of(remat, ports, **fields): (function of the parameters, their shapes)."""
+    def make(remat, ports, **fields):
+        model, ports = Transformer(**{**SMALL, **fields}, remat=remat), Ports(**ports)
+        run = lambda params: jnp.square(model.apply({"params": params}, LONG, TIME, ports)).mean()
+        return jax.value_and_grad(run), shapes(model, LONG, ports)
+    return make
+
+
+def test_remat_recomputes_what_it_says(gradients_of):
+    """Matrix products of attention (they have axes of batch), and all, of a block and its
+    control block."""
+    tree = gradients_of("none", CONTROL)[1]
+
+    def products(remat):
+        text = str(jax.make_jaxpr(gradients_of(remat, CONTROL)[0])(tree))
+        batch = re.findall(r"dimension_numbers=\(\(\[[\d, ]*\], \[[\d, ]*\]\), \(\[([\d, ]*)\]",
+                           text)
+        return np.array([sum(map(bool, batch)), len(batch)])
+
+    plain, dots, saved, full = map(products, ("none", "dots", "save_attention", "full"))
+    np.testing.assert_array_equal(products("offload"), full)
+    assert full[0] == dots[0] == plain[0] + 2 * 2 and full[1] > saved[1] > dots[1]
+    # softmax(q k) is in any backward pass; its product with the values is not made again
+    assert saved[0] <= plain[0] + 2 and saved[1] - saved[0] == full[1] - full[0]
+
+
+def test_remat_keeps_less(gradients_of, quick):
+    """By the compiler's account of the bytes that live between the passes."""
+    def kept(remat):
+        run, params = gradients_of(remat, {}, depth=8)
+        made = jax.jit(run, compiler_options=quick).lower(params).compile()
+        return made.memory_analysis().temp_size_in_bytes
+
+    none, attention, full = map(kept, ("none", "save_attention", "full"))
+    assert none > 4 * attention
+    one = 2 * 4 * 8 * 8 * 24 * 4                     # bytes of one answer of attention
+    assert 4 * one < attention - full < 9 * one      # 8, less what the passes share
+
+
+@pytest.mark.slow
+def test_remat_of_control_blocks_on_two_devices_changes_nothing(gradients_of, randomise, quick):
+    mesh, out = MeshSpec().make(jax.devices()[:2]), []
+    with jax.set_mesh(mesh):
+        for remat in ("none", "save_attention", "offload"):
+            run, tree = gradients_of(remat, CONTROL, depth=2)
+            out.append(jax.jit(run, compiler_options=quick)(randomise(tree)))
+    for other in out[1:]:
+        assert relative(other[0], out[0][0]) < 1e-6
+        assert max(jax.tree.leaves(jax.tree.map(relative, other[1], out[0][1]))) < 1e-5
+
+
+def test_offload_needs_memory_of_the_host():
+    check_remat("offload", jax.devices()[0])
+    bare = SimpleNamespace(device_kind="Toaster", addressable_memories=lambda: [
+        SimpleNamespace(kind="device")])
+    check_remat("full", bare)
+    with pytest.raises(ConfigError, match="pinned_host, and Toaster has device"):
+        check_remat("offload", bare)
 
 
 def test_scan_is_the_loop(reference, value_and_grad):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -148,7 +149,8 @@ def _split(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array 
 
 def _xla(q, k, v, mask, bias, scale, causal) -> Array:
     mask = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, is_causal=causal)
+    y = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, is_causal=causal)
+    return checkpoint_name(y, SAVED)
 
 
 def _blockwise(q, k, v, mask, bias, scale, causal) -> Array:

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from vdx.build import ConfigError, build, lookup
 from vdx.models.attend import BACKENDS, CONTEXTS
 from vdx.models.attention import CrossAttention
+from vdx.models.blockwise import SAVED
 from vdx.models.layers import (
     MLP,
     EmbedMLP,
@@ -49,17 +51,31 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
 }
 
 _policies = jax.checkpoint_policies
-# What is kept from the forward pass for the backward pass.
+# What is kept from the forward pass for the backward pass; beside it the input of every layer.
 REMAT = {
     "none": None,
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_with_no_batch_dims_saveable,
+    "save_attention": _policies.save_only_these_names(SAVED),
+    # As "full", but those inputs wait in the host's memory.
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["residual"],
+        offload_src="device", offload_dst="pinned_host"),
 }
 # Whether cross-attention is normalised, its input and its queries and keys, and is in every block.
 CROSS = {
     "normed": True,      # Wan
     "plain": False,      # PixArt-alpha and Latte: in no block over time alone
 }
+
+
+def check_remat(name: str, device: Any) -> None:
+    """Raises ConfigError for a policy that needs memory of the host which the device lacks."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if name == "offload" and "pinned_host" not in kinds:
+        raise ConfigError(f"config.model.backbone.remat = 'offload' needs memory of the kind "
+                          f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Take "
+                          "'full', which keeps the same on the device.")
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -88,6 +104,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w d"], modulation: Float[Array, "b t 6 d"],
                  ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
+        x = checkpoint_name(x, "residual")
         mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
                       name=self.mixer["name"])
         if (mixer.temporal and x.shape[1] == 1 and context.past is None

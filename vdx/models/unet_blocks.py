@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from vdx.build import build, fill, lookup
 from vdx.models.attend import attend
@@ -208,6 +209,7 @@ class Layer(nn.Module):
     def __call__(self, x: Float[Array, "b t h w c"], emb: Array, tokens: Array | None,
                  mask: Array | None) -> Float[Array, "b t h w f"]:
         common, width = self.common, self.features
+        x = checkpoint_name(x, "residual")
         x = ImageResidual(width, common.groups, common.dtype, 1e-5, common.gated,
                           name="res")(x, emb)
         x = constrain(x, "b t h w c", context="t")

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, host_file, write_json
 from vdx.models.conditioning import NULL
+from vdx.models.transformer import check_remat
 from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import whole_digest
@@ -136,6 +137,7 @@ class Trainer:
     def __init__(self, experiment, workdir: Path, mesh, batches, checkpoints: Checkpoints,
                  watchdog: Watchdog):
         self.experiment, self.t = experiment, experiment.training
+        check_remat(experiment.model.parts()[0].remat, jax.local_devices()[0])
         self.workdir, self.mesh, self.batches = workdir, mesh, batches
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
