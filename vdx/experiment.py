@@ -269,6 +269,15 @@ class Experiment:
         weights = self.read_weights(mesh)
         return self.part.split(weights) if isinstance(self.part, Part) else (weights, None)
 
+    def abstract_frozen(self, mesh: Mesh) -> Params | None:
+        """Shapes of what `read_frozen` gives as not trained, laid out; None if all is trained."""
+        if self.part is None:
+            return None
+        dtype = self.model.parts()[0].dtype
+        if not isinstance(self.part, Part):
+            return abstract_params(self.shapes, mesh, dtype)
+        return self.part.split(abstract_params(self.shapes, mesh, dtype, self.part.pattern))[0]
+
     def described(self, given: Params) -> str:
         """How much of what is trained is new, and how much was read."""
         names = flatten_dict(jax.eval_shape(self.new_params, jax.random.key(0)), sep="/")

@@ -62,16 +62,20 @@ class MeshSpec:
     def make(self, devices=None) -> Mesh:
         """The mesh over `devices` (default: all). Raises ConfigError if the sizes do not fit."""
         devices = jax.devices() if devices is None else devices
+        return jax.make_mesh(self.shape(len(devices)), AXES, axis_types=(AxisType.Auto,) * 4,
+                             devices=devices)
+
+    def shape(self, count: int) -> tuple[int, ...]:
+        """Devices along each axis, of `count`. Raises ConfigError if the sizes do not fit."""
         sizes = [getattr(self, a) for a in AXES]
         fixed = math.prod(s for s in sizes if s != -1)
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise ConfigError(f"mesh {self}: sizes are positive, and at most one is -1.")
-        if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        if count % fixed or (-1 not in sizes and fixed != count):
             raise ConfigError(f"mesh {self} needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
-                              f"devices, and {len(devices)} are here. Set --config.mesh.<axis>, or "
+                              f"devices, and {count} are here. Set --config.mesh.<axis>, or "
                               "--mesh of vdx.sample.")
-        shape = [len(devices) // fixed if s == -1 else s for s in sizes]
-        return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+        return tuple(count // fixed if s == -1 else s for s in sizes)
 
 
 def constrain(x: Array, axes: str, context: str = "") -> Array:

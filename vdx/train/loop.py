@@ -18,8 +18,9 @@ from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import whole_digest
 from vdx.train.log import Log
-from vdx.train.state import TrainState, state_shardings
-from vdx.train.step import make_eval_step, make_train_step
+from vdx.train.program import train_program
+from vdx.train.state import TrainState
+from vdx.train.step import make_eval_step
 from vdx.train.survive import Preempted, Stop, Watchdog, peers
 
 
@@ -143,11 +144,7 @@ class Trainer:
         self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
         self.rate = experiment.optimizer.rate(self.t.steps)
         self.clips = experiment.data.loader["global_batch"]
-        abstract = jax.eval_shape(experiment.init)
-        self.shardings = state_shardings(mesh, abstract)
-        self.like = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            abstract, self.shardings)
+        self.step_fn, self.like = train_program(experiment, mesh)
         self.bad: list[Flying] = []          # the steps in a row that were refused
         self.rollbacks = 0
         self.flying: Flying | None = None
@@ -166,10 +163,6 @@ class Trainer:
         self.step = int(self.state.step)
         self.log = Log(workdir, self.t.steps, self.step)
         self.log.say(origin)
-        self.step_fn = jax.jit(
-            make_train_step(experiment.objective, experiment.tx, self.t.ema,
-                            experiment.optimizer.accumulate, self.t.spike),
-            donate_argnums=0, out_shardings=(self.shardings, replicated(mesh)))
 
     # Where a run begins
 
@@ -204,7 +197,8 @@ class Trainer:
         elif experiment.weights and experiment.part is None:
             params = experiment.with_null(experiment.read_weights(self.mesh))
             origin = f"the weights of {experiment.weights}"
-        made = jax.jit(experiment.init, out_shardings=self.shardings, donate_argnums=0)(params)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
+        made = jax.jit(experiment.init, out_shardings=shardings, donate_argnums=0)(params)
         return made, f"Starts with {origin}."
 
     def averaged(self) -> Any:

@@ -1,0 +1,232 @@
+"""What a compiled program does, counted in its text (HLO): products, memory traffic, collectives.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs, and so misses nearly
+all of a network whose layers are scanned. Here every computation counts as often as it is called:
+the body of a `while` as often as its counter says. What is inside a Mosaic (Pallas) kernel is not
+text, and is not counted.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+               "ragged-all-to-all")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16,
+        "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}
+# Instructions that move nothing by themselves.
+STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+         "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
+
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_CALLS = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)="
+                    r"(\{[^}]*\}|%[\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    sizes: tuple[int, ...]
+    bytes: float
+    here: bool           # in the chip's large memory, not in a small fast one
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str      # all that follows the opcode
+
+    @property
+    def callees(self) -> list[tuple[str, str]]:
+        """(role, name of a computation)"""
+        return [(role, name) for role, names in _CALLS.findall(self.attributes)
+                for name in re.findall(r"%([\w.\-]+)", names)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """kind: one of COLLECTIVES. bytes: of the largest array that goes in or comes out, of one
+    device. times: how often it runs. looped: it is inside a loop, such as that over layers."""
+
+    kind: str
+    bytes: float
+    times: int
+    looped: bool
+
+
+class Program:
+    """The text of a compiled program, as `jax.stages.Compiled.as_text` gives it."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry, current = "", None
+        for line in text.splitlines():
+            if current is None:
+                if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
+                    current = self.computations.setdefault(head[2], {})
+                    self.entry = head[2] if head[1] else self.entry
+            elif line.startswith("}"):
+                current = None
+            elif (one := _parse(line)) is not None:
+                current[one.name] = one
+
+    @functools.cached_property
+    def visits(self) -> list[tuple[str, Instruction, int, bool, bool]]:
+        """(computation, instruction, how often it runs, in a loop, in a fusion) of all that runs,
+        once for each place that calls it."""
+        out: list[tuple[str, Instruction, int, bool, bool]] = []
+
+        def walk(name: str, times: int, looped: bool, fused: bool) -> None:
+            for one in self.computations.get(name, {}).values():
+                out.append((name, one, times, looped, fused))
+                for role, callee in one.callees:
+                    if role == "to_apply" and one.opcode != "call":
+                        continue                         # an addition, or the like
+                    trips = self.trips(one) if role == "body" else 1
+                    walk(callee, times * trips, looped or role == "body",
+                         fused or one.opcode == "fusion")
+
+        walk(self.entry, 1, False, False)
+        return out
+
+    def trips(self, loop: Instruction) -> int:
+        """How often the body of a while runs: as XLA says, or what its counter, from 0, is
+        compared with; 1 if neither is there."""
+        if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(found[1])
+        condition = dict(loop.callees).get("condition", "")
+        limits = [int(found[1]) for one in self.computations.get(condition, {}).values()
+                  if one.opcode == "constant" and (found := re.match(r"\((\d+)\)", one.attributes))]
+        return limits[0] if len(limits) == 1 else 1
+
+    @property
+    def flops(self) -> float:
+        """Operations of products and convolutions, of one device, two to a multiply-add."""
+        return float(sum(times * self._products(name, one)
+                         for name, one, times, _, _ in self.visits))
+
+    @property
+    def traffic(self) -> float:
+        """Bytes to and from a device's memory, if every instruction reads its operands and writes
+        its result once, a fusion being one instruction."""
+        return float(sum(times * self._moved(name, one)
+                         for name, one, times, _, fused in self.visits
+                         if not fused and one.opcode not in STILL
+                         and not one.opcode.endswith(("-done", "-update"))))
+
+    @property
+    def kernels(self) -> int:
+        """How often a kernel runs, of which nothing is counted."""
+        return sum(times for _, one, times, _, _ in self.visits
+                   if "tpu_custom_call" in one.attributes)
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """An asynchronous one on a TPU stands in several fusions, all with its channel."""
+        out: dict[str, Collective] = {}
+        for name, one, times, looped, _ in self.visits:
+            kind = one.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                arrays = [*one.result, *self._operands(name, one)]
+                channel = re.search(r"channel_id=\d+", one.attributes)
+                out.setdefault(channel[0] if channel else f"{name}/{one.name}",
+                               Collective(kind, max(a.bytes for a in arrays), times, looped))
+        return list(out.values())
+
+    def _operands(self, name: str, one: Instruction) -> list[Array]:
+        known = self.computations[name]
+        return [a for operand in one.operands if operand in known for a in known[operand].result]
+
+    def _moved(self, name: str, one: Instruction) -> float:
+        arrays = [*one.result, *self._operands(name, one)]
+        return sum(a.bytes for a in arrays if a.here)
+
+    def _products(self, name: str, one: Instruction) -> float:
+        if one.opcode not in ("dot", "convolution"):
+            return 0.0
+        left, right = self._operands(name, one)[:2]
+        out = one.result[0]
+        if one.opcode == "dot":
+            dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+            contracted = [int(i) for i in dims[1].split(",") if i] if dims else []
+            return 2.0 * math.prod(out.sizes) * math.prod(left.sizes[i] for i in contracted)
+        return _convolution(left.sizes, right.sizes, out.sizes, one.attributes)
+
+
+def by_kind(collectives: list[Collective]) -> dict[str, dict[str, Any]]:
+    """kind -> {"looped", "outside"} -> {"count", "bytes", "largest"}: how often, all bytes, and
+    those of the largest array."""
+    out: dict[str, dict[str, Any]] = defaultdict(dict)
+    for one in collectives:
+        place = out[one.kind].setdefault("looped" if one.looped else "outside",
+                                         {"count": 0, "bytes": 0.0, "largest": 0.0})
+        place["count"] += one.times
+        place["bytes"] += one.times * one.bytes
+        place["largest"] = max(place["largest"], one.bytes)
+    return dict(sorted(out.items()))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis at `start` closes."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i
+    return len(text)
+
+
+def _parse(line: str) -> Instruction | None:
+    name, equals, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    if not equals:
+        return None
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    start = rest.find("(")
+    stop = _closing(rest, start)
+    return Instruction(name.removeprefix("%"), rest[:start], _arrays(kind),
+                       tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])), rest[start:])
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    out = []
+    for dtype, sizes, layout in _SHAPE.findall(kind):
+        shape = tuple(int(n) for n in sizes.split(",") if n)
+        bits = BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
+        out.append(Array(shape, math.prod(shape) * bits / 8, not re.search(r"S\([1-9]", layout)))
+    return tuple(out)
+
+
+def _convolution(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...],
+                 attributes: str) -> float:
+    """Two for every pair of an output and an entry of the kernel that reads no padding and no hole:
+    batched products are convolutions with holes to XLA."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None, attributes
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", attributes)
+                                                 or ["", ""])[1]))
+    at = lambda key, i, default: window[key].split("x")[i] if key in window else default
+    pairs = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[
+        labels[2].index("i")]
+    for i in range(len(labels[1]) - 2):
+        size, kernel, results = (sizes[label.index(str(i))] for sizes, label in
+                                 zip((left, right, out), labels.groups(), strict=True))
+        pairs *= _read(size, kernel, results, int(at("stride", i, 1)),
+                       int(at("pad", i, "0_0").split("_")[0]), int(at("lhs_dilate", i, 1)),
+                       int(at("rhs_dilate", i, 1)))
+    return pairs
+
+
+@functools.cache
+def _read(size: int, kernel: int, results: int, step: int, low: int, hole: int,
+          apart: int) -> int:
+    """Along one axis: pairs of a result and an entry of the kernel that read an entry."""
+    place = np.arange(results)[:, None] * step + np.arange(kernel) * apart - low
+    return int(((place >= 0) & (place <= (size - 1) * hole) & (place % hole == 0)).sum())
