@@ -11,6 +11,7 @@ same number of FLOPs pays for, and judged: prompts, flicker, drift of the subjec
 
 import functools
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ PATTERNS = {
 }
 FRAMES, SIDE, WIDTH, DEPTH, HEADS = (4, 8, 16, 32, 64), 12, 128, 2, 4
 CLIPS = 24           # of held-out prompts that are looked at for flicker and drift
+SHOWN = 3            # of these in the picture, under one another
 
 
 def loss(model: Transformer, params, x):
@@ -115,18 +117,24 @@ def config_of(pattern, steps: int) -> dict:
 
 
 def train(out: Path) -> None:
-    rows = []
+    """What is trained already is judged again."""
+    rows, shown = [], []
     for name, pattern in PATTERNS.items():
         flops = model_flops(pattern)
         steps = round(FLAGS.flops / flops / 50) * 50
-        workdir = out / name.replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
+        workdir = out / re.sub("[^a-z0-9]+", "-", name).strip("-")
         begin = time.perf_counter()
         with Stop() as stop:
             run(config_of(pattern, steps), workdir, stop)
+        seconds = time.perf_counter() - begin
+        judged, clips = judge(workdir)
         rows.append({"method": name, "gflop_a_step": flops / 1e9, "steps": steps,
-                     "seconds": time.perf_counter() - begin, **judge(workdir)})
+                     "seconds": seconds, **judged})
+        shown.append(clips[:SHOWN])
         print(json.dumps(rows[-1]), flush=True)
-        write_json(out / "temporal.json", rows)
+        write_json(out / "temporal_train.json", rows)
+    write_sheet(out / "wall.webp", np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]),
+                [*PATTERNS] * SHOWN, 8.0, columns=len(PATTERNS), side=96)
     print(train_table(rows))
 
 
@@ -136,8 +144,9 @@ def model_flops(pattern) -> float:
     return 3 * 24 * Denoiser(model["backbone"], model["signals"]).flops((8, 32, 32, 3))
 
 
-def judge(workdir: Path) -> dict:
-    """Prompt following of 96 held-out prompts, and the steadiness of the first clips of them."""
+def judge(workdir: Path) -> tuple[dict, np.ndarray]:
+    """Prompt following of 96 held-out prompts, the steadiness of the first clips of them, and
+    these."""
     experiment = load(workdir)
     config = {**experiment.config, "judge": {"prompts": 96}}
     experiment = Experiment(config)
@@ -149,34 +158,40 @@ def judge(workdir: Path) -> dict:
         followed = prompt_following(experiment, params, workdir)
         clips = to_uint8(experiment.generator()(
             params, [r.caption for r in records], list(range(CLIPS)), num_frames=frames, fps=fps))
-    write_sheet(workdir / "wall.webp", clips[:6], [r.caption for r in records[:6]], fps, columns=6)
     true = [record.read(np.arange(frames) / fps) for record in records]
-    return {**{f"prompts_{k}": v for k, v in followed["scores"].items()},
-            **steady(list(clips), fps), **{f"true_{k}": v for k, v in steady(true, fps).items()}}
+    scores = {f"prompts_{k}": v for k, v in followed["scores"].items()}
+    truth = {f"true_{k}": v for k, v in steady(true, fps).items()}
+    return {**scores, **steady(list(clips), fps), **truth}, clips
 
 
 def steady(clips: list[np.ndarray], fps: float) -> dict[str, float]:
-    drifts = []
+    """jumps: pixels by which the object's centre leaves the middle of where the frames before and
+    after have it."""
+    drifts, jumps = [], []
     for clip in clips:
         if (track := track_object(clip)) is not None:
             drifts.append(identity_drift(clip, track.amount > 0.5)[0])
+            with np.errstate(invalid="ignore"):
+                centre = np.stack([np.argwhere(a > 0.5).mean(0) for a in track.amount
+                                   if (a > 0.5).any()])
+            jumps.append(np.linalg.norm(np.diff(centre, 2, axis=0), axis=-1).mean() / 2)
     mean = lambda values: float(np.nanmean(values)) if len(values) else float("nan")
     return {"flicker": mean([flicker(clip)[0] for clip in clips]), "drift": mean(drifts),
-            "subject_found": len(drifts) / len(clips),
+            "jumps": mean(jumps), "subject_found": len(drifts) / len(clips),
             "motion": mean([motion_score(clip, fps) for clip in clips])}
 
 
 def train_table(rows: list[dict]) -> str:
-    lines = ["| method | steps | prompts: colour, shape, motion, all | flicker | drift | motion |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| method | steps | prompts: colour, shape, motion, all | flicker, levels | "
+             "jumps, px | drift | motion |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         share = ", ".join(f"{100 * row[f'prompts_{k}']:.0f}" for k in
                           ("colour", "shape", "motion", "all"))
         lines.append(f"| {row['method']} | {row['steps']} | {share} % | {row['flicker']:.2f} | "
-                     f"{row['drift']:.2f} | {row['motion']:.1f} |")
+                     f"{row['jumps']:.2f} | {row['drift']:.3f} | {row['motion']:.1f} |")
     first = rows[0]
-    lines.append(f"| true renders | | | {first['true_flicker']:.2f} | {first['true_drift']:.2f} | "
-                 f"{first['true_motion']:.1f} |")
+    lines.append(f"| true renders | | | {first['true_flicker']:.2f} | {first['true_jumps']:.2f} | "
+                 f"{first['true_drift']:.3f} | {first['true_motion']:.1f} |")
     return "\n".join(lines)
 
 
