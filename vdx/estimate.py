@@ -156,7 +156,8 @@ def _conditions(job: Job, rows: int) -> dict[str, Any]:
 def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
     e = job.experiment
     generator = e.generator(size=(job.clip[1], job.clip[2]))
-    trained = abstract_params(jax.eval_shape(e.new_params, jax.random.key(0)), mesh)
+    # All inside eval_shape: no operation can run on chips that are not here.
+    trained = abstract_params(jax.eval_shape(lambda: e.new_params(jax.random.key(0))), mesh)
     params = e.objective.whole(trained, e.abstract_frozen(mesh))
     draw = jax.jit(lambda params, batch, seeds: generator._draw(params, batch, seeds, None,
                                                                 job.clip))
@@ -175,11 +176,10 @@ def _decode(job: Job, mesh: Any) -> tuple[Any, tuple]:
     if isinstance(vae, VideoVAE):
         sides = job.clip[1] * job.clip[2] * vae.rates[1] ** 2
         chunk = (max(1, PIXELS // sides),)
-    pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), jnp.float32)
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), pixels)["params"]
+    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3))))
     function = jax.jit(lambda params, z: vae.apply({"params": params}, z, *chunk, method="decode"),
                        out_shardings=replicated(mesh))
-    return function, (abstract_params(shapes, mesh, network.dtype), latents)
+    return function, (abstract_params(shapes["params"], mesh, network.dtype), latents)
 
 
 PROGRAMS: dict[str, Callable[[Job, Any], tuple[Any, tuple]]] = {

@@ -101,8 +101,8 @@ def advice(row: dict[str, Any]) -> str:
         tips.append(f"--config.data.loader.global_batch={row['clips'] // 2}")
     if parts["data"] > 1:
         tips.append(f"--mesh=fsdp={parts['data'] * parts['fsdp']}")
-    if parts["context"] == 1 and parts["data"] * parts["fsdp"] > 1:
-        tips.append("a mesh with context=2, fewer tokens to a chip")
+    if parts["data"] * parts["fsdp"] > 1:
+        tips.append("a mesh with tensor=2 or context=2, fewer heads or tokens to a chip")
     return ", or ".join([*tips, "more chips"])
 
 

@@ -1,0 +1,95 @@
+"""t2v_base compiled for a slice of TPU v5e, by the real compiler, against a table of its needs.
+
+Of its 28 scanned layers there are 4: the program of a layer is the same, and so is the time it
+takes to compile. A change that makes the program larger fails here. Where it is meant, or where
+the compiler is a newer one, look at what the command below prints, which writes the table:
+
+    python -m vdx.plan --config=configs/t2v_base.py --topology=v5e:2x2 --clip=16,32,32 --text=256 \\
+        --config.data.loader.global_batch=8 --config.model.backbone.depth=4 \\
+        --out=tests/plan_t2v_base.json
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vdx.config import resolve
+from vdx.experiment import Experiment
+from vdx.files import read_json
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "t2v_base.py"
+DEPTH = "--config.model.backbone.depth=4"
+TABLE = read_json(ROOT / "tests" / "plan_t2v_base.json")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+    sys.platform != "linux", reason="the TPU compiler runs on Linux")]
+
+
+def planned(out: Path, *args: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run([sys.executable, "-m", "vdx.plan", f"--config={CONFIG}",
+                           "--clip=16,32,32", "--text=256", f"--out={out}", *args],
+                          cwd=ROOT, env=env, text=True, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def row(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    done = planned(out, "--topology=v5e:2x2", "--config.data.loader.global_batch=8", DEPTH)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return read_json(out)
+
+
+def test_it_fits_and_needs_no_more_memory(row):
+    assert row["fits"] and row["compiled"] and row["mesh"] == TABLE["mesh"]
+    assert row["memory"]["arguments"] == pytest.approx(TABLE["memory"]["arguments"], rel=0.01)
+    assert row["memory"]["temporaries"] < 1.1 * TABLE["memory"]["temporaries"]
+
+
+def test_nothing_is_computed_that_the_program_does_not_state(row):
+    """Compiled products against those of the formula, and what remat computes again."""
+    stated, compiled = row["stated_flops"], row["flops"] * row["devices"]
+    assert row["model_flops"] == TABLE["model_flops"]
+    assert stated == pytest.approx(4 / 3 * row["model_flops"], rel=0.01)
+    assert compiled < 1.15 * stated
+    assert compiled == pytest.approx(TABLE["flops"] * row["devices"], rel=0.01)
+    assert row["traffic"] < 1.1 * TABLE["traffic"]
+
+
+def test_weights_of_layers_are_gathered_in_the_scan_alone(row):
+    shapes = flatten_dict(Experiment(resolve(str(CONFIG), [DEPTH])).shapes, sep="/")
+    def largest(where: str, scanned: int) -> int:                               # in bfloat16
+        return max(2 * math.prod(leaf.shape[scanned:]) for path, leaf in shapes.items()
+                   if path.endswith("kernel") and bool(re.match(where, path)))
+
+    gathers = row["collectives"]["all-gather"]
+    assert gathers["outside"]["largest"] <= largest("(?!network/layers/)", 0)
+    assert gathers["looped"]["largest"] <= largest("network/layers/", 1)
+
+
+def test_no_more_is_sent(row):
+    assert set(row["collectives"]) == set(TABLE["collectives"])
+    assert row["sent"] < 1.1 * TABLE["sent"]
+
+
+def test_a_clip_too_many_is_an_answer(tmp_path):
+    """With 32 clips a chip, as they lie on 16 chips, it says what it needs and what to try."""
+    out = tmp_path / "plan.json"
+    done = planned(out, "--topology=v5e:4x4")
+    assert done.returncode == 0, done.stderr
+    assert "does not fit. Try --config.optim.accumulate=2" in done.stdout
+    memory = read_json(out)["memory"]
+    assert memory["needs"] > read_json(out)["memory_has"] > 15e9
+
+
+def test_a_slice_that_is_none(tmp_path):
+    done = planned(tmp_path / "plan.json", "--topology=v5e:3x5")
+    assert done.returncode == 1 and "the TPU compiler does not know this slice" in done.stderr
+    assert "Traceback" not in done.stderr
