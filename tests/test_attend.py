@@ -69,6 +69,7 @@ def ask_of(case, **changes):
                   "causal": "causal" in hides, **changes})
 
 
+FEW = ("several blocks", "mask", "mask of each", "bias")    # the rest is slow, but of our own
 HERE = [name for name in BACKENDS if name != "cudnn"]       # which needs a GPU
 
 
@@ -84,8 +85,9 @@ def wanted(quick):
     return make
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize(("backend", "case"), [
+    pytest.param(backend, case, marks=[] if backend == "blockwise" or case in FEW else
+                 pytest.mark.slow) for backend in HERE for case in CASES])
 def test_backends_are_the_definition(backend, case, wanted, quick):
     hides = CASES[case][3]
     args, want = wanted(case)

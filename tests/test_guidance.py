@@ -1,5 +1,7 @@
 """Classifier-free guidance against its formulas."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from vdx.build import ConfigError
 from vdx.diffusion.guidance import Guidance, guided
+from vdx.parallel import MeshSpec, batch_sharding, constrain
 from vdx.types import Ports
 
 B = 3
@@ -98,3 +101,19 @@ def test_errors():
         Guidance(interval=(0.9, 0.1))
     with pytest.raises(ConfigError, match="rescale"):
         Guidance(rescale=1.5)
+
+
+def test_the_questions_of_a_clip_stay_where_it_is(quick):
+    """On a mesh that splits the batch nothing is sent to ask, nor to put the answers together."""
+    with jax.set_mesh(MeshSpec(data=8).make()):
+        def ask(x, t, null, cond):
+            split = lambda x: constrain(x, "b t h w c")
+            return guided(lambda *a: split(network(split(a[0]), *a[1:])), (null, cond),
+                          Guidance((3.5,)))(x, t)
+
+        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct((8, *a.shape[1:]), a.dtype),
+                            (X, T, NULL, COND))
+        lie = batch_sharding(jax.sharding.get_mesh())
+        program = jax.jit(ask, in_shardings=lie, out_shardings=lie, compiler_options=quick)
+        assert not re.search("all-|collective-|reduce-scatter",
+                             program.lower(*args).compile().as_text())

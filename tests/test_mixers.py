@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vdx.build import ConfigError, build
-from vdx.models.attend import attend
+from vdx.models.attend import CONTEXTS, attend
 from vdx.models.attention import CrossAttention, SelfAttention
 from vdx.models.layers import rope_table
 from vdx.models.mixers import MIXERS, REACH, MixContext
@@ -157,12 +157,11 @@ def test_mixers_in_bfloat16_are_close(case, mixer, quick):
     assert np.linalg.norm(got.astype(np.float32) - want) < 0.02 * np.linalg.norm(want)
 
 
-@each_row
-def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
-    """Values and gradients, with tokens, features and weights split."""
+def on_eight_devices(mixer, case, quick, **how):
+    """Values and gradients, with tokens, features and weights split, against those of one."""
     module, params, *_ = mixer(case)
     x = RNG.normal(size=(2, 4, 2, 4, WIDTH)).astype(np.float32)
-    context = MixContext(rope=rope_table(x.shape[1:4], WIDTH // HEADS))
+    context = MixContext(rope=rope_table(x.shape[1:4], WIDTH // HEADS), **how)
 
     def loss(params, x):
         y = module.apply({"params": params}, x, context)
@@ -180,6 +179,18 @@ def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
         # Some are zero but for rounding: without a norm, that of the keys' bias.
         most = 5e-6 * norm(leaves[path]) + 1e-6 * norm(want[1][1])
         assert norm(ours - leaves[path]) <= most, path
+
+
+@each_row
+def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
+    on_eight_devices(mixer, case, quick)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across", CONTEXTS)
+def test_however_its_tokens_meet_on_eight_devices(across, mixer, quick):
+    """As above, with kernels that XLA cannot split, and keys that travel."""
+    on_eight_devices(mixer, "full", quick, attention="blockwise", across=across)
 
 
 @pytest.mark.parametrize("grid", [(128, 2, 2), (2, 12, 12)])

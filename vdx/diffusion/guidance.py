@@ -47,7 +47,8 @@ class Guidance:
 
 
 def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
-    """All that the network is asked with, in one batch; the last alone if every scale is 1.
+    """All that the network is asked with, in one batch, the questions of a clip side by side (on a
+    mesh they then are where the clip is, and nothing is sent); the last alone if every scale is 1.
 
     conditions: pytrees of the same structure, every leaf [b ...], from the fewest conditions to
     all, one more than there are scales. Raises ValueError when structures or numbers differ.
@@ -60,7 +61,8 @@ def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
     structures = [str(jax.tree.structure(c)) for c in conditions]
     if len(set(structures)) > 1:
         raise ValueError(f"Guidance needs the same signals in all its conditions: {structures}.")
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]),
+                        *conditions)
 
 
 def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any],
@@ -72,8 +74,9 @@ def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[A
         return lambda x_t, t: network(x_t, t, ports).astype(jnp.float32)
 
     def denoise(x_t: Array, t: Array) -> Array:
-        answers = network(jnp.concatenate([x_t] * n), jnp.concatenate([t] * n), ports)
-        return combine(jnp.split(answers.astype(jnp.float32), n), t, guidance)
+        answers = network(jnp.repeat(x_t, n, 0), jnp.repeat(t, n, 0), ports).astype(jnp.float32)
+        answers = answers.reshape(-1, n, *answers.shape[1:])
+        return combine([answers[:, i] for i in range(n)], t, guidance)
 
     return denoise
 

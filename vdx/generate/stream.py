@@ -186,7 +186,7 @@ class Streamer(Generator):
     def remember(self, params: Params, conditions: list[Ports], guidance: Guidance, told: Any,
                  cache: Cache, past: Past, x0: Array) -> Cache:
         """The cache after the clean block is read, by all branches of guidance."""
-        ports, x0 = questions(conditions, guidance), jnp.concatenate([x0] * guidance.answers)
+        ports, x0 = questions(conditions, guidance), jnp.repeat(x0, guidance.answers, 0)
         time = self.tell(jnp.zeros(len(x0)))
         return self.model.run(params, x0, time, ports, past, told=told, cache=cache,
                               mutable=["cache"])[1]["cache"]
