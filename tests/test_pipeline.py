@@ -125,6 +125,60 @@ def test_a_batch_has_one_length_and_lengths_take_turns(reference):
     assert reference[1]["num_frames"].tolist() == [3] * 4
 
 
+BUCKETS = ((2, 4, 6, 4), (3, 2, 2, 8), (2, 4, 6, 4), (5, 3, 1, 12))
+
+
+def sized(record, num_frames, height, width, rng):
+    made = simple(record, num_frames, rng)
+    return {**made, "video": np.broadcast_to(made["video"][:, :1, :1], (
+        num_frames, height, width, 3))}
+
+
+def bucketed(**settings):
+    return make_loader(Toy(bad=(5, 11)), to_example=sized, **{
+        "global_batch": 1, "seed": 3, "num_frames": (9,), "max_bad_rate": 1.0,
+        "buckets": BUCKETS, **settings})
+
+
+def test_buckets_take_turns_and_share_the_epochs():
+    batches = bucketed(threads=0)
+    found = take(batches, 10)
+    assert [b["video"].shape[:4] for b in found] == [
+        (n, t, h, w) for t, h, w, n in (*BUCKETS, *BUCKETS, *BUCKETS[:2])]
+    plain = keys(take(loader(Toy(bad=(5, 11)), global_batch=4), 17))      # the same records
+    assert keys(found) == plain and len(plain) == 68 == batches.seen - batches.bad
+    kinds = [(n, example["video"].shape[:3]) for n, example in batches.samples()]
+    assert kinds == [(n, (t, h, w)) for t, h, w, n in (BUCKETS[0], BUCKETS[1], BUCKETS[3])]
+    assert not list(loader().samples())                # of one kind: the first batch says it
+
+
+@pytest.mark.parametrize("settings", [{"threads": 3}, pytest.param(
+    {"workers": 2}, marks=pytest.mark.slow)], ids=["threads", "workers"])
+def test_buckets_resume_exactly_at_any_position(settings):
+    whole, batches = take(bucketed(threads=0), 10), bucketed(**settings)
+    for position in (7, 0, 3, 9, 2):
+        batches.seek(position)
+        same([next(batches)], whole[position:position + 1])
+    batches.close()
+
+
+def test_hosts_share_the_batches_of_buckets(tmp_path):
+    whole = take(bucketed(threads=0), 9)
+    log, shares = tmp_path / "bad.jsonl", []
+    for h in range(4):
+        batches = bucketed(host_index=h, host_count=4, bad_log=log)
+        shares.append(take(batches, 9))
+        assert batches.seen == 15 + batches.bad             # of 60
+        before = batches.bad
+        batches.seek(9)
+        assert batches.bad == before
+    same([{k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+          for parts in zip(*shares, strict=True)], whole)
+    one = bucketed(bad_log=log)
+    one.seek(9)
+    assert one.bad == len(read_bad_records(log)) > 3
+
+
 def test_random_numbers_differ_between_examples_and_epochs():
     noise = np.concatenate([b["noise"] for b in take(loader(Toy(3)), 30)])
     assert len(set(noise.tolist())) == 120
@@ -271,6 +325,8 @@ def test_ready_examples_pass_through_and_their_length_is_checked():
     ({"global_batch": 6, "host_count": 4}, "cannot be shared by 4 hosts"),
     ({"global_batch": 0}, "global_batch = 0"), ({"host_index": 1}, r"not in 0 \.\. 0"),
     ({"num_frames": ()}, "positive lengths"), ({"num_frames": (0,)}, "positive lengths"),
+    ({"buckets": ((2, 4, 4, 0),)}, "positive frames, height"),
+    ({"buckets": ((2, 4, 4, 6),), "host_count": 4}, "batch of a bucket = 6 cannot be shared"),
     ({"workers": -1}, "cannot be negative"), ({"source": Toy(0)}, "The data set is empty: Toy")])
 def test_settings_that_cannot_be_meant_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

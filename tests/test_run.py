@@ -193,6 +193,29 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.slow
+def test_buckets_train_and_resume_exactly(tmp_path):
+    """Three shapes, three programs; 5 steps = 3 steps and the rest, in every bit."""
+    made = config(
+        "--config.train.steps=5", "--config.train.eval_every=5", "--config.train.sample_every=0",
+        "--config.train.save_every=1", "--config.train.log_every=1", "--config.judge.prompts=0",
+        "--config.train.keep=9", "--config.model.backbone.depth=1",
+        "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))")
+    run(made, tmp_path / "whole", Stop())
+    rows = [r for r in read_rows(tmp_path / "whole" / "metrics.jsonl") if "train/loss" in r]
+    assert all(np.isfinite(r["train/loss"]) for r in rows)
+    per_clip = [r["speed/tokens_per_s"] / r["speed/clips_per_s"] for r in rows]
+    np.testing.assert_allclose(per_clip, [64, 128, 32, 64, 128], rtol=1e-3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halved")
+    for step in ("4", "5"):
+        shutil.rmtree(tmp_path / "halved" / "checkpoints" / step)
+    run(made, tmp_path / "halved", Stop())
+    assert weights(tmp_path / "halved") == weights(tmp_path / "whole")
+    again = {r["step"]: r["train/loss"] for r in read_rows(tmp_path / "halved" / "metrics.jsonl")
+             if "train/loss" in r}
+    assert again == {r["step"]: r["train/loss"] for r in rows}
+
+
 @pytest.mark.parametrize("name", ["t2v_base", pytest.param("i2v_base", marks=pytest.mark.slow)])
 def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     """Shrunk by `:smoke`, on eight devices, through the whole entrypoint."""

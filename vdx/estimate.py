@@ -161,7 +161,7 @@ def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
     params = e.objective.whole(trained, e.abstract_frozen(mesh))
     draw = jax.jit(lambda params, batch, seeds: generator._draw(params, batch, seeds, None,
                                                                 job.clip))
-    rows = generator._chunk(job.clips)
+    rows = generator.at_once(job.clips)
     return draw, (params, _conditions(job, rows), jax.ShapeDtypeStruct((rows,), jnp.int32))
 
 

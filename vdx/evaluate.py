@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from vdx.build import ConfigError
+from vdx.compiled import keep_compiled
 from vdx.data.scenes import VELOCITIES, Scenes
 from vdx.data.signals import SIGNALS, Clip, read_signals
 from vdx.data.sources import SOURCES
@@ -208,6 +209,7 @@ def following_table(result: dict) -> str:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    keep_compiled()
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
     mesh = experiment.mesh_spec.make()

@@ -36,6 +36,7 @@ from absl import app, flags, logging
 
 import vdx
 from vdx.build import ConfigError
+from vdx.compiled import keep_compiled
 from vdx.config import is_override, resolve
 from vdx.data.pipeline import DataError
 from vdx.data.workers import WorkerDied
@@ -55,6 +56,7 @@ FLAGS = flags.FLAGS
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    keep_compiled()
     if FLAGS.coordinator:
         jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
                                    heartbeat_timeout_seconds=FLAGS.heartbeat)

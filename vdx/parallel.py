@@ -178,6 +178,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
     """This process's share of a batch as global arrays; text such as keys stays on the host."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
-            for k, v in batch.items() if np.asarray(v).dtype.kind in "biuf"
-            or str(np.asarray(v).dtype) == "bfloat16"}
+    return {k: jax.make_array_from_process_local_data(sharding, v)
+            for k, v in _numbers(batch).items()}
+
+
+def like_batch(mesh: Mesh, example: Mapping[str, np.ndarray],
+               local: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract: what `put_batch` makes of `local` such examples (without an axis b) a process."""
+    return {k: jax.ShapeDtypeStruct((local * jax.process_count(), *v.shape),
+                                    jax.dtypes.canonicalize_dtype(v.dtype),
+                                    sharding=batch_sharding(mesh))
+            for k, v in _numbers(example).items()}
+
+
+def _numbers(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = {k: np.asarray(v) for k, v in batch.items()}
+    return {k: v for k, v in arrays.items()
+            if v.dtype.kind in "biuf" or str(v.dtype) == "bfloat16"}

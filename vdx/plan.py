@@ -188,9 +188,8 @@ def variants(job: Job, slice_: Slice) -> Iterator[dict[str, Any]]:
 def fits_grid(job: Job, mesh: dict[str, int]) -> None:
     """Raises ValueError for a mesh over which heads or frames of tokens do not divide."""
     network = job.experiment.model.parts()[0]
-    frames, heads = network.grid(job.clip)[0], getattr(network, "heads", None)
-    if isinstance(network, Transformer):
-        heads = network.dims()[2]
+    frames = network.grid(job.clip)[0]
+    heads = network.dims()[2] if isinstance(network, Transformer) else network.heads
     if frames % mesh["context"] or heads % mesh["tensor"]:
         raise ValueError(f"{mesh}: {frames} frames of tokens, {heads} heads")
 

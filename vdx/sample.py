@@ -23,6 +23,7 @@ from absl import app, flags, logging
 
 import vdx
 from vdx.build import ConfigError, fill, lookup
+from vdx.compiled import keep_compiled
 from vdx.diffusion.grids import GRIDS
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.experiment import Experiment, load, open_params
@@ -292,6 +293,7 @@ def write(request: Request | PublicRequest, clips: Clips, out: Path,
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    keep_compiled()
     # Also with a manifest: a stranger's could name any folder.
     if (FLAGS.workdir is None) == (FLAGS.weights is None):
         raise app.UsageError("Give --workdir, the workdir of a run of vdx.main, or --weights, a "

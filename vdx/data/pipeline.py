@@ -6,12 +6,14 @@ and its bucket. A batch therefore does not depend on threads, workers, hosts or 
 and one integer, the number of batches consumed, is the whole state.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +55,10 @@ class Loader:
     threads: reading threads in each process; 0 reads when asked, which eases debugging.
     prefetch: batches read ahead.
     max_bad_rate: stop when clearly more than this share of the records is bad.
+    buckets: (frames, height, width, examples) of the batches, which take turns, so that those of
+      long, of tall and of wide clips have as many tokens as others. A record is cut to the bucket
+      of its batch, whatever its own shape. Without them a batch has global_batch examples of the
+      clip's usual size.
     """
 
     global_batch: int
@@ -62,6 +68,17 @@ class Loader:
     threads: int = 4
     prefetch: int = 2
     max_bad_rate: float = 0.01
+    buckets: tuple[tuple[int, int, int, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+    """What is common to a batch. batch: examples, all hosts together; frames: None where ready
+    examples say it; size: (height, width), empty where it is not for the batch to say."""
+
+    batch: int
+    frames: int | None = None
+    size: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +94,7 @@ class _Bad:
 class _Stream:
     """This host's examples from batch `start` on, as a random-access source for grain.
 
+    Buckets take turns: batch k is of bucket k % len(buckets), whatever its clips are like.
     An item is (example or None, [_Bad]). A bad record travels in the item instead of being
     raised: grain skips what raises, and the consumer can count in order and without locks.
     """
@@ -84,22 +102,44 @@ class _Stream:
     source: Source
     to_example: Callable[..., Example]
     loader: Loader
-    num_frames: tuple[int, ...] | None
+    buckets: tuple[_Bucket, ...]
     host_index: int
-    local_batch: int
+    host_count: int
     start: int
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, item: int) -> tuple[Example | None, list[_Bad]]:
-        batch, place = divmod(item, self.local_batch)
-        batch += self.start
-        position = batch * self.loader.global_batch + self.host_index * self.local_batch + place
-        frames = self.num_frames[batch % len(self.num_frames)] if self.num_frames else None
-        return self.at(position, frames)
+        there = item * self.host_count + self.first(self.start)
+        batch = self.holds(there)
+        place = (there - self.first(batch)) // self.host_count
+        position = self.first(batch) + self.host_index * self.share(batch) + place
+        return self.at(position, self.bucket(batch))
 
-    def at(self, position: int, frames: int | None) -> tuple[Example | None, list[_Bad]]:
+    def bucket(self, batch: int) -> _Bucket:
+        return self.buckets[batch % len(self.buckets)]
+
+    def share(self, batch: int) -> int:
+        """Examples of this host in a batch."""
+        return self.bucket(batch).batch // self.host_count
+
+    def first(self, batch: int) -> int:
+        """The global position of the first example of a batch."""
+        turns, rest = divmod(batch, len(self.buckets))
+        ends = self._ends
+        return turns * ends[-1] + (ends[rest - 1] if rest else 0)
+
+    def holds(self, position: int) -> int:
+        """The batch that holds a global position."""
+        turns, rest = divmod(position, self._ends[-1])
+        return turns * len(self.buckets) + bisect.bisect_right(self._ends, rest)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(bucket.batch for bucket in self.buckets))
+
+    def at(self, position: int, bucket: _Bucket) -> tuple[Example | None, list[_Bad]]:
         """The example at a global position, or a substitute that depends on it alone."""
         bad: list[_Bad] = []
         for attempt in range(ATTEMPTS if len(self.source) > 1 else 1):
@@ -108,7 +148,7 @@ class _Stream:
             if attempt:  # any other record than the first choice
                 index = (index + 1 + int(rng.integers(len(self.source) - 1))) % len(self.source)
             try:
-                return self.read(index, frames, rng), bad
+                return self.read(index, bucket, rng), bad
             except BadRecord as error:
                 bad.append(_Bad(position, attempt, index, error.key, error.reason))
             except Exception as error:
@@ -122,10 +162,11 @@ class _Stream:
             return place
         return _shuffled(place, len(self.source), self.loader.seed, epoch)
 
-    def read(self, index: int, frames: int | None, rng: np.random.Generator) -> Example:
-        item = self.source[index]
+    def read(self, index: int, bucket: _Bucket, rng: np.random.Generator) -> Example:
+        item, frames = self.source[index], bucket.frames
         if not isinstance(item, Mapping):
-            return self.to_example(item, num_frames=frames, rng=rng)
+            size = dict(zip(("height", "width"), bucket.size, strict=False))
+            return self.to_example(item, num_frames=frames, rng=rng, **size)
         if frames and "num_frames" in item and int(item["num_frames"]) != frames:
             raise BadRecord(str(item.get("key", index)),
                             f"holds {int(item['num_frames'])} frames, this batch needs {frames}")
@@ -168,7 +209,7 @@ class Batches:
 
     @property
     def seen(self) -> int:
-        return self.position * self._stream.local_batch + self.bad
+        return self._stream.first(self.position) // self._stream.host_count + self.bad
 
     def __iter__(self) -> "Batches":
         return self
@@ -199,6 +240,16 @@ class Batches:
         self.bad = len(before)
         self._named = {str(row.get("key")): str(row.get("reason")) for row in before}
 
+    def samples(self) -> Iterator[tuple[int, Example]]:
+        """(this host's examples in a batch, one example) of every kind of bucket, if there are
+        several: what the batches will be like. Of a bucket whose first records are bad, none."""
+        stream, kinds = self._stream, set(self._stream.buckets)
+        for batch, bucket in enumerate(stream.buckets):
+            if bucket in kinds and len(set(stream.buckets)) > 1:
+                kinds.remove(bucket)
+                if (example := stream.at(stream.first(batch), bucket)[0]) is not None:
+                    yield stream.share(batch), example
+
     def close(self) -> None:
         """Ends reading ahead, its threads and worker processes; next() starts them again."""
         if self._items is not None:
@@ -207,11 +258,15 @@ class Batches:
 
     def _log_before(self) -> list[dict[str, Any]]:
         """What the log says of this host's share of the batches before the position."""
-        size, local = self._stream.loader.global_batch, self._stream.local_batch
+        stream = self._stream
         rows = [] if self._bad_log is None else read_bad_records(self._bad_log)
+
+        def host(place: int) -> int:
+            batch = stream.holds(place)
+            return (place - stream.first(batch)) // stream.share(batch)
+
         return [row for row in rows if isinstance(place := row.get("position"), int)
-                and place < self.position * size
-                and place % size // local == self._stream.host_index]
+                and place < stream.first(self.position) and host(place) == stream.host_index]
 
     def _take(self) -> tuple[Example, int]:
         """(the next batch, records refused on its way)."""
@@ -219,7 +274,7 @@ class Batches:
             self._items = _read_ahead(dataclasses.replace(self._stream, start=self.position))
         examples: list[Example] = []
         refused: list[_Bad] = []
-        while len(examples) < self._stream.local_batch:
+        while len(examples) < self._stream.share(self.position):
             example, bad = next(self._items)
             refused += bad
             if example is None:
@@ -256,8 +311,8 @@ def make_loader(source: Source, *, to_example: Callable[..., Example] | None = N
                 bad_log: str | Path | None = None, **settings) -> Batches:
     """Batches of this host's share of every global batch.
 
-    to_example: `to_example(record, num_frames=, rng=)` -> dict of arrays of one example; may be
-      left out for a source of ready examples.
+    to_example: `to_example(record, num_frames=, rng=)` -> dict of arrays of one example, with
+      buckets also given height= and width=; may be left out for a source of ready examples.
     num_frames: the lengths of clips in frames; batch k has length num_frames[k % len];
       None where the source gives ready examples, of whatever length.
     host_index, host_count: host h has the h-th contiguous share of every global batch.
@@ -269,20 +324,27 @@ def make_loader(source: Source, *, to_example: Callable[..., Example] | None = N
     reading raised.
     """
     loader = Loader(**settings)
-    if loader.global_batch < 1 or loader.global_batch % host_count:
-        raise ValueError(f"global_batch = {loader.global_batch} cannot be shared by "
-                         f"{host_count} hosts; make it a multiple of {host_count}.")
-    if not 0 <= host_index < host_count:
-        raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
     if (num_frames or to_example) and min(num_frames or (0,)) < 1:
         raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
+    if any(min(bucket) < 1 for bucket in loader.buckets) or (loader.buckets and not to_example):
+        raise ValueError(f"buckets = {loader.buckets}: positive frames, height, width and examples "
+                         "of clips that are cut from footage; ready examples keep their shape.")
+    buckets = tuple(_Bucket(batch, frames, (height, width))
+                    for frames, height, width, batch in loader.buckets) or tuple(
+                        _Bucket(loader.global_batch, frames) for frames in num_frames or (None,))
+    for batch in (bucket.batch for bucket in buckets):
+        if batch < 1 or batch % host_count:
+            name = "batch of a bucket" if loader.buckets else "global_batch"
+            raise ValueError(f"{name} = {batch} cannot be shared by {host_count} hosts; make it a "
+                             f"multiple of {host_count}.")
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
     if min(loader.seed, loader.workers, loader.threads, loader.prefetch) < 0:
         raise ValueError(f"seed, workers, threads and prefetch cannot be negative: {loader}.")
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
-    stream = _Stream(source, to_example or _not_ready, loader,
-                     tuple(num_frames) if num_frames else None, host_index,
-                     loader.global_batch // host_count, start=0)
+    stream = _Stream(source, to_example or _not_ready, loader, buckets, host_index,
+                     host_count, start=0)
     return Batches(stream, Path(bad_log) if bad_log is not None else None)
 
 
@@ -293,7 +355,7 @@ def _not_ready(record, **_):
 def _read_ahead(stream: _Stream):
     """grain's iterator over a stream, in order, read ahead by threads or processes."""
     loader = stream.loader
-    ahead = loader.prefetch * stream.local_batch
+    ahead = loader.prefetch * max(map(stream.share, range(len(stream.buckets))))
     dataset = grain.MapDataset.source(stream)
     if not loader.workers:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(loader.threads, ahead)))

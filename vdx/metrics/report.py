@@ -188,7 +188,10 @@ def _optimization(rows: Rows) -> str:
 def _throughput(rows: Rows) -> str:
     return _charts(
         _single(rows, "speed/clips_per_s", "Training speed", "clips / s"),
-        _single(rows, "speed/data_wait", "Waiting for data", "share of time", form=".0%"))
+        _single(rows, "speed/data_wait", "Waiting for data", "share of time", form=".0%"),
+        _single(rows, "speed/tokens_per_s", "Tokens", "tokens / s"),
+        _single(rows, "speed/mfu", "Model FLOPs utilization", "share of the peak", form=".0%"),
+        _single(rows, "speed/peak_memory_gib", "Most memory used", "GiB of a device"))
 
 
 def _numbers(rows: Rows, run: Mapping[str, Any], result: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from vdx.files import append_rows, host_file, write_json
 from vdx.models.conditioning import NULL
 from vdx.models.transformer import check_remat
 from vdx.parallel import put_batch, replicated
+from vdx.train.ahead import Programs, peak_flops
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.fingerprint import whole_digest
 from vdx.train.log import Log
@@ -34,17 +35,23 @@ class Window:
 
     def __init__(self, rows: list[dict] | None = None):
         self.rows = rows or []
-        self.fresh, self.began, self.waited = 0, time.perf_counter(), 0.0
+        self.done, self.began, self.waited = np.zeros(3), time.perf_counter(), 0.0
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any], work: tuple[int, int, float]) -> None:
         self.rows.append({k: np.asarray(v).tolist() for k, v in row.items()})
-        self.fresh += 1
+        self.done += work
 
-    def flush(self, clips_per_step: int, waited: float, rate: float) -> dict[str, float]:
+    def flush(self, waited: float, rate: float, peak: float) -> dict[str, float]:
+        """peak: operations a second at best; 0: not known."""
         elapsed = time.perf_counter() - self.began
-        out = {"train/learning_rate": rate,
-               "speed/clips_per_s": self.fresh * clips_per_step / elapsed,
+        clips, tokens, flops = (float(n) / elapsed for n in self.done)
+        out = {"train/learning_rate": rate, "speed/clips_per_s": clips,
+               "speed/tokens_per_s": tokens,
                "speed/data_wait": (waited - self.waited) / elapsed}
+        if peak:
+            out["speed/mfu"] = flops / peak
+        if most := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+            out["speed/peak_memory_gib"] = most / 2**30
         if rows := [r for r in self.rows if r["ok"]]:       # the rest may hold NaN
             sums, counts = (np.sum([r[k] for r in rows], 0) for k in ("bin_sums", "bin_counts"))
             edges = np.linspace(0, 1, len(sums) + 1)
@@ -52,7 +59,7 @@ class Window:
                     for k in ("loss", "grad_norm")}
             out |= {f"train/loss_t{a:.1f}-{b:.1f}": float(s / n)
                     for a, b, s, n in zip(edges[:-1], edges[1:], sums, counts, strict=True) if n}
-        self.rows, self.fresh = [], 0
+        self.rows, self.done = [], np.zeros(3)
         self.began, self.waited = time.perf_counter(), waited
         return out
 
@@ -68,7 +75,7 @@ class Evaluation:
         for name, heldout in (("heldout", True), ("seen", False)):
             # Another seed than training's: other windows of the clips that training sees.
             batches = experiment.batches(heldout=heldout, seed=experiment.seed + 1, workers=0,
-                                         global_batch=size)
+                                         global_batch=size, buckets=())
             self.sets[name] = [put_batch(mesh, next(batches))
                                for _ in range(max(1, t.eval_clips // size))]
             batches.close()
@@ -103,6 +110,7 @@ class Flying:
     position: int
     keys: list[str]
     metrics: Mapping[str, Any]
+    work: tuple[int, int, float] = (0, 0, 0.0)
 
 
 def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None],
@@ -126,6 +134,7 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
                 state = trainer.run(on_sample, stop)
             finally:
                 stop.end_polling()
+                trainer.programs.close()
                 trainer.log.close()
     finally:
         batches.close()
@@ -142,9 +151,11 @@ class Trainer:
         self.workdir, self.mesh, self.batches = workdir, mesh, batches
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
-        self.rate = experiment.optimizer.rate(self.t.steps)
-        self.clips = experiment.data.loader["global_batch"]
-        self.step_fn, self.like = train_program(experiment, mesh)
+        # All of them now: asked for later, one would be computed behind the step in flight.
+        self.rates = np.asarray(jax.vmap(experiment.optimizer.rate(self.t.steps))(
+            np.arange(self.t.steps + 1)))
+        self.peak = peak_flops(mesh)
+        step, self.like = train_program(experiment, mesh)
         self.bad: list[Flying] = []          # the steps in a row that were refused
         self.rollbacks = 0
         self.flying: Flying | None = None
@@ -158,6 +169,8 @@ class Trainer:
             null = flatten_dict(self.frozen, sep="/").get(NULL)
             if null is not None and jax.process_index() == 0:
                 np.save(workdir / "null.npy", np.asarray(null, np.float32))
+        self.programs = Programs(step, self.like, self.frozen, experiment, mesh,
+                                 batches.samples)
         self.state, origin = self.start()
         self.given = None
         self.step = int(self.state.step)
@@ -253,12 +266,13 @@ class Trainer:
     def take_step(self) -> None:
         """Dispatches a step, then looks at the one before while this one runs: so the device
         never waits, and at most two steps are in flight."""
-        batch = next(self.batches)
-        self.state, metrics = self.step_fn(self.state, put_batch(self.mesh, batch), self.frozen)
+        batch = put_batch(self.mesh, next(self.batches))
+        step, work = self.programs(batch)
+        self.state, metrics = step(self.state, batch, self.frozen)
         self.step += 1
         self.settle()
         self.flying = Flying(self.step, self.batches.position - 1, list(self.batches.last_keys),
-                             metrics)
+                             metrics, work)
         self.log.bar.update()
 
     def settle(self) -> None:
@@ -267,7 +281,7 @@ class Trainer:
             return
         done, self.flying = self.flying, None
         row = jax.device_get(done.metrics)
-        self.window.add(row)
+        self.window.add(row, done.work)
         if row["ok"]:
             self.bad = []
         else:
@@ -278,10 +292,12 @@ class Trainer:
 
     def write(self, step: int) -> None:
         accepted = self.window.rows[-1]["accepted"]
-        row = self.window.flush(self.clips, self.batches.wait_seconds, float(self.rate(accepted)))
+        row = self.window.flush(self.batches.wait_seconds, float(self.rates[accepted]), self.peak)
         self.log.row(step, {**row, "train/refused": step - accepted})
-        self.log.bar.set_postfix(clips_s=f"{row['speed/clips_per_s']:.1f}", refresh=False, **{
-            "loss": f"{row['train/loss']:.4f}"} if "train/loss" in row else {})
+        shown = {name: row[key] for name, key in (
+            ("clips_s", "speed/clips_per_s"), ("mfu", "speed/mfu"), ("loss", "train/loss"))
+            if key in row}
+        self.log.bar.set_postfix(refresh=False, **{k: f"{v:.4g}" for k, v in shown.items()})
 
     def save(self, scores: Mapping[str, float] | None) -> None:
         if self.checkpoints.latest() == self.step:
