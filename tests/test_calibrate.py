@@ -17,15 +17,16 @@ from vdx.models.denoiser import Denoiser
 
 pytestmark = pytest.mark.usefixtures("quickly")
 PROMPTS = ("a red circle moves right", "a blue square")
+FLOOR = 0.995
 CLIP = {"num_frames": 1, "fps": 8.0}
 
 
 @pytest.fixture(scope="module")
 def generator(randomise):
     model = Denoiser({"name": "transformer", "width": 16, "depth": 1, "heads": 2,
-                      "patch": (1, 4, 4)}, {"text": {"depth": 1}})
+                      "patch": (1, 4, 4)},
+                     {"text": {"encoder": {"name": "bytes", "width": 8, "depth": 1, "heads": 1}}})
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
-    params = jax.tree.map(lambda x: 0.3 * x, params)
     return Generator(model, RectifiedFlow(), Sampling("euler", 10, guidance=2.0), (12, 12, 3)), \
         params
 
@@ -33,9 +34,9 @@ def generator(randomise):
 @pytest.fixture(scope="module")
 def proof(generator):
     said = []
-    found = calibrate(*generator, PROMPTS, seed=3, floor=0.9, weights="abc", say=said.append,
+    found = calibrate(*generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", say=said.append,
                       **CLIP)
-    assert any("below the floor" in line for line in said)
+    assert any("below the floor" in line for line in said), said
     return found
 
 
@@ -43,11 +44,11 @@ def test_the_proof_is_of_the_clips_that_are_drawn(generator, proof):
     plain, params = generator
     reusing = dataclasses.replace(plain, sampling=dataclasses.replace(
         plain.sampling, reuse=proof.threshold))
-    assert proof.threshold > 0 and 3 <= max(proof.evaluations) < proof.full == 10
+    assert proof.threshold > 0 and 3 <= min(proof.evaluations) < proof.full == 10
     for i, prompt in enumerate(PROMPTS):
         one, two = (to_uint8(g(params, [prompt], [3 + i], **CLIP)[0]) for g in (plain, reusing))
         assert ssim(one, two) == pytest.approx(proof.ssim[i], abs=2e-3)
-        assert proof.ssim[i] >= 0.9
+        assert proof.ssim[i] >= FLOOR
 
 
 def test_a_floor_of_one_skips_nothing_that_is_seen(generator, monkeypatch):
