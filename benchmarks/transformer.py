@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import torch
 from absl import app, flags
-from sidebyside import alone, interleaved, peak_memory, table
+from side_by_side import STATUS, in_turns, table, where
 
 from vdx.files import write_json
 from vdx.hardware import chip_of

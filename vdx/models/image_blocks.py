@@ -25,34 +25,22 @@ class GroupNorm(nn.Module):
 
 class ImageResidual(nn.Module):
     """Two 3x3 convolutions, each after group norm and SiLU, beside a shortcut; with an embedding,
-    of time, a projection of it is added between them, or (`gated`) scales and shifts what the
-    second norm gives (Nichol & Dhariwal 2021; "scale_shift" of diffusers)."""
+    of time, a projection of it is added between them."""
 
     features: int
     groups: int
     dtype: jnp.dtype
     eps: float = 1e-6
-    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... h w c"],
                  emb: Float[Array, "... 1 1 d"] | None = None) -> Array:
-        def conv(i: int, y: Array) -> Array:
-            return nn.Conv(self.features, (3, 3), dtype=self.dtype, name=f"conv{i}")(nn.silu(y))
-
-        y = conv(1, GroupNorm(self.groups, self.eps, name="norm1")(x))
-        norm = GroupNorm(self.groups, self.eps, name="norm2")
-        if emb is None:
-            y = norm(y)
-        else:
-            told = nn.Dense(self.features * (1 + self.gated), name="emb",
-                            dtype=self.dtype)(nn.silu(emb))
-            if self.gated:
-                scale, shift = jnp.split(told, 2, -1)
-                y = norm(y) * (1 + scale) + shift
-            else:
-                y = norm(y + told)
-        y = conv(2, y)
+        y = x
+        for i in (1, 2):
+            y = nn.silu(GroupNorm(self.groups, self.eps, name=f"norm{i}")(y))
+            y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name=f"conv{i}")(y)
+            if emb is not None and i == 1:
+                y = y + nn.Dense(self.features, name="emb", dtype=self.dtype)(nn.silu(emb))
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, name="shortcut", dtype=self.dtype)(x)
         return x + y

@@ -33,13 +33,11 @@ class UNet(nn.Module):
     the one before. layers: residuals of a level on the way down; one more on the way up.
     attention: which levels attend, within a frame and to the text.
     heads: of every attention. head_width: if given, attention at width w has w / head_width heads
-    instead; in motion modules too if `temporal` is "3d". groups: of the group norms. gated: what a
-    residual hears of time and text scales and shifts its second norm, instead of being added
-    before it.
-    temporal: a row of TEMPORAL, a spec {"name": such a row, **other fields of Temporal}, or a spec
-    {"name": row of MIXERS, **fields}, motion modules around that mixer. joint_norm: motion modules
-    normalise all frames of a clip at once, as diffusers does, or each by itself, as AnimateDiff's
-    own code does. motion_middle: whether the middle has one. A fresh motion module changes nothing.
+    instead; in motion modules too if `temporal` is "3d". groups: of the group norms.
+    temporal: a row of TEMPORAL, or a spec {"name": row of MIXERS, **fields}, motion modules
+    around that mixer. joint_norm: motion modules normalise all frames of a clip at once, as
+    diffusers does, or each by itself, as AnimateDiff's own code does. motion_middle: whether the
+    middle has one. A fresh motion module changes nothing.
     stem: frames, rows and columns that are one place of the first level.
     control: a row of CONTROLS, a branch that reads the port `control`, or "none"; hint: widths of
     the convolutions of its maps, which are 2^(len(hint) - 1) times as high and wide as the clip.
@@ -53,7 +51,6 @@ class UNet(nn.Module):
     heads: int = 8
     head_width: int = 0
     groups: int = 32
-    gated: bool = False
     temporal: str | Mapping[str, Any] = "none"
     joint_norm: bool = True
     motion_middle: bool = True
@@ -73,7 +70,7 @@ class UNet(nn.Module):
         """(features that conditions are projected to, what all blocks share), checked."""
         temporal = temporal_of(self.temporal)
         common = Common(self.heads, self.head_width, self.groups, self.joint_norm, temporal,
-                        jnp.dtype(self.dtype), self.gated)
+                        jnp.dtype(self.dtype))
         lookup(self.remat, REMAT, "model.remat")
         lookup(self.control, {"none": None, **CONTROLS}, "model.control")
         if len(self.attention) != len(self.widths) or not self.widths:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from vdx.build import build, fill, lookup
+from vdx.build import build, lookup
 from vdx.models.attend import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual
 from vdx.models.layers import MLP, EmbedMLP, LayerNorm, rope_table, sinusoidal, told
@@ -33,16 +33,14 @@ class Temporal:
     """What lies between the frames of a U-Net.
 
     motion: motion modules, after the image layers; with `everywhere`, also at levels without
-    attention. positions: attention over time is told the frames' places; embedded: so is every
-    residual, by the time embedding. attentions: how many of a motion module follow one another.
-    convs: a convolution in time after every residual, and a motion module before the first level.
-    mixer: a row of MIXERS with its fields in the attentions' place.
+    attention. positions: frames are told their place. attentions: how many of a motion module
+    follow one another. convs: a convolution in time after every residual, and a motion module
+    before the first level. mixer: a row of MIXERS with its fields in the attentions' place.
     """
 
     motion: bool = True
     everywhere: bool = True
     positions: bool = True
-    embedded: bool = False
     attentions: int = 2
     convs: bool = False
     mixer: Mapping[str, Any] | None = None
@@ -56,12 +54,9 @@ TEMPORAL: dict[str, Temporal] = {
 
 
 def temporal_of(spec: str | Mapping[str, Any]) -> Temporal:
-    """A row of TEMPORAL, one with other fields, or motion modules around a row of MIXERS."""
+    """A row of TEMPORAL, or motion modules around the row of MIXERS that a spec names."""
     if isinstance(spec, str):
         return lookup(spec, TEMPORAL, "model.temporal")
-    if spec.get("name") in TEMPORAL:
-        fields = {k: v for k, v in spec.items() if k != "name"}
-        return fill(Temporal, {**vars(TEMPORAL[spec["name"]]), **fields}, "model.temporal")
     build(spec, MIXERS, "model.temporal", heads=1, dtype=jnp.float32, parent=None)
     return Temporal(positions=False, mixer=spec)
 
@@ -76,7 +71,6 @@ class Common:
     joint: bool
     temporal: Temporal
     dtype: Any
-    gated: bool = False
 
     def split(self, width: int, motion: bool = False) -> tuple[int, int]:
         """(heads, their width) in attention at this width."""
@@ -210,8 +204,7 @@ class Layer(nn.Module):
                  mask: Array | None) -> Float[Array, "b t h w f"]:
         common, width = self.common, self.features
         x = checkpoint_name(x, "residual")
-        x = ImageResidual(width, common.groups, common.dtype, 1e-5, common.gated,
-                          name="res")(x, emb)
+        x = ImageResidual(width, common.groups, common.dtype, 1e-5, name="res")(x, emb)
         x = constrain(x, "b t h w c", context="t")
         if common.temporal.convs:
             x = TimeConvs(common.groups, common.dtype, name="time_convs")(x)
@@ -252,9 +245,6 @@ class Encoder(nn.Module):
         emb = EmbedMLP(4 * first, sinusoid=first, name="time")(time)
         if vector is not None:
             emb = told(emb, vector, x.shape[1])
-        if temporal.embedded:
-            places = frame_positions(x.shape[1], first)[None, :, 0, 0]
-            emb = told(emb, nn.Dense(4 * first, name="frame")(places), x.shape[1])
         emb = emb.reshape(len(x), -1, 1, 1, emb.shape[-1])
 
         x = nn.Conv(first, (3, 3), dtype=common.dtype, name="conv_in")(x)
