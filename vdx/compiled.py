@@ -17,7 +17,7 @@ def keep_compiled() -> None:
     """For an entrypoint, before anything is compiled. The folder is JAX_COMPILATION_CACHE_DIR, or
     vdx/xla in the user's cache folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. It only
     grows: remove it when it is too large."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "vdx" / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
