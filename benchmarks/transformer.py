@@ -3,16 +3,16 @@
     python benchmarks/transformer.py --out=benchmarks/transformer.json                 # 2 CPU cores
     python benchmarks/transformer.py --size=1p3b --dtype=bfloat16 --out=h100.json      # one GPU
 
-Forward pass, and training step (mean squared error, backward pass, AdamW), batch 1, in turns,
-medians; the peak memory of the training step from processes of their own (on a CPU). Both get the
-same noisy latents, times and text; the predictions are compared before anything is timed.
-bfloat16: the products of both; parameters of the training step stay float32. MFU: the
+Forward pass, and training step (mean squared error, backward pass, AdamW) without and with
+checkpoints of the layers, batch 1, in turns, medians, and on a CPU the memory that a call adds.
+Both get the same noisy latents, times and text; the predictions are compared before anything is
+timed. bfloat16: the products of both; parameters of the training step stay float32. MFU: the
 multiply-adds of the model, times three for a training step, over those that the chip could do.
 """
 
 import contextlib
+import copy
 import functools
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ import numpy as np
 import optax
 import torch
 from absl import app, flags
-from side_by_side import STATUS, in_turns, table, where
+from side_by_side import compare, report, where
 
-from vdx.files import write_json
 from vdx.hardware import chip_of
 from vdx.interop.wan import load_wan, open_wan
 from vdx.models.denoiser import Denoiser
@@ -36,38 +35,37 @@ FLAGS = flags.FLAGS
 # Of diffusers; latents [t h w] of the forward pass and of the training step.
 SIZES: dict[str, dict[str, Any]] = {
     "toy": dict(config=dict(num_attention_heads=2, attention_head_dim=32, num_layers=2,
-                            ffn_dim=128, text_dim=32), forward=[(3, 16, 16)], train=(3, 16, 16)),
+                            ffn_dim=128, text_dim=32), forward=[(3, 16, 16)], train=(3, 16, 16),
+                remats=("none", "full")),
     "40m": dict(config=dict(num_attention_heads=8, attention_head_dim=64, num_layers=8,
                             ffn_dim=2048, text_dim=512),
-                forward=[(9, 32, 32), (9, 64, 64)], train=(9, 32, 32)),
+                forward=[(9, 32, 32), (9, 64, 64)], train=(9, 32, 32), remats=("none", "full")),
     "1p3b": dict(config=dict(num_attention_heads=12, attention_head_dim=128, num_layers=30,
                              ffn_dim=8960, text_dim=4096),
-                 forward=[(21, 60, 104)], train=(5, 60, 104)),
+                 forward=[(21, 60, 104)], train=(5, 60, 104), remats=("full",)),
 }
 WORDS, RATE = 512, 1e-4
-CASES = ("torch", "torch, compiled", "vdx")
 
 
 class Pair:
     """The reference on torch with random weights, and ours read from its files."""
 
-    def __init__(self, size: str, dtype: str, remat: str, which: str = ""):
-        self.dtype, config = dtype, dict(in_channels=16, out_channels=16, freq_dim=256,
-                                         cross_attn_norm=True, rope_max_seq_len=1024,
-                                         patch_size=(1, 2, 2), **SIZES[size]["config"])
+    def __init__(self, size: str, dtype: str):
+        self.dtype, self.text_dim = dtype, SIZES[size]["config"]["text_dim"]
+        config = dict(in_channels=16, out_channels=16, freq_dim=256, cross_attn_norm=True,
+                      rope_max_seq_len=1024, patch_size=(1, 2, 2), **SIZES[size]["config"])
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
-        self.remat, self.theirs, self.ours, self.params = remat, None, None, None
         with torch.device(self.device):
-            theirs = diffusers.WanTransformer3DModel(**config)
-        if which != "torch":
-            with tempfile.TemporaryDirectory() as folder:
-                theirs.save_pretrained(folder)
-                wan = open_wan(folder)
-                self.ours = Denoiser({**wan.backbone, "dtype": dtype, "remat": remat}, wan.signals)
-                self.params = load_wan(folder, self.ours, MeshSpec().make(jax.devices()[:1]))
-        if which != "vdx":
-            self.theirs = theirs
+            self.theirs = diffusers.WanTransformer3DModel(**config)
+        with tempfile.TemporaryDirectory() as folder:
+            self.theirs.save_pretrained(folder)
+            self.wan = open_wan(folder)
+            self.params = load_wan(folder, self.ours("none"), MeshSpec().make(jax.devices()[:1]))
+
+    def ours(self, remat: str) -> Denoiser:
+        return Denoiser({**self.wan.backbone, "dtype": self.dtype, "remat": remat},
+                        self.wan.signals)
 
     def inputs(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
@@ -75,16 +73,11 @@ class Pair:
         return {"x": draw(1, *grid, 16), "target": draw(1, *grid, 16),
                 "text": draw(1, WORDS, self.text_dim), "time": np.array([500.0], np.float32)}
 
-    @property
-    def text_dim(self) -> int:
-        return SIZES[FLAGS.size]["config"]["text_dim"]
-
     # Ours
 
-    def predict(self, params, x, time, text):
-        batch = {"text": text, "text_mask": jnp.ones(text.shape[:2], bool)}
-        return self.ours.run(params, x, time, batch, self.ours.drop_masks(1, False),
-                             method="train_view")
+    def predict(self, params, x, time, text, remat="none"):
+        batch, ours = {"text": text, "text_mask": jnp.ones(text.shape[:2], bool)}, self.ours(remat)
+        return ours.run(params, x, time, batch, ours.drop_masks(1, False), method="train_view")
 
     def forward(self, given: dict):
         params = self.params
@@ -95,12 +88,13 @@ class Pair:
         args = [jax.device_put(given[name]) for name in ("x", "time", "text")]
         return lambda: jax.block_until_ready(run(params, *args))
 
-    def step(self, given: dict):
+    def step(self, given: dict, remat: str):
         tx = optax.adamw(RATE)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(params, state, x, time, text, target):
-            loss = lambda params: jnp.square(self.predict(params, x, time, text) - target).mean()
+            loss = lambda params: jnp.square(
+                self.predict(params, x, time, text, remat) - target).mean()
             value, grads = jax.value_and_grad(loss)(params)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state, value
@@ -139,10 +133,10 @@ class Pair:
 
         return run
 
-    def torch_step(self, given: dict, compiled: bool):
+    def torch_step(self, given: dict, remat: str, compiled: bool):
         x, time, text, target = self.torch_inputs(given)
-        net = self.theirs.train()
-        if self.remat != "none":
+        net = copy.deepcopy(self.theirs).train()
+        if remat != "none":
             net.enable_gradient_checkpointing()
         tx = torch.optim.AdamW(net.parameters(), RATE, fused=True)
         call = torch.compile(net) if compiled else net
@@ -163,89 +157,51 @@ class Pair:
             torch.cuda.synchronize()
 
 
-def forward(pair: Pair, grid: tuple[int, int, int]) -> dict[str, Any]:
+def forward(pair: Pair, grid: tuple[int, int, int]) -> list[dict[str, Any]]:
     given = pair.inputs(grid)
     cases = {"torch": pair.torch_forward(given, False), "vdx": pair.forward(given)}
-    with torch.no_grad():
-        want = np.moveaxis(cases["torch"]().float().cpu().numpy(), 1, -1)
+    want = np.moveaxis(cases["torch"]().float().cpu().numpy(), 1, -1)
     apart = float(np.abs(np.asarray(cases["vdx"](), np.float32) - want).max())
     if FLAGS.compile:
         cases["torch, compiled"] = pair.torch_forward(given, True)
-    return {"what": "forward", "apart": apart, **measured(pair, grid, cases, 1)}
+    return measured(pair, "forward", grid, cases, 1, apart=apart)
 
 
-def step(pair: Pair, grid: tuple[int, int, int]) -> dict[str, Any]:
+def step(pair: Pair, grid: tuple[int, int, int], remat: str) -> list[dict[str, Any]]:
     given = pair.inputs(grid)
-    cases = {"torch": pair.torch_step(given, False), "vdx": pair.step(given)}
+    cases = {"torch": pair.torch_step(given, remat, False), "vdx": pair.step(given, remat)}
     if FLAGS.compile:
-        cases["torch, compiled"] = pair.torch_step(given, True)
-    return {"what": f"training step, remat {pair.remat}", **measured(pair, grid, cases, 3)}
+        cases["torch, compiled"] = pair.torch_step(given, remat, True)
+    return measured(pair, f"training step, remat {remat}", grid, cases, 3)
 
 
-def measured(pair: Pair, grid: tuple[int, int, int], cases: dict, passes: int) -> dict[str, Any]:
-    flops = passes * pair.ours.flops((*grid, 16), WORDS)
-    chip, seconds = chip_of(jax.devices()[0].device_kind), interleaved(cases, FLAGS.rounds)
-    return {"tokens": pair.ours.num_tokens((1, *grid, 16)), "tflop": flops / 1e12,
-            "seconds": seconds,
-            "mfu": {name: flops / s / chip.flops for name, s in seconds.items()} if chip else None}
-
-
-def memory() -> dict[str, float]:
-    """Peak bytes of three training steps, each case in a process of its own."""
-    common = [f"--{name}={FLAGS[name].value}" for name in ("out", "size", "dtype")]
-    return {f"{name}, remat {remat}": float(alone([*common, f"--alone={name}", f"--remat={remat}"]))
-            for name in ("torch", "vdx") for remat in ("none", "full")}
+def measured(pair: Pair, what: str, grid: tuple[int, int, int], cases: dict, passes: int,
+             **more) -> list[dict[str, Any]]:
+    ours, chip = pair.ours("none"), chip_of(jax.devices()[0].device_kind)
+    flops, found = passes * ours.flops((*grid, 16), WORDS), compare(cases, FLAGS.rounds)
+    return [{"what": what, "tokens": ours.num_tokens((1, *grid, 16)), "by": name,
+             "seconds": one["seconds"], "over torch": one["seconds"] / found["torch"]["seconds"],
+             "MiB": one["mib"], "GFLOP/s": flops / one["seconds"] / 1e9,
+             "MFU": flops / one["seconds"] / chip.flops if chip else float("nan"), **more}
+            for name, one in found.items()]
 
 
 def main(argv):
     del argv
-    size = SIZES[FLAGS.size]
-    if FLAGS.alone:
-        pair = Pair(FLAGS.size, FLAGS.dtype, FLAGS.remat, FLAGS.alone)
-        given = pair.inputs(size["train"])
-        run = pair.step(given) if FLAGS.alone == "vdx" else pair.torch_step(given, False)
-        for _ in range(3):
-            run()
-        print(peak_memory())
-        return
-    pair = Pair(FLAGS.size, FLAGS.dtype, FLAGS.remat)
-    rows = []
+    size, pair, rows = SIZES[FLAGS.size], Pair(FLAGS.size, FLAGS.dtype), []
     for grid in size["forward"]:
-        rows.append(forward(pair, grid))
-        print(json.dumps(rows[-1]), flush=True)
-    rows.append(step(pair, size["train"]))
-    print(json.dumps(rows[-1]), flush=True)
-    result = {"device": f"{jax.devices()[0].device_kind}", "size": FLAGS.size,
-              "dtype": FLAGS.dtype, "jax": jax.__version__, "torch": torch.__version__,
-              "rows": rows}
-    if pair.device == "cpu":
-        result["peak_bytes"] = memory()
-    write_json(Path(FLAGS.out), result)
-    print(shown(result))
-
-
-def shown(result: dict) -> str:
-    rows = []
-    for row in result["rows"]:
-        base = row["seconds"]["torch"]
-        for name in CASES:
-            if name in row["seconds"]:
-                seconds, mfu = row["seconds"][name], row["mfu"]
-                rows.append([row["what"], str(row["tokens"]), name, f"{seconds:.3f}",
-                             f"{seconds / base:.2f}", f"{100 * mfu[name]:.0f} %" if mfu else ""])
-    out = table(["what", "tokens", "by", "seconds", "over torch", "MFU"], rows)
-    if peaks := result.get("peak_bytes"):
-        out += "\n\n" + table(["training step", "peak GB"],
-                              [[name, f"{b / 1e9:.2f}"] for name, b in peaks.items()])
-    return out
+        rows += forward(pair, grid)
+    for remat in size["remats"]:
+        rows += step(pair, size["train"], remat)
+    report(Path(FLAGS.out), where(torch=torch.__version__, size=FLAGS.size, dtype=FLAGS.dtype)
+           | {"rows": rows}, {"what": "", "tokens": ",", "by": "", "seconds": ".3f",
+                              "over torch": ".2f", "MiB": ",.0f", "GFLOP/s": ".0f", "MFU": ".2f"})
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The .json file to write.", required=True)
     flags.DEFINE_enum("size", "40m", list(SIZES), "Of the network and the clip.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the products.")
-    flags.DEFINE_string("remat", "none", "Of the training step: a row of REMAT.")
     flags.DEFINE_integer("rounds", 7, "Timed runs of each.", lower_bound=1)
     flags.DEFINE_bool("compile", True, "Also torch.compile.")
-    flags.DEFINE_enum("alone", "", ["", "torch", "vdx"], "Print the peak memory of one.")
     app.run(main)

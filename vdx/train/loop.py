@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, host_file, write_json
+from vdx.models.attend import chosen
 from vdx.models.conditioning import NULL
 from vdx.models.transformer import check_remat
 from vdx.parallel import put_batch, replicated
@@ -229,10 +230,13 @@ class Trainer:
     # Steps
 
     def run(self, on_sample, stop: Stop) -> TrainState:
-        t = self.t
+        t, said = self.t, []
         stop.polled = True
         while self.step < t.steps:
             self.take_step()
+            if (now := chosen()) != said:
+                said = now
+                self.log.say(f"Attention: {'; '.join(now)}.")
             stopping = stop.requested()
             pause = stopping or self.step == t.steps or self.due(
                 t.eval_every, t.save_every, t.sample_every)
