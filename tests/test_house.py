@@ -15,7 +15,7 @@ LEVELS = [
     {"interop"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"build", "compiled", "config", "files", "flops", "hardware", "types"},
+    {"build", "compiled", "config", "files", "flops", "hardware", "hlo", "types"},
 ]
 # Siblings that must not know one another.
 APART = {"diffusion": {"models", "data", "train"}, "data": {"models", "diffusion"},

@@ -17,7 +17,7 @@ from vdx.data.cache import latent_features, write_records
 from vdx.experiment import load, open_params
 from vdx.files import read_json, read_rows
 from vdx.main import run
-from vdx.train import loop
+from vdx.train import program
 from vdx.train.survive import Stop
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
 def test_one_compile_for_the_run(tmp_path, monkeypatch):
     """Three batches, one program: nothing about a batch may reach the compiler."""
     made = []
-    real = loop.make_train_step
+    real = program.make_train_step
 
     def counting(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -186,7 +186,7 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
             return step(*a)
         return traced
 
-    monkeypatch.setattr(loop, "make_train_step", counting)
+    monkeypatch.setattr(program, "make_train_step", counting)
     run(config("--config.train.steps=3", "--config.train.eval_every=0", "--config.mesh.data=1",
                "--config.mesh.fsdp=8", "--config.train.sample_every=0", "--config.judge.prompts=0",
                "--config.train.save_every=0"), tmp_path / "once", Stop())

@@ -200,7 +200,7 @@ def by_definition(streamer, params, noise, **steer):
 
     def one(clip, first):
         def network(x, time, ports):
-            every = jnp.concatenate([clip] * (len(x) // b))
+            every = jnp.repeat(clip, len(x) // b, 0)
             every = jax.lax.dynamic_update_slice_in_dim(every, x, first, 1)
             times = jnp.where(jnp.arange(t) < first, 0, time[:, None])
             out = g.model.run(params, every, g.tell(times), ports)

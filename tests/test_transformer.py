@@ -100,7 +100,8 @@ CONTROL = dict(control=LONG[::-1], control_scale=np.array([1.0, 0.5], np.float32
 def gradients_of():
     """gradients_of(remat, ports, **fields): (function of the parameters, their shapes)."""
     def make(remat, ports, **fields):
-        model, ports = Transformer(**{**SMALL, **fields}, remat=remat), Ports(**ports)
+        model = Transformer(**{**SMALL, "attention": "xla", **fields}, remat=remat)
+        ports = Ports(**ports)
         run = lambda params: jnp.square(model.apply({"params": params}, LONG, TIME, ports)).mean()
         return jax.value_and_grad(run), shapes(model, LONG, ports)
     return make

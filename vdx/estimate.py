@@ -120,17 +120,23 @@ class Job:
         elif self.what == "train" and e.part is None:
             forwards = 3
         else:
-            backbone = {**e.config["model"]["backbone"], "remat": "none"}
-            return self.changed(model={**e.config["model"], "backbone": backbone}).stated_flops
+            return self.with_backbone(remat="none").stated_flops
         return forwards * self.clips * e.model.flops(self.clip, self.text)
 
     @functools.cached_property
     def stated_flops(self) -> float:
-        """Operations that the traced program states, what remat recomputes included."""
-        mesh = MeshSpec().make(jax.devices()[:1])
+        """Operations that the traced program states, what remat recomputes included, but not what
+        an attention kernel does again by itself."""
+        mesh, job = MeshSpec().make(jax.devices()[:1]), self
+        if isinstance(self.experiment.model.parts()[0], Transformer):
+            job = self.with_backbone(attention="xla")
         with jax.set_mesh(mesh):
-            function, args = self.program(mesh)
+            function, args = job.program(mesh)
             return traced(function, *args)
+
+    def with_backbone(self, **fields: Any) -> "Job":
+        model = self.experiment.config["model"]
+        return self.changed(model={**model, "backbone": {**model["backbone"], **fields}})
 
     def changed(self, **sections: Any) -> "Job":
         """The same with other sections of the config."""

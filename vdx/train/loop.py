@@ -230,13 +230,13 @@ class Trainer:
     # Steps
 
     def run(self, on_sample, stop: Stop) -> TrainState:
-        t, said = self.t, []
+        t, said = self.t, chosen()
         stop.polled = True
         while self.step < t.steps:
             self.take_step()
-            if (now := chosen()) != said:
-                said = now
-                self.log.say(f"Attention: {'; '.join(now)}.")
+            if new := [line for line in chosen() if line not in said]:
+                said += new
+                self.log.say(f"Attention: {'; '.join(new)}.")
             stopping = stop.requested()
             pause = stopping or self.step == t.steps or self.due(
                 t.eval_every, t.save_every, t.sample_every)
