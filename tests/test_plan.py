@@ -48,6 +48,21 @@ def test_scanned_layers_count_as_often_as_they_run():
     assert found.traffic >= 3 * 5 * 64 * 64 * 4
 
 
+def test_what_stands_after_a_kernel_counts():
+    """As the TPU compiler writes it: the kernel's metadata are of several lines."""
+    found = Program("""HloModule m
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %k = f32[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={a={
+"b":"{c}"
+}}, backend_config={}
+  ROOT %y = f32[8,8]{1,0} dot(%k, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+""")
+    assert found.kernels == 1 and found.flops == 2 * 8**3
+
+
 def test_collectives_by_kind_and_place():
     mesh = MeshSpec(data=1, fsdp=8).make()
     split = NamedSharding(mesh, P(None, None, "fsdp"))

@@ -135,3 +135,13 @@ def test_importing_the_data_side_brings_no_heavy_library():
             "print({'torch', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))")
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert said.stdout.strip() == "set()"
+
+
+def test_the_same_frames_are_the_same_bytes(tmp_path):
+    """Of a size at which x264 by itself differs from one time to the next."""
+    frames = np.random.default_rng(0).integers(0, 255, (17, 40, 72, 3)).astype(np.uint8)
+    made = set()
+    for number in range(8):
+        write_video(tmp_path / f"{number}.mp4", frames, 16.0)
+        made.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(made) == 1

@@ -72,7 +72,7 @@ class Program:
                 if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
                     current = self.computations.setdefault(head[2], {})
                     self.entry = head[2] if head[1] else self.entry
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":     # a kernel's metadata have lines of their own
                 current = None
             elif (one := _parse(line)) is not None:
                 current[one.name] = one

@@ -59,7 +59,9 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float,
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
     with whole_or_not(path) as part, \
             av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out:
-        stream = out.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
+        # x264's macroblock tree makes other bytes of the same frames from time to time.
+        stream = out.add_stream("libx264", rate=rate, options={
+            "crf": "12", "preset": "medium", "mbtree": "0"})
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
