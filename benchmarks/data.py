@@ -20,7 +20,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from vdx.config import resolve
 from vdx.experiment import Experiment
@@ -134,4 +134,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", str(CLIPS), "A folder of clips and their metadata.jsonl.")
     flags.DEFINE_integer("runs", 5, "Turns.", lower_bound=1)
     flags.DEFINE_integer("batches", 30, "Batches in a turn.", lower_bound=1)
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -114,6 +114,8 @@ def test_remat_recomputes_what_it_says(gradients_of):
 
     def products(remat):
         text = str(jax.make_jaxpr(gradients_of(remat, CONTROL)[0])(tree))
+        # of a block and its control block, there and back
+        assert text.count("device_put[") == (4 if remat == "offload" else 0)
         batch = re.findall(r"dimension_numbers=\(\(\[[\d, ]*\], \[[\d, ]*\]\), \(\[([\d, ]*)\]",
                            text)
         return np.array([sum(map(bool, batch)), len(batch)])
