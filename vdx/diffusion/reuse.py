@@ -1,8 +1,9 @@
 """Evaluations of the network that are not made: what the last one added stands for them.
 
-EasyCache (Zhou et al. 2025; TeaCache, Liu et al. 2024, measures the input of the first block
+After EasyCache (Zhou et al. 2025; TeaCache, Liu et al. 2024, measures the input of the first block
 instead): from one evaluation to the next a network's answer changes in proportion to its input,
-and the factor changes slowly. So the change of an answer is known before it is asked for.
+and the factor changes slowly. So the change of an answer is known before it is asked for. EasyCache
+adds up the changes since the last evaluation; here it is the distance from it that counts.
 """
 
 import dataclasses
