@@ -238,10 +238,10 @@ def test_tokens_that_do_not_see_the_same_are_gathered():
         attend(q, q, q, causal=True, context="ring")
 
 
-AHEAD = """
+AHEAD = r"""
 import functools, os, sys
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
-                  TPU_ACCELERATOR_TYPE="v5litepod-4")
+                  TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P

@@ -130,6 +130,7 @@ class Checkpoints:
 
     def delete_after(self, step: int) -> None:
         """Removes the steps beyond `step`, which a run that goes back there will make again."""
+        self.wait()                      # or one would be removed while it is written
         for later in (s for s in self.steps() if s > step):
             self.manager.delete(later)
 
