@@ -296,6 +296,9 @@ def test_a_save_that_does_not_happen_is_an_error(saved, copy, one):
         checkpoints.delete_after(1)
         assert checkpoints.steps() == [1]
         checkpoints.save(2, on(one, new_state(2)), PROGRESS)
+        checkpoints.delete_after(1)                       # while it is written
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
 
 
 def test_leaving_waits_for_the_save(tmp_path, one):

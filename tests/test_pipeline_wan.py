@@ -178,6 +178,7 @@ def test_a_lora_draws_what_merged_weights_draw(case, draw, tmp_path):
         draw(c.folder, c.asked() | {"lora": (str(lora),)})
 
 
+@pytest.mark.slow
 def test_the_command_and_its_manifest(case, tmp_path):
     """In processes without torch: the clip of diffusers, and from its manifest every bit again."""
     c, out = case("a14b i2v"), tmp_path / "out.mp4"
