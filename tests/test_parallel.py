@@ -31,7 +31,7 @@ MESHES = {
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*?"
     r"(?:replica_groups|source_target_pairs)=((?:mesh)?[\[{].*?)(?:, [a-z]\w+=[^(]|$)", re.M)
-QUICK = ("data8", "fsdp8", "fsdp2_context2_tensor2")
+QUICK = ("fsdp8", "fsdp2_context2_tensor2")
 STEPS = 3
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
