@@ -92,6 +92,16 @@ def test_a_step_comes_back_on_any_mesh(saved, sizes):
     assert state.params["mlp"]["up"]["kernel"].sharding.mesh == there
 
 
+def test_progress_is_that_of_when_the_save_began(one, tmp_path, monkeypatch):
+    rows, given = [{"loss": 0.1}], []
+    with jax.set_mesh(one), Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", lambda step, args, **_: given.append(
+            args["facts"].item) or True)
+        checkpoints.save(1, on(one, new_state(1)), {**PROGRESS, "window": rows})
+        rows.append({"loss": 0.2})       # the next step; Orbax has not written the one before yet
+    assert given[0]["progress"] == PROGRESS
+
+
 @pytest.mark.parametrize("item", ["ema", "params"])
 def test_weights_alone(saved, one, item):
     like = abstract(one, new_state()).params

@@ -8,6 +8,7 @@ Orbax reads a file with a flipped bit as other values, without an error. Here a 
 not verify is named, moved to `<workdir>/damaged`, and the next older one takes its place.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ class Checkpoints:
         """
         items = {"params": state.params, "ema": state.ema,
                  "rest": {name: getattr(state, name) for name in REST}}
-        facts = {"progress": dict(progress), "leaves": describe(items)}
+        # A copy: Orbax writes it later, and the window of the log grows meanwhile.
+        facts = {"progress": copy.deepcopy(dict(progress)), "leaves": describe(items)}
         if step <= (self.latest() or -1):        # Orbax would return False, or complain of rivals
             raise CheckpointError(f"Step {step} was not saved: {self.path} already holds step "
                                   f"{self.latest()}.")
