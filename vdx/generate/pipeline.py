@@ -186,7 +186,7 @@ class Generator:
         """
         conditions = self.conditions(params, batch, negative, carry[0].shape)
         guidance = self.guidance(batch, negative)
-        ports, x = questions(conditions, guidance), jnp.concatenate([carry[0]] * guidance.answers)
+        ports, x = questions(conditions, guidance), jnp.repeat(carry[0], guidance.answers, 0)
         # XLA does not move this out of the loop over steps: the layers are a loop themselves.
         told = self.model.told(params, x, jnp.zeros(len(x)), ports)
         denoise = guided(
