@@ -33,7 +33,9 @@ def compare(ways: Mapping[str, Callable[[], Any]], runs: int = 5) -> dict[str, d
 
 
 def peak(way: Callable[[], Any]) -> float:
-    """MiB by which a second call raises this process's resident memory (Linux)."""
+    """MiB by which a third call raises this process's resident memory (Linux). In the second one
+    what the first has made, such as an optimizer's state, may still be laid out anew."""
+    way()
     way()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

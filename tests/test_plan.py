@@ -125,10 +125,44 @@ def test_what_the_tpu_compiler_writes():
         "all-gather": {"looped": {"count": 14, "bytes": 14 * 64 * 64 * 2, "largest": 64 * 64 * 2}},
         "all-reduce": {"outside": {"count": 1, "bytes": 128, "largest": 128}}}
     assert found.kernels == 1
-    # Two fusions read a share and write a whole; the product's operand is in fast memory.
-    each = 2 * (16 * 64 * 2 + 64 * 64 * 2) + 4 * 8 * 8 * 4
+    # What is gathered passes through two fusions; the product's operand is in fast memory.
+    each = 4 * 8 * 8 * 4
     entry = 16 + (4 + 4 * 8 * 32 * 4 + 16 * 64 * 2) + 16 + 128 + 4 + 4 + 1       # and i < n
     assert found.traffic == 14 * each + entry
+
+
+def test_only_slices_move():
+    """Layers are slices of stacked weights, and their results slices of a stack; what is on its way
+    from other devices passes through fusions. Of a collective of several arrays all are sent."""
+    found = Program("""HloModule m
+
+%layer (s: f32[40,8,8], i: s32[], w: f32[9,8]) -> (f32[40,8,8], f32[9,8], f32[8,8]) {
+  %s = f32[40,8,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = f32[9,8]{1,0} parameter(2)
+  %one = f32[1,8,8]{2,1,0} dynamic-slice(%s, %i, %i, %i), dynamic_slice_sizes={1,8,8}
+  %flat = f32[8,8]{1,0} bitcast(%one)
+  %new = f32[1,8,8]{2,1,0} negate(%one)
+  %all = f32[40,8,8]{2,1,0} dynamic-update-slice(%s, %new, %i, %i, %i)
+  ROOT %t = (f32[40,8,8]{2,1,0}, f32[9,8]{1,0}, f32[8,8]{1,0}) tuple(%all, %w, %flat)
+}
+
+ENTRY %main (a: f32[40,8,8], k: s32[], b: f32[9,8]) -> f32[8,8] {
+  %a = f32[40,8,8]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %b = f32[9,8]{1,0} parameter(2)
+  %f = (f32[40,8,8]{2,1,0}, f32[9,8]{1,0}, f32[8,8]{1,0}) fusion(%a, %k, %b), kind=kLoop, calls=%layer
+  %y = f32[8,8]{1,0} get-tuple-element(%f), index=2
+  %r = (f32[8,8]{1,0}, f32[4,8,8]{2,1,0}) all-reduce-start(%y, %a), channel_id=1, to_apply=%add
+  ROOT %d = f32[1,8,8]{2,1,0} dynamic-slice(%a, %k, %k, %k), dynamic_slice_sizes={1,8,8}
+}
+""")
+    layer, index, stack = 8 * 8 * 4, 4, 40 * 8 * 8 * 4
+    fusion = (layer + index) + 2 * layer            # a slice read; one written into place, one out
+    reduce = layer + stack + 5 * layer
+    assert found.traffic == fusion + reduce + 2 * layer
+    one, = found.collectives
+    assert (one.bytes, one.largest) == (layer + stack, stack)
 
 
 @pytest.fixture(scope="module")

@@ -341,6 +341,25 @@ def test_split_over_space_is_one_device(light):
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
+def test_gradients_split_over_space_are_those_of_one_device(light, quick):
+    """On the way down rows, then columns are what divides: a kernel's gradient sums over both."""
+    side = light.vae.rates[1]
+    video = np.random.default_rng(1).normal(size=(2, 5, 6 * side, 4 * side, 3)).astype(np.float32)
+
+    def grads():
+        def loss(params, video):
+            pixels, posterior = light.vae.apply({"params": params}, video)
+            return jnp.square(pixels - video).mean() + posterior.kl().mean()
+        return jax.jit(jax.grad(loss), compiler_options=quick)(light.params, video)
+
+    want = grads()
+    with jax.set_mesh(MeshSpec(data=2, context=4).make()):
+        got = grads()
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got),
+                            strict=True):
+        assert np.abs(a - b).max() < 1e-4 * np.abs(a).max() + 1e-8, path
+
+
 def test_every_parameter_learns(randomise, quick):
     vae = VideoVAE(base_dim=4, z_dim=2, dim_mult=(1, 2), num_res_blocks=1,
                    temperal_downsample=(True,))

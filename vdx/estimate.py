@@ -165,8 +165,8 @@ def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
     # All inside eval_shape: no operation can run on chips that are not here.
     trained = abstract_params(jax.eval_shape(lambda: e.new_params(jax.random.key(0))), mesh)
     params = e.objective.whole(trained, e.abstract_frozen(mesh))
-    draw = jax.jit(lambda params, batch, seeds: generator._draw(params, batch, seeds, None,
-                                                                job.clip))
+    draw = jax.jit(lambda params, batch, seeds: generator.from_seeds(params, batch, seeds,
+                                                                     None, None, job.clip)[0])
     rows = generator.at_once(job.clips)
     return draw, (params, _conditions(job, rows), jax.ShapeDtypeStruct((rows,), jnp.int32))
 

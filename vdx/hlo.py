@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class Instruction:
     result: tuple[Array, ...]
     operands: tuple[str, ...]
     attributes: str      # all that follows the opcode
+    root: bool           # its result is that of its computation
 
     @property
     def callees(self) -> list[tuple[str, str]]:
@@ -52,11 +54,13 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """kind: one of COLLECTIVES. bytes: of the largest array that goes in or comes out, of one
-    device. times: how often it runs. looped: it is inside a loop, such as that over layers."""
+    """kind: one of COLLECTIVES. bytes: of the arrays that go in or those that come out, whichever
+    are more, of one device; largest: of one of them. times: how often it runs. looped: it is inside
+    a loop, such as that over layers."""
 
     kind: str
     bytes: float
+    largest: float
     times: int
     looped: bool
 
@@ -115,7 +119,8 @@ class Program:
     @property
     def traffic(self) -> float:
         """Bytes to and from a device's memory, if every instruction reads its operands and writes
-        its result once, a fusion being one instruction."""
+        its result once, a fusion being one instruction: the slices of an operand, where it takes
+        no more, and of a result, where the rest stays what it is."""
         return float(sum(times * self._moved(name, one)
                          for name, one, times, _, fused in self.visits
                          if not fused and one.opcode not in STILL
@@ -134,10 +139,14 @@ class Program:
         for name, one, times, looped, _ in self.visits:
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                arrays = [*one.result, *self._operands(name, one)]
+                given = [a.bytes for a in self._operands(name, one)]
+                made = [a.bytes for a in one.result]
+                # What is asynchronous returns its operands beside its results.
+                both = kind != one.opcode and len(made) > len(given)
+                moved = max(sum(given), sum(made) - both * sum(given))
                 channel = re.search(r"channel_id=\d+", one.attributes)
                 out.setdefault(channel[0] if channel else f"{name}/{one.name}",
-                               Collective(kind, max(a.bytes for a in arrays), times, looped))
+                               Collective(kind, moved, max(given + made), times, looped))
         return list(out.values())
 
     def _operands(self, name: str, one: Instruction) -> list[Array]:
@@ -145,8 +154,66 @@ class Program:
         return [a for operand in one.operands if operand in known for a in known[operand].result]
 
     def _moved(self, name: str, one: Instruction) -> float:
-        arrays = [*one.result, *self._operands(name, one)]
-        return sum(a.bytes for a in arrays if a.here)
+        inside, known = self._inside(one), self.computations[name]
+        if one.opcode == "dynamic-slice":
+            return 2.0 * _here(one.result)
+        if one.opcode == "dynamic-update-slice":
+            return 2.0 * _here(known[one.operands[1]].result)
+        read = sum(self._read(inside, i, _here(known[operand].result)) if inside
+                   else _here(known[operand].result)
+                   for i, operand in enumerate(one.operands) if operand in known)
+        return read + self._written(inside, one.result)
+
+    def _inside(self, one: Instruction) -> str:
+        """The computation of a fusion, else nothing."""
+        return next((callee for role, callee in one.callees if role == "calls"), "") \
+            if one.opcode == "fusion" else ""
+
+    def _read(self, inside: str, index: int, size: float) -> float:
+        """Of the `size` bytes of a fusion's operand, those that it reads."""
+        known = self.computations[inside]
+        parameter = next(one.name for one in known.values() if one.opcode == "parameter"
+                         and one.attributes.startswith(f"({index})"))
+
+        def taken(name: str) -> float:
+            total = 0.0
+            for one in known.values():
+                for i, operand in enumerate(one.operands):
+                    if operand != name:
+                        continue
+                    if one.opcode == "bitcast":
+                        total += taken(one.name)
+                    elif one.opcode == "dynamic-slice" and i == 0:
+                        total += sum(a.bytes for a in one.result)
+                    elif one.opcode == "fusion":
+                        total += self._read(self._inside(one), i, size)
+                    elif not (one.opcode == "tuple" or one.opcode in COLLECTIVES
+                              or (one.opcode == "dynamic-update-slice" and i == 0)):
+                        return size
+            return total
+
+        return min(size, taken(parameter))
+
+    def _written(self, inside: str, results: tuple[Array, ...]) -> float:
+        """Of the bytes of the results, those that are written: none of what passes through a fusion
+        or is on its way from other devices."""
+        if not inside:
+            return _here(results)
+        known = self.computations[inside]
+
+        def made(one: Instruction, results: tuple[Array, ...]) -> float:
+            if one.opcode == "bitcast":
+                return made(known[one.operands[0]], results)
+            if one.opcode == "tuple":
+                return sum(made(known[name], (result,))
+                           for name, result in zip(one.operands, results, strict=True))
+            if one.opcode == "dynamic-update-slice":
+                return _here(known[one.operands[1]].result) if _here(results) else 0.0
+            if one.opcode == "fusion":
+                return self._written(self._inside(one), results)
+            return 0.0 if one.opcode in ("parameter", *COLLECTIVES) else _here(results)
+
+        return made(next(one for one in known.values() if one.root), results)
 
     def _products(self, name: str, one: Instruction) -> float:
         if one.opcode not in ("dot", "convolution"):
@@ -169,8 +236,12 @@ def by_kind(collectives: list[Collective]) -> dict[str, dict[str, Any]]:
                                          {"count": 0, "bytes": 0.0, "largest": 0.0})
         place["count"] += one.times
         place["bytes"] += one.times * one.bytes
-        place["largest"] = max(place["largest"], one.bytes)
+        place["largest"] = max(place["largest"], one.largest)
     return dict(sorted(out.items()))
+
+
+def _here(arrays: Iterable[Array]) -> float:
+    return sum(a.bytes for a in arrays if a.here)
 
 
 def _closing(text: str, start: int) -> int:
@@ -192,7 +263,8 @@ def _parse(line: str) -> Instruction | None:
     start = rest.find("(")
     stop = _closing(rest, start)
     return Instruction(name.removeprefix("%"), rest[:start], _arrays(kind),
-                       tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])), rest[start:])
+                       tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])), rest[start:],
+                       line.lstrip().startswith("ROOT "))
 
 
 def _arrays(kind: str) -> tuple[Array, ...]:

@@ -5,19 +5,17 @@ sampling that it was found with, and no others.
 """
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from vdx.build import ConfigError, fill
 from vdx.files import read_json, write_json
-from vdx.generate.pipeline import Generator, laid_out
+from vdx.generate.pipeline import Generator
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.ssim import ssim
 from vdx.types import Params
@@ -109,22 +107,10 @@ class _Clips:
         """(clip, evaluations made)"""
         g = self.generator
         n = g.at_once(1)
-        x0, made = self._reused(self.params, g.batch([self.prompts[i]] * n, self.num_frames,
-                                                     self.fps),
-                                np.full(n, self.seeds[i]), np.float32(threshold))
+        batch = g.batch([self.prompts[i]] * n, self.num_frames, self.fps)
+        x0, made = g.from_seeds(self.params, batch, np.full(n, self.seeds[i]), None,
+                                np.float32(threshold), (self.num_frames, *g.frame_shape))
         return to_uint8(x0[0]), int(np.sum(made))
-
-    @functools.cached_property
-    def _reused(self):
-        shape = (self.num_frames, *self.generator.frame_shape)
-
-        def drawn(params, batch, seeds, threshold):
-            keys = jax.vmap(jax.random.key)(seeds)
-            noise = jax.vmap(lambda key: self.generator.noise(key, shape))(keys)
-            return self.generator.drawn(params, laid_out(batch), noise, keys[0], threshold)
-
-        whole = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.PartitionSpec()
-        return jax.jit(drawn, out_shardings=whole)
 
 
 def calibrate(generator: Generator, params: Params, prompts: Sequence[str], *, seed: int,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,8 @@ class Generator:
             batch = self.batch([prompts[i] for i in rows], num_frames, fps)
             batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
             given = None if noise is None else noise[np.asarray(rows)]
-            x0 = self._draw(params, batch, np.asarray([seeds[i] for i in rows]), given, shape)
+            x0, _ = self.from_seeds(params, batch, np.asarray([seeds[i] for i in rows]), given,
+                                    None, shape)
             out.append(np.asarray(x0)[:len(prompts) - start])
         return np.concatenate(out)
 
@@ -130,27 +131,27 @@ class Generator:
         return -(-min(clips, self.sampling.batch) // parts) * parts
 
     @functools.cached_property
-    def _draw(self):
+    def from_seeds(self) -> Callable[..., tuple[Array, Array]]:
+        """(params, batch, seeds [b], noise [b t h w c] or None, threshold, shape) -> as `drawn`,
+        compiled; shape [t h w c] of a clip."""
         mesh = jax.sharding.get_abstract_mesh()
         whole = None if mesh.empty else jax.sharding.PartitionSpec()
-        return jax.jit(self._from_seeds, static_argnums=4, out_shardings=whole)
 
-    def _from_seeds(self, params, batch, seeds, noise, shape) -> Array:
-        if noise is None:
-            noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
-        return self.draw(params, laid_out(batch), noise, jax.random.key(seeds[0]))
+        def draw(params, batch, seeds, noise, threshold, shape):
+            if noise is None:
+                noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
+            return self.drawn(params, laid_out(batch), noise, jax.random.key(seeds[0]), threshold)
+
+        return jax.jit(draw, static_argnums=5, out_shardings=whole)
 
     def noise(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         """What a clip of shape [t h w c] starts from."""
         return jax.random.normal(key, shape)
 
-    def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
-        """x0 [b t h w c] for a batch of conditions from noise [b t h w c]. Pure."""
-        return self.drawn(params, batch, noise, key)[0]
-
     def drawn(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray,
               threshold: float | Array | None = None) -> tuple[Array, Array]:
-        """(as `draw`, which evaluations asked the network); threshold: as of `advance`. Pure."""
+        """(x0 [b t h w c] for a batch of conditions from noise [b t h w c], which evaluations
+        asked the network); threshold: as of `advance`. Pure."""
         carry, known, batch = self.start(noise), None, dict(batch)
         if (first := batch.pop("held", None)) is not None:
             free = (jnp.arange(noise.shape[1]) > 0).astype(jnp.float32)
