@@ -132,8 +132,9 @@ def test_what_the_tpu_compiler_writes():
 
 
 def test_only_slices_move():
-    """Layers are slices of stacked weights, and their results slices of a stack; what is on its way
-    from other devices passes through fusions. Of a collective of several arrays all are sent."""
+    """Layers are slices of stacked weights, also those on their way to fast memory, and their
+    results slices of a stack; what is on its way from other devices passes through fusions. Of a
+    collective of several arrays all are sent."""
     found = Program("""HloModule m
 
 %layer (s: f32[40,8,8], i: s32[], w: f32[9,8]) -> (f32[40,8,8], f32[9,8], f32[8,8]) {
@@ -151,16 +152,18 @@ ENTRY %main (a: f32[40,8,8], k: s32[], b: f32[9,8]) -> f32[8,8] {
   %a = f32[40,8,8]{2,1,0} parameter(0)
   %k = s32[] parameter(1)
   %b = f32[9,8]{1,0} parameter(2)
-  %f = (f32[40,8,8]{2,1,0}, f32[9,8]{1,0}, f32[8,8]{1,0}) fusion(%a, %k, %b), kind=kLoop, calls=%layer
+  %f = (f32[40,8,8]{2,1,0}, f32[9,8]{1,0}, f32[8,8]{1,0}) fusion(%a, %k, %b), calls=%layer
   %y = f32[8,8]{1,0} get-tuple-element(%f), index=2
   %r = (f32[8,8]{1,0}, f32[4,8,8]{2,1,0}) all-reduce-start(%y, %a), channel_id=1, to_apply=%add
+  %c = ((f32[40,8,8]{2,1,0}), f32[2,8,8]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2]}
+  %e = f32[2,8,8]{2,1,0:S(1)} slice-done(%c)
   ROOT %d = f32[1,8,8]{2,1,0} dynamic-slice(%a, %k, %k, %k), dynamic_slice_sizes={1,8,8}
 }
 """)
     layer, index, stack = 8 * 8 * 4, 4, 40 * 8 * 8 * 4
     fusion = (layer + index) + 2 * layer            # a slice read; one written into place, one out
     reduce = layer + stack + 5 * layer
-    assert found.traffic == fusion + reduce + 2 * layer
+    assert found.traffic == fusion + reduce + 2 * layer + 2 * layer
     one, = found.collectives
     assert (one.bytes, one.largest) == (layer + stack, stack)
 

@@ -155,7 +155,10 @@ class Program:
 
     def _moved(self, name: str, one: Instruction) -> float:
         inside, known = self._inside(one), self.computations[name]
-        if one.opcode == "dynamic-slice":
+        if one.opcode in ("copy-start", "slice-start"):    # -> (from, to, ...)
+            start, end = one.result[:2]
+            return end.bytes * (start.here + end.here)
+        if one.opcode in ("slice", "dynamic-slice"):
             return 2.0 * _here(one.result)
         if one.opcode == "dynamic-update-slice":
             return 2.0 * _here(known[one.operands[1]].result)
@@ -183,7 +186,7 @@ class Program:
                         continue
                     if one.opcode == "bitcast":
                         total += taken(one.name)
-                    elif one.opcode == "dynamic-slice" and i == 0:
+                    elif one.opcode in ("slice", "dynamic-slice") and i == 0:
                         total += sum(a.bytes for a in one.result)
                     elif one.opcode == "fusion":
                         total += self._read(self._inside(one), i, size)

@@ -136,13 +136,12 @@ def table(row: dict[str, Any], steps: int, price: float | None) -> str:
             f"{p['count']} {'in loops' if place == 'looped' else 'outside'}, {gib(p['bytes'])} GiB,"
             f" the largest {p['largest'] / 2**20:.1f} MiB" for place, p in places.items())))
     if "bounds" in row:
-        bound = max(row["bounds"].values())
-        mfu = row["bounds"]["arithmetic"] * row["model_flops"] / (row["flops"] * n) / bound
+        bound, chip = max(row["bounds"].values()), Slice(row["topology"]).chip
+        mfu = row["model_flops"] / n / chip.flops / bound
         out.append(("at least", ", ".join(f"{k} {v:.3g} s" for k, v in row["bounds"].items())
                     + f"; MFU at most {100 * mfu:.0f} %"))
         if row["what"] == "train":
-            chips = n / Slice(row["topology"]).chip.per_chip
-            hours = chips * steps * bound / 3600
+            hours = n / chip.per_chip * steps * bound / 3600
             usual = max(hours, hours * mfu / MFU)
             out.append(("to train", f"{steps:,} steps: {hours:,.0f} chip-hours at least, "
                         f"{usual:,.0f} at {100 * min(mfu, MFU):.0f} % MFU"

@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
     "S": (384, 12, 6, 4),
     "B": (768, 12, 12, 4),
     "L": (1024, 24, 16, 4),
-    "XL": (1152, 28, 16, 4),
+    "XL": (1152, 28, 9, 4),                      # heads of 128: a TPU pads those of 72 to 128
     "wan_1p3b": (1536, 30, 12, 8960 / 1536),     # Wan 2.1
     "wan_5b": (3072, 30, 24, 14336 / 3072),      # Wan 2.2 TI2V
     "wan_14b": (5120, 40, 40, 13824 / 5120),     # Wan 2.1, and each expert of Wan 2.2 A14B
