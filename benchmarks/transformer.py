@@ -180,7 +180,7 @@ def step(pair: Pair, grid: tuple[int, int, int]) -> list[dict[str, Any]]:
 def measured(pair: Pair, what: str, grid: tuple[int, int, int], cases: dict, passes: int,
              **more) -> list[dict[str, Any]]:
     ours, chip = pair.ours("none"), chip_of(jax.devices()[0].device_kind)
-    flops, found = passes * ours.flops((*grid, 16), WORDS), compare(cases, FLAGS.rounds)
+    flops, found = passes * ours.flops((*grid, 16), WORDS), compare(cases, FLAGS.runs)
     return [{"what": what, "tokens": ours.num_tokens((1, *grid, 16)), "by": name,
              "seconds": one["seconds"], "over torch": one["seconds"] / found["torch"]["seconds"],
              "MiB": one["mib"], "GFLOP/s": flops / one["seconds"] / 1e9,
@@ -204,6 +204,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The .json file to write.", required=True)
     flags.DEFINE_enum("size", "40m", list(SIZES), "Of the network and the clip.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the products.")
-    flags.DEFINE_integer("rounds", 7, "Timed runs of each.", lower_bound=1)
+    flags.DEFINE_integer("runs", 7, "Timed runs of each.", lower_bound=1)
     flags.DEFINE_bool("compile", True, "Also torch.compile.")
     app.run(main)
