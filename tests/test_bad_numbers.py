@@ -146,6 +146,7 @@ def test_a_streak_goes_back_and_takes_new_data(step_fn, mesh, memory, tmp_path):
     assert progress["position"] == 8 + STEPS - 4 and progress["rollbacks"] == 1
 
 
+@pytest.mark.slow
 def test_when_going_back_does_not_help(mesh, memory, tmp_path):
     workdir, bad = tmp_path / "run", dict.fromkeys(range(5, 400), np.nan)
     with pytest.raises(BadNumbers) as error:
@@ -158,6 +159,7 @@ def test_when_going_back_does_not_help(mesh, memory, tmp_path):
         assert 4 in checkpoints.steps()      # of before the streak
 
 
+@pytest.mark.slow
 def test_a_streak_before_the_first_save_begins_anew(mesh, memory, tmp_path):
     trained(experiment(dict.fromkeys((0, 1, 2), np.nan)), mesh, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")

@@ -80,7 +80,7 @@ def test_a_proof_holds_for_what_it_was_found_with(proof, generator, tmp_path):
 def test_threshold_0_is_the_plain_program(generator):
     """The very same operations."""
     plain, params = generator
-    text = [jax.jit(lambda p, b, n, g=g: g.drawn(p, b, n, jax.random.key(0))).lower(
+    text = [jax.jit(lambda p, b, n, g=g: g.draw(p, b, n, jax.random.key(0))).lower(
         params, g.batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32)).as_text()
         for g in (plain, dataclasses.replace(plain, sampling=dataclasses.replace(
             plain.sampling, reuse=0.0)))]

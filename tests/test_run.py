@@ -173,6 +173,7 @@ def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
     assert done.returncode != 0 and "not those of the manifest" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_compile_for_the_run(tmp_path, monkeypatch):
     """Three batches, one program: nothing about a batch may reach the compiler."""
     made = []
@@ -216,7 +217,8 @@ def test_buckets_train_and_resume_exactly(tmp_path):
     assert again == {r["step"]: r["train/loss"] for r in rows}
 
 
-@pytest.mark.parametrize("name", ["t2v_base", pytest.param("i2v_base", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t2v_base", "i2v_base"])
 def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     """Shrunk by `:smoke`, on eight devices, through the whole entrypoint."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from vdx.build import ConfigError
 from vdx.diffusion.guidance import guided
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import SAMPLERS, sample
+from vdx.generate.calibrate import calibrate
 from vdx.generate.pipeline import Sampling
 from vdx.generate.stream import Streamer
 from vdx.models import transformer
@@ -242,6 +243,12 @@ class Noisy(Streamer):
 class Late(Streamer):
     def tell(self, t):
         return super().tell(jnp.where(t == 0, 0.1, t))       # no sampler asks at 0
+
+
+def test_there_is_nothing_to_calibrate(weights):
+    with pytest.raises(ConfigError, match="nothing to calibrate"):
+        calibrate(streamer_of(BLOCKS["window"]), weights, PROMPTS, seed=0, num_frames=6, fps=8.0,
+                  floor=0.9, weights="abc", say=lambda _: None)
 
 
 @pytest.mark.parametrize("fault", [Noisy, pytest.param(Late, marks=pytest.mark.slow)])

@@ -38,7 +38,8 @@ def programs(randomise, quick):
         generator = (Streamer if kind == "stream" else Generator)(
             model, RectifiedFlow(), SAMPLING, (4, 4, 2))
         args = params, BATCH, NOISE, jax.random.key(0)
-        return jax.jit(generator.draw, compiler_options=quick).lower(*args).compile(), args
+        draw = jax.jit(lambda *args: generator.draw(*args)[0], compiler_options=quick)
+        return draw.lower(*args).compile(), args
     return make
 
 

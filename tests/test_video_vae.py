@@ -341,6 +341,7 @@ def test_split_over_space_is_one_device(light):
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients_split_over_space_are_those_of_one_device(light, quick):
     """On the way down rows, then columns are what divides: a kernel's gradient sums over both."""
     side = light.vae.rates[1]

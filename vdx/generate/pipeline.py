@@ -132,7 +132,7 @@ class Generator:
 
     @functools.cached_property
     def from_seeds(self) -> Callable[..., tuple[Array, Array]]:
-        """(params, batch, seeds [b], noise [b t h w c] or None, threshold, shape) -> as `drawn`,
+        """(params, batch, seeds [b], noise [b t h w c] or None, threshold, shape) -> as `draw`,
         compiled; shape [t h w c] of a clip."""
         mesh = jax.sharding.get_abstract_mesh()
         whole = None if mesh.empty else jax.sharding.PartitionSpec()
@@ -140,7 +140,7 @@ class Generator:
         def draw(params, batch, seeds, noise, threshold, shape):
             if noise is None:
                 noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
-            return self.drawn(params, laid_out(batch), noise, jax.random.key(seeds[0]), threshold)
+            return self.draw(params, laid_out(batch), noise, jax.random.key(seeds[0]), threshold)
 
         return jax.jit(draw, static_argnums=5, out_shardings=whole)
 
@@ -148,8 +148,8 @@ class Generator:
         """What a clip of shape [t h w c] starts from."""
         return jax.random.normal(key, shape)
 
-    def drawn(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray,
-              threshold: float | Array | None = None) -> tuple[Array, Array]:
+    def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray,
+             threshold: float | Array | None = None) -> tuple[Array, Array]:
         """(x0 [b t h w c] for a batch of conditions from noise [b t h w c], which evaluations
         asked the network); threshold: as of `advance`. Pure."""
         carry, known, batch = self.start(noise), None, dict(batch)

@@ -73,7 +73,11 @@ class Streamer(Generator):
         return jax.random.normal(jax.random.fold_in(key, index),
                                  (self.frames, *self.frame_shape))
 
-    def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray) -> Array:
+    def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray,
+             threshold: float | Array | None = None) -> tuple[Array, Array]:
+        if threshold is not None:
+            raise ConfigError("A clip that is made block by block asks the network in every step: "
+                              "there is nothing to calibrate.")
         b, t = noise.shape[:2]
         blocks = t // self.frames
         conditions, guidance = self.conditions(params, batch, None, noise.shape), \
@@ -88,7 +92,8 @@ class Streamer(Generator):
             return cache, x0
 
         _, out = jax.lax.scan(one, cache, (jnp.arange(blocks), parts))
-        return jnp.moveaxis(out, 0, 1).reshape(noise.shape) + self.mean
+        asked = jnp.ones(blocks * len(self.rows()["t"]), bool)
+        return jnp.moveaxis(out, 0, 1).reshape(noise.shape) + self.mean, asked
 
     def stream(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
                num_frames: int | None, fps: float,
