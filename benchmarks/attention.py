@@ -34,8 +34,7 @@ def at_hand(tokens: int, dtype: str) -> list[str]:
             if not backend.lacks(ask) and (name != "splash" or ask.platform == "tpu")]
 
 
-def error(got, want) -> float:
-    got, want = (np.asarray(a, np.float32) for a in (got, want))
+def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 

@@ -1,13 +1,13 @@
 """Sampling end to end against the denoising loop of diffusers' `WanPipeline`, on a CPU.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/sampling.py --out=benchmarks/sampling.json
+    python benchmarks/sampling.py --runs=7 --out=benchmarks/sampling.json
 
 A Wan transformer of random weights, float32, saved by diffusers and read by vdx.interop; 20 steps
 with guidance, Euler's method on the same grid; from the same text features and noise to latents.
 torch runs eagerly, in the loop of the pipeline: scheduler, and one forward pass for each
-condition. vdx is one program. Median seconds of runs in turns; the first call of vdx, which
-compiles, is a column of its own, and so is the share of the time with keys and values of the text
-computed in every step ("told each step").
+condition. vdx is one program, with keys and values of the text computed before the loop, and in
+every step ("told each step"). Median seconds of runs in turns; the first call of vdx, which
+compiles, is a column of its own.
 """
 
 import os

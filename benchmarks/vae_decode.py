@@ -1,7 +1,6 @@
 """The video VAE against `AutoencoderKLWan` of diffusers with the same weights, on a CPU.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/vae_decode.py \\
-        --out=benchmarks/vae_decode.json
+    python benchmarks/vae_decode.py --runs=11 --out=benchmarks/vae_decode.json
 
 Random weights, float32, written by diffusers and read by vdx.interop. vdx whole and in pieces of
 one latent frame; median seconds of runs in turns, without compiling, which is a column of its

@@ -162,8 +162,7 @@ class Program:
             return 2.0 * _here(one.result)
         if one.opcode == "dynamic-update-slice":
             return 2.0 * _here(known[one.operands[1]].result)
-        read = sum(self._read(inside, i, _here(known[operand].result)) if inside
-                   else _here(known[operand].result)
+        read = sum(self._read(inside, i, _here(known[operand].result))
                    for i, operand in enumerate(one.operands) if operand in known)
         return read + self._written(inside, one.result)
 
@@ -173,7 +172,9 @@ class Program:
             if one.opcode == "fusion" else ""
 
     def _read(self, inside: str, index: int, size: float) -> float:
-        """Of the `size` bytes of a fusion's operand, those that it reads."""
+        """Of the `size` bytes of an operand, those that are read: of a fusion's perhaps slices."""
+        if not inside:
+            return size
         known = self.computations[inside]
         parameter = next(one.name for one in known.values() if one.opcode == "parameter"
                          and one.attributes.startswith(f"({index})"))
