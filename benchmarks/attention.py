@@ -30,8 +30,11 @@ HEADS, WIDTH = 8, 64
 def at_hand(tokens: int, dtype: str) -> list[str]:
     """Backends for this device; splash is for tests where it is interpreted."""
     ask = Ask(tokens, tokens, WIDTH, dtype, platform=platform())
-    return [name for name, backend in BACKENDS.items()
-            if not backend.lacks(ask) and (name != "splash" or ask.platform == "tpu")]
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if not backend.lacks(ask) and (name != "splash" or ask.platform == "tpu")
+    ]
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -44,14 +47,17 @@ def ours(name: str, arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[
     attention = functools.partial(attend, backend=name)
     forward = jax.jit(attention)
     both = jax.jit(lambda q, k, v, dy: jax.vjp(attention, q, k, v)[1](dy))
-    return {"forward": lambda: jax.block_until_ready(forward(*args[:3])),
-            "both": lambda: jax.block_until_ready(both(*args))}
+    return {
+        "forward": lambda: jax.block_until_ready(forward(*args[:3])),
+        "both": lambda: jax.block_until_ready(both(*args)),
+    }
 
 
 def theirs(arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
     """The same of torch; answers and gradients [b n s d]."""
-    *qkv, dy = (torch.tensor(a).to(getattr(torch, dtype)).transpose(1, 2).contiguous()
-                for a in arrays)
+    *qkv, dy = (
+        torch.tensor(a).to(getattr(torch, dtype)).transpose(1, 2).contiguous() for a in arrays
+    )
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def forward():
@@ -68,8 +74,12 @@ def theirs(arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]
 
 def seen(way: Mapping[str, Callable[[], Any]]) -> list[np.ndarray]:
     """Answer and gradients [b s n d], float32."""
-    return [a.transpose(1, 2).float().numpy() if isinstance(a, torch.Tensor) else
-            np.asarray(a, np.float32) for a in (way["forward"](), *way["both"]())]
+    return [
+        a.transpose(1, 2).float().numpy()
+        if isinstance(a, torch.Tensor)
+        else np.asarray(a, np.float32)
+        for a in (way["forward"](), *way["both"]())
+    ]
 
 
 def measure(tokens: int, dtype: str) -> list[dict[str, Any]]:
@@ -78,26 +88,43 @@ def measure(tokens: int, dtype: str) -> list[dict[str, Any]]:
     want = seen(ours("xla", arrays, "float32"))
     ways = {"torch": theirs(arrays, dtype)}
     ways |= {name: ours(name, arrays, dtype) for name in at_hand(tokens, dtype)}
-    rows = {name: {"tokens": tokens, "dtype": dtype, "backend": name,
-                   "error": max(map(error, seen(way), want))} for name, way in ways.items()}
+    rows = {
+        name: {
+            "tokens": tokens,
+            "dtype": dtype,
+            "backend": name,
+            "error": max(map(error, seen(way), want)),
+        }
+        for name, way in ways.items()
+    }
     for what in ("forward", "both"):
         found = compare({name: way[what] for name, way in ways.items()}, FLAGS.runs)
         for name, one in found.items():
-            rows[name] |= {f"{what}, s": one["seconds"], f"{what}, MiB": one["mib"],
-                           f"{what} over torch": one["seconds"] / found["torch"]["seconds"]}
+            rows[name] |= {
+                f"{what}, s": one["seconds"],
+                f"{what}, MiB": one["mib"],
+                f"{what} over torch": one["seconds"] / found["torch"]["seconds"],
+            }
     return list(rows.values())
 
 
 def main(argv: list[str]) -> None:
     del argv
-    rows = [row for dtype in ("float32", "bfloat16") for tokens in map(int, FLAGS.tokens)
-            for row in measure(tokens, dtype)]
+    rows = [
+        row
+        for dtype in ("float32", "bfloat16")
+        for tokens in map(int, FLAGS.tokens)
+        for row in measure(tokens, dtype)
+    ]
     columns = {"tokens": ",", "dtype": "", "backend": ""}
     for what in ("forward", "both"):
         columns |= {f"{what}, s": ".3f", f"{what} over torch": ".2f", f"{what}, MiB": ",.0f"}
-    report(Path(FLAGS.out), where(torch=torch.__version__) | {
-        "heads": HEADS, "width": WIDTH, "runs": FLAGS.runs, "rows": rows},
-        columns | {"error": ".0e"})
+    report(
+        Path(FLAGS.out),
+        where(torch=torch.__version__)
+        | {"heads": HEADS, "width": WIDTH, "runs": FLAGS.runs, "rows": rows},
+        columns | {"error": ".0e"},
+    )
 
 
 if __name__ == "__main__":

@@ -35,10 +35,18 @@ FRAMES, FPS, SIDE, BATCH = 16, 8.0, 32, 16
 
 
 def config(*options: str) -> dict:
-    return resolve(str(ROOT / "configs" / "t2v_folder.py"), [
-        f"--config.data.path={FLAGS.data}", f"--config.data.clip.num_frames=({FRAMES},)",
-        f"--config.data.clip.fps=({FPS},)", f"--config.data.height={SIDE}",
-        f"--config.data.width={SIDE}", f"--config.data.loader.global_batch={BATCH}", *options])
+    return resolve(
+        str(ROOT / "configs" / "t2v_folder.py"),
+        [
+            f"--config.data.path={FLAGS.data}",
+            f"--config.data.clip.num_frames=({FRAMES},)",
+            f"--config.data.clip.fps=({FPS},)",
+            f"--config.data.height={SIDE}",
+            f"--config.data.width={SIDE}",
+            f"--config.data.loader.global_batch={BATCH}",
+            *options,
+        ],
+    )
 
 
 def ours(workers: int) -> Iterator:
@@ -48,6 +56,7 @@ def ours(workers: int) -> Iterator:
 def theirs(workers: int) -> Iterator:
     import torch
     from torch.nn.functional import interpolate
+
     paths = [p for p in sorted(Path(FLAGS.data).rglob("*.mp4"))]
 
     class Clips(torch.utils.data.Dataset):
@@ -73,13 +82,20 @@ def theirs(workers: int) -> Iterator:
             return video.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
     torch.set_num_threads(1)
-    loader = torch.utils.data.DataLoader(Clips(), BATCH, shuffle=True, num_workers=workers,
-                                         drop_last=True, persistent_workers=workers > 0)
+    loader = torch.utils.data.DataLoader(
+        Clips(),
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
     return iter(itertools.chain.from_iterable(itertools.repeat(loader)))
 
 
 WAYS: dict[str, Callable[[], Iterator]] = {
-    "vdx, threads": lambda: ours(0), "vdx, 2 workers": lambda: ours(2),
+    "vdx, threads": lambda: ours(0),
+    "vdx, 2 workers": lambda: ours(2),
     "torch DataLoader, 2 workers": lambda: theirs(2),
     "torch DataLoader, in the process": lambda: theirs(0),
 }
@@ -106,9 +122,17 @@ def speeds() -> dict[str, list[float]]:
 def waiting() -> float:
     """The share of a training's time, the median over its log."""
     with tempfile.TemporaryDirectory() as folder, Stop() as stop:
-        run(config("--config.train.steps=60", "--config.train.log_every=10",
-                   "--config.train.eval_every=0", "--config.train.sample_every=0",
-                   "--config.train.save_every=0"), Path(folder), stop)
+        run(
+            config(
+                "--config.train.steps=60",
+                "--config.train.log_every=10",
+                "--config.train.eval_every=0",
+                "--config.train.sample_every=0",
+                "--config.train.save_every=0",
+            ),
+            Path(folder),
+            stop,
+        )
         rows = read_rows(Path(folder) / "metrics.jsonl")
     return statistics.median(r["speed/data_wait"] for r in rows[1:] if "speed/data_wait" in r)
 
@@ -117,16 +141,31 @@ def main(argv):
     if not Path(FLAGS.data).is_dir():
         raise app.UsageError(f"{FLAGS.data} is not there: name a folder of clips with --data.")
     found = speeds()
-    rows = [{"way": name, "clips_per_s": round(statistics.median(values), 1),
-             "all": [round(v, 1) for v in values]} for name, values in found.items()]
+    rows = [
+        {
+            "way": name,
+            "clips_per_s": round(statistics.median(values), 1),
+            "all": [round(v, 1) for v in values],
+        }
+        for name, values in found.items()
+    ]
     share = waiting()
     print("| way | clips / s |\n|---|---|")
     for row in rows:
         print(f"| {row['way']} | {row['clips_per_s']} |")
     print(f"\nA training of t2v_folder waits for data {share:.1%} of its time.")
-    Path(FLAGS.out).write_text(json.dumps({
-        "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg(), "rows": rows,
-        "training_waits": round(share, 4)}, indent=2) + "\n")
+    Path(FLAGS.out).write_text(
+        json.dumps(
+            {
+                "cores": len(os.sched_getaffinity(0)),
+                "load": os.getloadavg(),
+                "rows": rows,
+                "training_waits": round(share, 4),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

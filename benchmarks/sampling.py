@@ -31,12 +31,25 @@ from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
 
 FLAGS = flags.FLAGS
-COLUMNS = {"width": "", "layers": "", "tokens": ",", "words": "", "way": "", "seconds": ".3f",
-           "over torch": ".2f", "MiB": ",.0f", "first call": ".2f", "error": ".0e"}
+COLUMNS = {
+    "width": "",
+    "layers": "",
+    "tokens": ",",
+    "words": "",
+    "way": "",
+    "seconds": ".3f",
+    "over torch": ".2f",
+    "MiB": ",.0f",
+    "first call": ".2f",
+    "error": ".0e",
+}
 # width, layers, heads, latents [t h w c], of which a token is 1 x 2 x 2, tokens of text: Wan
 # reads 512, however short the caption is.
-SIZES = {"small": (64, 2, 2, (1, 16, 16, 16), 32), "small_512": (64, 2, 2, (1, 16, 16, 16), 512),
-         "medium": (256, 6, 4, (5, 32, 32, 16), 512)}
+SIZES = {
+    "small": (64, 2, 2, (1, 16, 16, 16), 32),
+    "small_512": (64, 2, 2, (1, 16, 16, 16), 512),
+    "medium": (256, 6, 4, (5, 32, 32, 16), 512),
+}
 STEPS, GUIDANCE, SHIFT, TEXT = 20, 5.0, 3.0, 64
 
 
@@ -46,22 +59,36 @@ class Both:
     def __init__(self, width: int, layers: int, heads: int, shape: tuple[int, ...], words: int):
         torch.manual_seed(0)
         self.torch = diffusers.WanTransformer3DModel(
-            num_attention_heads=heads, attention_head_dim=width // heads, in_channels=16,
-            out_channels=16, text_dim=TEXT, freq_dim=256, ffn_dim=4 * width, num_layers=layers)
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            in_channels=16,
+            out_channels=16,
+            text_dim=TEXT,
+            freq_dim=256,
+            ffn_dim=4 * width,
+            num_layers=layers,
+        )
         self.torch = self.torch.eval().requires_grad_(False)
         for parameter in self.torch.parameters():
-            parameter.copy_(0.5 * torch.randn_like(parameter) / parameter[0].numel() ** 0.5
-                            if parameter.ndim > 1 else 1 + 0.1 * torch.randn_like(parameter))
+            parameter.copy_(
+                0.5 * torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+                if parameter.ndim > 1
+                else 1 + 0.1 * torch.randn_like(parameter)
+            )
         with tempfile.TemporaryDirectory() as folder:
             self.torch.save_pretrained(folder)
             component = open_component("transformer", folder, "float32")
             self.params = component.load(MeshSpec().make())
-        signals = {name: {**spec, "length": words} if name == "embeddings" else spec
-                   for name, spec in component.module.signals.items()}
+        signals = {
+            name: {**spec, "length": words} if name == "embeddings" else spec
+            for name, spec in component.module.signals.items()
+        }
         self.generator = Generator(
-            component.module.clone(signals=signals), RectifiedFlow(),
+            component.module.clone(signals=signals),
+            RectifiedFlow(),
             Sampling("euler", STEPS, GUIDANCE, grid="diffusers_euler", shift=SHIFT, batch=1),
-            shape[1:])
+            shape[1:],
+        )
         rng = np.random.default_rng(0)
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
         self.noise, self.text = normal(1, *shape), normal(2, words, TEXT)
@@ -74,9 +101,15 @@ class Both:
         text, negative = torch.from_numpy(self.text).split(1)
         with torch.no_grad():
             for t in scheduler.timesteps:
-                told, untold = (self.torch(hidden_states=x, timestep=t.expand(1), return_dict=False,
-                                           encoder_hidden_states=words)[0]
-                                for words in (text, negative))
+                told, untold = (
+                    self.torch(
+                        hidden_states=x,
+                        timestep=t.expand(1),
+                        return_dict=False,
+                        encoder_hidden_states=words,
+                    )[0]
+                    for words in (text, negative)
+                )
                 guided = untold + GUIDANCE * (told - untold)
                 x = scheduler.step(guided, t, x, return_dict=False)[0]
         return x.movedim(1, -1).numpy()
@@ -92,8 +125,9 @@ class Both:
 
         @jax.jit
         def draw(params, text, negative, noise):
-            return generator.advance(params, text, negative, generator.start(noise), rows,
-                                     jax.random.key(0))[0][0]
+            return generator.advance(
+                params, text, negative, generator.start(noise), rows, jax.random.key(0)
+            )[0][0]
 
         run = lambda: np.asarray(draw(self.params, text, negative, self.noise))
         start = time.perf_counter()
@@ -113,21 +147,42 @@ def measured(size: str, runs: int) -> list[dict]:
     errors = {name: float(np.abs(way() - want).max()) for name, way in ways.items()}
     found = compare(ways, runs)
     tokens = shape[0] * shape[1] * shape[2] // 4
-    return [{"width": width, "layers": layers, "tokens": tokens, "words": words, "way": name,
-             "seconds": row["seconds"], "MiB": row["mib"],
-             "over torch": row["seconds"] / found["torch"]["seconds"],
-             "first call": firsts[name], "error": errors[name]} for name, row in found.items()]
+    return [
+        {
+            "width": width,
+            "layers": layers,
+            "tokens": tokens,
+            "words": words,
+            "way": name,
+            "seconds": row["seconds"],
+            "MiB": row["mib"],
+            "over torch": row["seconds"] / found["torch"]["seconds"],
+            "first call": firsts[name],
+            "error": errors[name],
+        }
+        for name, row in found.items()
+    ]
 
 
 def main(argv):
     del argv
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     rows = [row for size in FLAGS.sizes for row in measured(size, FLAGS.runs)]
-    report(Path(FLAGS.out), {
-        **where(torch=torch.__version__, diffusers=diffusers.__version__,
-                torch_threads=str(torch.get_num_threads())),
-        "steps": STEPS, "guidance": GUIDANCE, "runs": FLAGS.runs, "rows": rows},
-        COLUMNS)
+    report(
+        Path(FLAGS.out),
+        {
+            **where(
+                torch=torch.__version__,
+                diffusers=diffusers.__version__,
+                torch_threads=str(torch.get_num_threads()),
+            ),
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "runs": FLAGS.runs,
+            "rows": rows,
+        },
+        COLUMNS,
+    )
 
 
 if __name__ == "__main__":

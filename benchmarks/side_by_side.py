@@ -28,8 +28,7 @@ def compare(ways: Mapping[str, Callable[[], Any]], runs: int = 5) -> dict[str, d
             start = time.perf_counter()
             way()
             times[name].append(time.perf_counter() - start)
-    return {name: {"seconds": statistics.median(times[name]), "mib": peaks[name]}
-            for name in ways}
+    return {name: {"seconds": statistics.median(times[name]), "mib": peaks[name]} for name in ways}
 
 
 def peak(way: Callable[[], Any]) -> float:
@@ -39,28 +38,35 @@ def peak(way: Callable[[], Any]) -> float:
     way()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")          # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
     way()
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(name: str) -> int:
-    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines()
-                if line.startswith(name))
+    return next(
+        int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)
+    )
 
 
 def where(**versions: str) -> dict[str, Any]:
     """What a result was measured on."""
-    return {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(), "jax": jax.__version__, **versions}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        **versions,
+    }
 
 
 def table(rows: list[dict], columns: Mapping[str, str]) -> str:
     """Markdown; columns: {key of a row: format of its values}."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(format(row[key], form) for key, form in columns.items())} |"
-              for row in rows]
+    lines += [
+        f"| {' | '.join(format(row[key], form) for key, form in columns.items())} |" for row in rows
+    ]
     return "\n".join(lines)
 
 

@@ -28,12 +28,24 @@ def seconds(folder: Path, cache: Path, options: list[str]) -> float:
     """Of one start, which is killed once it has made its first step."""
     workdir = folder / "run"
     shutil.rmtree(workdir, ignore_errors=True)
-    command = [sys.executable, "-m", "vdx.main", "--config=configs/t2v_tiny.py",
-               f"--workdir={workdir}", "--config.train.log_every=1", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "vdx.main",
+        "--config=configs/t2v_tiny.py",
+        f"--workdir={workdir}",
+        "--config.train.log_every=1",
+        *options,
+    ]
     begin = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)})
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+    )
     try:
         while not (log := workdir / "metrics.jsonl").exists() or not log.stat().st_size:
             if child.poll() is not None:
@@ -49,18 +61,33 @@ def main(argv):
     times: dict[str, list[float]] = {"cold": [], "with the cache": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        seconds(folder, folder / "kept", argv[1:])             # fills it
+        seconds(folder, folder / "kept", argv[1:])  # fills it
         for i in range(FLAGS.runs):
             times["cold"].append(seconds(folder, folder / f"new_{i}", argv[1:]))
             times["with the cache"].append(seconds(folder, folder / "kept", argv[1:]))
-    rows = [{"start": name, "seconds": round(statistics.median(found), 2),
-             "all": [round(s, 2) for s in found]} for name, found in times.items()]
+    rows = [
+        {
+            "start": name,
+            "seconds": round(statistics.median(found), 2),
+            "all": [round(s, 2) for s in found],
+        }
+        for name, found in times.items()
+    ]
     print("| start | seconds to the first step |\n|---|---|")
     for row in rows:
         print(f"| {row['start']} | {row['seconds']:.1f} |")
-    Path(FLAGS.out).write_text(json.dumps({
-        "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-        "load": os.getloadavg(), "rows": rows}, indent=2) + "\n")
+    Path(FLAGS.out).write_text(
+        json.dumps(
+            {
+                "cores": len(os.sched_getaffinity(0)),
+                "python": platform.python_version(),
+                "load": os.getloadavg(),
+                "rows": rows,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ PATTERNS = {
     "independent frames": ("space", "none"),
 }
 FRAMES, SIDE, WIDTH, DEPTH, HEADS = (4, 8, 16, 32, 64), 12, 128, 2, 4
-CLIPS = 24           # of held-out prompts that are looked at for flicker and drift
-SHOWN = 3            # of these in the picture, under one another
+CLIPS = 24  # of held-out prompts that are looked at for flicker and drift
+SHOWN = 3  # of these in the picture, under one another
 
 
 def loss(model: Transformer, params, x):
@@ -61,10 +61,12 @@ def growth(out: Path) -> None:
     """144 tokens a frame, width 128, two blocks."""
     rows = []
     for name, pattern in PATTERNS.items():
-        model = Transformer(channels=4, width=WIDTH, depth=DEPTH, heads=HEADS, patch=(1, 1, 1),
-                            pattern=pattern)
-        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2, SIDE, SIDE, 4)),
-                                     jnp.zeros(1), Ports())
+        model = Transformer(
+            channels=4, width=WIDTH, depth=DEPTH, heads=HEADS, patch=(1, 1, 1), pattern=pattern
+        )
+        params = jax.jit(model.init)(
+            jax.random.key(0), jnp.zeros((1, 2, SIDE, SIDE, 4)), jnp.zeros(1), Ports()
+        )
         step = jax.jit(jax.grad(functools.partial(loss, model)))
         for frames in FRAMES:
             x = jnp.ones((1, frames, SIDE, SIDE, 4))
@@ -76,28 +78,47 @@ def growth(out: Path) -> None:
                 begin = time.perf_counter()
                 jax.block_until_ready(compiled(params, x))
                 times.append(time.perf_counter() - begin)
-            rows.append({"method": name, "frames": frames, "gflop": cost["flops"] / 1e9,
-                         "mib": memory.temp_size_in_bytes / 2**20,
-                         "seconds": statistics.median(times)})
+            rows.append(
+                {
+                    "method": name,
+                    "frames": frames,
+                    "gflop": cost["flops"] / 1e9,
+                    "mib": memory.temp_size_in_bytes / 2**20,
+                    "seconds": statistics.median(times),
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
     fits = {}
     for name in PATTERNS:
         mine = [row for row in rows if row["method"] == name]
         far = np.log([row["frames"] for row in mine])
-        fits[name] = {key: float(np.polyfit(far, np.log([row[key] for row in mine]), 1)[0])
-                      for key in ("gflop", "mib", "seconds")}
-    write_json(out, {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows,
-                     "exponents": fits})
+        fits[name] = {
+            key: float(np.polyfit(far, np.log([row[key] for row in mine]), 1)[0])
+            for key in ("gflop", "mib", "seconds")
+        }
+    write_json(
+        out,
+        {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "rows": rows,
+            "exponents": fits,
+        },
+    )
     print(growth_table(read_json(out)))
 
 
 def growth_table(result: dict) -> str:
-    lines = ["| method | GFLOP at 4, 16, 64 frames | MiB | seconds | exponents of these |",
-             "|---|---|---|---|---|"]
+    lines = [
+        "| method | GFLOP at 4, 16, 64 frames | MiB | seconds | exponents of these |",
+        "|---|---|---|---|---|",
+    ]
     for name, fit in result["exponents"].items():
         mine = {row["frames"]: row for row in result["rows"] if row["method"] == name}
-        cells = [", ".join(f"{mine[n][key]:{form}}" for n in (4, 16, 64))
-                 for key, form in (("gflop", ".3g"), ("mib", ".0f"), ("seconds", ".2g"))]
+        cells = [
+            ", ".join(f"{mine[n][key]:{form}}" for n in (4, 16, 64))
+            for key, form in (("gflop", ".3g"), ("mib", ".0f"), ("seconds", ".2g"))
+        ]
         cells.append(", ".join(f"{fit[k]:.2f}" for k in ("gflop", "mib", "seconds")))
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
@@ -105,12 +126,21 @@ def growth_table(result: dict) -> str:
 
 def config_of(pattern, steps: int) -> dict:
     """t2v_tiny with tokens of two frames, so that there is time to model."""
-    config = resolve("configs/t2v_tiny.py", [
-        "--config.data.clip.num_frames=8", "--config.data.clip.fps=8.0",
-        "--config.model.backbone.patch=(2,8,8)", "--config.model.backbone.depth=4",
-        f"--config.model.backbone.pattern={pattern!r}", f"--config.train.steps={steps}",
-        "--config.train.eval_every=0", "--config.train.sample_every=0",
-        f"--config.train.save_every={steps}", "--config.judge.prompts=0"])
+    config = resolve(
+        "configs/t2v_tiny.py",
+        [
+            "--config.data.clip.num_frames=8",
+            "--config.data.clip.fps=8.0",
+            "--config.model.backbone.patch=(2,8,8)",
+            "--config.model.backbone.depth=4",
+            f"--config.model.backbone.pattern={pattern!r}",
+            f"--config.train.steps={steps}",
+            "--config.train.eval_every=0",
+            "--config.train.sample_every=0",
+            f"--config.train.save_every={steps}",
+            "--config.judge.prompts=0",
+        ],
+    )
     for name in ("fps", "num_frames"):
         del config["model"]["signals"][name]
     return config
@@ -128,13 +158,26 @@ def train(out: Path) -> None:
             run(config_of(pattern, steps), workdir, stop)
         seconds = time.perf_counter() - begin
         judged, clips = judge(workdir)
-        rows.append({"method": name, "gflop_a_step": flops / 1e9, "steps": steps,
-                     "seconds": seconds, **judged})
+        rows.append(
+            {
+                "method": name,
+                "gflop_a_step": flops / 1e9,
+                "steps": steps,
+                "seconds": seconds,
+                **judged,
+            }
+        )
         shown.append(clips[:SHOWN])
         print(json.dumps(rows[-1]), flush=True)
         write_json(out / "temporal_train.json", rows)
-    write_sheet(out / "wall.webp", np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]),
-                [*PATTERNS] * SHOWN, 8.0, columns=len(PATTERNS), side=96)
+    write_sheet(
+        out / "wall.webp",
+        np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]),
+        [*PATTERNS] * SHOWN,
+        8.0,
+        columns=len(PATTERNS),
+        side=96,
+    )
     print(train_table(rows))
 
 
@@ -156,8 +199,11 @@ def judge(workdir: Path) -> tuple[dict, np.ndarray]:
     with jax.set_mesh(mesh):
         params, *_ = open_params(experiment, workdir, mesh)
         followed = prompt_following(experiment, params, workdir)
-        clips = to_uint8(experiment.generator()(
-            params, [r.caption for r in records], list(range(CLIPS)), num_frames=frames, fps=fps))
+        clips = to_uint8(
+            experiment.generator()(
+                params, [r.caption for r in records], list(range(CLIPS)), num_frames=frames, fps=fps
+            )
+        )
     true = [record.read(np.arange(frames) / fps) for record in records]
     scores = {f"prompts_{k}": v for k, v in followed["scores"].items()}
     truth = {f"true_{k}": v for k, v in steady(true, fps).items()}
@@ -172,26 +218,39 @@ def steady(clips: list[np.ndarray], fps: float) -> dict[str, float]:
         if (track := track_object(clip)) is not None:
             drifts.append(identity_drift(clip, track.amount > 0.5)[0])
             with np.errstate(invalid="ignore"):
-                centre = np.stack([np.argwhere(a > 0.5).mean(0) for a in track.amount
-                                   if (a > 0.5).any()])
+                centre = np.stack(
+                    [np.argwhere(a > 0.5).mean(0) for a in track.amount if (a > 0.5).any()]
+                )
             jumps.append(np.linalg.norm(np.diff(centre, 2, axis=0), axis=-1).mean() / 2)
     mean = lambda values: float(np.nanmean(values)) if len(values) else float("nan")
-    return {"flicker": mean([flicker(clip)[0] for clip in clips]), "drift": mean(drifts),
-            "jumps": mean(jumps), "subject_found": len(drifts) / len(clips),
-            "motion": mean([motion_score(clip, fps) for clip in clips])}
+    return {
+        "flicker": mean([flicker(clip)[0] for clip in clips]),
+        "drift": mean(drifts),
+        "jumps": mean(jumps),
+        "subject_found": len(drifts) / len(clips),
+        "motion": mean([motion_score(clip, fps) for clip in clips]),
+    }
 
 
 def train_table(rows: list[dict]) -> str:
-    lines = ["| method | steps | prompts: colour, shape, motion, all | flicker, levels | "
-             "jumps, px | drift | motion |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | steps | prompts: colour, shape, motion, all | flicker, levels | "
+        "jumps, px | drift | motion |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        share = ", ".join(f"{100 * row[f'prompts_{k}']:.0f}" for k in
-                          ("colour", "shape", "motion", "all"))
-        lines.append(f"| {row['method']} | {row['steps']} | {share} % | {row['flicker']:.2f} | "
-                     f"{row['jumps']:.2f} | {row['drift']:.3f} | {row['motion']:.1f} |")
+        share = ", ".join(
+            f"{100 * row[f'prompts_{k}']:.0f}" for k in ("colour", "shape", "motion", "all")
+        )
+        lines.append(
+            f"| {row['method']} | {row['steps']} | {share} % | {row['flicker']:.2f} | "
+            f"{row['jumps']:.2f} | {row['drift']:.3f} | {row['motion']:.1f} |"
+        )
     first = rows[0]
-    lines.append(f"| true renders | | | {first['true_flicker']:.2f} | {first['true_jumps']:.2f} | "
-                 f"{first['true_drift']:.3f} | {first['true_motion']:.1f} |")
+    lines.append(
+        f"| true renders | | | {first['true_flicker']:.2f} | {first['true_jumps']:.2f} | "
+        f"{first['true_drift']:.3f} | {first['true_motion']:.1f} |"
+    )
     return "\n".join(lines)
 
 

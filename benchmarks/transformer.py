@@ -35,14 +35,31 @@ from vdx.parallel import MeshSpec
 FLAGS = flags.FLAGS
 # Of diffusers; latents [t h w] of the forward pass and of the training step.
 SIZES: dict[str, dict[str, Any]] = {
-    "toy": dict(config=dict(num_attention_heads=2, attention_head_dim=32, num_layers=2,
-                            ffn_dim=128, text_dim=32), forward=[(3, 16, 16)], train=(3, 16, 16)),
-    "40m": dict(config=dict(num_attention_heads=8, attention_head_dim=64, num_layers=8,
-                            ffn_dim=2048, text_dim=512),
-                forward=[(9, 32, 32), (9, 64, 64)], train=(9, 32, 32)),
-    "1p3b": dict(config=dict(num_attention_heads=12, attention_head_dim=128, num_layers=30,
-                             ffn_dim=8960, text_dim=4096),
-                 forward=[(21, 60, 104)], train=(5, 60, 104)),
+    "toy": dict(
+        config=dict(
+            num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=128, text_dim=32
+        ),
+        forward=[(3, 16, 16)],
+        train=(3, 16, 16),
+    ),
+    "40m": dict(
+        config=dict(
+            num_attention_heads=8, attention_head_dim=64, num_layers=8, ffn_dim=2048, text_dim=512
+        ),
+        forward=[(9, 32, 32), (9, 64, 64)],
+        train=(9, 32, 32),
+    ),
+    "1p3b": dict(
+        config=dict(
+            num_attention_heads=12,
+            attention_head_dim=128,
+            num_layers=30,
+            ffn_dim=8960,
+            text_dim=4096,
+        ),
+        forward=[(21, 60, 104)],
+        train=(5, 60, 104),
+    ),
 }
 REMATS = ("none", "save_attention", "full")
 WORDS, RATE = 512, 1e-4
@@ -53,8 +70,15 @@ class Pair:
 
     def __init__(self, size: str, dtype: str):
         self.dtype, self.text_dim = dtype, SIZES[size]["config"]["text_dim"]
-        config = dict(in_channels=16, out_channels=16, freq_dim=256, cross_attn_norm=True,
-                      rope_max_seq_len=1024, patch_size=(1, 2, 2), **SIZES[size]["config"])
+        config = dict(
+            in_channels=16,
+            out_channels=16,
+            freq_dim=256,
+            cross_attn_norm=True,
+            rope_max_seq_len=1024,
+            patch_size=(1, 2, 2),
+            **SIZES[size]["config"],
+        )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         with torch.device(self.device):
@@ -65,14 +89,19 @@ class Pair:
             self.params = load_wan(folder, self.ours("none"), MeshSpec().make(jax.devices()[:1]))
 
     def ours(self, remat: str) -> Denoiser:
-        return Denoiser({**self.wan.backbone, "dtype": self.dtype, "remat": remat},
-                        self.wan.signals)
+        return Denoiser(
+            {**self.wan.backbone, "dtype": self.dtype, "remat": remat}, self.wan.signals
+        )
 
     def inputs(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-        return {"x": draw(1, *grid, 16), "target": draw(1, *grid, 16),
-                "text": draw(1, WORDS, self.text_dim), "time": np.array([500.0], np.float32)}
+        return {
+            "x": draw(1, *grid, 16),
+            "target": draw(1, *grid, 16),
+            "text": draw(1, WORDS, self.text_dim),
+            "time": np.array([500.0], np.float32),
+        }
 
     # Ours
 
@@ -84,7 +113,8 @@ class Pair:
         params = self.params
         if self.dtype != "float32":
             params = jax.tree.map(
-                lambda x: x.astype(self.dtype) if x.ndim > 1 and x.size > 1e5 else x, params)
+                lambda x: x.astype(self.dtype) if x.ndim > 1 and x.size > 1e5 else x, params
+            )
         run = jax.jit(self.predict)
         args = [jax.device_put(given[name]) for name in ("x", "time", "text")]
         return lambda: jax.block_until_ready(run(params, *args))
@@ -95,7 +125,8 @@ class Pair:
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(params, state, x, time, text, target):
             loss = lambda params: jnp.square(
-                self.predict(params, x, time, text, remat) - target).mean()
+                self.predict(params, x, time, text, remat) - target
+            ).mean()
             value, grads = jax.value_and_grad(loss)(params)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state, value
@@ -112,14 +143,20 @@ class Pair:
     # Theirs
 
     def torch_inputs(self, given: dict):
-        laid = {name: torch.from_numpy(np.ascontiguousarray(np.moveaxis(a, -1, 1))
-                                       if a.ndim == 5 else a).to(self.device)
-                for name, a in given.items()}
+        laid = {
+            name: torch.from_numpy(
+                np.ascontiguousarray(np.moveaxis(a, -1, 1)) if a.ndim == 5 else a
+            ).to(self.device)
+            for name, a in given.items()
+        }
         return laid["x"], laid["time"], laid["text"], laid["target"]
 
     def autocast(self):
-        return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bfloat16" else \
-            contextlib.nullcontext()
+        return (
+            torch.autocast(self.device, torch.bfloat16)
+            if self.dtype == "bfloat16"
+            else contextlib.nullcontext()
+        )
 
     def torch_forward(self, given: dict, compiled: bool):
         x, time, text, _ = self.torch_inputs(given)
@@ -170,22 +207,36 @@ def forward(pair: Pair, grid: tuple[int, int, int]) -> list[dict[str, Any]]:
 
 def step(pair: Pair, grid: tuple[int, int, int]) -> list[dict[str, Any]]:
     given = pair.inputs(grid)
-    cases = {"torch" + ", compiled" * compiled + ", checkpoints" * checkpoints:
-             pair.torch_step(given, checkpoints, compiled)
-             for compiled in (False, True)[:1 + FLAGS.compile] for checkpoints in (False, True)}
+    cases = {
+        "torch" + ", compiled" * compiled + ", checkpoints" * checkpoints: pair.torch_step(
+            given, checkpoints, compiled
+        )
+        for compiled in (False, True)[: 1 + FLAGS.compile]
+        for checkpoints in (False, True)
+    }
     cases |= {f"vdx, remat {remat}": pair.step(given, remat) for remat in REMATS}
     return measured(pair, "training step", grid, cases, 3)
 
 
-def measured(pair: Pair, what: str, grid: tuple[int, int, int], cases: dict, passes: int,
-             **more) -> list[dict[str, Any]]:
+def measured(
+    pair: Pair, what: str, grid: tuple[int, int, int], cases: dict, passes: int, **more
+) -> list[dict[str, Any]]:
     ours, chip = pair.ours("none"), chip_of(jax.devices()[0].device_kind)
     flops, found = passes * ours.flops((*grid, 16), WORDS), compare(cases, FLAGS.runs)
-    return [{"what": what, "tokens": ours.num_tokens((1, *grid, 16)), "by": name,
-             "seconds": one["seconds"], "over torch": one["seconds"] / found["torch"]["seconds"],
-             "MiB": one["mib"], "GFLOP/s": flops / one["seconds"] / 1e9,
-             "MFU": flops / one["seconds"] / chip.flops if chip else "", **more}
-            for name, one in found.items()]
+    return [
+        {
+            "what": what,
+            "tokens": ours.num_tokens((1, *grid, 16)),
+            "by": name,
+            "seconds": one["seconds"],
+            "over torch": one["seconds"] / found["torch"]["seconds"],
+            "MiB": one["mib"],
+            "GFLOP/s": flops / one["seconds"] / 1e9,
+            "MFU": flops / one["seconds"] / chip.flops if chip else "",
+            **more,
+        }
+        for name, one in found.items()
+    ]
 
 
 def main(argv):
@@ -194,10 +245,20 @@ def main(argv):
     for grid in size["forward"]:
         rows += forward(pair, grid)
     rows += step(pair, size["train"])
-    report(Path(FLAGS.out), where(torch=torch.__version__, size=FLAGS.size, dtype=FLAGS.dtype)
-           | {"rows": rows}, {"what": "", "tokens": ",", "by": "", "seconds": ".3f",
-                              "over torch": ".2f", "MiB": ",.0f", "GFLOP/s": ".0f",
-                              "MFU": ".2f" if chip_of(jax.devices()[0].device_kind) else ""})
+    report(
+        Path(FLAGS.out),
+        where(torch=torch.__version__, size=FLAGS.size, dtype=FLAGS.dtype) | {"rows": rows},
+        {
+            "what": "",
+            "tokens": ",",
+            "by": "",
+            "seconds": ".3f",
+            "over torch": ".2f",
+            "MiB": ",.0f",
+            "GFLOP/s": ".0f",
+            "MFU": ".2f" if chip_of(jax.devices()[0].device_kind) else "",
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,15 @@ from vdx.interop.components import open_component
 from vdx.parallel import MeshSpec
 
 FLAGS = flags.FLAGS
-COLUMNS = {"what": "", "way": "", "seconds": ".3f", "over torch": ".2f", "MiB": ".0f",
-           "compile": ".1f", "error": ".1e"}
+COLUMNS = {
+    "what": "",
+    "way": "",
+    "seconds": ".3f",
+    "over torch": ".2f",
+    "MiB": ".0f",
+    "compile": ".1f",
+    "error": ".1e",
+}
 Z = 16
 
 
@@ -46,11 +53,13 @@ class Both:
             component = open_component("vae", folder, "float32")
             self.vae = component.module
             self.params = component.load(MeshSpec().make())
-        self.mean, self.std = (np.float32(getattr(self.vae, f"latents_{k}"))
-                               for k in ("mean", "std"))
+        self.mean, self.std = (
+            np.float32(getattr(self.vae, f"latents_{k}")) for k in ("mean", "std")
+        )
 
     def ours(self, method: str, x: np.ndarray, chunk: int | None):
         """(run, seconds to compile)"""
+
         def call(params, x):
             y = self.vae.apply({"params": params}, x, chunk, method=method)
             return y.mean if method == "encode" else y
@@ -77,10 +86,18 @@ class Both:
         want = theirs()
         errors = {name: float(np.abs(clip(way()) - want).max()) for name, way in ways.items()}
         found = compare(ways, runs)
-        return [{"what": method, "way": name, "seconds": row["seconds"],
-                 "over torch": row["seconds"] / found["torch"]["seconds"], "MiB": row["mib"],
-                 "compile": compiling[name], "error": errors[name]}
-                for name, row in found.items()]
+        return [
+            {
+                "what": method,
+                "way": name,
+                "seconds": row["seconds"],
+                "over torch": row["seconds"] / found["torch"]["seconds"],
+                "MiB": row["mib"],
+                "compile": compiling[name],
+                "error": errors[name],
+            }
+            for name, row in found.items()
+        ]
 
 
 def main(argv):
@@ -91,11 +108,22 @@ def main(argv):
     latents = rng.normal(size=(1, t, side // 8, side // 8, Z)).astype(np.float32)
     video = np.tanh(rng.normal(size=(1, FLAGS.frames, side, side, 3))).astype(np.float32)
     rows = both.rows("decode", latents, FLAGS.runs) + both.rows("encode", video, FLAGS.runs)
-    report(Path(FLAGS.out), {
-        **where(torch=torch.__version__, diffusers=diffusers.__version__,
-                torch_threads=str(torch.get_num_threads())),
-        "base_dim": FLAGS.base_dim, "frames": FLAGS.frames, "side": side, "runs": FLAGS.runs,
-        "rows": rows}, COLUMNS)
+    report(
+        Path(FLAGS.out),
+        {
+            **where(
+                torch=torch.__version__,
+                diffusers=diffusers.__version__,
+                torch_threads=str(torch.get_num_threads()),
+            ),
+            "base_dim": FLAGS.base_dim,
+            "frames": FLAGS.frames,
+            "side": side,
+            "runs": FLAGS.runs,
+            "rows": rows,
+        },
+        COLUMNS,
+    )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,14 @@ def get_config(variant: str = "depth") -> ConfigDict:
     if variant == "flow":
         config.data.clip.flow_points = 16
         config.sample.guide = ConfigDict({"flow": 2.0})
-        config.model.signals.text.dropout = 0.4        # words tell the motion too
+        config.model.signals.text.dropout = 0.4  # words tell the motion too
     elif variant == "camera":
-        config.data.source.update({"backgrounds": ("stripes", "dots", "checks"),
-                                   "cameras": ("static", "pan left", "pan right")})
+        config.data.source.update(
+            {
+                "backgrounds": ("stripes", "dots", "checks"),
+                "cameras": ("static", "pan left", "pan right"),
+            }
+        )
     elif variant == "actions":
         config.data.source.motions = ("steered",)
     config.judge = ConfigDict({"steering": 64})

@@ -17,10 +17,12 @@ from configs import t2v_base
 
 def get_config(variant: str = "") -> ConfigDict:
     config = t2v_base.get_config(variant)
-    config.model.signals.update({
-        "known_frames": {"channels": 4, "first": 0.9, "last": 0.2, "dropout": 0.1},
-        "image_tokens": {"features": 16 if variant == "smoke" else 1280, "dropout": 0.2},
-        "motion": {"dropout": 0.2},
-    })
+    config.model.signals.update(
+        {
+            "known_frames": {"channels": 4, "first": 0.9, "last": 0.2, "dropout": 0.1},
+            "image_tokens": {"features": 16 if variant == "smoke" else 1280, "dropout": 0.2},
+            "motion": {"dropout": 0.2},
+        }
+    )
     config.sample.guide = ConfigDict({"known_frames": 1.5})
     return config

@@ -19,17 +19,22 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.clip = ConfigDict({"num_frames": 8, "fps": (4.0, 8.0, 16.0)})
     del config.model.signals["num_frames"]
     if variant == "reference":
-        config.model.signals.text.dropout = 0.4        # so that the picture alone must do
+        config.model.signals.text.dropout = 0.4  # so that the picture alone must do
         config.model.signals.reference = ConfigDict(
-            {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1})
+            {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1}
+        )
         config.sample.guide = ConfigDict({"reference": 3.0})
         config.train.steps = 2500
     elif variant:
         raise ValueError(f"i2v_tiny has the variant 'reference', not {variant!r}.")
     else:
         config.model.backbone.skip = True
-        config.model.signals.update({"known_frames": {"first": 0.9, "last": 0.4, "dropout": 0.2},
-                                     "motion": {"dropout": 0.3}})
+        config.model.signals.update(
+            {
+                "known_frames": {"first": 0.9, "last": 0.4, "dropout": 0.2},
+                "motion": {"dropout": 0.3},
+            }
+        )
         config.sample.guide = ConfigDict({"motion": 2.0})
     config.judge.steering = 64
     return config

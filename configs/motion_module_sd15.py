@@ -29,20 +29,47 @@ from configs import t2v_base
 def get_config(variant: str = "") -> ConfigDict:
     config = t2v_base.get_config(variant)
     config.update({"weights": "", "trainable": "/motion/"})
-    config.model.backbone = ConfigDict({
-        "name": "unet", "channels": 4, "widths": (320, 640, 1280, 1280), "layers": 2,
-        "attention": (True, True, True, False), "heads": 8, "groups": 32, "temporal": "motion",
-        "motion_middle": False, "dtype": "bfloat16", "remat": "full"})
-    config.model.signals = ConfigDict({"embeddings": {
-        "features": 768, "length": 77, "null_tokens": 77, "project": False, "dropout": 0.1}})
-    config.process = ConfigDict({
-        "name": "variance_preserving", "betas": "linear", "beta_start": 0.00085,
-        "beta_end": 0.012, "prediction": "noise"})
+    config.model.backbone = ConfigDict(
+        {
+            "name": "unet",
+            "channels": 4,
+            "widths": (320, 640, 1280, 1280),
+            "layers": 2,
+            "attention": (True, True, True, False),
+            "heads": 8,
+            "groups": 32,
+            "temporal": "motion",
+            "motion_middle": False,
+            "dtype": "bfloat16",
+            "remat": "full",
+        }
+    )
+    config.model.signals = ConfigDict(
+        {
+            "embeddings": {
+                "features": 768,
+                "length": 77,
+                "null_tokens": 77,
+                "project": False,
+                "dropout": 0.1,
+            }
+        }
+    )
+    config.process = ConfigDict(
+        {
+            "name": "variance_preserving",
+            "betas": "linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction": "noise",
+        }
+    )
     config.time = ConfigDict({"name": "uniform"})
     config.sample = ConfigDict({"sampler": "ddim", "steps": 25, "guidance": 7.5, "batch": 1})
     if variant == "smoke":
-        config.model.backbone.update({"widths": (16, 32), "layers": 1, "attention": (True, False),
-                                      "heads": 2, "groups": 8})
+        config.model.backbone.update(
+            {"widths": (16, 32), "layers": 1, "attention": (True, False), "heads": 2, "groups": 8}
+        )
         config.model.signals.embeddings.features = 16
         config.train.update({"steps": 4, "eval_every": 4, "save_every": 2})
     else:

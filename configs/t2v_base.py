@@ -16,41 +16,60 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict({
-        "seed": 0,
-        "data": {
-            "path": "",
-            "heldout": {"split": "heldout"},
-            "loader": {"global_batch": 512, "workers": 8},
-        },
-        "model": {
-            "backbone": {
-                "name": "transformer", "size": "XL", "channels": 4, "patch": (1, 2, 2),
-                "pattern": "factorized", "dtype": "bfloat16", "remat": "full",
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "path": "",
+                "heldout": {"split": "heldout"},
+                "loader": {"global_batch": 512, "workers": 8},
             },
-            "signals": {
-                "embeddings": {"features": 4096, "dropout": 0.1},
-                "fps": {"dropout": 0.1},
-                "num_frames": {"dropout": 0.1},
+            "model": {
+                "backbone": {
+                    "name": "transformer",
+                    "size": "XL",
+                    "channels": 4,
+                    "patch": (1, 2, 2),
+                    "pattern": "factorized",
+                    "dtype": "bfloat16",
+                    "remat": "full",
+                },
+                "signals": {
+                    "embeddings": {"features": 4096, "dropout": 0.1},
+                    "fps": {"dropout": 0.1},
+                    "num_frames": {"dropout": 0.1},
+                },
             },
-        },
-        "process": {"name": "rectified_flow", "prediction": "velocity"},
-        "time": {"name": "logit_normal", "base_tokens": 1024},
-        "loss": {"name": "none"},
-        "optim": {"learning_rate": 1e-4, "warmup": 1000, "schedule": "constant",
-                  "weight_decay": 0.01},
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
-        "train": {"steps": 400_000, "ema": 0.9999, "log_every": 50, "eval_every": 5000,
-                  "sample_every": 0, "save_every": 1000, "eval_clips": 512},
-        "sample": {"sampler": "unipc", "steps": 50, "guidance": 6.0, "shift": 2.0},
-    })
+            "process": {"name": "rectified_flow", "prediction": "velocity"},
+            "time": {"name": "logit_normal", "base_tokens": 1024},
+            "loss": {"name": "none"},
+            "optim": {
+                "learning_rate": 1e-4,
+                "warmup": 1000,
+                "schedule": "constant",
+                "weight_decay": 0.01,
+            },
+            "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
+            "train": {
+                "steps": 400_000,
+                "ema": 0.9999,
+                "log_every": 50,
+                "eval_every": 5000,
+                "sample_every": 0,
+                "save_every": 1000,
+                "eval_clips": 512,
+            },
+            "sample": {"sampler": "unipc", "steps": 50, "guidance": 6.0, "shift": 2.0},
+        }
+    )
     config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
     if variant == "smoke":
         config.data.loader.update({"global_batch": 8, "workers": 0})
         config.model.backbone.update({"width": 64, "depth": 4, "heads": 4})
         config.model.signals.embeddings.features = 32
-        config.train.update({"steps": 3, "log_every": 1, "eval_every": 3, "save_every": 3,
-                             "eval_clips": 8})
+        config.train.update(
+            {"steps": 3, "log_every": 1, "eval_every": 3, "save_every": 3, "eval_clips": 8}
+        )
     elif variant:
         raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")
     return config

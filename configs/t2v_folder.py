@@ -13,39 +13,59 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict({
-        "seed": 0,
-        "data": {
-            "path": "",
-            "heldout": {"split": "heldout"},
-            # One second. Shorter clips begin again.
-            "clip": {"num_frames": (8,), "fps": (8.0,), "short": "loop"},
-            "height": 32,
-            "width": 32,
-            "loader": {"global_batch": 24},
-        },
-        "model": {
-            "backbone": {"name": "transformer", "width": 128, "depth": 4, "heads": 4,
-                         "patch": (8, 4, 4), "pattern": "full", "absolute": True,
-                         "rope_theta": 30.0, "time_scale": 0.02},
-            "signals": {
-                "text": {"encoder": {"name": "bytes", "width": 96, "depth": 1, "heads": 3}},
-                "fps": {},
-                "num_frames": {},
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "path": "",
+                "heldout": {"split": "heldout"},
+                # One second. Shorter clips begin again.
+                "clip": {"num_frames": (8,), "fps": (8.0,), "short": "loop"},
+                "height": 32,
+                "width": 32,
+                "loader": {"global_batch": 24},
             },
-        },
-        "process": {"name": "rectified_flow", "prediction": "x0"},
-        "time": {"name": "logit_normal", "shift": 4.0},
-        "loss": {"name": "velocity", "min_sigma": 0.3},
-        "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
-        "mesh": {"data": -1},
-        "train": {
-            "steps": 2500, "ema": 0.998, "eval_every": 500, "sample_every": 500,
-            "save_every": 500,
-            "wall": (),
-        },
-        "sample": {"sampler": "dpmpp_2m", "steps": 20, "guidance": 2.0, "shift": 4.0, "batch": 16},
-    })
-    config.data.source = ConfigDict({"name": "folder", "path": config.data.get_ref("path"),
-                                     "split": "train"})
+            "model": {
+                "backbone": {
+                    "name": "transformer",
+                    "width": 128,
+                    "depth": 4,
+                    "heads": 4,
+                    "patch": (8, 4, 4),
+                    "pattern": "full",
+                    "absolute": True,
+                    "rope_theta": 30.0,
+                    "time_scale": 0.02,
+                },
+                "signals": {
+                    "text": {"encoder": {"name": "bytes", "width": 96, "depth": 1, "heads": 3}},
+                    "fps": {},
+                    "num_frames": {},
+                },
+            },
+            "process": {"name": "rectified_flow", "prediction": "x0"},
+            "time": {"name": "logit_normal", "shift": 4.0},
+            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
+            "mesh": {"data": -1},
+            "train": {
+                "steps": 2500,
+                "ema": 0.998,
+                "eval_every": 500,
+                "sample_every": 500,
+                "save_every": 500,
+                "wall": (),
+            },
+            "sample": {
+                "sampler": "dpmpp_2m",
+                "steps": 20,
+                "guidance": 2.0,
+                "shift": 4.0,
+                "batch": 16,
+            },
+        }
+    )
+    config.data.source = ConfigDict(
+        {"name": "folder", "path": config.data.get_ref("path"), "split": "train"}
+    )
     return config

@@ -10,61 +10,87 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict({
-        "seed": 0,
-        "data": {
-            "source": {
-                "name": "scenes",
-                "colours": ("red", "green", "blue", "yellow", "purple", "cyan"),
-                "shapes": ("circle", "square", "triangle", "cross"),
-                "motions": ("left", "right", "up", "down", "grow", "shrink"),
-                "sizes": ("large",),
-                "backgrounds": ("black",),
-                "cameras": ("static",),
-                "styles": ("flat",),
-                "max_objects": 1,
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "source": {
+                    "name": "scenes",
+                    "colours": ("red", "green", "blue", "yellow", "purple", "cyan"),
+                    "shapes": ("circle", "square", "triangle", "cross"),
+                    "motions": ("left", "right", "up", "down", "grow", "shrink"),
+                    "sizes": ("large",),
+                    "backgrounds": ("black",),
+                    "cameras": ("static",),
+                    "styles": ("flat",),
+                    "max_objects": 1,
+                },
+                "heldout": {"split": "heldout"},
+                # Every sixth batch is longer; the first length and rate are the usual ones.
+                "clip": {"num_frames": (8, 8, 8, 8, 8, 16), "fps": (8.0, 4.0)},
+                "height": 32,
+                "width": 32,
+                "loader": {"global_batch": 24},
             },
-            "heldout": {"split": "heldout"},
-            # Every sixth batch is longer; the first length and rate are the usual ones.
-            "clip": {"num_frames": (8, 8, 8, 8, 8, 16), "fps": (8.0, 4.0)},
-            "height": 32,
-            "width": 32,
-            "loader": {"global_batch": 24},
-        },
-        "model": {
-            "backbone": {"name": "transformer", "width": 128, "depth": 3, "heads": 4,
-                         "patch": (8, 4, 4), "pattern": "full", "absolute": True,
-                         "rope_theta": 30.0, "time_scale": 0.02},
-            "signals": {
-                "text": {"encoder": {"name": "bytes", "width": 96, "depth": 1, "heads": 3}},
-                "fps": {},
-                "num_frames": {},
+            "model": {
+                "backbone": {
+                    "name": "transformer",
+                    "width": 128,
+                    "depth": 3,
+                    "heads": 4,
+                    "patch": (8, 4, 4),
+                    "pattern": "full",
+                    "absolute": True,
+                    "rope_theta": 30.0,
+                    "time_scale": 0.02,
+                },
+                "signals": {
+                    "text": {"encoder": {"name": "bytes", "width": 96, "depth": 1, "heads": 3}},
+                    "fps": {},
+                    "num_frames": {},
+                },
             },
-        },
-        # The clip, not the noise, is what a narrow network can predict from large patches.
-        "process": {"name": "rectified_flow", "prediction": "x0"},
-        # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
-        "time": {"name": "logit_normal", "shift": 4.0},
-        "loss": {"name": "velocity", "min_sigma": 0.3},
-        "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
-        "mesh": {"data": -1},
-        "train": {
-            "steps": 1500, "ema": 0.998, "eval_every": 500, "sample_every": 500,
-            "save_every": 500, "log_every": 50,
-            "wall": ("a red circle moves right", "a blue square moves up",
-                     "a green triangle moves left", "a yellow cross grows",
-                     "a purple circle grows", "a cyan square shrinks",
-                     "a red triangle shrinks", "a blue cross moves down"),
-        },
-        "sample": {"sampler": "dpmpp_2m", "steps": 20, "guidance": 2.0, "shift": 4.0,
-                   "batch": 32},
-        "judge": {"prompts": 128},
-    })
-    if variant == "minilm":        # a pretrained, frozen encoder instead of the byte-level one
+            # The clip, not the noise, is what a narrow network can predict from large patches.
+            "process": {"name": "rectified_flow", "prediction": "x0"},
+            # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
+            "time": {"name": "logit_normal", "shift": 4.0},
+            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
+            "mesh": {"data": -1},
+            "train": {
+                "steps": 1500,
+                "ema": 0.998,
+                "eval_every": 500,
+                "sample_every": 500,
+                "save_every": 500,
+                "log_every": 50,
+                "wall": (
+                    "a red circle moves right",
+                    "a blue square moves up",
+                    "a green triangle moves left",
+                    "a yellow cross grows",
+                    "a purple circle grows",
+                    "a cyan square shrinks",
+                    "a red triangle shrinks",
+                    "a blue cross moves down",
+                ),
+            },
+            "sample": {
+                "sampler": "dpmpp_2m",
+                "steps": 20,
+                "guidance": 2.0,
+                "shift": 4.0,
+                "batch": 32,
+            },
+            "judge": {"prompts": 128},
+        }
+    )
+    if variant == "minilm":  # a pretrained, frozen encoder instead of the byte-level one
         del config.model.signals["text"]
         config.model.signals.embeddings = ConfigDict(
-            {"features": 384, "encoder": {"name": "minilm", "length": 24}})
-    elif variant == "stream":      # clips of any length, in blocks of 4 frames (docs/temporal.md)
+            {"features": 384, "encoder": {"name": "minilm", "length": 24}}
+        )
+    elif variant == "stream":  # clips of any length, in blocks of 4 frames (docs/temporal.md)
         config.forcing = True
         config.model.backbone.patch = (4, 4, 4)
         with config.ignore_type():

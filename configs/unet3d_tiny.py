@@ -21,9 +21,20 @@ def get_config(variant: str = "") -> ConfigDict:
     config = t2v_tiny.get_config()
     config.data.clip = ConfigDict({"num_frames": 8, "fps": 8.0})
     del config.model.signals["fps"], config.model.signals["num_frames"]
-    config.model.backbone = ConfigDict({
-        "name": "unet", "channels": 3, "widths": (64, 96), "layers": 1, "attention": (False, True),
-        "head_width": 16, "heads": 4, "groups": 8, "temporal": "3d", "stem": (2, 4, 4)})
+    config.model.backbone = ConfigDict(
+        {
+            "name": "unet",
+            "channels": 3,
+            "widths": (64, 96),
+            "layers": 1,
+            "attention": (False, True),
+            "head_width": 16,
+            "heads": 4,
+            "groups": 8,
+            "temporal": "3d",
+            "stem": (2, 4, 4),
+        }
+    )
     config.data.loader.global_batch = 16
     # It reads much from little: what words decide is decided at high noise.
     config.time.shift, config.sample.shift = 16.0, 12.0

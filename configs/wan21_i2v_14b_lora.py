@@ -24,9 +24,12 @@ def get_config(variant: str = "") -> ConfigDict:
     smoke = variant == "smoke"
     config.model.backbone.size = "wan_14b"
     # The image is never dropped: Wan has not learned to do without.
-    config.model.signals.update({
-        "concat": {"channels": 8 if smoke else 20, "dropout": 0.0},
-        "image_tokens": {"features": 24 if smoke else 1280, "dropout": 0.0}})
+    config.model.signals.update(
+        {
+            "concat": {"channels": 8 if smoke else 20, "dropout": 0.0},
+            "image_tokens": {"features": 24 if smoke else 1280, "dropout": 0.0},
+        }
+    )
     config.time.shift = config.sample.shift = 3.0
     config.sample.steps = 40
     return config

@@ -19,39 +19,59 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict({
-        "seed": 0,
-        "weights": "",
-        "data": {
-            "path": "",
-            "heldout": {"split": "heldout"},
-            "loader": {"global_batch": 64, "workers": 8},
-        },
-        "model": {
-            "backbone": {
-                "name": "transformer", "size": "wan_1p3b", "channels": 16, "patch": (1, 2, 2),
-                "pattern": "full", "dtype": "bfloat16", "remat": "full",
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "weights": "",
+            "data": {
+                "path": "",
+                "heldout": {"split": "heldout"},
+                "loader": {"global_batch": 64, "workers": 8},
             },
-            "signals": {"embeddings": {"features": 4096, "length": 512, "dropout": 0.1}},
-        },
-        "process": {"name": "rectified_flow", "prediction": "velocity"},
-        "time": {"name": "uniform", "shift": 5.0},
-        "loss": {"name": "none"},
-        "optim": {"learning_rate": 1e-5, "warmup": 200, "schedule": "constant",
-                  "weight_decay": 0.01},
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
-        "train": {"steps": 5000, "ema": 0.999, "log_every": 20, "eval_every": 500,
-                  "sample_every": 0, "save_every": 500, "eval_clips": 64},
-        "sample": {"sampler": "unipc", "steps": 50, "guidance": 5.0, "shift": 5.0, "batch": 1},
-    })
+            "model": {
+                "backbone": {
+                    "name": "transformer",
+                    "size": "wan_1p3b",
+                    "channels": 16,
+                    "patch": (1, 2, 2),
+                    "pattern": "full",
+                    "dtype": "bfloat16",
+                    "remat": "full",
+                },
+                "signals": {"embeddings": {"features": 4096, "length": 512, "dropout": 0.1}},
+            },
+            "process": {"name": "rectified_flow", "prediction": "velocity"},
+            "time": {"name": "uniform", "shift": 5.0},
+            "loss": {"name": "none"},
+            "optim": {
+                "learning_rate": 1e-5,
+                "warmup": 200,
+                "schedule": "constant",
+                "weight_decay": 0.01,
+            },
+            "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
+            "train": {
+                "steps": 5000,
+                "ema": 0.999,
+                "log_every": 20,
+                "eval_every": 500,
+                "sample_every": 0,
+                "save_every": 500,
+                "eval_clips": 64,
+            },
+            "sample": {"sampler": "unipc", "steps": 50, "guidance": 5.0, "shift": 5.0, "batch": 1},
+        }
+    )
     config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
     if variant == "smoke":
         config.data.loader.update({"global_batch": 8, "workers": 0})
-        config.model.backbone.update({"channels": 4, "width": 48, "depth": 2, "heads": 2,
-                                      "mlp_ratio": 2.0})
+        config.model.backbone.update(
+            {"channels": 4, "width": 48, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
+        )
         config.model.signals.embeddings.features = 16
-        config.train.update({"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2,
-                             "eval_clips": 8})
+        config.train.update(
+            {"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "eval_clips": 8}
+        )
     elif variant:
         raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")
     return config

@@ -52,6 +52,7 @@ def randomise():
     No layer is at zero, as many are when fresh: it would hide what lies before it. Norms' scales
     stay near one; kernels keep the size of what passes through. Needs no compilation.
     """
+
     def one(path, leaf, rng):
         noise = rng.standard_normal(leaf.shape, np.float32)
         if path[-1].key == "scale":
@@ -73,6 +74,7 @@ def public_file(tmp_path_factory):
 
     Embeddings are small, so that the eps of the norm behind them is seen.
     """
+
     def save(model, seed=0):
         rng = np.random.default_rng(seed)
         for name, leaf in model.named_parameters():

@@ -28,13 +28,19 @@ from vdx.train.fingerprint import digest
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
-MANY = 6          # kills of one run
+MANY = 6  # kills of one run
 TINY = [
-    "--config=configs/t2v_tiny.py", f"--config.train.steps={STEPS}", "--config.train.save_every=3",
-    "--config.train.eval_every=0", "--config.train.sample_every=0", "--config.judge.prompts=0",
-    "--config.data.loader.global_batch=8", "--config.data.clip.num_frames=(8,)",
+    "--config=configs/t2v_tiny.py",
+    f"--config.train.steps={STEPS}",
+    "--config.train.save_every=3",
+    "--config.train.eval_every=0",
+    "--config.train.sample_every=0",
+    "--config.judge.prompts=0",
+    "--config.data.loader.global_batch=8",
+    "--config.data.clip.num_frames=(8,)",
     "--config.data.mean=-0.8",
-    "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
+    "--config.model.backbone.width=32",
+    "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2",
 ]
 
@@ -43,13 +49,23 @@ def start(workdir: Path, log: Path, *args: str, env: dict | None = None) -> subp
     """The real training command at a very small size, in a process group of its own. `args`
     come after, and so before, those of TINY."""
     cache = workdir.parent / "compiled"
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu",
-           "JAX_COMPILATION_CACHE_DIR": str(cache),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", **(env or {})}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        **(env or {}),
+    }
     with log.open("a") as out:
-        return subprocess.Popen([sys.executable, "-m", "vdx.main", f"--workdir={workdir}", *TINY,
-                                 *args], cwd=ROOT, env=env, stdout=out, stderr=out,
-                                start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "vdx.main", f"--workdir={workdir}", *TINY, *args],
+            cwd=ROOT,
+            env=env,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
 
 
 def arrays(workdir: Path, step: int = STEPS) -> str:
@@ -90,8 +106,9 @@ class Tally:
     resumed_from: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
-def campaign(folder: Path, kills: int, inside_saves: int, seed: int = 0,
-             say=lambda text: None) -> Tally:
+def campaign(
+    folder: Path, kills: int, inside_saves: int, seed: int = 0, say=lambda text: None
+) -> Tally:
     """Kills until both counts are reached, and a run of MANY kills has come to its end; raises
     AssertionError if anything was lost."""
     rng, tally, log = random.Random(seed), Tally(), folder / "log.txt"
@@ -162,9 +179,11 @@ def main(_) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     tally = campaign(folder, options.kills, options.inside_saves, options.seed, say=print)
-    print(f"{tally.kills} kills, {tally.inside_saves} of them inside a save, in {tally.runs} runs "
-          f"that all ended with the arrays of the run without kills (up to "
-          f"{tally.most_kills_of_a_run} kills in one run); {time.monotonic() - begin:.0f} s")
+    print(
+        f"{tally.kills} kills, {tally.inside_saves} of them inside a save, in {tally.runs} runs "
+        f"that all ended with the arrays of the run without kills (up to "
+        f"{tally.most_kills_of_a_run} kills in one run); {time.monotonic() - begin:.0f} s"
+    )
 
 
 if __name__ == "__main__":

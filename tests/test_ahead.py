@@ -19,8 +19,11 @@ from vdx.train.ahead import Programs
 
 def clips(n, frames, height=8, width=8):
     rng = np.random.default_rng(n * frames)
-    return {"video": rng.integers(0, 255, (n, frames, height, width, 3), np.uint8),
-            "place": np.arange(n), "key": np.array(["a"] * n)}
+    return {
+        "video": rng.integers(0, 255, (n, frames, height, width, 3), np.uint8),
+        "place": np.arange(n),
+        "key": np.array(["a"] * n),
+    }
 
 
 @pytest.fixture
@@ -35,12 +38,17 @@ def world():
         return state + batch["video"].astype(jnp.float32).mean() * frozen, batch["place"].sum()
 
     def make(loader=None, samples=(), model=None):
-        return Programs(jax.jit(step, donate_argnums=0), jax.ShapeDtypeStruct((), jnp.float32),
-                        jnp.float32(2), SimpleNamespace(
-                            model=model or SimpleNamespace(
-                                channels=3, num_tokens=lambda shape: 10 * shape[1]),
-                            data=SimpleNamespace(loader=loader or {"global_batch": 4})),
-                        mesh, lambda: samples)
+        return Programs(
+            jax.jit(step, donate_argnums=0),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            jnp.float32(2),
+            SimpleNamespace(
+                model=model or SimpleNamespace(channels=3, num_tokens=lambda shape: 10 * shape[1]),
+                data=SimpleNamespace(loader=loader or {"global_batch": 4}),
+            ),
+            mesh,
+            lambda: samples,
+        )
 
     return make, traced, mesh, go
 
@@ -51,7 +59,7 @@ def test_others_are_compiled_while_the_first_runs(world):
     samples = [(len(b["place"]), {k: v[0] for k, v in b.items()}) for b in batches]
     programs, state, total = make(samples=samples), jnp.float32(0), 0.0
     for i, batch in enumerate(3 * batches):
-        if i == 1:         # the first step did not wait for the others, nor do they for a batch
+        if i == 1:  # the first step did not wait for the others, nor do they for a batch
             assert len(traced) == 1 and len(programs.known) == 3
             go.set()
             for made in programs.known.values():
@@ -62,7 +70,7 @@ def test_others_are_compiled_while_the_first_runs(world):
         total += 2 * batch["video"].mean()
         assert work == (len(batch["place"]), 10 * batch["video"].shape[1] * len(batch["place"]), 0)
         assert places == batch["place"].sum()
-    assert traced == [b["video"].shape for b in batches]                  # each once, in order
+    assert traced == [b["video"].shape for b in batches]  # each once, in order
     np.testing.assert_allclose(state, total, rtol=1e-5)
     programs.close()
 
@@ -86,8 +94,11 @@ def test_what_does_not_divide_is_said_at_once(world):
 
 
 def test_a_bucket_that_is_no_number_of_patches(at_root):
-    made = Experiment(resolve("configs/t2v_tiny.py", [
-        "--config.data.loader.buckets=((8, 32, 32, 8), (8, 30, 32, 8))"]))
+    made = Experiment(
+        resolve(
+            "configs/t2v_tiny.py", ["--config.data.loader.buckets=((8, 32, 32, 8), (8, 30, 32, 8))"]
+        )
+    )
     with pytest.raises(ValueError, match=r"\(8, 30, 32\).*does not divide into patches"):
         Programs(None, None, None, made, MeshSpec().make(jax.devices()[:1]), list)
 
@@ -99,7 +110,10 @@ def test_abstract_batches_are_like_those_that_come(world):
     assert told.keys() == real.keys() == {"video", "place"}
     for name, x in real.items():
         assert (told[name].shape, told[name].dtype, told[name].sharding) == (
-            x.shape, x.dtype, x.sharding)
+            x.shape,
+            x.dtype,
+            x.sharding,
+        )
 
 
 def test_operations_of_a_step_are_counted_where_a_peak_is_known(world, monkeypatch):
@@ -107,7 +121,8 @@ def test_operations_of_a_step_are_counted_where_a_peak_is_known(world, monkeypat
     assert ahead.peak_flops(mesh) == 0
     monkeypatch.setattr(ahead, "chip_of", lambda kind: CHIPS["v5e"])
     assert ahead.peak_flops(mesh) == 2 * 197e12
-    model = SimpleNamespace(channels=3, num_tokens=lambda shape: 1,
-                            flops=lambda shape, text: 1e6 * np.prod(shape))
+    model = SimpleNamespace(
+        channels=3, num_tokens=lambda shape: 1, flops=lambda shape, text: 1e6 * np.prod(shape)
+    )
     _, work = make(model=model)(put_batch(mesh, clips(4, 2)))
     assert work.flops == 3 * 4 * 2 * 8 * 8 * 3 * 1e6

@@ -33,18 +33,35 @@ class Latents:
         rng = np.random.default_rng(index)
         latents = rng.normal(size=(4, 4, 4, 4)).astype(np.float32)
         latents[0, 0, 0, 0] *= self.bad.get(index // BATCH, 1.0)
-        return {"latents": latents, "text": rng.normal(size=(3, 32)).astype(np.float32),
-                "text_mask": np.ones(3, bool), "fps": np.float32(8), "num_frames": np.int32(4),
-                "key": f"clip {index}"}
+        return {
+            "latents": latents,
+            "text": rng.normal(size=(3, 32)).astype(np.float32),
+            "text_mask": np.ones(3, bool),
+            "fps": np.float32(8),
+            "num_frames": np.int32(4),
+            "key": f"clip {index}",
+        }
 
 
 def experiment(bad: dict[int, float]) -> Experiment:
-    made = Experiment(resolve("configs/t2v_base.py:smoke", [
-        "--config.model.backbone.width=16", "--config.model.backbone.depth=2",
-        "--config.model.backbone.heads=2", f"--config.data.loader.global_batch={BATCH}",
-        "--config.data.loader.shuffle=False", f"--config.train.steps={STEPS}",
-        "--config.train.eval_every=0", "--config.train.save_every=2", "--config.train.spike=5",
-        "--config.optim.warmup=1", "--config.mesh.fsdp=1"]))
+    made = Experiment(
+        resolve(
+            "configs/t2v_base.py:smoke",
+            [
+                "--config.model.backbone.width=16",
+                "--config.model.backbone.depth=2",
+                "--config.model.backbone.heads=2",
+                f"--config.data.loader.global_batch={BATCH}",
+                "--config.data.loader.shuffle=False",
+                f"--config.train.steps={STEPS}",
+                "--config.train.eval_every=0",
+                "--config.train.save_every=2",
+                "--config.train.spike=5",
+                "--config.optim.warmup=1",
+                "--config.mesh.fsdp=1",
+            ],
+        )
+    )
     made.source = lambda heldout=False: Latents(bad)
     return made
 
@@ -64,9 +81,11 @@ def step_fn(mesh, memory, quick):
     with jax.set_mesh(mesh):
         shardings = state_shardings(mesh, jax.eval_shape(made.init))
         state = jax.jit(made.init, out_shardings=shardings)()
-        step = jax.jit(make_train_step(made.objective, made.tx, made.training.ema,
-                                       spike=made.training.spike),
-                       out_shardings=(shardings, None), compiler_options=quick)
+        step = jax.jit(
+            make_train_step(made.objective, made.tx, made.training.ema, spike=made.training.spike),
+            out_shardings=(shardings, None),
+            compiler_options=quick,
+        )
     return step, state
 
 
@@ -126,7 +145,9 @@ def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
     assert same_numbers(got, want)
     rows = read_rows(tmp_path / "run" / "refused_batches.jsonl")
     assert [(r["step"], r["position"], r["keys"]) for r in rows] == [
-        (6, 5, ["clip 10", "clip 11"]), (8, 7, ["clip 14", "clip 15"])]
+        (6, 5, ["clip 10", "clip 11"]),
+        (8, 7, ["clip 14", "clip 15"]),
+    ]
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert logged[-1]["train/refused"] == 2
     assert all(np.isfinite(r["train/loss"]) for r in logged if "train/loss" in r)
@@ -154,9 +175,10 @@ def test_when_going_back_does_not_help(mesh, memory, tmp_path):
     assert "batches in a row" in str(error.value) and "after going back 2 times" in str(error.value)
     rows = read_rows(workdir / "refused_batches.jsonl")
     assert len(rows) >= 9 and f"batch {rows[-1]['position']}: {rows[-1]['keys'][0]}" in str(
-        error.value)
+        error.value
+    )
     with jax.set_mesh(mesh), Checkpoints(workdir, read_only=True) as checkpoints:
-        assert 4 in checkpoints.steps()      # of before the streak
+        assert 4 in checkpoints.steps()  # of before the streak
 
 
 @pytest.mark.slow

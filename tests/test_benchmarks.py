@@ -16,8 +16,13 @@ pytestmark = pytest.mark.slow
 def rows(script: str, tmp_path: Path, *args: str) -> list[dict]:
     out = tmp_path / "rows.json"
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}.py", f"--out={out}", "--runs=1", *args], cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, capture_output=True, check=False)
+        [sys.executable, f"benchmarks/{script}.py", f"--out={out}", "--runs=1", *args],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     found = read_json(out)["rows"]
@@ -30,8 +35,12 @@ def test_transformer(dtype, apart, tmp_path):
     found = rows("transformer", tmp_path, "--size=toy", f"--dtype={dtype}", "--nocompile")
     assert {row["by"] for row in found if row["what"] == "forward"} == {"torch", "vdx"}
     assert {row["by"] for row in found if row["what"] == "training step"} == {
-        "torch", "torch, checkpoints", "vdx, remat none", "vdx, remat save_attention",
-        "vdx, remat full"}
+        "torch",
+        "torch, checkpoints",
+        "vdx, remat none",
+        "vdx, remat save_attention",
+        "vdx, remat full",
+    }
     assert all(row["apart"] < apart for row in found if row["what"] == "forward")
 
 

@@ -30,15 +30,20 @@ class Layer(nn.Module):
 TABLE = {"thing": Thing, "layer": Layer}
 
 
-@pytest.mark.parametrize(("key", "given", "want"), [
-    ("rate", 2, 2.0),                              # int to float
-    ("levels", [1, 0.5], (1.0, 0.5)),              # list to tuple, its entries too
-    ("levels", (), ()),
-    ("patch", [4, 8, 8], (4, 8, 8)),
-    ("name_of", "space", "space"), ("name_of", ["space", "time"], ("space", "time")),
-    ("extra", None, None), ("extra", {"a": {"b": 1}}, {"a": {"b": 1}}),
-    ("on", True, True),
-])
+@pytest.mark.parametrize(
+    ("key", "given", "want"),
+    [
+        ("rate", 2, 2.0),  # int to float
+        ("levels", [1, 0.5], (1.0, 0.5)),  # list to tuple, its entries too
+        ("levels", (), ()),
+        ("patch", [4, 8, 8], (4, 8, 8)),
+        ("name_of", "space", "space"),
+        ("name_of", ["space", "time"], ("space", "time")),
+        ("extra", None, None),
+        ("extra", {"a": {"b": 1}}, {"a": {"b": 1}}),
+        ("on", True, True),
+    ],
+)
 def test_right_values_arrive(key, given, want):
     got = getattr(fill(Thing, {"steps": 1, key: given}, "config.t"), key)
     assert got == want and type(got) is type(want)
@@ -46,22 +51,39 @@ def test_right_values_arrive(key, given, want):
         assert [type(v) for v in got] == [type(v) for v in want]
 
 
-@pytest.mark.parametrize(("key", "given"), [
-    ("steps", 1.0), ("steps", "1"), ("steps", True), ("steps", None),
-    ("rate", "fast"), ("rate", True), ("levels", 0.5), ("levels", [0.5, "x"]),
-    ("patch", [1, 2]), ("patch", [1, 2, 2.5]), ("name_of", 3), ("extra", "a"),
-    ("on", 1), ("on", "yes"),
-])
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("steps", 1.0),
+        ("steps", "1"),
+        ("steps", True),
+        ("steps", None),
+        ("rate", "fast"),
+        ("rate", True),
+        ("levels", 0.5),
+        ("levels", [0.5, "x"]),
+        ("patch", [1, 2]),
+        ("patch", [1, 2, 2.5]),
+        ("name_of", 3),
+        ("extra", "a"),
+        ("on", 1),
+        ("on", "yes"),
+    ],
+)
 def test_wrong_types_are_named(key, given):
     with pytest.raises(ConfigError, match=rf"config\.t\.{key} = .*expected"):
         fill(Thing, {"steps": 1, key: given}, "config.t")
 
 
-@pytest.mark.parametrize(("key", "nearest"), [
-    ("step", "steps"), ("ratte", "rate"), ("level", "levels")])
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("step", "steps"), ("ratte", "rate"), ("level", "levels")]
+)
 def test_an_unknown_key_names_the_nearest(key, nearest):
-    with pytest.raises(ConfigError, match=rf"Unknown key config\.t\.{key}\. "
-                                          rf"Did you mean '{nearest}'\? Known keys: steps, rate"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"Unknown key config\.t\.{key}\. "
+        rf"Did you mean '{nearest}'\? Known keys: steps, rate",
+    ):
         fill(Thing, {"steps": 1, key: 1}, "config.t")
 
 
@@ -90,8 +112,11 @@ def test_given_fields_are_the_programs():
 
 def test_a_name_becomes_an_object():
     assert build({"name": "thing", "steps": 3}, TABLE, "config.t") == Thing(3)
-    with pytest.raises(ConfigError, match=r"config\.t: unknown name 'think'. Did you mean 'thing'\?"
-                                          " Known: thing, layer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.t: unknown name 'think'. Did you mean 'thing'\?"
+        " Known: thing, layer",
+    ):
         build({"name": "think", "steps": 3}, TABLE, "config.t")
     with pytest.raises(ConfigError, match=r"config\.t lacks a name. Known: thing, layer"):
         build({"steps": 3}, TABLE, "config.t")

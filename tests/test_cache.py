@@ -21,7 +21,9 @@ def refuse(name, *rest, **named):
     return original(name, *rest, **named)
 builtins.__import__ = refuse
 """
-ROUND_TRIP = BLOCKED + """
+ROUND_TRIP = (
+    BLOCKED
+    + """
 import pickle, sys
 from pathlib import Path
 import numpy as np
@@ -90,33 +92,54 @@ except BadRecord as error:
 assert not {"torch", "tensorflow"} & set(sys.modules)
 print("round trip done")
 """
+)
 
 
 def test_records_round_trip_without_tensorflow_or_torch(tmp_path):
-    done = subprocess.run([sys.executable, "-c", ROUND_TRIP, str(tmp_path)], text=True,
-                          capture_output=True, cwd=Path(__file__).parents[1], timeout=120,
-                          env={**os.environ, "PYTHONPATH": "."})
+    done = subprocess.run(
+        [sys.executable, "-c", ROUND_TRIP, str(tmp_path)],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("round trip done", "clip 0: latents hold NaN", "is already there",
-                 "v1: not a usable video", "unreadable"):
+    for said in (
+        "round trip done",
+        "clip 0: latents hold NaN",
+        "is already there",
+        "v1: not a usable video",
+        "unreadable",
+    ):
         assert said in done.stdout, done.stdout
 
 
 def row(**changes):
-    return {"latents": np.zeros((2, 4, 4, 3), np.float16), "text": np.zeros((3, 6), np.float16),
-            "fps": 8.0, "num_frames": 5, **changes}
+    return {
+        "latents": np.zeros((2, 4, 4, 3), np.float16),
+        "text": np.zeros((3, 6), np.float16),
+        "fps": 8.0,
+        "num_frames": 5,
+        **changes,
+    }
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"latents": np.zeros((2, 4, 8, 3))}, r"shape \(2, 4, 8, 3\), expected \(2, 4, 4, 3\)"),
-    ({"latents": np.zeros((4, 4, 3))}, r"shape \(4, 4, 3\), expected"),
-    ({"latents": np.full((2, 4, 4, 3), np.nan)}, "latents hold NaN"),
-    ({"text": np.full((3, 6), np.inf)}, "text hold NaN"),
-    ({"text": np.zeros((3, 7))}, r"text has the shape \(3, 7\), expected \(l, 6\)"),
-    ({"text": np.zeros((6, 6))}, "text has 6 tokens, at most 5"),
-    ({"concat": np.zeros((2, 4, 8, 5))}, r"concat have the shape \(2, 4, 8, 5\), expected"),
-    ({"image_tokens": np.full((7, 3), np.nan)}, "image_tokens hold NaN"),
-    ({"fps": 0.0}, "fps = 0.0"), ({"num_frames": 0}, "num_frames = 0")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latents": np.zeros((2, 4, 8, 3))}, r"shape \(2, 4, 8, 3\), expected \(2, 4, 4, 3\)"),
+        ({"latents": np.zeros((4, 4, 3))}, r"shape \(4, 4, 3\), expected"),
+        ({"latents": np.full((2, 4, 4, 3), np.nan)}, "latents hold NaN"),
+        ({"text": np.full((3, 6), np.inf)}, "text hold NaN"),
+        ({"text": np.zeros((3, 7))}, r"text has the shape \(3, 7\), expected \(l, 6\)"),
+        ({"text": np.zeros((6, 6))}, "text has 6 tokens, at most 5"),
+        ({"concat": np.zeros((2, 4, 8, 5))}, r"concat have the shape \(2, 4, 8, 5\), expected"),
+        ({"image_tokens": np.full((7, 3), np.nan)}, "image_tokens hold NaN"),
+        ({"fps": 0.0}, "fps = 0.0"),
+        ({"num_frames": 0}, "num_frames = 0"),
+    ],
+)
 def test_a_row_that_does_not_fit_says_what_was_expected(changes, message):
     with pytest.raises(BadRecord, match=f"k: .*{message}"):
         ready_example(row(**changes), "k", {**META, "concat": [2, 4, 4, 5]})

@@ -22,8 +22,12 @@ def cameras(seed=0, count=4):
     matrices = np.zeros((count, 3, 3))
     matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]] = rng.uniform(0.4, 1.2, (count, 4))
     matrices[:, 2, 2] = 1
-    turns = np.stack([turned(a, v) for a, v in zip(rng.uniform(-1, 1, count),
-                                                   rng.normal(size=(count, 3)), strict=True)])
+    turns = np.stack(
+        [
+            turned(a, v)
+            for a, v in zip(rng.uniform(-1, 1, count), rng.normal(size=(count, 3)), strict=True)
+        ]
+    )
     return matrices, np.concatenate([turns, rng.normal(size=(count, 3, 1))], -1)
 
 
@@ -67,13 +71,19 @@ def test_the_camera_of_a_scene_sees_the_background_that_is_drawn():
     found = camera(scene, times, h, w)
     rays = plucker(found[..., :3], found[..., 3:], h, w).astype(np.float64)
     moment, d = rays[..., :3], rays[..., 3:]
-    near = np.cross(d, moment)                 # the point of the ray nearest to the origin
+    near = np.cross(d, moment)  # the point of the ray nearest to the origin
     hit = near + ((1 - near[..., 2]) / d[..., 2])[..., None] * d
     for i, shift in enumerate(scene.shift(times)):
-        np.testing.assert_allclose((hit[i, ..., 0] + 0.5 + shift) * w,
-                                   np.broadcast_to(np.arange(w) + 0.5, (h, w)), atol=1e-4)
-        np.testing.assert_allclose((hit[i, ..., 1] + h / w / 2) * w,
-                                   np.broadcast_to(np.arange(h)[:, None] + 0.5, (h, w)), atol=1e-4)
+        np.testing.assert_allclose(
+            (hit[i, ..., 0] + 0.5 + shift) * w,
+            np.broadcast_to(np.arange(w) + 0.5, (h, w)),
+            atol=1e-4,
+        )
+        np.testing.assert_allclose(
+            (hit[i, ..., 1] + h / w / 2) * w,
+            np.broadcast_to(np.arange(h)[:, None] + 0.5, (h, w)),
+            atol=1e-4,
+        )
     still = background("dots", np.zeros(1), h, w)[0]
     moved = background("dots", scene.shift(times[2:]), h, w)[0]
     cols, rows = ((hit[2, ..., k] + (0.5, h / w / 2)[k]) * w - 0.5 for k in (0, 1))
@@ -91,8 +101,8 @@ def test_a_cropped_camera_sees_the_middle_of_what_the_whole_one_saw(size):
     h, w = size
     if max(size) == 40:  # only cropped
         top, left = (40 - h) // 2, (40 - w) // 2
-        np.testing.assert_allclose(part, whole[:, top:top + h, left:left + w], atol=1e-6)
-    else:                # only made smaller: corners of pixels go on corners
+        np.testing.assert_allclose(part, whole[:, top : top + h, left : left + w], atol=1e-6)
+    else:  # only made smaller: corners of pixels go on corners
         np.testing.assert_allclose(part[:, 0, 0], whole[:, 0, 0], atol=0.02)
         np.testing.assert_allclose(cropped(intrinsics, (40, 40), *size), intrinsics, atol=1e-12)
 
@@ -111,18 +121,30 @@ def test_a_file_comes_back(tmp_path, zooms):
 STILL = np.eye(3, 4).tolist()
 
 
-@pytest.mark.parametrize("text, says", [
-    ("{", "cannot be read as JSON"), ("[]", "expected .*intrinsics"),
-    ({"intrinsics": [1, 1, 0.5, 0.5], "frames": []}, '"frames" is empty'),
-    ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [[1, 2]]}, r"\[1, 2\], expected one world-to"),
-    ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [[1], [1, 2]]}, "equally long"),
-    ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [STILL] * 2}, "has 2 cameras, .* has 3 frames"),
-    ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [STILL, STILL, (-np.eye(3, 4)).tolist()]},
-     "frame 2 are no rotation"),
-    ({"intrinsics": [1, 1, 0.5], "frames": [STILL] * 3}, r"\[3\], expected \[fx, fy"),
-    ({"intrinsics": [500, 500, 320, 240], "frames": [STILL] * 3}, "divide fx and cx by its width"),
-    ({"intrinsics": [1, None, 0.5, 0.5], "frames": [STILL] * 3}, '"intrinsics" is empty or not'),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected .*intrinsics"),
+        ({"intrinsics": [1, 1, 0.5, 0.5], "frames": []}, '"frames" is empty'),
+        ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [[1, 2]]}, r"\[1, 2\], expected one world-to"),
+        ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [[1], [1, 2]]}, "equally long"),
+        ({"intrinsics": [1, 1, 0.5, 0.5], "frames": [STILL] * 2}, "has 2 cameras, .* has 3 frames"),
+        (
+            {"intrinsics": [1, 1, 0.5, 0.5], "frames": [STILL, STILL, (-np.eye(3, 4)).tolist()]},
+            "frame 2 are no rotation",
+        ),
+        ({"intrinsics": [1, 1, 0.5], "frames": [STILL] * 3}, r"\[3\], expected \[fx, fy"),
+        (
+            {"intrinsics": [500, 500, 320, 240], "frames": [STILL] * 3},
+            "divide fx and cx by its width",
+        ),
+        (
+            {"intrinsics": [1, None, 0.5, 0.5], "frames": [STILL] * 3},
+            '"intrinsics" is empty or not',
+        ),
+    ],
+)
 def test_a_wrong_file_says_what_is_wrong(tmp_path, text, says):
     path = tmp_path / "a.json"
     path.write_text(text if isinstance(text, str) else json.dumps(text))

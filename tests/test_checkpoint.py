@@ -25,12 +25,25 @@ def new_state(seed: int = 0, width: int = 256) -> TrainState:
     """A state with every kind of leaf, without a network."""
     rng = np.random.default_rng(seed)
     array = lambda *shape: rng.standard_normal(shape, np.float32)
-    params = {"mlp": {"up": {"kernel": array(3, 8, width), "bias": array(width)},
-                      "down": {"kernel": array(3, width, 8)}}, "norm": {"scale": array(5)}}
-    moments = jax.tree.map(lambda p: p + rng.integers(1, 9, p.shape).astype(p.dtype),
-                           optax.adamw(1e-3).init(params))
-    return TrainState(np.int32(seed), params, moments, jax.tree.map(lambda x: x + 1, params),
-                      jax.random.key(seed), np.float32(0.5), np.int32(4))
+    params = {
+        "mlp": {
+            "up": {"kernel": array(3, 8, width), "bias": array(width)},
+            "down": {"kernel": array(3, width, 8)},
+        },
+        "norm": {"scale": array(5)},
+    }
+    moments = jax.tree.map(
+        lambda p: p + rng.integers(1, 9, p.shape).astype(p.dtype), optax.adamw(1e-3).init(params)
+    )
+    return TrainState(
+        np.int32(seed),
+        params,
+        moments,
+        jax.tree.map(lambda x: x + 1, params),
+        jax.random.key(seed),
+        np.float32(0.5),
+        np.int32(4),
+    )
 
 
 def on(mesh, state: TrainState) -> TrainState:
@@ -38,15 +51,21 @@ def on(mesh, state: TrainState) -> TrainState:
 
 
 def abstract(mesh, state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        state, state_shardings(mesh, state))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        state_shardings(mesh, state),
+    )
 
 
 def same(a, b) -> None:
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b),
-                            strict=True):
-        x, y = (jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
-                for v in (x, y))
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        x, y = (
+            jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
+            for v in (x, y)
+        )
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 
 
@@ -80,8 +99,9 @@ def restored(mesh, workdir, **options):
         return checkpoints.restore(abstract(mesh, new_state()))
 
 
-@pytest.mark.parametrize("sizes", [
-    {"fsdp": 4, "tensor": 2}, {"fsdp": 4}, {"data": 2, "tensor": 2}, {}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 4}, {"data": 2, "tensor": 2}, {}], ids=str
+)
 def test_a_step_comes_back_on_any_mesh(saved, sizes):
     spec = MeshSpec(**{"data": 1, **sizes})
     count = int(np.prod([*sizes.values(), 1]))
@@ -95,10 +115,13 @@ def test_a_step_comes_back_on_any_mesh(saved, sizes):
 def test_progress_is_that_of_when_the_save_began(one, tmp_path, monkeypatch):
     rows, given = [{"loss": 0.1}], []
     with jax.set_mesh(one), Checkpoints(tmp_path) as checkpoints:
-        monkeypatch.setattr(checkpoints.manager, "save", lambda step, args, **_: given.append(
-            args["facts"].item) or True)
+        monkeypatch.setattr(
+            checkpoints.manager,
+            "save",
+            lambda step, args, **_: given.append(args["facts"].item) or True,
+        )
         checkpoints.save(1, on(one, new_state(1)), {**PROGRESS, "window": rows})
-        rows.append({"loss": 0.2})       # the next step; Orbax has not written the one before yet
+        rows.append({"loss": 0.2})  # the next step; Orbax has not written the one before yet
     assert given[0]["progress"] == PROGRESS
 
 
@@ -199,6 +222,7 @@ def test_the_damaged_array_is_named(copy, one, caplog):
     changed["leaves"]["ema/mlp/up/bias"][2] = wrong ^ 1
     changed.pop("sha256")
     from vdx.train.fingerprint import digest
+
     path.write_text(json.dumps({**changed, "sha256": digest(changed)}))
     state, _ = restored(one, copy)
     assert int(state.step) == 2
@@ -257,17 +281,26 @@ def test_every_array_that_differs_is_named(saved, one):
     other = other.replace(accepted=np.float32(0))
     del other.ema["norm"]
     # The shardings of a tree whose parts differ are not the point here.
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=state_shardings(one, new_state()).step), other)
-    with jax.set_mesh(one), Checkpoints(saved, read_only=True) as checkpoints, \
-            pytest.raises(CheckpointError) as error:
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=state_shardings(one, new_state()).step
+        ),
+        other,
+    )
+    with (
+        jax.set_mesh(one),
+        Checkpoints(saved, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError) as error,
+    ):
         checkpoints.restore(like)
-    for part in ("params/mlp/up/kernel float32(3, 8, 256): this model has float32(3, 8, 128)",
-                 "params/extra/kernel (2, 2): not in the checkpoint",
-                 "ema/norm/scale (5,): not in this model",
-                 "rest/accepted int32(): this model has float32()"):
+    for part in (
+        "params/mlp/up/kernel float32(3, 8, 256): this model has float32(3, 8, 128)",
+        "params/extra/kernel (2, 2): not in the checkpoint",
+        "ema/norm/scale (5,): not in this model",
+        "rest/accepted int32(): this model has float32()",
+    ):
         assert part in str(error.value), str(error.value)
-    assert (saved / "checkpoints" / "3").exists()      # nothing is wrong with it
+    assert (saved / "checkpoints" / "3").exists()  # nothing is wrong with it
 
 
 # What is kept
@@ -277,17 +310,20 @@ def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
     scores = {1: 0.9, 2: 0.1, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
     options = dict(keep=1, keep_every=3, best="heldout/loss")
     with jax.set_mesh(one):
-        for steps in ((1, 2, 3), (4, 5), (6, 7)):          # three programs
+        for steps in ((1, 2, 3), (4, 5), (6, 7)):  # three programs
             with Checkpoints(tmp_path, **options) as checkpoints:
                 for step in steps:
-                    checkpoints.save(step, on(one, new_state(step)), PROGRESS,
-                                     {"heldout/loss": scores[step]})
+                    checkpoints.save(
+                        step, on(one, new_state(step)), PROGRESS, {"heldout/loss": scores[step]}
+                    )
         with Checkpoints(tmp_path, **options) as checkpoints:
             assert checkpoints.steps() == [2, 3, 6, 7] and checkpoints.best_step() == 2
         with Checkpoints(tmp_path, best="heldout/loss", read_only=True) as checkpoints:
             assert checkpoints.best_step() == 2
-        with Checkpoints(tmp_path, read_only=True) as checkpoints, \
-                pytest.raises(CheckpointError, match=r"set config\.train\.best"):
+        with (
+            Checkpoints(tmp_path, read_only=True) as checkpoints,
+            pytest.raises(CheckpointError, match=r"set config\.train\.best"),
+        ):
             checkpoints.best_step()
 
 
@@ -306,7 +342,7 @@ def test_a_save_that_does_not_happen_is_an_error(saved, copy, one):
         checkpoints.delete_after(1)
         assert checkpoints.steps() == [1]
         checkpoints.save(2, on(one, new_state(2)), PROGRESS)
-        checkpoints.delete_after(1)                       # while it is written
+        checkpoints.delete_after(1)  # while it is written
         checkpoints.wait()
         assert checkpoints.steps() == [1]
 
@@ -323,8 +359,12 @@ def test_leaving_waits_for_the_save(tmp_path, one):
 
 def mounted(path: Path, options: str):
     path.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
 
@@ -343,8 +383,10 @@ def test_a_full_disk_is_explained_and_older_steps_stay(small_disk, one):
             checkpoints.save(1, on(one, new_state(1)), PROGRESS)
         free = shutil.disk_usage(small_disk).free
         (small_disk / "filler").write_bytes(b"x" * (free - 4096))
-        with pytest.raises(CheckpointError) as error, \
-                Checkpoints(small_disk, keep=3) as checkpoints:
+        with (
+            pytest.raises(CheckpointError) as error,
+            Checkpoints(small_disk, keep=3) as checkpoints,
+        ):
             checkpoints.save(2, on(one, new_state(2)), PROGRESS)
         assert "No space left" in str(error.value) and "whole there: 1." in str(error.value)
         (small_disk / "filler").unlink()
@@ -354,9 +396,15 @@ def test_a_full_disk_is_explained_and_older_steps_stay(small_disk, one):
         same(restored(one, small_disk)[0], new_state(2))
 
 
-@pytest.mark.parametrize(("path", "want"), [
-    ("runs/a", ("runs/a", None)), ("runs/a/checkpoints", ("runs/a", None)),
-    ("runs/a/checkpoints/500", ("runs/a", 500)), ("runs/500", ("runs/500", None))])
+@pytest.mark.parametrize(
+    ("path", "want"),
+    [
+        ("runs/a", ("runs/a", None)),
+        ("runs/a/checkpoints", ("runs/a", None)),
+        ("runs/a/checkpoints/500", ("runs/a", 500)),
+        ("runs/500", ("runs/500", None)),
+    ],
+)
 def test_locate(path, want):
     assert locate(path) == (Path(want[0]), want[1])
 

@@ -12,8 +12,10 @@ import pytest
 from vdx.data.checksums import add_checksums
 
 ROOT = Path(__file__).parents[1]
-ROWS = [{"file_name": "a.mp4", "caption": "W\u00fcrfel \u2028 \ud800", "fps": 12.5, "tags": ["x"]},
-        {"caption": None, "file_name": "sub/b.mp4", "sha256": None}]
+ROWS = [
+    {"file_name": "a.mp4", "caption": "W\u00fcrfel \u2028 \ud800", "fps": 12.5, "tags": ["x"]},
+    {"caption": None, "file_name": "sub/b.mp4", "sha256": None},
+]
 
 
 def sha(data):
@@ -37,8 +39,10 @@ def rows(folder):
 def test_checksums_are_added_and_everything_else_is_kept(folder):
     found = add_checksums(folder)
     assert found == {"new": ["a.mp4", "sub/b.mp4"], "same": [], "changed": [], "missing": []}
-    assert rows(folder) == [ROWS[0] | {"sha256": sha(b"a" * 100_000)},
-                            ROWS[1] | {"sha256": sha(b"b")}]
+    assert rows(folder) == [
+        ROWS[0] | {"sha256": sha(b"a" * 100_000)},
+        ROWS[1] | {"sha256": sha(b"b")},
+    ]
     before = (folder / "metadata.jsonl").read_bytes()
     assert add_checksums(folder)["same"] == ["a.mp4", "sub/b.mp4"]
     assert (folder / "metadata.jsonl").read_bytes() == before
@@ -71,13 +75,20 @@ def test_text_files_become_rows(folder):
     add_checksums(folder)
     assert rows(folder) == [
         {"file_name": "a.mp4", "caption": "eine Kugel", "sha256": sha(b"a" * 100_000)},
-        {"file_name": "sub/b.mp4", "sha256": sha(b"b")}]
+        {"file_name": "sub/b.mp4", "sha256": sha(b"b")},
+    ]
 
 
 def test_the_command(folder):
     def run(*options):
-        return subprocess.run([sys.executable, "-m", "vdx.data.checksums", *map(str, options)],
-                              cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "vdx.data.checksums", *map(str, options)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     assert "new: 2; same: 0" in run(folder).stdout
     (folder / "a.mp4").write_bytes(b"x")
     (folder / "sub/b.mp4").unlink()

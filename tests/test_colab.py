@@ -17,10 +17,11 @@ def test_notebook(path, tmp_path, monkeypatch):
     monkeypatch.setenv("VDX_OPTIONS", " ".join(f'"{option}"' for option in MICRO))
     monkeypatch.setenv("XLA_FLAGS", "")
     notebook = nbformat.read(path, 4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={
-        "metadata": {"path": str(path.parent)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     text = "".join(o.get("text", "") for o in outputs)
-    assert "Open" in text and "chance" in text          # trained, judged
+    assert "Open" in text and "chance" in text  # trained, judged
     videos = sum(o["data"].get("text/html", "").count("<video") for o in outputs if "data" in o)
-    assert videos == 4                                   # two of the wall, two that were asked for
+    assert videos == 4  # two of the wall, two that were asked for

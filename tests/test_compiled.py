@@ -20,8 +20,14 @@ print(jax.config.jax_compilation_cache_dir, "cache_hits" in seen, "cache_misses"
 
 def told(**env):
     keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_") or "PLATF" in k}
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, text=True, check=True,
-                          capture_output=True, env={**keep, "XLA_FLAGS": "", **env})
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        cwd=ROOT,
+        text=True,
+        check=True,
+        capture_output=True,
+        env={**keep, "XLA_FLAGS": "", **env},
+    )
     return done.stdout.split()
 
 

@@ -31,24 +31,48 @@ def small(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    ("3", 3), ("3.5", 3.5), ("1e-4", 1e-4), ("-1", -1), ("true", True), ("False", False),
-    ("None", None), ("null", None), ("(1, 2)", (1, 2)), ("['a']", ["a"]), ("red ball", "red ball"),
-    ("a=b", "a=b"), ("gs://bucket/x", "gs://bucket/x"), ("", ""), ("(1, 2", "(1, 2"),
-    ("'3'", "3"), ("{'a': 1}", {"a": 1}),
-    ("none", "none"),           # a row of several tables: --config.model.backbone.remat=none
-])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("3", 3),
+        ("3.5", 3.5),
+        ("1e-4", 1e-4),
+        ("-1", -1),
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ("null", None),
+        ("(1, 2)", (1, 2)),
+        ("['a']", ["a"]),
+        ("red ball", "red ball"),
+        ("a=b", "a=b"),
+        ("gs://bucket/x", "gs://bucket/x"),
+        ("", ""),
+        ("(1, 2", "(1, 2"),
+        ("'3'", "3"),
+        ("{'a': 1}", {"a": 1}),
+        ("none", "none"),  # a row of several tables: --config.model.backbone.remat=none
+    ],
+)
 def test_values_on_the_command_line(text, want):
     got = parse_value(text)
     assert got == want and type(got) is type(want)
 
 
 def test_overrides_reach_keys_that_the_file_has_and_has_not(small):
-    got = resolve(small, ["--config.seed=7", "--config.model.depth=3", "--other=1",
-                          "-config.section.new.deep=x", "--config.model.width=1.5"])
+    got = resolve(
+        small,
+        [
+            "--config.seed=7",
+            "--config.model.depth=3",
+            "--other=1",
+            "-config.section.new.deep=x",
+            "--config.model.width=1.5",
+        ],
+    )
     assert got["seed"] == 7 and got["model"] == {"width": 1.5, "depth": 3}
     assert got["section"] == {"new": {"deep": "x"}}
-    assert got["data"]["levels"] == [1, 2]              # plain JSON values
+    assert got["data"]["levels"] == [1, 2]  # plain JSON values
 
 
 def test_references_follow(small):
@@ -80,9 +104,16 @@ def test_missing_file_lists_those_that_are_there(at_root):
         resolve("configs/t2v_tny.py", [])
 
 
-@pytest.mark.parametrize(("arg", "is_one"), [
-    ("--config.a=1", True), ("-config.a=1", True), ("--config=x", False), ("config.a=1", False),
-    ("--configs.a=1", False)])
+@pytest.mark.parametrize(
+    ("arg", "is_one"),
+    [
+        ("--config.a=1", True),
+        ("-config.a=1", True),
+        ("--config=x", False),
+        ("config.a=1", False),
+        ("--configs.a=1", False),
+    ],
+)
 def test_overrides_are_told_from_flags(arg, is_one):
     assert is_override(arg) is is_one
 
@@ -92,7 +123,7 @@ def test_every_config_is_an_experiment(path):
     experiment = Experiment(resolve(path, []))
     params = jax.eval_shape(experiment.model.new_params, jax.random.key(0))
     assert jax.tree.leaves(params) and experiment.tx
-    again = Experiment(json.loads(json.dumps(experiment.config)))      # as the workdir keeps it
+    again = Experiment(json.loads(json.dumps(experiment.config)))  # as the workdir keeps it
     assert again.model == experiment.model and again.optimizer == experiment.optimizer
 
 
@@ -103,24 +134,38 @@ def config(request):
 
 # Where a typo is planted, what is written there, and what the message must suggest.
 TYPOS = [
-    ("modle", {}, "model"), ("seeed", 1, "seed"),
-    ("data.heigth", 32, "height"), ("data.clip.num_frame", [8], "num_frames"),
-    ("model.backbon", {}, "backbone"), ("model.backbone.widht", 8, "width"),
+    ("modle", {}, "model"),
+    ("seeed", 1, "seed"),
+    ("data.heigth", 32, "height"),
+    ("data.clip.num_frame", [8], "num_frames"),
+    ("model.backbon", {}, "backbone"),
+    ("model.backbone.widht", 8, "width"),
     ("model.backbone.name", "transfomer", "transformer"),
-    ("model.backbone.remat", "ful", "full"), ("model.backbone.pattern", "factorised", "factorized"),
-    ("model.backbone.pattern", ["spase"], "space"), ("model.backbone.size", "tinny", "tiny"),
-    ("model.signals.fpss", {}, "fps"), ("model.signals.fps.drop_out", 0.1, "dropout"),
-    ("process.predicton", "x0", "prediction"), ("process.name", "rectified_flo", "rectified_flow"),
-    ("time.shfit", 3.0, "shift"), ("loss.name", "min_snrr", "min_snr"),
-    ("optim.learning_rat", 1e-3, "learning_rate"), ("mesh.tensr", 2, "tensor"),
-    ("train.stepz", 3, "steps"), ("sample.guidence", 3.0, "guidance"),
-    ("sample.sampler", "unipcc", "unipc"), ("judge.promts", 3, "prompts"),
+    ("model.backbone.remat", "ful", "full"),
+    ("model.backbone.pattern", "factorised", "factorized"),
+    ("model.backbone.pattern", ["spase"], "space"),
+    ("model.backbone.size", "tinny", "tiny"),
+    ("model.signals.fpss", {}, "fps"),
+    ("model.signals.fps.drop_out", 0.1, "dropout"),
+    ("process.predicton", "x0", "prediction"),
+    ("process.name", "rectified_flo", "rectified_flow"),
+    ("time.shfit", 3.0, "shift"),
+    ("loss.name", "min_snrr", "min_snr"),
+    ("optim.learning_rat", 1e-3, "learning_rate"),
+    ("mesh.tensr", 2, "tensor"),
+    ("train.stepz", 3, "steps"),
+    ("sample.guidence", 3.0, "guidance"),
+    ("sample.sampler", "unipcc", "unipc"),
+    ("judge.promts", 3, "prompts"),
 ]
 
 
 # The same in the fields that a U-Net has instead.
-OF_UNETS = {"widht": ("widhts", (8,), "widths"), "pattern": ("temporal", "motoin", "motion"),
-            "size": ("control", "imag", "image")}
+OF_UNETS = {
+    "widht": ("widhts", (8,), "widths"),
+    "pattern": ("temporal", "motoin", "motion"),
+    "size": ("control", "imag", "image"),
+}
 
 
 @pytest.mark.parametrize(("key", "value", "nearest"), TYPOS, ids=lambda v: str(v)[:24])

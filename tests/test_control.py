@@ -34,8 +34,14 @@ from wan_pipelines import (  # noqa: E402
     shown,
 )
 
-ASKED = {"prompts": ("a",), "mesh": {}, "steps": 2, "num_frames": FRAMES, "height": HEIGHT,
-         "width": WIDTH}
+ASKED = {
+    "prompts": ("a",),
+    "mesh": {},
+    "steps": 2,
+    "num_frames": FRAMES,
+    "height": HEIGHT,
+    "width": WIDTH,
+}
 FREE = {name: None for name in ("num_frames", "height", "width")}
 # A light VAE of the same rates.
 LIGHT = VAE | {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
@@ -86,6 +92,7 @@ def told(model, files, mesh, quick):
             check(request, model, mesh)
             with jax.set_mesh(mesh):
                 return PublicGenerator(model, request, mesh, lambda line: None).control()["control"]
+
         yield told
 
 
@@ -93,8 +100,16 @@ def theirs(pipe, given) -> np.ndarray:
     """What WanVACEPipeline tells them."""
     with torch.no_grad():
         video, mask, references = pipe.preprocess_conditions(
-            given.get("video"), given.get("mask"), given.get("reference_images"), 1, HEIGHT, WIDTH,
-            FRAMES, torch.float32, "cpu")
+            given.get("video"),
+            given.get("mask"),
+            given.get("reference_images"),
+            1,
+            HEIGHT,
+            WIDTH,
+            FRAMES,
+            torch.float32,
+            "cpu",
+        )
         latents = pipe.prepare_video_latents(video, mask, references, None, "cpu")
         out = torch.cat([latents, pipe.prepare_masks(mask, references)], 1)
     return np.moveaxis(out.numpy(), 1, -1)
@@ -120,10 +135,14 @@ def test_all_of_it_is_theirs(told, files, want):
 
 FAULTS = {
     "mask is black or white": ("mask_channels", lambda f, m, *args: f(np.float32(m > 0.5), *args)),
-    "pixels of the mask turned": ("mask_channels", lambda f, *args: rearrange(
-        f(*args), "t h w (i j) -> t h w (j i)", i=8)),
-    "mask of the first frames": ("mask_channels", lambda f, m, *args: f(
-        m[[0, 0, 1, 1, 1, 5, 5, 5, 5]], *args)),
+    "pixels of the mask turned": (
+        "mask_channels",
+        lambda f, *args: rearrange(f(*args), "t h w (i j) -> t h w (j i)", i=8),
+    ),
+    "mask of the first frames": (
+        "mask_channels",
+        lambda f, m, *args: f(m[[0, 0, 1, 1, 1, 5, 5, 5, 5]], *args),
+    ),
     "references squeezed": ("on_white", lambda f, *args: pictures.fitted(*args)),
     "references on black": ("on_white", lambda f, *args: np.where(f(*args) == 1, -1, f(*args))),
     "references in order": ("reversed", lambda f, paths: paths),
@@ -166,8 +185,9 @@ def test_a_mask_in_time_is_that_of_torch(t):
 
 def numbered(path, count: int, fps: float, size=(32, 48)) -> str:
     """A video whose frame i is grey, 8 i."""
-    frames = np.broadcast_to(8 * np.arange(count, dtype=np.uint8)[:, None, None, None],
-                             (count, *size, 3))
+    frames = np.broadcast_to(
+        8 * np.arange(count, dtype=np.uint8)[:, None, None, None], (count, *size, 3)
+    )
     write_video(path, frames, fps)
     return str(path)
 
@@ -176,9 +196,17 @@ def numbers(frames) -> list[int]:
     return [round(float(np.mean(frame)) / 8) for frame in frames]
 
 
-@pytest.mark.parametrize(("fps", "want"), [
-    (16, [0, 1, 2, 3, 4, 5, 6, 7, 8]), (17, [0, 1, 2, 3, 4, 5, 6, 7, 8]), (8, [0, 2, 4, 6, 8]),
-    (24, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8]), (10, [0, 2, 3, 5, 6, 8]), (0.5, [0])])
+@pytest.mark.parametrize(
+    ("fps", "want"),
+    [
+        (16, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (17, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (8, [0, 2, 4, 6, 8]),
+        (24, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8]),
+        (10, [0, 2, 3, 5, 6, 8]),
+        (0.5, [0]),
+    ],
+)
 def test_frames_are_those_nearest_in_time(fps, want, tmp_path):
     file = numbered(tmp_path / "a.mp4", 9, 16)
     assert numbers(frames_at(file, fps)) == want
@@ -197,39 +225,51 @@ def test_a_picture_as_a_mask_holds_for_every_frame(told, tmp_path):
 
 
 def test_size_and_length_are_those_of_the_control(model, tmp_path):
-    control = numbered(tmp_path / "a.mp4", 30, 30, (128, 192))           # 1 s
+    control = numbered(tmp_path / "a.mp4", 30, 30, (128, 192))  # 1 s
 
     def asked(**given):
         r = complete(model, ASKED | FREE | given)
         return r.height, r.width, r.num_frames, r.guidance
 
-    assert asked(control=control) == (512, 768, 13, (5.0,))      # 16 of them at 16 fps
+    assert asked(control=control) == (512, 768, 13, (5.0,))  # 16 of them at 16 fps
     assert asked(control=control, fps=30.0)[2] == 29
     assert asked(control=control, num_frames=5, height=32, width=48)[:3] == (32, 48, 5)
     assert asked()[:3] == (480, 832, 81)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"control": "short"}, r"short.mp4 shows 7 frames at fps = 16.0; num_frames = 9 is more: "
-                           "take 5"),
-    ({"control_mask": "short"}, "--control_mask=.* shows 7 frames"),
-    ({"control": None}, "a control_mask needs a control"),
-    ({"control": "text"}, r"--control: .*text.mp4 is not a readable video"),
-    ({"control_mask": "picture"}, r"--control_mask=.*x.png is not a picture that can be read"),
-    ({"reference": ("picture",)}, r"--reference=.*x.png is not a picture"),
-    ({"reference": ("absent",)}, r"--reference 0=.*y.png cannot be read: No such file"),
-    ({"image": "mask"}, "reads a control and references"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"control": "short"},
+            r"short.mp4 shows 7 frames at fps = 16.0; num_frames = 9 is more: "
+            "take 5",
+        ),
+        ({"control_mask": "short"}, "--control_mask=.* shows 7 frames"),
+        ({"control": None}, "a control_mask needs a control"),
+        ({"control": "text"}, r"--control: .*text.mp4 is not a readable video"),
+        ({"control_mask": "picture"}, r"--control_mask=.*x.png is not a picture that can be read"),
+        ({"reference": ("picture",)}, r"--reference=.*x.png is not a picture"),
+        ({"reference": ("absent",)}, r"--reference 0=.*y.png cannot be read: No such file"),
+        ({"image": "mask"}, "reads a control and references"),
+    ],
+)
 def test_what_cannot_be_read_is_explained(change, message, model, files, mesh, tmp_path):
     (tmp_path / "text.mp4").write_bytes(b"text")
     (tmp_path / "x.png").write_bytes(b"text")
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
-    paths = {"short": numbered(tmp_path / "short.mp4", 7, 16), "absent": str(tmp_path / "y.png"),
-             "text": str(tmp_path / "text.mp4"), "picture": str(tmp_path / "x.png"),
-             "mask": str(tmp_path / "mask.png")}
+    paths = {
+        "short": numbered(tmp_path / "short.mp4", 7, 16),
+        "absent": str(tmp_path / "y.png"),
+        "text": str(tmp_path / "text.mp4"),
+        "picture": str(tmp_path / "x.png"),
+        "mask": str(tmp_path / "mask.png"),
+    }
     asked = {"control": files["control"][0], "control_mask": str(tmp_path / "mask.png")}
-    change = {k: tuple(map(paths.get, v)) if isinstance(v, tuple) else paths.get(v)
-              for k, v in change.items()}
+    change = {
+        k: tuple(map(paths.get, v)) if isinstance(v, tuple) else paths.get(v)
+        for k, v in change.items()
+    }
     with pytest.raises(ConfigError, match=message):
         check(complete(model, ASKED | asked | change), model, mesh)
 
@@ -248,8 +288,11 @@ def test_a_manifest_knows_its_files(model, files, mesh):
     assert set(made["digests"]) == {"control", "control_mask", "reference 0", "reference 1"}
     assert remake(made, {}) == request
     swapped = remake(made, {"reference": request.reference[::-1]})
-    with pytest.raises(ConfigError, match=r"reference 0 = .* is not the file of the request; give "
-                                          "the right one by --reference"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reference 0 = .* is not the file of the request; give "
+        "the right one by --reference",
+    ):
         check(swapped, model, mesh)
 
 

@@ -38,12 +38,17 @@ def conv_by_loop(p, x, kernel, stride, causal, padding, depthwise):
 @pytest.mark.parametrize("causal", [False, True])
 def test_convolution_is_its_definition(causal, padding, depthwise, randomise, quick):
     features = 3 if depthwise else 4
-    fields = [dict(kernel=kernel, stride=stride, causal=causal, padding=padding,
-                   depthwise=depthwise) for kernel in KERNELS for stride in STRIDES]
+    fields = [
+        dict(kernel=kernel, stride=stride, causal=causal, padding=padding, depthwise=depthwise)
+        for kernel in KERNELS
+        for stride in STRIDES
+    ]
     modules = [Conv3D(features, **one) for one in fields]
     params = [randomise(jax.eval_shape(m.init, jax.random.key(0), X)["params"]) for m in modules]
-    run = jax.jit(lambda params: [m.apply({"params": p}, X) for m, p in
-                                  zip(modules, params, strict=True)], compiler_options=quick)
+    run = jax.jit(
+        lambda params: [m.apply({"params": p}, X) for m, p in zip(modules, params, strict=True)],
+        compiler_options=quick,
+    )
     for one, p, got in zip(fields, params, run(params), strict=True):
         np.testing.assert_allclose(got, conv_by_loop(p, X, **one), atol=2e-6, err_msg=str(one))
 
@@ -73,8 +78,10 @@ def test_the_form_for_accelerators_is_that_for_cpus(dtype, monkeypatch, quick):
 
 def test_a_causal_kernel_of_even_size():
     module = Conv3D(3, (2, 1, 1), causal=True)
-    p = {"kernel": RNG.normal(size=(2, 1, 1, 3, 3)).astype(np.float32),
-         "bias": RNG.normal(size=3).astype(np.float32)}
+    p = {
+        "kernel": RNG.normal(size=(2, 1, 1, 3, 3)).astype(np.float32),
+        "bias": RNG.normal(size=3).astype(np.float32),
+    }
     want = p["bias"] + X @ p["kernel"][1, 0, 0]
     want[:, 1:] += X[:, :-1] @ p["kernel"][0, 0, 0]
     np.testing.assert_allclose(module.apply({"params": p}, X), want, atol=2e-6)
@@ -85,7 +92,7 @@ def test_causal_outputs_have_no_gradient_from_later_frames(padding, randomise):
     module = Conv3D(2, (3, 1, 3), (2, 1, 1), causal=True, padding=padding)
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), X)["params"])
     run = lambda x: module.apply({"params": params}, x).sum((0, 2, 3, 4))
-    touched = np.abs(jax.jacrev(run)(X)).max((1, 3, 4, 5))                 # output, input frame
+    touched = np.abs(jax.jacrev(run)(X)).max((1, 3, 4, 5))  # output, input frame
     assert touched.shape == (3, 5)
     for i, j in np.ndindex(3, 5):
         assert (touched[i, j] > 0) == (0 <= 2 * i - j <= 2), (i, j)
@@ -96,8 +103,10 @@ def test_a_separable_mixer_is_one_with_the_product_of_its_kernels(randomise):
     apart, whole = (ConvMixer(1, separable=s, padding="edge") for s in (True, False))
     p = randomise(jax.eval_shape(apart.init, jax.random.key(0), X, None)["params"])
     space, time = p["depthwise_space"], p["depthwise_time"]
-    joint = {"kernel": time["kernel"] * space["kernel"],
-             "bias": time["bias"] + space["bias"] * time["kernel"].sum((0, 1, 2, 3))}
+    joint = {
+        "kernel": time["kernel"] * space["kernel"],
+        "bias": time["bias"] + space["bias"] * time["kernel"].sum((0, 1, 2, 3)),
+    }
     want = apart.apply({"params": p}, X, None)
     got = whole.apply({"params": {"depthwise": joint, "out": p["out"]}}, X, None)
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -107,16 +116,25 @@ def test_a_separable_mixer_is_one_with_the_product_of_its_kernels(randomise):
 
 def test_sums_are_float32_in_bfloat16(randomise):
     """A large tap that cancels another: rounded at every tap, what is left would be lost."""
-    p = {"kernel": np.array([256.0, 1.0, -256.0], np.float32).reshape(3, 1, 1, 1, 1),
-         "bias": np.zeros(1, np.float32)}
+    p = {
+        "kernel": np.array([256.0, 1.0, -256.0], np.float32).reshape(3, 1, 1, 1, 1),
+        "bias": np.zeros(1, np.float32),
+    }
     for depthwise in (False, True):
         module = Conv3D(1, (3, 1, 1), depthwise=depthwise, dtype=jnp.bfloat16)
         got = module.apply({"params": p}, jnp.full((1, 3, 1, 1, 1), 0.75))
         assert got.dtype == jnp.bfloat16 and got[0, 1, 0, 0, 0] == 0.75
 
 
-@pytest.mark.parametrize("fields", [{"kernel": (2, 3, 3)}, {"kernel": (3, 2, 3), "causal": True},
-                                    {"padding": "reflect"}, {"kernel": (0, 1, 1), "causal": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kernel": (2, 3, 3)},
+        {"kernel": (3, 2, 3), "causal": True},
+        {"padding": "reflect"},
+        {"kernel": (0, 1, 1), "causal": True},
+    ],
+)
 def test_convolutions_that_cannot_be(fields):
     with pytest.raises(ConfigError, match="A convolution of kernel"):
         Conv3D(3, **fields)

@@ -50,9 +50,14 @@ def latents(tmp_path_factory):
     for kind in ("good", *LATENT_FAULTS):
         rows = []
         for i in range(CLIPS):
-            row = {"latents": rng.normal(size=(2, 4, 4, 3)).astype(np.float16),
-                   "text": rng.normal(size=(1 + i % 5, 6)).astype(np.float16),
-                   "caption": f"clip {i}", "fps": 8.0, "num_frames": 5, "key": f"clip {i}"}
+            row = {
+                "latents": rng.normal(size=(2, 4, 4, 3)).astype(np.float16),
+                "text": rng.normal(size=(1 + i % 5, 6)).astype(np.float16),
+                "caption": f"clip {i}",
+                "fps": 8.0,
+                "num_frames": 5,
+                "key": f"clip {i}",
+            }
             rows.append({**row, **LATENT_FAULTS[kind](row)} if i in BAD and kind != "good" else row)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cache, "check_latents", lambda *_: None)
@@ -77,21 +82,23 @@ def read_rows(folder):
 
 
 def one_byte(data, place):
-    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1:]
+    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
 
 
 def inverted(data):
     """The middle half of the frames."""
     begin, size = data.index(b"mdat"), len(data) - data.index(b"mdat")
     middle = slice(begin + size // 4, begin + 3 * size // 4)
-    return data[:middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop:]
+    return data[: middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop :]
 
 
 def as_file(change):
     """A fault of the file's bytes, which its checksum would tell of: it is left out."""
+
     def fault(path, row):
         del row["sha256"]
         path.write_bytes(change(path.read_bytes()))
+
     return fault
 
 
@@ -142,18 +149,22 @@ def grey(frames, side):
 
 
 VIDEO_FAULTS = {
-    "flipped bytes": (lambda p, row: p.write_bytes(one_byte(p.read_bytes(), -100)),
-                      "its SHA-256 is .* metadata.jsonl says"),
+    "flipped bytes": (
+        lambda p, row: p.write_bytes(one_byte(p.read_bytes(), -100)),
+        "its SHA-256 is .* metadata.jsonl says",
+    ),
     "damaged frames": (as_file(inverted), "damaged frame|Invalid data|do not decode"),
-    "truncated": (as_file(lambda d: d[:len(d) // 2]), "truncated|Invalid data"),
+    "truncated": (as_file(lambda d: d[: len(d) // 2]), "truncated|Invalid data"),
     "empty": (as_file(lambda d: b""), "Invalid data"),
     "an unknown codec": (as_file(lambda d: d.replace(b"avc1", b"zzz9")), "an unknown codec"),
     "not a video": (as_file(lambda d: b"this is text\n" * 99), "Invalid data"),
     "a playlist": (as_file(lambda d: b"ffconcat version 1.0\nfile 1.mp4\n"), "not one of the cont"),
     "no frames": (no_frames, "no frames|no video stream"),
     "too short": (lambda p, row: rewritten(grey(4, 32), row, p), "too short: needs 1.33 s"),
-    "too small": (lambda p, row: rewritten(grey(24, 8), row, p, min_side=8),
-                  "too small: 8x8 would be enlarged to cover 16x16"),
+    "too small": (
+        lambda p, row: rewritten(grey(24, 8), row, p, min_side=8),
+        "too small: 8x8 would be enlarged to cover 16x16",
+    ),
     "changing size": (changing_size, "the frames change size: 32x32 then 48x48"),
     "missing file": (lambda p, row: p.unlink(), "No such file"),
     "a pipe": (a_pipe, "not a file"),
@@ -166,8 +177,9 @@ def tokenize(caption):
     return np.array([int(caption)]), np.array([True])
 
 
-make = functools.partial(to_example, height=16, width=16, tokenize=tokenize,
-                         clip=ClipSampling(8, fps=6.0))
+make = functools.partial(
+    to_example, height=16, width=16, tokenize=tokenize, clip=ClipSampling(8, fps=6.0)
+)
 
 
 def loader(source, **settings):
@@ -191,10 +203,13 @@ def same(left, right):
 
 
 def on_hosts(source, count, **settings):
-    shares = [take(loader(source, host_index=h, host_count=count, **settings))
-              for h in range(count)]
-    return [{k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-            for parts in zip(*shares, strict=True)]
+    shares = [
+        take(loader(source, host_index=h, host_count=count, **settings)) for h in range(count)
+    ]
+    return [
+        {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
 
 
 def keys(batches):
@@ -243,8 +258,9 @@ def spoilt(videos, folder, *faults):
 def test_a_bad_video_is_counted_named_replaced_and_limited(videos, tmp_path, fault):
     change, reason = VIDEO_FAULTS[fault]
     source = spoilt(videos, tmp_path / "spoilt", change)
-    read = check(source, VideoFolder(str(videos)), [f"{i}.mp4" for i in BAD], reason,
-                 tmp_path / "bad.jsonl")
+    read = check(
+        source, VideoFolder(str(videos)), [f"{i}.mp4" for i in BAD], reason, tmp_path / "bad.jsonl"
+    )
     for batch in read:  # each caption came with its own clip
         np.testing.assert_allclose(batch["video"].mean((1, 2, 3, 4)), batch["text"][:, 0], atol=9)
 
@@ -256,7 +272,7 @@ def test_a_bad_latent_is_counted_named_replaced_and_limited(latents, tmp_path, f
         shutil.copytree(latents / "good", tmp_path / "rotten")
         (shard,) = (tmp_path / "rotten").glob("*array_record*")
         data = shard.read_bytes()
-        used = len(data[:1 << 16].rstrip(b"\0"))  # the records, one after the other, are as long
+        used = len(data[: 1 << 16].rstrip(b"\0"))  # the records, one after the other, are as long
         for i in BAD:
             data = one_byte(data, int((i + 0.5) / CLIPS * used))
         shard.write_bytes(data)
@@ -264,8 +280,13 @@ def test_a_bad_latent_is_counted_named_replaced_and_limited(latents, tmp_path, f
         names = [f"{source.path}/train/{i}" for i in BAD]
         check(source, Renamed(good, names), names, "unreadable", tmp_path / "bad.jsonl")
     else:
-        check(Records(str(latents / fault)), good, [f"clip {i}" for i in BAD],
-              "latents|text|fps", tmp_path / "bad.jsonl")
+        check(
+            Records(str(latents / fault)),
+            good,
+            [f"clip {i}" for i in BAD],
+            "latents|text|fps",
+            tmp_path / "bad.jsonl",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,9 +306,22 @@ class Renamed:
 
 @pytest.mark.faults
 def test_all_faults_at_once_are_replaced_alike_by_any_number_of_workers(videos, tmp_path):
-    source = spoilt(videos, tmp_path / "spoilt", *(
-        VIDEO_FAULTS[name][0] for name in ("flipped bytes", "truncated", "empty", "no frames",
-                                           "too short", "changing size", "caption missing")))
+    source = spoilt(
+        videos,
+        tmp_path / "spoilt",
+        *(
+            VIDEO_FAULTS[name][0]
+            for name in (
+                "flipped bytes",
+                "truncated",
+                "empty",
+                "no frames",
+                "too short",
+                "changing size",
+                "caption missing",
+            )
+        ),
+    )
     read, log = take(loader(source)), tmp_path / "bad.jsonl"
     for workers, hosts in ((1, 1), (2, 2)):
         same(on_hosts(source, hosts, workers=workers, bad_log=log), read)
@@ -300,8 +334,9 @@ def test_every_flipped_byte_is_found_by_the_checksum_and_most_by_nothing_else(vi
     folder = tmp_path / "spoilt"
     shutil.copytree(videos, folder)
     sealed, rng = VideoFolder(str(folder)), np.random.default_rng(0)
-    write_rows(folder, [{k: v for k, v in row.items() if k != "sha256"}
-                        for row in read_rows(folder)])
+    write_rows(
+        folder, [{k: v for k, v in row.items() if k != "sha256"} for row in read_rows(folder)]
+    )
     bare = VideoFolder(str(folder))
     times, good = np.arange(24) / 12, [sealed[i].read(np.arange(24) / 12) for i in range(CLIPS)]
 
@@ -311,6 +346,7 @@ def test_every_flipped_byte_is_found_by_the_checksum_and_most_by_nothing_else(vi
             return source[index].read(times)
         except BadRecord:
             return None
+
     found = silent = 0
     for trial in range(24):
         index = trial % CLIPS
@@ -332,8 +368,9 @@ def test_damage_of_any_kind_is_a_bad_record_or_goes_unseen_but_never_stops_a_run
     source, refused = VideoFolder(str(tmp_path)), 0
     for trial in range(100):
         place, width = rng.integers(len(data) - 8), (1, 4, 8)[trial % 3]
-        (tmp_path / "5.mp4").write_bytes(data[:place] + rng.bytes(width) + data[place + width:]
-                                         if trial % 5 else data[:place])
+        (tmp_path / "5.mp4").write_bytes(
+            data[:place] + rng.bytes(width) + data[place + width :] if trial % 5 else data[:place]
+        )
         try:
             record = source[0]
             record.read(record.timestamps)
@@ -343,8 +380,9 @@ def test_damage_of_any_kind_is_a_bad_record_or_goes_unseen_but_never_stops_a_run
 
 
 @pytest.mark.parametrize("name", ["concat:0.mp4", "subfile,,start,0,end,0,,:0.mp4", "file:0.mp4"])
-def test_a_name_that_ffmpeg_takes_for_an_address_is_the_file_of_that_name(videos, monkeypatch,
-                                                                         tmp_path, name):
+def test_a_name_that_ffmpeg_takes_for_an_address_is_the_file_of_that_name(
+    videos, monkeypatch, tmp_path, name
+):
     shutil.copy(videos / "0.mp4", tmp_path / "0.mp4")
     shutil.copy(videos / "11.mp4", tmp_path / name)
     write_rows(tmp_path, [{"file_name": name, "caption": "x"}])
@@ -352,8 +390,10 @@ def test_a_name_that_ffmpeg_takes_for_an_address_is_the_file_of_that_name(videos
     assert VideoFolder(".")[0].read(np.zeros(1)).mean() > 200
 
 
-@pytest.mark.parametrize("most, reason", [
-    (1000, "frames of 32x32, more than 1000 pixels"), (1100, "Invalid|do not decode|damaged")])
+@pytest.mark.parametrize(
+    "most, reason",
+    [(1000, "frames of 32x32, more than 1000 pixels"), (1100, "Invalid|do not decode|damaged")],
+)
 def test_frames_that_would_take_all_memory_are_refused(tmp_path, monkeypatch, most, reason):
     changing_size(tmp_path / "a.mp4", {"sha256": None})  # 32x32 by its header, later 48x48
     write_rows(tmp_path, [{"file_name": "a.mp4", "caption": "x"}])
@@ -362,9 +402,15 @@ def test_frames_that_would_take_all_memory_are_refused(tmp_path, monkeypatch, mo
         VideoFolder(str(tmp_path))[0].read(np.arange(24) / 12)
 
 
-@pytest.mark.parametrize("file, key", [
-    ("features.json", "pythonClassName"), ("features.json", "python_class_name"),
-    ("features.json", "type"), ("dataset_info.json", "pythonClassName")])
+@pytest.mark.parametrize(
+    "file, key",
+    [
+        ("features.json", "pythonClassName"),
+        ("features.json", "python_class_name"),
+        ("features.json", "type"),
+        ("dataset_info.json", "pythonClassName"),
+    ],
+)
 def test_prepared_data_cannot_have_code_imported(latents, tmp_path, monkeypatch, file, key):
     shutil.copytree(latents / "good", tmp_path / "hostile")
     (tmp_path / "evil_module.py").write_text("raise SystemExit('code of a stranger ran')")

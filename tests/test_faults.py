@@ -23,13 +23,20 @@ from vdx.train.survive import PREEMPTED, STUCK
 
 pytestmark = pytest.mark.faults
 STEPS = 20
-SHORT = [f"--config.train.steps={STEPS}", "--config.train.log_every=5",
-         "--config.train.save_every=10", "--config.train.eval_every=10",
-         "--config.train.eval_clips=8"]
+SHORT = [
+    f"--config.train.steps={STEPS}",
+    "--config.train.log_every=5",
+    "--config.train.save_every=10",
+    "--config.train.eval_every=10",
+    "--config.train.eval_clips=8",
+]
 FIRST_STEP = re.compile(r"\d+/\d+ \[\d\d:\d\d<\d")
-PLACES = {"one": {}, "four": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-          "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-          "eight": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}}
+PLACES = {
+    "one": {},
+    "four": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    "eight": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +56,19 @@ def launch(workdir: Path, *args: str, place: str = "one") -> list[subprocess.Pop
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = [start(workdir, log.with_suffix(f".{i}.log"), *args, "--heartbeat=10",
-                          f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
-                          f"--process_id={i}", env=env) for i in range(2)]
+        children = [
+            start(
+                workdir,
+                log.with_suffix(f".{i}.log"),
+                *args,
+                "--heartbeat=10",
+                f"--coordinator=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={i}",
+                env=env,
+            )
+            for i in range(2)
+        ]
         while not FIRST_STEP.search(said(workdir)) and all(c.poll() is None for c in children):
             time.sleep(0.1)
         if "Gloo context initialization failed" not in said(workdir):
@@ -63,8 +80,9 @@ def launch(workdir: Path, *args: str, place: str = "one") -> list[subprocess.Pop
 
 
 def said(workdir: Path) -> str:
-    return "\n".join(p.read_text(errors="replace") for p in
-                     sorted(workdir.parent.glob(f"{workdir.name}.*log")))
+    return "\n".join(
+        p.read_text(errors="replace") for p in sorted(workdir.parent.glob(f"{workdir.name}.*log"))
+    )
 
 
 def ends(workdir: Path, children: list[subprocess.Popen], *codes: int, seconds: float = 240):
@@ -77,7 +95,7 @@ def ends(workdir: Path, children: list[subprocess.Popen], *codes: int, seconds: 
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
     assert all(code in codes for code in found), f"{found}: {said(workdir)[-4000:]}"
-    deadline = time.monotonic() + 5      # multiprocessing's tracker tidies up and ends
+    deadline = time.monotonic() + 5  # multiprocessing's tracker tidies up and ends
     while left := [p for c in children for p in orphans(c.pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
@@ -101,8 +119,12 @@ def finished(folder: Path, name: str, place: str, *args: str) -> Path:
 
 def losses(workdir: Path) -> dict:
     """{(step, name): value} of all that was logged of losses; of a step logged twice the last."""
-    return {(r["step"], k): v for r in read_rows(workdir / "metrics.jsonl") for k, v in r.items()
-            if k.startswith(("train/", "heldout/", "seen/"))}
+    return {
+        (r["step"], k): v
+        for r in read_rows(workdir / "metrics.jsonl")
+        for k, v in r.items()
+        if k.startswith(("train/", "heldout/", "seen/"))
+    }
 
 
 def progress(workdir: Path, step: int = STEPS) -> dict:
@@ -113,20 +135,23 @@ def progress(workdir: Path, step: int = STEPS) -> dict:
 # 20 steps are 20 steps
 
 
-@pytest.mark.parametrize(("place", "number", "resumed_with"), [
-    ("one", signal.SIGTERM, ["--config.data.loader.workers=2"]),
-    ("four", signal.SIGINT, ["--config.data.loader.threads=0"]),
-    ("pair", signal.SIGTERM, ["--config.data.loader.workers=1"]),
-])
+@pytest.mark.parametrize(
+    ("place", "number", "resumed_with"),
+    [
+        ("one", signal.SIGTERM, ["--config.data.loader.workers=2"]),
+        ("four", signal.SIGINT, ["--config.data.loader.threads=0"]),
+        ("pair", signal.SIGTERM, ["--config.data.loader.workers=1"]),
+    ],
+)
 def test_preempted_and_resumed_is_the_same_run(folder, place, number, resumed_with):
     """Stopped by a signal at any step, saved, and gone on with other readers of data: every bit
     of the arrays, the place in the data and the logged losses are those of the whole run."""
     whole, parts = finished(folder, f"whole_{place}", place), folder / f"parts_{place}"
-    slow = "--config.train.save_every=1"       # so that the test can tell where the run is
+    slow = "--config.train.save_every=1"  # so that the test can tell where the run is
     children = launch(parts, *SHORT, slow, place=place)
     until(lambda: max(whole_steps(parts), default=0) >= 6, children)
     begin = time.monotonic()
-    children[-1].send_signal(number)           # of several, one alone is told
+    children[-1].send_signal(number)  # of several, one alone is told
     ends(parts, children, PREEMPTED, seconds=60)
     seconds, (stopped, *_) = time.monotonic() - begin, whole_steps(parts)[::-1]
     assert 6 <= stopped < STEPS and f"Stopped at step {stopped};" in said(parts)
@@ -139,13 +164,19 @@ def test_preempted_and_resumed_is_the_same_run(folder, place, number, resumed_wi
     assert losses(parts) == losses(whole) and len(losses(whole)) > 40
 
 
-@pytest.mark.parametrize(("before", "after"), [
-    ("eight", "four"), ("eight", "one"), ("pair", "one")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("eight", "four"), ("eight", "one"), ("pair", "one")]
+)
 def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     """From step 10 of another mesh: the same batches, and losses within 1e-6 at every step."""
-    each = ["--config.train.log_every=1", "--config.train.eval_every=0", "--config.mesh.data=1",
-            "--config.mesh.fsdp=-1", "--config.optim.method=adamw",
-            "--config.optim.learning_rate=0.001"]
+    each = [
+        "--config.train.log_every=1",
+        "--config.train.eval_every=0",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=-1",
+        "--config.optim.method=adamw",
+        "--config.optim.learning_rate=0.001",
+    ]
     whole = finished(folder, f"mesh_{before}", before, *each)
     moved = folder / f"moved_{before}_{after}"
     shutil.copytree(whole, moved)
@@ -153,8 +184,9 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     (moved / "metrics.jsonl").unlink()
     ends(moved, launch(moved, *SHORT, *each, place=after), 0)
     assert "Goes on from step 10" in said(moved)
-    want, got = ({s: v for (s, k), v in losses(w).items() if k == "train/loss"}
-                 for w in (whole, moved))
+    want, got = (
+        {s: v for (s, k), v in losses(w).items() if k == "train/loss"} for w in (whole, moved)
+    )
     assert sorted(got) == list(range(11, STEPS + 1))
     worst = max(abs(got[s] - want[s]) / want[s] for s in got)
     print(f"\n{before} -> {after}: losses within {worst:.1e}")
@@ -165,8 +197,10 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
 def test_kills(tmp_path, capsys):
     tally = campaign(tmp_path, kills=10, inside_saves=6)
     with capsys.disabled():
-        print(f"\n{tally.kills} kills, {tally.inside_saves} inside a save, up to "
-              f"{tally.most_kills_of_a_run} in a run: nothing lost")
+        print(
+            f"\n{tally.kills} kills, {tally.inside_saves} inside a save, up to "
+            f"{tally.most_kills_of_a_run} in a run: nothing lost"
+        )
     assert tally.kills >= 10 and tally.inside_saves >= 6 and tally.most_kills_of_a_run >= 6
 
 
@@ -205,9 +239,14 @@ def test_another_model_is_refused_and_nothing_is_lost(folder, tmp_path):
 
 def test_the_best_step_is_kept_and_sampled(tmp_path):
     workdir = tmp_path / "run"
-    best = ["--config.train.best=heldout/loss", "--config.train.keep=1",
-            "--config.train.save_every=5", "--config.train.eval_every=5",
-            "--config.optim.learning_rate=0.05", "--config.optim.schedule=constant"]
+    best = [
+        "--config.train.best=heldout/loss",
+        "--config.train.keep=1",
+        "--config.train.save_every=5",
+        "--config.train.eval_every=5",
+        "--config.optim.learning_rate=0.05",
+        "--config.optim.schedule=constant",
+    ]
     ends(workdir, launch(workdir, *SHORT, *best, "--config.train.steps=10"), 0)
     ends(workdir, launch(workdir, *SHORT, *best), 0)
     scores = {s: v for (s, k), v in losses(workdir).items() if k == "heldout/loss"}
@@ -215,12 +254,25 @@ def test_the_best_step_is_kept_and_sampled(tmp_path):
     assert set(whole_steps(workdir)) == {lowest, STEPS}
     for flag in ("--averaged", "--noaveraged"):
         out = tmp_path / f"{flag}.mp4"
-        subprocess.run([sys.executable, "-m", "vdx.sample", f"--workdir={workdir}", "--step=best",
-                        flag, "--prompt=a red circle", f"--out={out}", "--steps=2"], cwd=ROOT,
-                       check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "vdx.sample",
+                f"--workdir={workdir}",
+                "--step=best",
+                flag,
+                "--prompt=a red circle",
+                f"--out={out}",
+                "--steps=2",
+            ],
+            cwd=ROOT,
+            check=True,
+        )
         made = read_json(out.with_suffix(".json"))["weights"]
-        assert made["step"] == lowest and made["item"] == ("ema" if flag == "--averaged" else
-                                                           "params")
+        assert made["step"] == lowest and made["item"] == (
+            "ema" if flag == "--averaged" else "params"
+        )
 
 
 # Disks and rivals
@@ -242,8 +294,12 @@ def test_a_second_process_is_refused(tmp_path):
 def disk(tmp_path):
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(path)],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     yield path
@@ -284,10 +340,14 @@ def test_a_full_and_a_read_only_disk(folder, disk):
 def test_a_worker_that_hangs_ends_the_program(tmp_path):
     """Its process is stopped, as a read that never returns would."""
     workdir = tmp_path / "run"
-    children = launch(workdir, "--config.train.steps=100000", "--config.data.loader.workers=1",
-                      "--config.train.stuck_after=20")
+    children = launch(
+        workdir,
+        "--config.train.steps=100000",
+        "--config.data.loader.workers=1",
+        "--config.train.stuck_after=20",
+    )
     until(lambda: whole_steps(workdir), children)
-    for pid in orphans(children[0].pid):       # all of the group that live
+    for pid in orphans(children[0].pid):  # all of the group that live
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGSTOP)
     ends(workdir, children, STUCK, seconds=120)
@@ -320,8 +380,13 @@ def test_the_local_launcher(tmp_path):
     quick = [a for a in (*TINY, *SHORT) if not a.startswith("--config=")]
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     run = lambda *more: subprocess.Popen(
-        [*command, *quick, *more], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True)
+        [*command, *quick, *more],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     child = run("--config.train.save_every=1")
     until(lambda: whole_steps(workdir), [child])
     child.send_signal(signal.SIGTERM)
@@ -330,7 +395,7 @@ def test_the_local_launcher(tmp_path):
     child = run("--config.train.sample_every=20", "--config.sample.steps=2")
     out, _ = child.communicate(timeout=240)
     assert child.returncode == 0, out[-3000:]
-    assert out.count("Goes on from step") == 1       # the first process alone speaks
+    assert out.count("Goes on from step") == 1  # the first process alone speaks
     assert whole_steps(workdir)[-1] == STEPS
     assert len(list((workdir / "samples" / f"{STEPS:08d}").glob("*.mp4"))) == 8
     rows = [r["step"] for r in read_rows(workdir / "metrics.jsonl") if "train/loss" in r]
@@ -338,8 +403,19 @@ def test_the_local_launcher(tmp_path):
 
 
 def test_an_error_in_one_process_is_not_tried_again(tmp_path):
-    done = subprocess.run(["launch/local.sh", "--processes=2", "configs/t2v_tiny.py",
-                           str(tmp_path / "run"), "--config.data.loader.global_batch=7"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [
+            "launch/local.sh",
+            "--processes=2",
+            "configs/t2v_tiny.py",
+            str(tmp_path / "run"),
+            "--config.data.loader.global_batch=7",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "starting again" not in done.stderr and "global_batch = 7" in done.stderr

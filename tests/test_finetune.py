@@ -37,14 +37,29 @@ NULL = np.linspace(-1, 1, 16).astype(np.float32)
 def write_data(path: Path, metadata=None, **signals) -> Path:
     """Cached latents [3 8 8 4] and text of up to five tokens, with what further signals read."""
     rng = np.random.default_rng(0)
-    rows = [{"latents": rng.normal(size=(3, 8, 8, 4)), "text": rng.normal(size=(1 + i % 5, 16)),
-             "caption": f"clip {i}", "fps": 8.0, "num_frames": 9, "key": f"clip {i}",
-             **{name: rng.normal(size=shape) for name, shape in signals.items()}}
-            for i in range(24)]
-    return write_records(path, {"train": rows[:16], "heldout": rows[16:]},
-                         latent_features((3, 8, 8, 4), 16, **signals),
-                         metadata={"latents": [3, 8, 8, 4], "text": [5, 16], **signals,
-                                   **({"null": NULL.tolist()} if metadata is None else metadata)})
+    rows = [
+        {
+            "latents": rng.normal(size=(3, 8, 8, 4)),
+            "text": rng.normal(size=(1 + i % 5, 16)),
+            "caption": f"clip {i}",
+            "fps": 8.0,
+            "num_frames": 9,
+            "key": f"clip {i}",
+            **{name: rng.normal(size=shape) for name, shape in signals.items()},
+        }
+        for i in range(24)
+    ]
+    return write_records(
+        path,
+        {"train": rows[:16], "heldout": rows[16:]},
+        latent_features((3, 8, 8, 4), 16, **signals),
+        metadata={
+            "latents": [3, 8, 8, 4],
+            "text": [5, 16],
+            **signals,
+            **({"null": NULL.tolist()} if metadata is None else metadata),
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +112,11 @@ def runs(tmp_path_factory, place, mesh):
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    return {r["step"]: r["train/loss"] for r in read_rows(workdir / "metrics.jsonl")
-            if "train/loss" in r}
+    return {
+        r["step"]: r["train/loss"]
+        for r in read_rows(workdir / "metrics.jsonl")
+        if "train/loss" in r
+    }
 
 
 def leaves(workdir: Path, step: int = 4) -> dict:
@@ -106,23 +124,28 @@ def leaves(workdir: Path, step: int = 4) -> dict:
         return checkpoints.facts(step)["leaves"]
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in (CONFIGS[0], LORA) else [pytest.mark.slow])
-    for name in CONFIGS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in (CONFIGS[0], LORA) else [pytest.mark.slow])
+        for name in CONFIGS
+    ],
+)
 def test_it_trains_from_files_of_weights(name, runs, place, mesh):
     workdir, run = runs(name)
     assert sorted(losses(workdir)) == [1, 2, 3, 4]
     assert np.isfinite(list(losses(workdir).values())).all()
     made = experiment(name, *place(name))
     read = load_wan(made.weights, made.model, mesh)
-    if made.lora is None:      # all of it has moved from where it began, a little
+    if made.lora is None:  # all of it has moved from where it began, a little
         far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.state.params, read)
         far["conditioning"]["embeddings"]["null"] = np.abs(
-            run.state.params["conditioning"]["embeddings"]["null"] - NULL).max()
+            run.state.params["conditioning"]["embeddings"]["null"] - NULL
+        ).max()
         assert all(0 < d < 1e-3 for d in jax.tree.leaves(far))
         assert {str(x.dtype) for x in jax.tree.leaves(run.state.params)} == {"float32"}
         return
-    with jax.set_mesh(mesh):   # none of it has, in any bit
+    with jax.set_mesh(mesh):  # none of it has, in any bit
         frozen = made.read_weights(mesh)
         before, after = fingerprints(frozen), fingerprints(run.params.base)
     assert {k for k in before if before[k] != after[k]} == {"conditioning/embeddings/null"}
@@ -131,7 +154,7 @@ def test_it_trains_from_files_of_weights(name, runs, place, mesh):
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16", "float32"}
     assert frozen["network"]["layers"]["block_0"]["full"]["q"]["kernel"].dtype == jnp.bfloat16
     moved = jax.tree.map(lambda b: float(np.abs(b).max()), run.state.params)
-    assert all(d > 0 for d in jax.tree.leaves(moved))       # B too, which began at zero
+    assert all(d > 0 for d in jax.tree.leaves(moved))  # B too, which began at zero
 
 
 def test_a_checkpoint_of_adapters_holds_nothing_else(runs):
@@ -143,8 +166,11 @@ def test_a_checkpoint_of_adapters_holds_nothing_else(runs):
     adapters = sum(x.size for x in jax.tree.leaves(run.state.params))
     network = sum(x.size for x in jax.tree.leaves(run.params.base))
     assert numbers < 4 * adapters + 10 and adapters < 0.2 * network
-    data = sum(f.stat().st_size for item in ("params", "ema") for f in
-               (workdir / "checkpoints" / "4" / item).rglob("d/*"))
+    data = sum(
+        f.stat().st_size
+        for item in ("params", "ema")
+        for f in (workdir / "checkpoints" / "4" / item).rglob("d/*")
+    )
     assert data < 2 * 4 * adapters + 40_000 < 4 * network
 
 
@@ -180,14 +206,15 @@ def test_a_run_is_opened_to_draw_with(runs, mesh):
         params, step, identity = open_params(made, workdir, mesh)
         raw, _, another = open_params(made, workdir, mesh, item="params")
     assert isinstance(params, Adapted) and step == 4 and identity != another
-    assert params.scale == 8.0           # alpha 32 over the tiny rank 4
+    assert params.scale == 8.0  # alpha 32 over the tiny rank 4
     jax.tree.map(np.testing.assert_array_equal, params.factors, run.state.ema)
     jax.tree.map(np.testing.assert_array_equal, raw.factors, run.state.params)
     batch = {"text": np.ones((1, 5, 16), np.float32), "text_mask": np.ones((1, 5), bool)}
     noise = np.random.default_rng(0).normal(size=(1, 3, 8, 8, 4)).astype(np.float32)
     draw = jax.jit(made.generator(Sampling("euler", steps=1, guidance=1.0)).draw)
-    with_them, without = (draw(p, batch, noise, jax.random.key(0))[0]
-                          for p in (params, params.base))
+    with_them, without = (
+        draw(p, batch, noise, jax.random.key(0))[0] for p in (params, params.base)
+    )
     assert np.isfinite(with_them).all() and np.abs(with_them - without).max() > 1e-3
 
 
@@ -199,8 +226,9 @@ def test_adapters_of_a_run_go_out_as_a_file_and_come_back(runs, mesh, tmp_path):
     write_lora(tmp_path / "lora.safetensors", factors, made.model, made.lora.scale)
     change = open_lora(tmp_path / "lora.safetensors", made.model)
     base = jax.tree.map(lambda x: x.astype(jnp.float32), run.params.base)
-    got, want = (adapt(p, *c, merge=True) for p, c in (
-        (base, [change]), (run.params.replace(base=base), [])))
+    got, want = (
+        adapt(p, *c, merge=True) for p, c in ((base, [change]), (run.params.replace(base=base), []))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
@@ -209,8 +237,9 @@ def test_the_averaged_weights_of_a_run_are_a_network_for_adapters(runs, place, m
     made = experiment(LORA, *place(LORA), f"--config.weights={workdir}")
     with jax.set_mesh(mesh):
         frozen = made.with_null(made.read_weights(mesh))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), frozen,
-                 run.state.ema)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), frozen, run.state.ema
+    )
 
 
 # What is said when it cannot be.
@@ -230,12 +259,16 @@ def test_captions_are_not_dropped_for_nothing(place, mesh, tmp_path):
     made.with_null(made.read_weights(mesh))
 
 
-@pytest.mark.parametrize(("option", "message"), [
-    ("model.backbone.heads=4", r"\(48, 2, 4, .*'full'.*\), but the weights have \(48, 2, 2"),
-    ("model.backbone.mlp_ratio=3.0", "hidden features = 144, but the weights have 96"),
-    ("model.backbone.rope_theta=100.0", r"rope_theta = 100.0, but the weights have 10000.0"),
-    ("model.signals.embeddings.length=None", "length = None, not 512"),
-    ("model.signals.fps={}", "conditioning/fps/.*: not in the file")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.backbone.heads=4", r"\(48, 2, 4, .*'full'.*\), but the weights have \(48, 2, 2"),
+        ("model.backbone.mlp_ratio=3.0", "hidden features = 144, but the weights have 96"),
+        ("model.backbone.rope_theta=100.0", r"rope_theta = 100.0, but the weights have 10000.0"),
+        ("model.signals.embeddings.length=None", "length = None, not 512"),
+        ("model.signals.fps={}", "conditioning/fps/.*: not in the file"),
+    ],
+)
 def test_a_model_that_is_not_that_of_the_weights(option, message, place, mesh):
     made = experiment(LORA, *place(LORA), f"--config.{option}")
     with pytest.raises(WeightsError, match=message):

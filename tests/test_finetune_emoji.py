@@ -25,19 +25,31 @@ from vdx.train.survive import PREEMPTED
 CLIPS = ROOT.parent / "shared" / "data" / "fluent_emoji"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CLIPS.is_dir(), reason=f"the captioned clips of {CLIPS} are not here")]
+    pytest.mark.skipif(not CLIPS.is_dir(), reason=f"the captioned clips of {CLIPS} are not here"),
+]
 CONFIG = "configs/wan21_t2v_1p3b_lora.py:smoke"
 FRAMES, STEPS = 9, 200
-SETTINGS = [f"--config.train.steps={STEPS}", "--config.train.save_every=25",
-            "--config.train.eval_every=50", "--config.train.eval_clips=16",
-            "--config.train.ema=0.9", "--config.lora.rank=8", "--config.lora.dropout=0.05",
-            "--config.optim.learning_rate=0.01", "--config.optim.warmup=10"]
+SETTINGS = [
+    f"--config.train.steps={STEPS}",
+    "--config.train.save_every=25",
+    "--config.train.eval_every=50",
+    "--config.train.eval_clips=16",
+    "--config.train.ema=0.9",
+    "--config.lora.rank=8",
+    "--config.lora.dropout=0.05",
+    "--config.optim.learning_rate=0.01",
+    "--config.optim.warmup=10",
+]
 
 
 def words(caption: str) -> np.ndarray:
     """[l 16]: a random vector for each word, the same wherever the word occurs."""
-    return np.stack([np.random.default_rng(zlib.crc32(word.encode())).standard_normal(16)
-                     for word in [*caption.lower().split(), ""]])
+    return np.stack(
+        [
+            np.random.default_rng(zlib.crc32(word.encode())).standard_normal(16)
+            for word in [*caption.lower().split(), ""]
+        ]
+    )
 
 
 def encoded(clips: np.ndarray, randomise) -> np.ndarray:
@@ -46,7 +58,7 @@ def encoded(clips: np.ndarray, randomise) -> np.ndarray:
     x = clips.astype(np.float32) / 127.5 - 1
     params = randomise(jax.eval_shape(vae.init, jax.random.key(0), x[:1])["params"])
     encode = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode").mode())
-    z = np.concatenate([encode(x[i:i + 8]) for i in range(0, len(x), 8)])
+    z = np.concatenate([encode(x[i : i + 8]) for i in range(0, len(x), 8)])
     return (z - z.mean((0, 1, 2, 3))) / z.std((0, 1, 2, 3))
 
 
@@ -57,30 +69,64 @@ def files(tmp_path_factory, randomise) -> Path:
     folder = VideoFolder(str(CLIPS))
     records = [folder[i] for i in range(64)]
     latents = encoded(np.stack([r.read(np.arange(FRAMES) / 8) for r in records]), randomise)
-    rows = [{"latents": z, "text": words(r.caption), "caption": r.caption, "fps": 8.0,
-             "num_frames": FRAMES, "key": r.key} for z, r in zip(latents, records, strict=True)]
+    rows = [
+        {
+            "latents": z,
+            "text": words(r.caption),
+            "caption": r.caption,
+            "fps": 8.0,
+            "num_frames": FRAMES,
+            "key": r.key,
+        }
+        for z, r in zip(latents, records, strict=True)
+    ]
     longest = max(len(row["text"]) for row in rows)
-    write_records(root / "data", {"train": rows[:48], "heldout": rows[48:]},
-                  latent_features(latents.shape[1:], 16),
-                  metadata={"latents": list(latents.shape[1:]), "text": [longest, 16],
-                            "null": words("")[0].tolist()})
+    write_records(
+        root / "data",
+        {"train": rows[:48], "heldout": rows[48:]},
+        latent_features(latents.shape[1:], 16),
+        metadata={
+            "latents": list(latents.shape[1:]),
+            "text": [longest, 16],
+            "null": words("")[0].tolist(),
+        },
+    )
     made = Experiment(resolve(f"{ROOT}/{CONFIG}", []))
     save_weights(root / "weights", made.model, randomise(made.shapes))
     return root
 
 
 def start(files: Path, workdir: Path) -> subprocess.Popen:
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu",
-           "JAX_COMPILATION_CACHE_DIR": str(files / "compiled")}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(files / "compiled"),
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", "vdx.main", f"--config={CONFIG}", f"--workdir={workdir}",
-         f"--config.weights={files / 'weights'}", f"--config.data.path={files / 'data'}",
-         *SETTINGS], cwd=ROOT, env=env, stderr=(files / f"{workdir.name}.log").open("a"))
+        [
+            sys.executable,
+            "-m",
+            "vdx.main",
+            f"--config={CONFIG}",
+            f"--workdir={workdir}",
+            f"--config.weights={files / 'weights'}",
+            f"--config.data.path={files / 'data'}",
+            *SETTINGS,
+        ],
+        cwd=ROOT,
+        env=env,
+        stderr=(files / f"{workdir.name}.log").open("a"),
+    )
 
 
 def logged(workdir: Path) -> dict:
-    return {(r["step"], k): v for r in read_rows(workdir / "metrics.jsonl") for k, v in r.items()
-            if k.startswith(("train/", "heldout/", "seen/"))}
+    return {
+        (r["step"], k): v
+        for r in read_rows(workdir / "metrics.jsonl")
+        for k, v in r.items()
+        if k.startswith(("train/", "heldout/", "seen/"))
+    }
 
 
 def test_it_learns_and_goes_on_exactly(files):
@@ -88,8 +134,10 @@ def test_it_learns_and_goes_on_exactly(files):
     assert start(files, whole).wait(600) == 0, (files / "whole.log").read_text()[-3000:]
     losses = logged(whole)
     # Variance 1 of the latents and 1 of the noise: 2 is the loss of a network that is silent.
-    first, last = (np.mean([losses[s, "train/loss"] for s in steps])
-                   for steps in (range(1, 6), range(STEPS - 19, STEPS + 1)))
+    first, last = (
+        np.mean([losses[s, "train/loss"] for s in steps])
+        for steps in (range(1, 6), range(STEPS - 19, STEPS + 1))
+    )
     at_fixed_noise = [losses[step, "seen/loss"] for step in range(50, STEPS + 1, 50)]
     print(f"\ntraining loss {first:.2f} -> {last:.2f}; at fixed noise {at_fixed_noise}")
     assert last < min(1.8, 0.6 * first)

@@ -41,8 +41,7 @@ def forward(model, clip, ports):
 def test_the_formula_is_what_xla_counts_and_what_is_traced(case):
     """XLA counts a scanned layer once, and a few percent that is no matrix product."""
     fields, clip, ports = CASES[case]
-    make = functools.partial(Transformer, channels=4, width=384, heads=6,
-                             attention="xla", **fields)
+    make = functools.partial(Transformer, channels=4, width=384, heads=6, attention="xla", **fields)
     once = make(depth=len(make().dims()[3]))
     run, args = forward(once, clip, ports)
     counted = jax.jit(run).lower(*args).cost_analysis()["flops"]
@@ -69,8 +68,13 @@ def test_loops_branches_and_kernels():
     def kernel(x):
         def body(a, out):
             out[...] = a[...]
-        return pl.pallas_call(body, out_shape=x, cost_estimate=pl.CostEstimate(
-            flops=123, transcendentals=0, bytes_accessed=0), interpret=True)(x)
+
+        return pl.pallas_call(
+            body,
+            out_shape=x,
+            cost_estimate=pl.CostEstimate(flops=123, transcendentals=0, bytes_accessed=0),
+            interpret=True,
+        )(x)
 
     assert traced(loop, x) == 5 * product
     assert traced(jax.grad(lambda x: jax.checkpoint(loop)(x).sum()), x) == (5 + 15) * product
@@ -95,23 +99,36 @@ def test_a_denoiser_is_its_network_and_its_conditions(config, at_root):
     clip = (16, 32, 32, model.channels)
 
     def whole(params, x, batch):
-        return model.run(params, x, jnp.ones(1), batch, model.drop_masks(1, False),
-                         method="train_view")
+        return model.run(
+            params, x, jnp.ones(1), batch, model.drop_masks(1, False), method="train_view"
+        )
 
     batch = jax.eval_shape(lambda: model.parts()[1].example(clip))
     if "embeddings" in model.signals:
         batch |= {"text": shape(1, 256, 4096), "text_mask": jax.ShapeDtypeStruct((1, 256), bool)}
     params = jax.eval_shape(model.new_params, jax.random.key(0))
     assert model.flops(clip, 256) == pytest.approx(
-        traced(whole, params, shape(1, *clip), batch), rel=1e-6)
+        traced(whole, params, shape(1, *clip), batch), rel=1e-6
+    )
 
 
 def test_chips_by_what_jax_calls_them():
-    names = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
-             "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
-             "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100",
-             "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 80GB HBM3": "h100",
-             "NVIDIA H200": "h200", "NVIDIA B200": "b200"}
+    names = {
+        "TPU v4": "v4",
+        "TPU v5 lite": "v5e",
+        "TPU v5e": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU7x": "tpu7x",
+        "NVIDIA A100-SXM4-40GB": "a100-40",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA B200": "b200",
+    }
     assert {kind: chip_of(kind) for kind in names} == {
-        kind: CHIPS[name] for kind, name in names.items()}
+        kind: CHIPS[name] for kind, name in names.items()
+    }
     assert set(names.values()) == set(CHIPS) and chip_of("cpu") is None

@@ -26,10 +26,25 @@ SHAPE = (4, 4, 3)
 
 
 def objective_of(spec, patch=(1, 2, 2), **fields):
-    model = Denoiser({"name": "transformer", "width": 24, "depth": 1, "heads": 2, "patch": patch,
-                      "pattern": ({"name": "full", **spec},)}, {"fps": {}})
-    return Objective(model, PROCESSES["rectified_flow"](), TIMES["uniform"](), WEIGHTS["none"](),
-                     forcing=True, **fields)
+    model = Denoiser(
+        {
+            "name": "transformer",
+            "width": 24,
+            "depth": 1,
+            "heads": 2,
+            "patch": patch,
+            "pattern": ({"name": "full", **spec},),
+        },
+        {"fps": {}},
+    )
+    return Objective(
+        model,
+        PROCESSES["rectified_flow"](),
+        TIMES["uniform"](),
+        WEIGHTS["none"](),
+        forcing=True,
+        **fields,
+    )
 
 
 @pytest.mark.parametrize(("spec", "pt", "size"), [({"block": 2}, 2, 4), ({}, 2, 2), ({}, 1, 1)])
@@ -39,7 +54,7 @@ def test_every_block_has_its_own_time(spec, pt, size):
     t, noise, _ = jax.jit(objective.draw)(batch, jax.random.key(0))
     assert t.shape == (3, 10) and noise.shape == batch["latents"].shape
     for clip in np.asarray(t):
-        parts = [clip[i:i + size] for i in range(0, 10, size)]
+        parts = [clip[i : i + size] for i in range(0, 10, size)]
         assert all(len(set(part.tolist())) == 1 for part in parts)
         assert len({part[0] for part in parts}) == len(parts)
     assert t.min() > 0 and t.max() < 1 and t.max() - t.min() > 0.7
@@ -58,8 +73,12 @@ class Told:
 
 def test_the_loss_of_a_frame_is_that_at_its_time():
     objective = objective_of({"block": 2})
-    told = dataclasses.replace(objective, model=Told(objective.model), weight=WEIGHTS["velocity"](),
-                               process=PROCESSES["rectified_flow"](prediction="x0"))
+    told = dataclasses.replace(
+        objective,
+        model=Told(objective.model),
+        weight=WEIGHTS["velocity"](),
+        process=PROCESSES["rectified_flow"](prediction="x0"),
+    )
     x0 = RNG.normal(size=(3, 6, *SHAPE)).astype(np.float32)
     t, *_ = jax.jit(told.draw)({"latents": x0}, jax.random.key(1))
     each = np.asarray(t)[:, :, None, None, None]
@@ -74,11 +93,20 @@ def test_the_loss_of_a_frame_is_that_at_its_time():
 
 
 MICRO = [
-    "--config.train.steps=4", "--config.train.eval_every=4", "--config.train.sample_every=4",
-    "--config.train.save_every=4", "--config.train.log_every=2", "--config.train.eval_clips=8",
-    "--config.data.loader.global_batch=8", "--config.judge.prompts=0", "--config.sample.steps=2",
-    "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
-    "--config.model.backbone.heads=2", "--config.train.wall=('a red circle moves right',)"]
+    "--config.train.steps=4",
+    "--config.train.eval_every=4",
+    "--config.train.sample_every=4",
+    "--config.train.save_every=4",
+    "--config.train.log_every=2",
+    "--config.train.eval_clips=8",
+    "--config.data.loader.global_batch=8",
+    "--config.judge.prompts=0",
+    "--config.sample.steps=2",
+    "--config.model.backbone.width=32",
+    "--config.model.backbone.depth=2",
+    "--config.model.backbone.heads=2",
+    "--config.train.wall=('a red circle moves right',)",
+]
 
 
 def test_a_config_with_forcing_and_blocks_streams(at_root):
@@ -102,7 +130,8 @@ def test_it_trains_and_draws_clips_longer_than_those_of_training(at_root, tmp_pa
         params, *_ = open_params(experiment, tmp_path, mesh)
         asked = params, ["a red ball", "blue"], [5, 6]
         clip = experiment.generator()(*asked, num_frames=64, fps=8.0)
-        blocks = list(itertools.islice(experiment.generator().stream(
-            *asked, num_frames=None, fps=8.0), 3))
+        blocks = list(
+            itertools.islice(experiment.generator().stream(*asked, num_frames=None, fps=8.0), 3)
+        )
     assert clip.shape == (2, 64, 32, 32, 3) and np.isfinite(clip).all()
     np.testing.assert_allclose(np.concatenate(blocks, 1), clip[:, :12], atol=1e-4)

@@ -8,8 +8,12 @@ import pytest
 
 from vdx.files import read_json, read_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    "VDX_FULL_RUN" not in os.environ, reason="needs VDX_FULL_RUN, the workdir of a full run")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "VDX_FULL_RUN" not in os.environ, reason="needs VDX_FULL_RUN, the workdir of a full run"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,10 @@ def test_figures(workdir, capsys):
     rows = read_rows(workdir / "metrics.jsonl")
     wait = float(np.median([r["speed/data_wait"] for r in rows if "speed/data_wait" in r]))
     with capsys.disabled():
-        print(f"\nscores {result['scores']}\nchance {result['chance']}\n"
-              f"training {rows[-1]['seconds']:.0f} s, waiting for data {wait:.1%}")
+        print(
+            f"\nscores {result['scores']}\nchance {result['chance']}\n"
+            f"training {rows[-1]['seconds']:.0f} s, waiting for data {wait:.1%}"
+        )
     assert result["prompts"] == 128
     assert result["true_renders"]["all"] >= 0.99
     assert result["scores"]["all"] >= 0.8 > 4 * result["chance"]["all"]

@@ -15,8 +15,10 @@ from vdx.types import Ports
 B = 3
 X = jax.random.normal(jax.random.key(0), (B, 2, 2, 2, 4))
 T = jnp.array([0.1, 0.5, 0.9])
-COND = Ports(tokens=jax.random.normal(jax.random.key(1), (B, 5, 4)),
-             vector=jax.random.normal(jax.random.key(2), (B, 4)))
+COND = Ports(
+    tokens=jax.random.normal(jax.random.key(1), (B, 5, 4)),
+    vector=jax.random.normal(jax.random.key(2), (B, 4)),
+)
 NULL = Ports(tokens=jnp.zeros((B, 5, 4)), vector=jnp.ones((B, 4)))
 
 
@@ -66,8 +68,9 @@ def test_each_condition_has_a_scale_of_its_own():
     np.testing.assert_allclose(got, a + 2.0 * (b - a) + 3.5 * (c - b), rtol=1e-5, atol=1e-5)
     assert counting.batches == [3 * B]
     got = guided(network, (NULL, some, COND), Guidance((1.0, 3.5)))(X, T)
-    np.testing.assert_allclose(got, guided(network, (some, COND), Guidance((3.5,)))(X, T),
-                               rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        got, guided(network, (some, COND), Guidance((3.5,)))(X, T), rtol=1e-5, atol=1e-5
+    )
     with pytest.raises(ValueError, match="2 guidance scales"):
         guided(network, (NULL, COND), Guidance((2.0, 3.5)))
 
@@ -106,14 +109,18 @@ def test_errors():
 def test_the_questions_of_a_clip_stay_where_it_is(quick):
     """On a mesh that splits the batch nothing is sent to ask, nor to put the answers together."""
     with jax.set_mesh(MeshSpec(data=8).make()):
+
         def ask(x, t, null, cond):
             split = lambda x: constrain(x, "b t h w c")
-            return guided(lambda *a: split(network(split(a[0]), *a[1:])), (null, cond),
-                          Guidance((3.5,)))(x, t)
+            return guided(
+                lambda *a: split(network(split(a[0]), *a[1:])), (null, cond), Guidance((3.5,))
+            )(x, t)
 
-        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct((8, *a.shape[1:]), a.dtype),
-                            (X, T, NULL, COND))
+        args = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((8, *a.shape[1:]), a.dtype), (X, T, NULL, COND)
+        )
         lie = batch_sharding(jax.sharding.get_mesh())
         program = jax.jit(ask, in_shardings=lie, out_shardings=lie, compiler_options=quick)
-        assert not re.search("all-|collective-|reduce-scatter",
-                             program.lower(*args).compile().as_text())
+        assert not re.search(
+            "all-|collective-|reduce-scatter", program.lower(*args).compile().as_text()
+        )

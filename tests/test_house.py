@@ -18,8 +18,12 @@ LEVELS = [
     {"build", "compiled", "config", "files", "flops", "hardware", "hlo", "types"},
 ]
 # Siblings that must not know one another.
-APART = {"diffusion": {"models", "data", "train"}, "data": {"models", "diffusion"},
-         "models": {"data", "diffusion"}, "metrics": {"models", "train", "generate"}}
+APART = {
+    "diffusion": {"models", "data", "train"},
+    "data": {"models", "diffusion"},
+    "models": {"data", "diffusion"},
+    "metrics": {"models", "train", "generate"},
+}
 
 
 def part(module: str) -> str:
@@ -58,7 +62,7 @@ def test_the_core_needs_neither_torch_nor_tensorflow(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_configs_are_names_numbers_and_paths(path):
-    assert imports(path) <= {"ml_collections", "configs"}           # and one another
+    assert imports(path) <= {"ml_collections", "configs"}  # and one another
     assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Lambda)]
 
 

@@ -17,12 +17,23 @@ from vdx.parallel import MeshSpec, param_shardings
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-TINY = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+TINY = {
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
 CONFIGS = {
     "sd": {**TINY, "layers_per_block": 2},
-    "flux": {**TINY, "latent_channels": 6, "scaling_factor": 0.3611, "shift_factor": 0.1159,
-             "use_quant_conv": False, "use_post_quant_conv": False},
+    "flux": {
+        **TINY,
+        "latent_channels": 6,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
     "no_attention": {**TINY, "mid_block_add_attention": False},
 }
 LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -46,8 +57,13 @@ class Case:
         self.torch = diffusers.AutoencoderKL(**config).eval().requires_grad_(False)
         for name, value in self.torch.named_parameters():
             noise = torch.randn_like(value)
-            value.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight")
-                        else 0.2 * noise if value.ndim == 1 else noise / value[0].numel() ** 0.5)
+            value.copy_(
+                1 + 0.1 * noise
+                if "norm" in name and name.endswith("weight")
+                else 0.2 * noise
+                if value.ndim == 1
+                else noise / value[0].numel() ** 0.5
+            )
         self.torch.save_pretrained(folder)
         self.file = load_file(folder / "diffusion_pytorch_model.safetensors")
         self.vae = image_vae_from_config(json.loads((folder / "config.json").read_text()))
@@ -64,18 +80,21 @@ def test_encode_and_decode_are_the_references(case, quick):
     video = np.tanh(rng.normal(size=(2, 3, 8, 12, 3))).astype(np.float32)
     frames = video.reshape(6, 8, 12, 3)
     z = rng.normal(size=(2, 3, 4, 6, vae.latent_channels)).astype(np.float32)
-    encode, decode = (jax.jit(lambda p, x, m=m: vae.apply({"params": p}, x, method=m),
-                              compiler_options=quick) for m in ("encode", "decode"))
+    encode, decode = (
+        jax.jit(lambda p, x, m=m: vae.apply({"params": p}, x, method=m), compiler_options=quick)
+        for m in ("encode", "decode")
+    )
 
     want, got = case.torch.encode(channels_first(frames)).latent_dist, encode(case.params, video)
     for ours, theirs in ((got.mean, want.mean), (got.logvar, want.logvar)):
         assert ours.shape == z.shape and theirs.std() > 0.2
-        np.testing.assert_allclose(ours.reshape(6, 4, 6, -1), channels_last(theirs), atol=1e-5,
-                                   rtol=0)
+        np.testing.assert_allclose(
+            ours.reshape(6, 4, 6, -1), channels_last(theirs), atol=1e-5, rtol=0
+        )
     scale, shift = vae.scaling_factor, vae.shift_factor or 0.0
     np.testing.assert_allclose(got.mode(), (got.mean - shift) * scale, atol=1e-6)
 
-    raw = z.reshape(6, 4, 6, -1) / scale + shift                # as the pipelines do
+    raw = z.reshape(6, 4, 6, -1) / scale + shift  # as the pipelines do
     want, got = channels_last(case.torch.decode(channels_first(raw)).sample), decode(case.params, z)
     assert want.std() > 0.2 and got.shape == video.shape and got.dtype == jnp.float32
     np.testing.assert_allclose(got.reshape(want.shape), want, atol=2e-5, rtol=0)
@@ -121,7 +140,7 @@ def test_norm_keeps_frames_apart_and_survives_a_large_mean():
     norm = torch.nn.GroupNorm(4, 8, eps=1e-6).double()
     want = channels_last(norm(channels_first(x).double()))
     got = GroupNorm(4).apply(GroupNorm(4).init(jax.random.key(0), x), x)
-    np.testing.assert_allclose(got, want, atol=1e-3)           # 1000 has four digits after it
+    np.testing.assert_allclose(got, want, atol=1e-3)  # 1000 has four digits after it
     np.testing.assert_allclose(got.std(), 1, atol=0.1)
 
 
@@ -132,12 +151,19 @@ def test_the_public_size_and_its_sharding():
         param_shardings(MeshSpec(**{"data": 1, **spec}).make(), like)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"_class_name": "AutoencoderKLWan"}, "is of AutoencoderKLWan, expected AutoencoderKL:"),
-    ({"act_fn": "gelu"}, "vae.act_fn = 'gelu' is not supported, only 'silu'"),
-    ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
-    ({"latents_mean": [0.0] * 4}, "latents_mean .* is not supported, only None"),
-    ({"latent_chanels": 4}, "Did you mean 'latent_channels'")])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"_class_name": "AutoencoderKLWan"}, "is of AutoencoderKLWan, expected AutoencoderKL:"),
+        ({"act_fn": "gelu"}, "vae.act_fn = 'gelu' is not supported, only 'silu'"),
+        (
+            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            "down_block_types",
+        ),
+        ({"latents_mean": [0.0] * 4}, "latents_mean .* is not supported, only None"),
+        ({"latent_chanels": 4}, "Did you mean 'latent_channels'"),
+    ],
+)
 def test_a_config_that_cannot_be_meant(fields, message):
     with pytest.raises(ConfigError, match=message):
         image_vae_from_config(fields)

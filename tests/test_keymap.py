@@ -22,18 +22,22 @@ THEIRS = {
     "patch.weight": RNG.normal(size=(6, 2, 1, 2, 2)).astype(np.float32),
     "down.0.1.bias": RNG.normal(size=7).astype(np.float32),
 }
-LIKE = {"layers": {"q": {"kernel": np.zeros((12, 3, 4), np.float32),
-                         "bias": np.zeros((12, 4), np.float32)}},
-        "conv": {"kernel": np.zeros((3, 3, 3, 2, 5), np.float32)},
-        "patch": {"kernel": np.zeros((8, 6), np.float32)},
-        "down_0": {"norm_1": {"bias": np.zeros(7, np.float32)}},
-        "text": {"null": np.zeros(3, np.float16)}}
+LIKE = {
+    "layers": {
+        "q": {"kernel": np.zeros((12, 3, 4), np.float32), "bias": np.zeros((12, 4), np.float32)}
+    },
+    "conv": {"kernel": np.zeros((3, 3, 3, 2, 5), np.float32)},
+    "patch": {"kernel": np.zeros((8, 6), np.float32)},
+    "down_0": {"norm_1": {"bias": np.zeros(7, np.float32)}},
+    "text": {"null": np.zeros(3, np.float16)},
+}
 
 
 def test_there_and_back():
     ours = gather(THEIRS.get, [*THEIRS, "unused.3"], LIKE, ROWS)
-    np.testing.assert_array_equal(ours["layers"]["q"]["kernel"][11],
-                                  THEIRS["blocks.11.to_q.weight"].T)
+    np.testing.assert_array_equal(
+        ours["layers"]["q"]["kernel"][11], THEIRS["blocks.11.to_q.weight"].T
+    )
     np.testing.assert_array_equal(ours["text"]["null"], np.zeros(3, np.float16))
     back = dict(export(ours, ROWS))
     assert set(back) == set(THEIRS)
@@ -42,11 +46,12 @@ def test_there_and_back():
 
 
 def test_layouts_compute_the_same():
-    x = RNG.normal(size=(1, 4, 6, 2))                         # t h w c
+    x = RNG.normal(size=(1, 4, 6, 2))  # t h w c
     tiles = x.reshape(1, 2, 2, 3, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(1, 2, 3, 8)
     ours = tiles @ patches((1, 2, 2)).ours(THEIRS["patch.weight"])
-    conv = np.einsum("thiwjc,dcij->thwd", x.reshape(1, 2, 2, 3, 2, 2),
-                     THEIRS["patch.weight"][:, :, 0])
+    conv = np.einsum(
+        "thiwjc,dcij->thwd", x.reshape(1, 2, 2, 3, 2, 2), THEIRS["patch.weight"][:, :, 0]
+    )
     np.testing.assert_allclose(ours, conv, rtol=1e-12)
     assert CONV.ours(THEIRS["conv.weight"])[2, 1, 0, 1, 4] == THEIRS["conv.weight"][4, 1, 2, 1, 0]
 
@@ -55,9 +60,13 @@ def test_all_that_is_wrong_is_listed_at_once():
     keys = [k for k in THEIRS if k not in ("blocks.3.to_q.bias", "conv.weight")]
     with pytest.raises(WeightsError) as error:
         assign([*keys, "blocks.12.to_q.bias", "strange", "down.1.1.bias"], LIKE, ROWS)
-    for part in ("strange: no such parameter", "blocks.12.to_q.bias: layers/q/bias has 12 layers",
-                 "this model has no down_1/norm_1/bias", "layers/q/bias: layers [3]",
-                 "conv/kernel (3, 3, 3, 2, 5): not in the file"):
+    for part in (
+        "strange: no such parameter",
+        "blocks.12.to_q.bias: layers/q/bias has 12 layers",
+        "this model has no down_1/norm_1/bias",
+        "layers/q/bias: layers [3]",
+        "conv/kernel (3, 3, 3, 2, 5): not in the file",
+    ):
         assert part in str(error.value), part
 
 

@@ -24,11 +24,24 @@ from vdx.parallel import MeshSpec, put_batch
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-TINY = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
-            num_layers=2, cross_attention_dim=16, attention_bias=True, sample_size=8, patch_size=2,
-            activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
-            norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
-            caption_channels=12, video_length=4)
+TINY = dict(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    cross_attention_dim=16,
+    attention_bias=True,
+    sample_size=8,
+    patch_size=2,
+    activation_fn="gelu-approximate",
+    num_embeds_ada_norm=1000,
+    norm_type="ada_norm_single",
+    norm_elementwise_affine=False,
+    norm_eps=1e-6,
+    caption_channels=12,
+    video_length=4,
+)
 B, T = 2, 4
 MESH = {"fsdp": 2, "context": 2, "tensor": 2}
 
@@ -51,16 +64,20 @@ class Case:
     def run(self):
         """Jitted: (params, batch, x) -> prediction. Fresh for each Case, so that code may be
         replaced."""
-        return jax.jit(lambda p, batch, x: self.model.run(
-            p, x, self.time, batch, self.model.drop_masks(B, False), method="train_view"),
-            compiler_options=self.options)
+        return jax.jit(
+            lambda p, batch, x: self.model.run(
+                p, x, self.time, batch, self.model.drop_masks(B, False), method="train_view"
+            ),
+            compiler_options=self.options,
+        )
 
     @torch.no_grad()
     def ask(self, x, text, time, **options):
-        x, text, time = (torch.from_numpy(np.ascontiguousarray(a)) for a in (
-            np.moveaxis(x, -1, 1), text, time))
+        x, text, time = (
+            torch.from_numpy(np.ascontiguousarray(a)) for a in (np.moveaxis(x, -1, 1), text, time)
+        )
         out = self.reference(x, time, text, **options).sample.numpy()
-        return np.moveaxis(out, 1, -1)[..., :4]               # without the variance
+        return np.moveaxis(out, 1, -1)[..., :4]  # without the variance
 
     def error(self, params=None) -> float:
         got = self.run(self.params if params is None else params, self.batch, self.x)
@@ -73,8 +90,10 @@ def randomised(config):
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=g)
-                    * (0.2 if p.ndim == 1 or "table" in name else np.prod(p.shape[1:]) ** -0.5))
+            p.copy_(
+                torch.randn(p.shape, generator=g)
+                * (0.2 if p.ndim == 1 or "table" in name else np.prod(p.shape[1:]) ** -0.5)
+            )
     return model
 
 
@@ -87,8 +106,17 @@ def case(tmp_path_factory, quick):
     text = rng.normal(size=(B, 5, 12)).astype(np.float32)
     model = latte_denoiser(json.loads((folder / "config.json").read_text()))
     params = load_latte(folder, model, MeshSpec().make(jax.devices()[:1]))
-    made = Case(folder, {"text": text, "text_mask": np.ones((B, 5), bool)}, x,
-                np.array([37.0, 803.0], np.float32), reference, np.zeros(0), model, params, quick)
+    made = Case(
+        folder,
+        {"text": text, "text_mask": np.ones((B, 5), bool)},
+        x,
+        np.array([37.0, 803.0], np.float32),
+        reference,
+        np.zeros(0),
+        model,
+        params,
+        quick,
+    )
     made.want = made.ask(x, text, made.time)
     return made
 
@@ -119,9 +147,10 @@ def test_padded_text_is_text_cut_off(case):
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     got = case.run(case.params, case.batch | {"text_mask": mask}, case.x)
     for i in range(B):
-        want = case.ask(case.x[i:i + 1], case.batch["text"][i:i + 1, mask[i]],
-                        case.time[i:i + 1])
-        np.testing.assert_allclose(got[i:i + 1], want, atol=1e-4)
+        want = case.ask(
+            case.x[i : i + 1], case.batch["text"][i : i + 1, mask[i]], case.time[i : i + 1]
+        )
+        np.testing.assert_allclose(got[i : i + 1], want, atol=1e-4)
 
 
 def test_every_parameter_is_seen(case):
@@ -168,14 +197,20 @@ def test_a_fault_is_seen(fault, case, monkeypatch):
 def test_a_run_begins_from_its_files(dtype, case):
     """What `config.weights` names is read as Latte; in the network's type beside adapters."""
     config = resolve("configs/wan21_t2v_1p3b.py:smoke", [])
-    config |= {"weights": str(case.folder), "model": {
-        "backbone": {**case.model.backbone, "dtype": dtype}, "signals": case.model.signals}}
+    config |= {
+        "weights": str(case.folder),
+        "model": {
+            "backbone": {**case.model.backbone, "dtype": dtype},
+            "signals": case.model.signals,
+        },
+    }
     if dtype == "bfloat16":
         config["lora"] = {"rank": 2}
     made = Experiment(config)
     params = made.read_weights(MeshSpec().make(jax.devices()[:1]))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), params,
-                 case.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), params, case.params
+    )
     assert str(params["network"]["layers"]["block_1"]["time"]["q"]["kernel"].dtype) == dtype
     assert len(made.kernels) == (0 if made.lora is None else 16)
 
@@ -215,28 +250,41 @@ def test_what_is_written_is_what_was_read(case):
 
 def test_the_public_model_has_these_arrays():
     """maxin-cn/Latte-1: names and shapes of diffusers' own model, which holds no memory here."""
-    config = TINY | dict(num_attention_heads=16, attention_head_dim=72, num_layers=28,
-                         cross_attention_dim=1152, sample_size=64, caption_channels=4096,
-                         video_length=16)
+    config = TINY | dict(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        num_layers=28,
+        cross_attention_dim=1152,
+        sample_size=64,
+        caption_channels=4096,
+        video_length=16,
+    )
     with torch.device("meta"):
-        want = {k: tuple(v.shape) for k, v in
-                diffusers.LatteTransformer3DModel(**config).state_dict().items()}
+        want = {
+            k: tuple(v.shape)
+            for k, v in diffusers.LatteTransformer3DModel(**config).state_dict().items()
+        }
     assert sum(np.prod(s) for s in want.values()) / 1e9 == pytest.approx(1.06, rel=5e-3)
     model = latte_denoiser(config | {"_class_name": "LatteTransformer3DModel"})
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     assert {k: s for k, (s, _) in export_plan(shapes, latte_rows(model)).items()} == want
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"norm_eps": 1e-5}, "norm_eps = 1e-05, not 1e-06"),
-    ({"norm_elementwise_affine": True}, "norm_elementwise_affine = True, not False"),
-    ({"attention_bias": False}, "attention_bias = False, not True"),
-    ({"out_channels": 5}, "out_channels = 5, not in_channels = 4 or twice that"),
-    ({"sample_size": 65}, "sample_size = 65 is no number of patches"),
-    ({"cross_attention_dim": 8}, "cross_attention_dim = 8, not 16"),
-    ({"caption_channels": None, "num_layers": None},
-     r"num_layers: is missing\n  caption_channels: is missing"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_eps": 1e-5}, "norm_eps = 1e-05, not 1e-06"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine = True, not False"),
+        ({"attention_bias": False}, "attention_bias = False, not True"),
+        ({"out_channels": 5}, "out_channels = 5, not in_channels = 4 or twice that"),
+        ({"sample_size": 65}, "sample_size = 65 is no number of patches"),
+        ({"cross_attention_dim": 8}, "cross_attention_dim = 8, not 16"),
+        (
+            {"caption_channels": None, "num_layers": None},
+            r"num_layers: is missing\n  caption_channels: is missing",
+        ),
+    ],
+)
 def test_configs_that_are_another_network(changes, message):
     with pytest.raises(WeightsError, match=message):
         latte_denoiser(TINY | {"_class_name": "LatteTransformer3DModel"} | changes)
@@ -246,8 +294,11 @@ def test_weights_that_do_not_fit(case, tmp_path):
     mesh, file = MeshSpec().make(jax.devices()[:1]), "diffusion_pytorch_model.safetensors"
     assert is_latte(case.folder)
     other = Denoiser({**case.model.backbone, "sincos": 8, "cross": "normed"}, case.model.signals)
-    with pytest.raises(WeightsError, match=r"sincos = 8, but the weights have 4\n.*cross = "
-                                           "normed, but the weights have plain"):
+    with pytest.raises(
+        WeightsError,
+        match=r"sincos = 8, but the weights have 4\n.*cross = "
+        "normed, but the weights have plain",
+    ):
         load_latte(case.folder, other, mesh)
     (tmp_path / file).symlink_to(case.folder / file)
     with pytest.raises(WeightsError, match=r"config\.json is not there"):

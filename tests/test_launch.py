@@ -44,7 +44,8 @@ class Stubs:
         self.here, self.bin, self.root = here, here / "bin", ROOT
         self.bin.mkdir()
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
-            "PATH": f"{self.bin}:{os.environ['PATH']}"}
+            "PATH": f"{self.bin}:{os.environ['PATH']}"
+        }
         for name in ("gcloud", "kubectl", "srun", "scontrol", "sbatch", "ssh", "docker"):
             self.add(name, "sys.exit(99)")
         self.add("sleep")
@@ -79,9 +80,15 @@ with open(here / "calls", "a") as file:
         (self.here / name).write_text(text)
 
     def start(self, script: str, *args: str, **env: str) -> subprocess.Popen:
-        return subprocess.Popen([self.root / "launch" / script, *args], env=self.env | env,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                cwd=self.here, start_new_session=True)
+        return subprocess.Popen(
+            [self.root / "launch" / script, *args],
+            env=self.env | env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self.here,
+            start_new_session=True,
+        )
 
     def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
         child = self.start(script, *args, **env)
@@ -118,17 +125,20 @@ def test_shellcheck_is_content(script):
 # again.sh
 
 
-@pytest.mark.parametrize(("codes", "restarts", "code", "pauses"), [
-    ("0", 20, 0, ""),
-    ("1 0", 20, 1, ""),
-    ("2 0", 20, 2, ""),
-    ("42 75 137 134 0", 20, 0, "1 2 4 8"),
-    ("75 1 0", 20, 1, "1"),
-    ("42 75 42 0", 2, 42, "1 2"),
-    ("75 75 137 0", 2, 75, "1 2"),
-    ("139 0", 0, 75, ""),
-    (8 * "75 " + "0", 20, 0, "1 2 4 8 16 32 60 60"),
-])
+@pytest.mark.parametrize(
+    ("codes", "restarts", "code", "pauses"),
+    [
+        ("0", 20, 0, ""),
+        ("1 0", 20, 1, ""),
+        ("2 0", 20, 2, ""),
+        ("42 75 137 134 0", 20, 0, "1 2 4 8"),
+        ("75 1 0", 20, 1, "1"),
+        ("42 75 42 0", 2, 42, "1 2"),
+        ("75 75 137 0", 2, 75, "1 2"),
+        ("139 0", 0, 75, ""),
+        (8 * "75 " + "0", 20, 0, "1 2 4 8 16 32 60 60"),
+    ],
+)
 def test_again(stubs, codes, restarts, code, pauses):
     stubs.write("codes", codes)
     stubs.add("trainer", "end(int(next_of('codes')))")
@@ -144,10 +154,13 @@ def test_after_a_minute_the_pause_is_short_again(stubs, seconds, pauses):
     stubs.write("codes", "75 75 75 0")
     stubs.write("clock", "0")
     stubs.add("trainer", "end(int(next_of('codes')))")
-    stubs.add("date", f"""
+    stubs.add(
+        "date",
+        f"""
 now = int((here / "clock").read_text())
 (here / "clock").write_text(str(now + {seconds}))
-print(now)""")
+print(now)""",
+    )
     # `date` is asked before and after each run, so that every run takes `seconds`.
     assert stubs.run("again.sh", "trainer").returncode == 0
     assert [call[0] for call in stubs.calls("sleep")] == pauses.split()
@@ -168,11 +181,17 @@ end(CODE)
 """
 
 
-@pytest.mark.parametrize(("sent", "heard", "code"), [
-    ("SIGTERM", "SIGTERM", 42), ("SIGINT", "SIGINT", 42), ("SIGHUP", "SIGTERM", 42),
-    ("SIGTERM SIGTERM", "SIGTERM SIGTERM", 42), ("SIGTERM", "SIGTERM", 0),
-    ("SIGTERM", "SIGTERM", 137),
-])
+@pytest.mark.parametrize(
+    ("sent", "heard", "code"),
+    [
+        ("SIGTERM", "SIGTERM", 42),
+        ("SIGINT", "SIGINT", 42),
+        ("SIGHUP", "SIGTERM", 42),
+        ("SIGTERM SIGTERM", "SIGTERM SIGTERM", 42),
+        ("SIGTERM", "SIGTERM", 0),
+        ("SIGTERM", "SIGTERM", 137),
+    ],
+)
 def test_a_signal_goes_on_to_the_command(stubs, sent, heard, code):
     sent = sent.split()
     stubs.add("trainer", HEARS.replace("LIMIT", str(len(sent))).replace("CODE", str(code)))
@@ -181,8 +200,13 @@ def test_a_signal_goes_on_to_the_command(stubs, sent, heard, code):
     for i, name in enumerate(sent):
         # To the whole group, as a terminal does: the command must not hear it twice.
         os.killpg(child.pid, signal.Signals[name])
-        until(lambda n=i: len((stubs.here / "heard").read_text().split()) > n
-              if (stubs.here / "heard").exists() else False)
+        until(
+            lambda n=i: (
+                len((stubs.here / "heard").read_text().split()) > n
+                if (stubs.here / "heard").exists()
+                else False
+            )
+        )
     err = child.communicate(timeout=10)[1]
     assert child.returncode == (75 if code > 128 else code), err
     assert (stubs.here / "heard").read_text() == heard
@@ -201,10 +225,12 @@ def test_a_signal_in_the_pause(stubs):
 
 
 def test_a_suspended_command_has_not_ended(stubs):
-    stubs.add("trainer", "(here / 'pid').write_text(str(os.getpid()))\n"
-              "os.kill(os.getpid(), signal.SIGSTOP)\nend(3)")
+    stubs.add(
+        "trainer",
+        "(here / 'pid').write_text(str(os.getpid()))\nos.kill(os.getpid(), signal.SIGSTOP)\nend(3)",
+    )
     child = stubs.start("again.sh", "trainer")
-    until(lambda: len(stubs.calls("sleep")) > 2)      # it looks again and again
+    until(lambda: len(stubs.calls("sleep")) > 2)  # it looks again and again
     assert child.poll() is None and len(stubs.calls("trainer")) == 1
     os.kill(int((stubs.here / "pid").read_text()), signal.SIGCONT)
     child.communicate(timeout=10)
@@ -219,7 +245,9 @@ def test_processes_that_start_again_one_by_one_find_each_other(stubs, victim, tm
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (stubs.bin / "sleep").unlink()
-    stubs.write("member.py", f"""
+    stubs.write(
+        "member.py",
+        f"""
 import os, pathlib, sys, time
 import jax
 index = int(sys.argv[1])
@@ -233,9 +261,12 @@ if first:
         os._exit(75)
     time.sleep(100)
 jax.distributed.shutdown()
-""")
-    children = [stubs.start("again.sh", sys.executable, str(tmp_path / "member.py"), str(i))
-                for i in range(2)]
+""",
+    )
+    children = [
+        stubs.start("again.sh", sys.executable, str(tmp_path / "member.py"), str(i))
+        for i in range(2)
+    ]
     for child in children:
         err = child.communicate(timeout=100)[1]
         assert child.returncode == 0 and err.count("starting again") == 1, err
@@ -245,8 +276,11 @@ jax.distributed.shutdown()
 
 
 def test_laptop_and_gpu_host(stubs):
-    stubs.add("python3", "(here / 'platforms').write_text(os.environ.get('JAX_PLATFORMS', ''))\n"
-              "end(int(next_of('codes')))")
+    stubs.add(
+        "python3",
+        "(here / 'platforms').write_text(os.environ.get('JAX_PLATFORMS', ''))\n"
+        "end(int(next_of('codes')))",
+    )
     stubs.add("nvidia-smi", "end(int(next_of('gpu')))")
     for script in ("laptop.sh", "gpu_host.sh"):
         stubs.write("codes", "75 0")
@@ -276,12 +310,15 @@ end(int(code))
 """
 
 
-@pytest.mark.parametrize(("first", "second", "code", "lives"), [
-    ("0:137 0:0", "0.4:75 0:0", 0, 2),       # killed, and its peer loses touch
-    ("0.4:75 0:0", "0:42 0:0", 0, 2),
-    ("0.4:75 0:0", "0:1 0:0", 1, 1),         # the first that fails says why
-    ("0:0", "0:0", 0, 1),
-])
+@pytest.mark.parametrize(
+    ("first", "second", "code", "lives"),
+    [
+        ("0:137 0:0", "0.4:75 0:0", 0, 2),  # killed, and its peer loses touch
+        ("0.4:75 0:0", "0:42 0:0", 0, 2),
+        ("0.4:75 0:0", "0:1 0:0", 1, 1),  # the first that fails says why
+        ("0:0", "0:0", 0, 1),
+    ],
+)
 def test_local_starts_all_again(stubs, first, second, code, lives):
     stubs.add("python3", LOCAL)
     stubs.write("life0", first)
@@ -291,8 +328,14 @@ def test_local_starts_all_again(stubs, first, second, code, lives):
     calls = [call for call in stubs.calls("python3") if call[0] == "-m"]
     assert len(calls) == 2 * lives
     for index in range(2):
-        assert [*MAIN, "--workdir=runs/a b", "--coordinator=127.0.0.1:4321", "--num_processes=2",
-                f"--process_id={index}", *OVERRIDES] in calls
+        assert [
+            *MAIN,
+            "--workdir=runs/a b",
+            "--coordinator=127.0.0.1:4321",
+            "--num_processes=2",
+            f"--process_id={index}",
+            *OVERRIDES,
+        ] in calls
 
 
 def test_local_stops_all(stubs):
@@ -356,8 +399,11 @@ def pod(stubs):
     """A slice of two hosts, and a repository whose last commit has the scripts as they are."""
     stubs.root = stubs.here / "repository"
     shutil.copytree(ROOT / "launch", stubs.root / "launch")
-    for command in (["init", "-q"], ["add", "."],
-                    ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "all"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "all"],
+    ):
         subprocess.run(["git", *command], cwd=stubs.root, check=True)
     stubs.add("gcloud", GCLOUD)
     stubs.add("python3", HOST)
@@ -372,8 +418,11 @@ def lives(pod, *codes):
 
 
 def requests(pod) -> list[str]:
-    return [call[3] for call in pod.calls("gcloud") if call[2] == "queued-resources"
-            and call[3] != "describe"]
+    return [
+        call[3]
+        for call in pod.calls("gcloud")
+        if call[2] == "queued-resources" and call[3] != "describe"
+    ]
 
 
 def trainings(pod) -> list[list[str]]:
@@ -385,9 +434,20 @@ def test_tpu_slice_from_the_queue(pod):
     lives(pod, "75 0", "134 0")
     done = pod.run("tpu_pod.sh", CONFIG, "/mnt/a b", *OVERRIDES, **POD, SPOT="1")
     assert done.returncode == 0, done.stderr
-    assert [call for call in pod.calls("gcloud") if call[3] == "create"] == [[
-        "compute", "tpus", "queued-resources", "create", "slice", "--zone=z", "--node-id=slice",
-        "--accelerator-type=v5litepod-8", "--spot", "--runtime-version=image"]]
+    assert [call for call in pod.calls("gcloud") if call[3] == "create"] == [
+        [
+            "compute",
+            "tpus",
+            "queued-resources",
+            "create",
+            "slice",
+            "--zone=z",
+            "--node-id=slice",
+            "--accelerator-type=v5litepod-8",
+            "--spot",
+            "--runtime-version=image",
+        ]
+    ]
     assert done.stderr.count("is WAITING_FOR_RESOURCES") == 1
     # Two hosts, each of which started twice, with every quote where it was.
     assert trainings(pod) == [[*MAIN, "--workdir=/mnt/a b", "--distributed", *OVERRIDES]] * 4
@@ -404,12 +464,15 @@ def test_tpu_slice_that_is_there(pod):
     assert "not committed" in done.stderr and not (pod.here / "worker1/vdx/new.py").exists()
 
 
-@pytest.mark.parametrize(("states", "create", "code", "asked", "message"), [
-    ("SUSPENDING SUSPENDED NONE ACTIVE", 0, 0, ["delete", "create"], "was taken back"),
-    ("ACTIVE", 0, 0, [], ""),
-    ("NONE ACCEPTED FAILED", 0, 1, ["create"], "no quota for this"),
-    ("NONE ACTIVE", 3, 3, ["create"], "not there yet"),
-])
+@pytest.mark.parametrize(
+    ("states", "create", "code", "asked", "message"),
+    [
+        ("SUSPENDING SUSPENDED NONE ACTIVE", 0, 0, ["delete", "create"], "was taken back"),
+        ("ACTIVE", 0, 0, [], ""),
+        ("NONE ACCEPTED FAILED", 0, 1, ["create"], "no quota for this"),
+        ("NONE ACTIVE", 3, 3, ["create"], "not there yet"),
+    ],
+)
 def test_tpu_requests(pod, states, create, code, asked, message):
     pod.write("states", states)
     pod.write("create", str(create))
@@ -439,19 +502,20 @@ def test_detached_follows_what_runs_and_knows_what_was_killed(stubs):
     env = {"TMPDIR": str(stubs.here)}
     children = [stubs.start("detached.sh", "trainer", **env)]
     until(lambda: stubs.calls("trainer"))
-    children.append(stubs.start("detached.sh", "trainer", **env))      # as gcloud does, to retry
+    children.append(stubs.start("detached.sh", "trainer", **env))  # as gcloud does, to retry
     assert [child.stdout.readline() for child in children] == ["trains\n"] * 2
     os.killpg(int(next(stubs.here.glob("vdx-*/pid")).read_text()), signal.SIGKILL)
     for child in children:
         child.communicate(timeout=10)
         assert child.returncode == 75
     assert len(stubs.calls("trainer")) == 1
-    assert stubs.run("detached.sh", **env).returncode == 0             # nothing to stop
+    assert stubs.run("detached.sh", **env).returncode == 0  # nothing to stop
 
 
 def test_detached_waits_until_what_it_stops_has_saved(stubs):
-    stubs.add("trainer", HEARS.replace("LIMIT", "1").replace(
-        "CODE", "[(here / 'saved').touch(), 42][1]"))
+    stubs.add(
+        "trainer", HEARS.replace("LIMIT", "1").replace("CODE", "[(here / 'saved').touch(), 42][1]")
+    )
     env = {"TMPDIR": str(stubs.here)}
     child = stubs.start("detached.sh", "trainer", **env)
     until((stubs.here / "ready").exists)
@@ -475,22 +539,43 @@ os.execvpe("bash", ["bash", str(script), *args[1:]], os.environ | {
 def submit(stubs, **env):
     stubs.add("sbatch", SBATCH.replace("ROOT", repr(str(ROOT))))
     stubs.add("scontrol")
-    return subprocess.Popen(["sbatch", ROOT / "launch/slurm.sh", CONFIG, "runs/a b", *OVERRIDES],
-                            env=stubs.env | env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        ["sbatch", ROOT / "launch/slurm.sh", CONFIG, "runs/a b", *OVERRIDES],
+        env=stubs.env | env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
-@pytest.mark.parametrize(("ends", "count", "code", "requeued"), [
-    (0, 0, 0, False), (1, 0, 1, False), (42, 0, 42, True), (75, 19, 75, True),
-    (137, 0, 75, True), (134, 0, 75, True), (75, 20, 75, False),
-])
+@pytest.mark.parametrize(
+    ("ends", "count", "code", "requeued"),
+    [
+        (0, 0, 0, False),
+        (1, 0, 1, False),
+        (42, 0, 42, True),
+        (75, 19, 75, True),
+        (137, 0, 75, True),
+        (134, 0, 75, True),
+        (75, 20, 75, False),
+    ],
+)
 def test_slurm(stubs, ends, count, code, requeued):
     stubs.add("srun", f"(here / 'cores').write_text(os.environ['SRUN_CPUS_PER_TASK'])\nend({ends})")
     child = submit(stubs, SLURM_RESTART_COUNT=str(count))
     err = child.communicate(timeout=10)[1]
     assert child.returncode == code, err
-    assert stubs.calls("srun") == [["--kill-on-bad-exit=0", "python3", *MAIN, "--workdir=runs/a b",
-                                    "--distributed", *OVERRIDES]]
+    assert stubs.calls("srun") == [
+        [
+            "--kill-on-bad-exit=0",
+            "python3",
+            *MAIN,
+            "--workdir=runs/a b",
+            "--distributed",
+            *OVERRIDES,
+        ]
+    ]
     assert stubs.calls("scontrol") == [["requeue", "7"]] * requeued
     assert (stubs.here / "cores").read_text() == "8"
 
@@ -499,7 +584,7 @@ def test_a_cancelled_slurm_job_is_not_requeued(stubs):
     stubs.add("srun", HEARS.replace("LIMIT", "1").replace("CODE", "42"))
     child = submit(stubs)
     until((stubs.here / "ready").exists)
-    os.killpg(child.pid, signal.SIGTERM)        # to all of the job's processes
+    os.killpg(child.pid, signal.SIGTERM)  # to all of the job's processes
     child.communicate(timeout=10)
     assert child.returncode == -signal.SIGTERM
     assert (stubs.here / "heard").read_text() == "SIGTERM" and not stubs.calls("scontrol")
@@ -507,7 +592,7 @@ def test_a_cancelled_slurm_job_is_not_requeued(stubs):
 
 def test_slurm_asks_for_what_jax_needs():
     head, _, _ = (ROOT / "launch/slurm.sh").read_text().partition("\nset ")
-    assert all(line.startswith("#") for line in head.splitlines())    # sbatch stops at a command
+    assert all(line.startswith("#") for line in head.splitlines())  # sbatch stops at a command
     options = {line.removeprefix("#SBATCH --") for line in head.splitlines() if "SBATCH" in line}
     assert {"signal=TERM@120", "requeue", "open-mode=append"} <= options
     values = dict(option.partition("=")[::2] for option in options)
@@ -516,8 +601,7 @@ def test_slurm_asks_for_what_jax_needs():
 
 # GKE
 
-GKE = {"IMAGE": "eu/x:1", "CLAIM": "disk", "ACCELERATOR": "tpu-v5-lite-podslice",
-       "TOPOLOGY": "4x8"}
+GKE = {"IMAGE": "eu/x:1", "CLAIM": "disk", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x8"}
 
 
 def action(rules: list[dict], code: int) -> str:
@@ -544,21 +628,34 @@ def test_gke_job(stubs):
     assert service["spec"]["clusterIP"] == "None"
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == 8
     rules = spec["podFailurePolicy"]["rules"]
-    assert pod["restartPolicy"] == "Never"           # what podFailurePolicy needs
+    assert pod["restartPolicy"] == "Never"  # what podFailurePolicy needs
     assert {code: action(rules, code) for code in (1, 2, 42, 75, 137)} == {
-        1: "FailJob", 2: "FailJob", 42: "Ignore", 75: "Ignore", 137: "Count"}
-    assert rules[0] == {"action": "Ignore",
-                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+        1: "FailJob",
+        2: "FailJob",
+        42: "Ignore",
+        75: "Ignore",
+        137: "Count",
+    }
+    assert rules[0] == {
+        "action": "Ignore",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
     [container] = pod["containers"]
     assert [a.replace("$$(", "$(") for a in container["command"]] == [
-        "launch/again.sh", "python3", *MAIN, "--workdir=/mnt/shared/runs/Base_1", "--distributed",
-        *OVERRIDES]
+        "launch/again.sh",
+        "python3",
+        *MAIN,
+        "--workdir=/mnt/shared/runs/Base_1",
+        "--distributed",
+        *OVERRIDES,
+    ]
     assert not any("$(" in a.replace("$$(", "") for a in container["command"])
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["resources"]["requests"] == {"google.com/tpu": 4}
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-        "cloud.google.com/gke-tpu-topology": "4x8"}
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
     assert container["image"] == "eu/x:1"
     assert {"name": "shared", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
 
@@ -569,13 +666,16 @@ def test_gke_starts_anew(stubs):
     assert stubs.run("gke.sh", *arguments, **GKE).returncode == 0
     assert stubs.calls("kubectl") == [
         ["delete", "job", "vdx-base", "--ignore-not-found", "--cascade=foreground"],
-        ["apply", "-f", "-"]]
+        ["apply", "-f", "-"],
+    ]
     printed = stubs.run("gke.sh", "--dry-run", *arguments, **GKE).stdout
     assert (stubs.here / "applied").read_text() == printed
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"TOPOLOGY": "3x1"}, "3 chips are not nodes of 4"), ({"IMAGE": ""}, "IMAGE: a container")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"TOPOLOGY": "3x1"}, "3 chips are not nodes of 4"), ({"IMAGE": ""}, "IMAGE: a container")],
+)
 def test_gke_says_what_is_missing(stubs, change, message):
     done = stubs.run("gke.sh", CONFIG, "/mnt/shared/base", **GKE | change)
     assert done.returncode != 0 and message in done.stderr and not stubs.calls("kubectl")

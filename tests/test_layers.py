@@ -27,7 +27,7 @@ DEFINITIONS = {
     "gelu_exact": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
-    "geglu": lambda x: x[..., :len(x.T) // 2] * DEFINITIONS["gelu_exact"](x[..., len(x.T) // 2:]),
+    "geglu": lambda x: x[..., : len(x.T) // 2] * DEFINITIONS["gelu_exact"](x[..., len(x.T) // 2 :]),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
@@ -53,7 +53,7 @@ def test_layer_norm(eps):
 
 @pytest.mark.parametrize("norm", [RMSNorm(), LayerNorm()])
 def test_norms_work_in_float32_and_return_the_type_they_got(norm):
-    x = (100 + X).astype(jnp.bfloat16)          # the mean is large against the differences
+    x = (100 + X).astype(jnp.bfloat16)  # the mean is large against the differences
     params = norm.init(jax.random.key(0), X32)
     got = norm.apply(params, x)
     assert got.dtype == jnp.bfloat16
@@ -75,7 +75,7 @@ def test_sinusoidal_and_its_mlp(randomise):
     x = np.array([0.0, 0.3, 999.0])
     freqs = np.array([10_000.0 ** (-i / 4) for i in range(4)])
     want = np.concatenate([np.cos(x[:, None] * freqs), np.sin(x[:, None] * freqs)], -1)
-    close(sinusoidal(jnp.asarray(x, jnp.float32), 8), want, 1e-4)    # 999 in float32: 3e-5 rad
+    close(sinusoidal(jnp.asarray(x, jnp.float32), 8), want, 1e-4)  # 999 in float32: 3e-5 rad
     layer = EmbedMLP(6, sinusoid=8)
     params = randomise(jax.eval_shape(layer.init, jax.random.key(0), jnp.ones(1))["params"])
     up, down = params["up"], params["down"]
@@ -84,15 +84,19 @@ def test_sinusoidal_and_its_mlp(randomise):
     close(got, h @ down["kernel"] + down["bias"], 1e-4)
 
 
-@pytest.mark.parametrize(("head", "widths"), [
-    (64, (24, 20, 20)), (16, (8, 4, 4)), (128, (44, 42, 42)), (4, (4, 0, 0))])
+@pytest.mark.parametrize(
+    ("head", "widths"), [(64, (24, 20, 20)), (16, (8, 4, 4)), (128, (44, 42, 42)), (4, (4, 0, 0))]
+)
 def test_rope_table_divides_the_channels_as_documented(head, widths):
     grid = (3, 4, 5)
     cos, sin = rope_table(grid, head)
     assert cos.shape == sin.shape == (*grid, 1, head // 2) and sum(widths) == head
     for t, h, w in [(0, 0, 0), (2, 1, 4), (1, 3, 0)]:
-        angles = [place * 10_000.0 ** (-2 * i / width) for place, width in
-                  zip((t, h, w), widths, strict=True) for i in range(width // 2)]
+        angles = [
+            place * 10_000.0 ** (-2 * i / width)
+            for place, width in zip((t, h, w), widths, strict=True)
+            for i in range(width // 2)
+        ]
         close(cos[t, h, w, 0], np.cos(angles))
         close(sin[t, h, w, 0], np.sin(angles))
 
@@ -121,14 +125,16 @@ def test_rope_rotates_pairs_half_a_head_apart():
 def test_rope_scores_depend_on_differences_of_position_alone():
     grid = (4, 4, 4)
     rope = rope_table(grid, 24)
-    q, k = (jnp.broadcast_to(jnp.asarray(RNG.normal(size=24), jnp.float32), (1, *grid, 1, 24))
-            for _ in "qk")
+    q, k = (
+        jnp.broadcast_to(jnp.asarray(RNG.normal(size=24), jnp.float32), (1, *grid, 1, 24))
+        for _ in "qk"
+    )
     q, k = (np.asarray(apply_rope(x, rope))[0, ..., 0, :] for x in (q, k))
     score = lambda a, b: q[a] @ k[b]
     for a, b in [((0, 0, 0), (1, 2, 1)), ((2, 1, 0), (0, 1, 2)), ((1, 1, 1), (1, 1, 1))]:
         moved = tuple(np.add(a, 1)), tuple(np.add(b, 1))
         close(score(*moved), score(a, b), 1e-5)
-        for axis in range(3):                                # and on those of every axis
+        for axis in range(3):  # and on those of every axis
             other = list(b)
             other[axis] += 1
             assert abs(score(a, tuple(other)) - score(a, b)) > 1e-3

@@ -45,13 +45,21 @@ THEIRS = {
     **{f"blocks.{i}.q.weight": normal(8, 8) for i in range(LAYERS)},
     **{f"blocks.{i}.up.weight": normal(16, 8) for i in range(LAYERS)},
     **{f"blocks.{i}.up.bias": normal(16) for i in range(LAYERS)},
-    "conv.weight": normal(4, 8, 3, 3), "norm.weight": normal(8),
+    "conv.weight": normal(4, 8, 3, 3),
+    "norm.weight": normal(8),
 }
-SHAPES = {"layers": {"q": {"kernel": (LAYERS, 8, 8)}, "up": {"kernel": (LAYERS, 8, 16),
-                                                            "bias": (LAYERS, 16)}},
-          "conv": {"kernel": (3, 3, 8, 4)}, "norm": {"scale": (8,)}, "text": {"null": (6,)}}
-LIKE = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES,
-                    is_leaf=lambda s: isinstance(s, tuple))
+SHAPES = {
+    "layers": {
+        "q": {"kernel": (LAYERS, 8, 8)},
+        "up": {"kernel": (LAYERS, 8, 16), "bias": (LAYERS, 16)},
+    },
+    "conv": {"kernel": (3, 3, 8, 4)},
+    "norm": {"scale": (8,)},
+    "text": {"null": (6,)},
+}
+LIKE = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=lambda s: isinstance(s, tuple)
+)
 
 
 def save(path, arrays):
@@ -78,6 +86,7 @@ def reads(monkeypatch):
 
 
 # The format.
+
 
 def test_their_library_reads_ours_and_we_read_theirs(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
@@ -112,17 +121,25 @@ def test_a_file_that_is_cut_off(file, keep):
     with pytest.raises(WeightsError, match=r"model.safetensors is (cut off|not a safetensors)"):
         open_weights(file)
     file.write_bytes(content[:-1])
-    with pytest.raises(WeightsError, match=rf"has {len(content) - 1:,} bytes, and its header says "
-                                           rf"{len(content):,}\. Download it again"):
+    with pytest.raises(
+        WeightsError,
+        match=rf"has {len(content) - 1:,} bytes, and its header says "
+        rf"{len(content):,}\. Download it again",
+    ):
         open_weights(file)
 
 
-@pytest.mark.parametrize("header", [
-    b"<html>404 Not Found</html>", b"\x04\0\0\0\0\0\0\0[1]  ", b"\x02\0\0\0\0\0\0\0\xff\xff",
-    b'\x3d\0\0\0\0\0\0\0{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}    ',
-    b'\x3d\0\0\0\0\0\0\0{"a": {"dtype": "Q32", "shape": [2], "data_offsets": [0, 8]}}    ',
-    b'\x3d\0\0\0\0\0\0\0{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8,0]}}    ',
-])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"<html>404 Not Found</html>",
+        b"\x04\0\0\0\0\0\0\0[1]  ",
+        b"\x02\0\0\0\0\0\0\0\xff\xff",
+        b'\x3d\0\0\0\0\0\0\0{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}    ',
+        b'\x3d\0\0\0\0\0\0\0{"a": {"dtype": "Q32", "shape": [2], "data_offsets": [0, 8]}}    ',
+        b'\x3d\0\0\0\0\0\0\0{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8,0]}}    ',
+    ],
+)
 def test_a_file_of_another_kind(tmp_path, header):
     (tmp_path / "x.safetensors").write_bytes(header + bytes(50))
     with pytest.raises(WeightsError, match="is not a safetensors file"):
@@ -130,6 +147,7 @@ def test_a_file_of_another_kind(tmp_path, header):
 
 
 # Folders.
+
 
 def parts(folder, **names):
     """A model in two parts; `names` replace entries of the index."""
@@ -170,8 +188,11 @@ def test_folders_of_none_and_of_several(tmp_path, file):
     (tmp_path / "a" / "vae").mkdir()
     for part in ("transformer", "vae"):
         save(tmp_path / "a" / part / "x.safetensors", THEIRS)
-    with pytest.raises(WeightsError, match=r"holds no .safetensors file. Name one of its "
-                                           r"folders: transformer, vae"):
+    with pytest.raises(
+        WeightsError,
+        match=r"holds no .safetensors file. Name one of its "
+        r"folders: transformer, vae",
+    ):
         open_weights(tmp_path / "a")
     save(tmp_path / "other.safetensors", THEIRS)
     with pytest.raises(WeightsError, match=r"several: model.safetensors, other.safetensors"):
@@ -183,8 +204,10 @@ def test_folders_of_none_and_of_several(tmp_path, file):
 
 # Onto the mesh.
 
-@pytest.mark.parametrize("spec", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2},
-                                  {"data": 2, "fsdp": 2, "context": 2}])
+
+@pytest.mark.parametrize(
+    "spec", [{"data": 8}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_arrive_in_shares_and_are_read_once(spec, dtype, file, reads):
     mesh = MeshSpec(**spec).make()
@@ -197,8 +220,10 @@ def test_parameters_arrive_in_shares_and_are_read_once(spec, dtype, file, reads)
     assert jax.tree.map(lambda a, b: (a.dtype, a.sharding) == (b.dtype, b.sharding), got, like)
     kernel = got["layers"]["up"]["kernel"]
     assert kernel.dtype == jnp.dtype(dtype) and got["norm"]["scale"].dtype == jnp.float32
-    assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == \
-        kernel.size
+    assert (
+        kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"]
+        == kernel.size
+    )
 
 
 def test_layers_may_be_split_too(file):
@@ -206,9 +231,10 @@ def test_layers_may_be_split_too(file):
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()
     sharding = NamedSharding(mesh, P("fsdp", None, "tensor"))
     like = jax.tree.map(lambda a: a, LIKE)
-    like["layers"]["up"]["kernel"] = jax.ShapeDtypeStruct((LAYERS, 8, 16), jnp.float32,
-                                                          sharding=sharding)
-    got = load_params(open_weights(file), like, ROWS)       # the rest lies on one device
+    like["layers"]["up"]["kernel"] = jax.ShapeDtypeStruct(
+        (LAYERS, 8, 16), jnp.float32, sharding=sharding
+    )
+    got = load_params(open_weights(file), like, ROWS)  # the rest lies on one device
     jax.tree.map(np.testing.assert_array_equal, got, gather(THEIRS.get, THEIRS, LIKE, ROWS))
     assert got["layers"]["up"]["kernel"].sharding == sharding
 
@@ -231,12 +257,15 @@ def test_a_file_of_torch(tmp_path, file):
     torch = pytest.importorskip("torch")
     torch.save({k: torch.from_numpy(v) for k, v in THEIRS.items()}, tmp_path / "w.pth")
     like = abstract_params(LIKE, MeshSpec(data=1, fsdp=4, tensor=2).make())
-    jax.tree.map(np.testing.assert_array_equal,
-                 load_params(open_weights(tmp_path / "w.pth"), like, ROWS),
-                 load_params(open_weights(file), like, ROWS))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(open_weights(tmp_path / "w.pth"), like, ROWS),
+        load_params(open_weights(file), like, ROWS),
+    )
 
 
 # And back.
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("most", [10**6, 1500])
@@ -250,15 +279,19 @@ def test_there_and_back(dtype, most, tmp_path):
     back = open_weights(tmp_path / "out")
     assert back.keys() == THEIRS.keys()
     for key, stored in back.items():
-        want = theirs[key] if "kernel" in key or stored.dtype == theirs[key].dtype else \
-            theirs[key].astype(np.float32)
+        want = (
+            theirs[key]
+            if "kernel" in key or stored.dtype == theirs[key].dtype
+            else theirs[key].astype(np.float32)
+        )
         np.testing.assert_array_equal(stored.read(), want)
     jax.tree.map(np.testing.assert_array_equal, load_params(back, like, ROWS), params)
     if most == 1500:
         index = json.loads((tmp_path / "out" / files[-1]).read_text())
         assert files[-1] == "diffusion_pytorch_model.safetensors.index.json"
         assert index["metadata"]["total_size"] == sum(
-            np.prod(s) * d.itemsize for s, d in export_plan(params, ROWS).values())
+            np.prod(s) * d.itemsize for s, d in export_plan(params, ROWS).values()
+        )
     with pytest.raises(WeightsError, match="is not empty"):
         save_folder(params, ROWS, {}, tmp_path / "out")
 
@@ -321,13 +354,16 @@ def test_the_host_holds_one_parameter_beside_the_model(tmp_path):
     """A file of 4 GB onto eight devices, whose memory is the host's own here."""
     path = tmp_path / "model.safetensors"
     try:
-        out = subprocess.run([sys.executable, "-c", STREAM, str(path)], check=True,
-                             capture_output=True, text=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", STREAM, str(path)], check=True, capture_output=True, text=True
+        ).stdout
     finally:
         path.unlink(missing_ok=True)
     said = json.loads(out)
     beside = said["peak"] - said["held"]
-    print(f"{said['file'] / 1e9:.2f} GB in {said['seconds']:.0f} s; peak {said['peak'] / 1e9:.2f}, "
-          f"the model {said['held'] / 1e9:.2f}, beside it {beside / 1e9:.2f} GB; largest parameter "
-          f"{said['largest'] / 1e9:.2f}, before {said['before'] / 1e9:.2f} GB")
+    print(
+        f"{said['file'] / 1e9:.2f} GB in {said['seconds']:.0f} s; peak {said['peak'] / 1e9:.2f}, "
+        f"the model {said['held'] / 1e9:.2f}, beside it {beside / 1e9:.2f} GB; largest parameter "
+        f"{said['largest'] / 1e9:.2f}, before {said['before'] / 1e9:.2f} GB"
+    )
     assert beside < said["largest"] + 1e9

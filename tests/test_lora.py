@@ -23,11 +23,23 @@ from vdx.parallel import MeshSpec, param_shardings, put_batch, replicated
 from vdx.train.state import init_state, state_shardings
 from vdx.train.step import make_train_step
 
-BACKBONE = {"name": "transformer", "channels": 4, "width": 48, "depth": 4, "heads": 2,
-            "mlp_ratio": 2.0, "pattern": ("full", "time"), "remat": "full"}
+BACKBONE = {
+    "name": "transformer",
+    "channels": 4,
+    "width": 48,
+    "depth": 4,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "pattern": ("full", "time"),
+    "remat": "full",
+}
 SIGNALS: dict[str, Any] = {
-    "embeddings": {"features": 16}, "fps": {}, "concat": {"channels": 8},
-    "image_tokens": {"features": 20}, "control": {"channels": 12}}
+    "embeddings": {"features": 16},
+    "fps": {},
+    "concat": {"channels": 8},
+    "image_tokens": {"features": 20},
+    "control": {"channels": 12},
+}
 EVERY = Lora(rank=3, targets=("kernel$",))
 B, T, H, W = 2, 2, 4, 4
 RNG = np.random.default_rng(0)
@@ -37,9 +49,14 @@ def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-BATCH = {"text": normal(B, 5, 16), "text_mask": np.ones((B, 5), bool),
-         "concat": normal(B, T, H, W, 8), "image_tokens": normal(B, 7, 20),
-         "control": normal(B, T, H, W, 12), "fps": np.full(B, 8, np.float32)}
+BATCH = {
+    "text": normal(B, 5, 16),
+    "text_mask": np.ones((B, 5), bool),
+    "concat": normal(B, T, H, W, 8),
+    "image_tokens": normal(B, 7, 20),
+    "control": normal(B, T, H, W, 12),
+    "fps": np.full(B, 8, np.float32),
+}
 X, TIME = normal(B, T, H, W, 4), np.array([37.3, 803.0], np.float32)
 
 
@@ -61,8 +78,9 @@ def params(model, randomise):
 def runner(model, quick):
     """Jitted: parameters, with or without adapters -> prediction."""
     keep = model.drop_masks(B, False)
-    return jax.jit(lambda p: model.run(p, X, TIME, BATCH, keep, method="train_view"),
-                   compiler_options=quick)
+    return jax.jit(
+        lambda p: model.run(p, X, TIME, BATCH, keep, method="train_view"), compiler_options=quick
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +92,12 @@ def drawn(lora: Lora, kernels, seed=0):
     """Factors of which neither is zero."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: lora.new_factors(jax.random.key(0), kernels))
-    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32)
-                        / np.float32(np.sqrt(s.shape[-2])), shapes)
+    return jax.tree.map(
+        lambda s: (
+            rng.standard_normal(s.shape).astype(np.float32) / np.float32(np.sqrt(s.shape[-2]))
+        ),
+        shapes,
+    )
 
 
 # What they do to a network.
@@ -118,9 +140,12 @@ def test_several_at_once(run, params, kernels):
     want = merged(merged(params, one.factors, 0.5), two.factors, -0.7)
     want["network"]["table"] = params["network"]["table"] - 0.7 * two.deltas["network/table"]
     np.testing.assert_allclose(run(adapt(params, one, two)), run(want), atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-                 adapt(params, one, two, merge=True), want)
-    trained = dataclasses.replace(EVERY, alpha=1.5).beside(params, one.factors)     # scale 0.5
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        adapt(params, one, two, merge=True),
+        want,
+    )
+    trained = dataclasses.replace(EVERY, alpha=1.5).beside(params, one.factors)  # scale 0.5
     np.testing.assert_allclose(run(adapt(trained, two)), run(want), atol=1e-5)
     with pytest.raises(ValueError, match="This network has no network/tabel"):
         adapt(params, Change({}, {"network/tabel": np.zeros(2)}))
@@ -131,8 +156,10 @@ def test_joined_ranks():
     both = joined((one, 2.0), (two, 1.0))["q"]
     assert both["lora_a"].shape == (2, 6, 4) and both["lora_b"].shape == (2, 4, 4)
     np.testing.assert_allclose(
-        both["lora_a"] @ both["lora_b"], 2 * one["q"]["lora_a"] @ one["q"]["lora_b"]
-        + two["q"]["lora_a"] @ two["q"]["lora_b"], atol=1e-5)
+        both["lora_a"] @ both["lora_b"],
+        2 * one["q"]["lora_a"] @ one["q"]["lora_b"] + two["q"]["lora_a"] @ two["q"]["lora_b"],
+        atol=1e-5,
+    )
 
 
 def test_in_bfloat16_they_add_to_what_the_layer_gives(run, params, kernels, quick):
@@ -153,7 +180,7 @@ def arrays_of(jaxpr):
 
 def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
     """Neither W + A B nor a gradient of W: the products of the program are all smaller."""
-    odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)       # no other such sizes
+    odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)  # no other such sizes
     shapes = jax.eval_shape(odd.new_params, jax.random.key(0))
     found = EVERY.chosen(dense_kernels(odd.new_params))
     factors = jax.eval_shape(lambda: EVERY.new_factors(jax.random.key(0), found))
@@ -169,7 +196,7 @@ def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
 
     sizes = {k.shape[-2:] for k in found.values()}
     assert not products(0) & sizes
-    assert products(1) & sizes >= {(52, 52), (52, 156), (156, 52)}         # the test would see it
+    assert products(1) & sizes >= {(52, 52), (52, 156), (156, 52)}  # the test would see it
 
 
 # Dropout.
@@ -185,15 +212,16 @@ def test_dropout_drops_what_a_reads():
     lora = Lora(rank=1, dropout=0.25, alpha=2.0)
     base = {"d": {"kernel": jnp.zeros((8, 1))}}
     factors = {"d": {"lora_a": jnp.ones((8, 1)), "lora_b": jnp.ones((1, 1))}}
-    call = lambda key: lora.beside(base, factors, key).apply(One(), jnp.ones((4000, 8)),
-                                                             method="__call__")[:, 0]
+    call = lambda key: lora.beside(base, factors, key).apply(
+        One(), jnp.ones((4000, 8)), method="__call__"
+    )[:, 0]
     one, other = call(jax.random.key(0)), call(jax.random.key(1))
     kept = np.asarray(one) * 0.75 / 2
-    np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)      # a number of ones
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)  # a number of ones
     assert abs(kept.mean() - 6) < 0.1 and abs(kept.var() - 8 * 0.25 * 0.75) < 0.15
     assert np.abs(one - other).max() > 1
     np.testing.assert_array_equal(one, call(jax.random.key(0)))
-    np.testing.assert_array_equal(call(None), 16.0)                  # not while sampling
+    np.testing.assert_array_equal(call(None), 16.0)  # not while sampling
 
 
 def test_layers_of_a_scan_drop_differently():
@@ -205,22 +233,32 @@ def test_layers_of_a_scan_drop_differently():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0, "lora": 0}, length=3,
-                             split_rngs={"params": True, "lora": True}, in_axes=nn.broadcast)
+            layers = nn.scan(
+                nn.remat(Layer),
+                variable_axes={"params": 0, "lora": 0},
+                length=3,
+                split_rngs={"params": True, "lora": True},
+                in_axes=nn.broadcast,
+            )
             return layers(name="layers")(x, None)[1]
 
     base = {"layers": {"d": {"kernel": jnp.zeros((3, 8, 1))}}}
     factors = {"layers": {"d": {"lora_a": jnp.ones((3, 8, 1)), "lora_b": jnp.ones((3, 1, 1))}}}
-    y = Lora(rank=1, dropout=0.5).beside(base, factors, jax.random.key(0)).apply(
-        Net(), jnp.ones((50, 8)), method="__call__")[..., 0]
+    y = (
+        Lora(rank=1, dropout=0.5)
+        .beside(base, factors, jax.random.key(0))
+        .apply(Net(), jnp.ones((50, 8)), method="__call__")[..., 0]
+    )
     assert np.abs(y[0] - y[1]).max() > 0 and np.abs(y[1] - y[2]).max() > 0
 
 
 def test_layers_of_the_transformer_drop(randomise, quick):
     plain = Denoiser({**BACKBONE, "depth": 2}, {"embeddings": {"features": 16}})
     params = randomise(jax.eval_shape(plain.new_params, jax.random.key(0)))
-    lora, run = Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)), \
-        runner(plain, quick)
+    lora, run = (
+        Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)),
+        runner(plain, quick),
+    )
     factors = drawn(lora, lora.chosen(dense_kernels(plain.new_params)))
     one, other = (run(lora.beside(params, factors, jax.random.key(i))) for i in (0, 1))
     assert np.abs(one - other).max() > 1e-3
@@ -231,20 +269,30 @@ def test_layers_of_the_transformer_drop(randomise, quick):
 
 def test_targets(kernels):
     chosen = set(Lora().chosen(kernels))
-    assert {"network/layers/block_0/full/q/kernel", "network/layers/block_1/cross/image_v/kernel",
-            "network/layers/block_1/mlp/down/kernel", "network/layers/control/full/out/kernel",
-            } <= chosen
+    assert {
+        "network/layers/block_0/full/q/kernel",
+        "network/layers/block_1/cross/image_v/kernel",
+        "network/layers/block_1/mlp/down/kernel",
+        "network/layers/control/full/out/kernel",
+    } <= chosen
     assert all(path.startswith("network/layers/") for path in chosen)
     assert not any("hint" in path for path in chosen) and len(chosen) == 3 * 12
     assert set(Lora(targets=("time/q/", "^network/patch")).chosen(kernels)) == {
-        "network/layers/block_1/time/q/kernel", "network/patch/kernel"}
+        "network/layers/block_1/time/q/kernel",
+        "network/patch/kernel",
+    }
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"targets": ("block_9",)}, r"'block_9' is found in no kernel.*\n  conditioning/"),
-    ({"targets": ("network/patch/kernle",)}, r"Did you mean 'network/patch/kernel'"),
-    ({"targets": ()}, "at least one kernel"), ({"rank": 0}, "rank = 0 must be at least 1"),
-    ({"dropout": 1.0}, r"dropout = 1.0 in \[0, 1\)")])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"targets": ("block_9",)}, r"'block_9' is found in no kernel.*\n  conditioning/"),
+        ({"targets": ("network/patch/kernle",)}, r"Did you mean 'network/patch/kernel'"),
+        ({"targets": ()}, "at least one kernel"),
+        ({"rank": 0}, "rank = 0 must be at least 1"),
+        ({"dropout": 1.0}, r"dropout = 1.0 in \[0, 1\)"),
+    ],
+)
 def test_sections_that_cannot_be_meant(fields, message, kernels):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         Lora(**fields).chosen(kernels)
@@ -277,14 +325,27 @@ def test_factors_lie_as_their_kernels(kernels):
 @pytest.fixture(scope="module")
 def trained(randomise):
     """experiment, frozen weights, adapters of which none is zero, a batch."""
-    made = Experiment(resolve("configs/wan21_t2v_1p3b_lora.py:smoke", [
-        "--config.model.backbone.dtype=float32", "--config.model.backbone.remat=none",
-        "--config.model.signals.embeddings.length=None", "--config.lora.dropout=0.1",
-        "--config.lora.targets=['kernel$']", "--config.optim.warmup=1"]))
+    made = Experiment(
+        resolve(
+            "configs/wan21_t2v_1p3b_lora.py:smoke",
+            [
+                "--config.model.backbone.dtype=float32",
+                "--config.model.backbone.remat=none",
+                "--config.model.signals.embeddings.length=None",
+                "--config.lora.dropout=0.1",
+                "--config.lora.targets=['kernel$']",
+                "--config.optim.warmup=1",
+            ],
+        )
+    )
     rng = np.random.default_rng(0)
     array = lambda *shape: rng.normal(size=shape).astype(np.float16)
-    batch = {"latents": array(8, 2, 4, 4, 4), "text": array(8, 5, 16),
-             "text_mask": np.ones((8, 5), bool), "key": np.array(["clip"] * 8)}
+    batch = {
+        "latents": array(8, 2, 4, 4, 4),
+        "text": array(8, 5, 16),
+        "text_mask": np.ones((8, 5), bool),
+        "key": np.array(["clip"] * 8),
+    }
     return made, randomise(made.shapes), drawn(made.lora, made.kernels), batch
 
 
@@ -294,15 +355,19 @@ def two_steps(trained, quick, devices, **sizes):
     mesh = MeshSpec(**{"data": 1, **sizes}).make(devices)
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda grads, state, params=None: (grads, grads))
+        lambda grads, state, params=None: (grads, grads),
+    )
     with jax.set_mesh(mesh):
         new = functools.partial(init_state, tx=optax.chain(keep, made.tx), seed=3)
         shardings = state_shardings(mesh, jax.eval_shape(new, factors))
         state = jax.jit(new, out_shardings=shardings)(factors)
         frozen = jax.device_put(frozen, param_shardings(mesh, frozen))
-        step = jax.jit(make_train_step(made.objective, optax.chain(keep, made.tx), 0.99),
-                       donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
-                       compiler_options=quick)
+        step = jax.jit(
+            make_train_step(made.objective, optax.chain(keep, made.tx), 0.99),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(mesh)),
+            compiler_options=quick,
+        )
         losses, gradient = [], None
         for _ in range(2):
             state, metrics = step(state, put_batch(mesh, batch), frozen)
@@ -318,8 +383,9 @@ def test_eight_devices_are_one(trained, quick):
     many, spread, state, frozen = two_steps(trained, quick, jax.devices(), fsdp=4, tensor=2)
     np.testing.assert_allclose(many, losses, rtol=1e-6)
     assert losses[0] != losses[1]
-    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(gradient),
-                                 jax.tree.leaves(spread), strict=True):
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(spread), strict=True
+    ):
         assert np.linalg.norm(want) > 0, path
         assert np.linalg.norm(got - want) < 5e-6 * np.linalg.norm(want), path
     jax.tree.map(np.testing.assert_array_equal, frozen, trained[1])
@@ -328,4 +394,5 @@ def test_eight_devices_are_one(trained, quick):
     assert shares(layer["lora_a"]) == 4 and shares(layer["lora_b"]) == 2
     for tree in (state.ema, state.opt_state[1][1][0].mu):
         assert jax.tree.map(lambda x: x.sharding, tree) == jax.tree.map(
-            lambda x: x.sharding, state.params)
+            lambda x: x.sharding, state.params
+        )

@@ -19,9 +19,20 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Change, adapt
 
 TINY: dict[str, Any] = dict(
-    patch_size=[1, 2, 2], num_attention_heads=2, attention_head_dim=24, in_channels=12,
-    out_channels=4, text_dim=16, freq_dim=256, ffn_dim=64, num_layers=2, cross_attn_norm=True,
-    rope_max_seq_len=1024, image_dim=20, added_kv_proj_dim=48)
+    patch_size=[1, 2, 2],
+    num_attention_heads=2,
+    attention_head_dim=24,
+    in_channels=12,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=256,
+    ffn_dim=64,
+    num_layers=2,
+    cross_attn_norm=True,
+    rope_max_seq_len=1024,
+    image_dim=20,
+    added_kv_proj_dim=48,
+)
 RNG = np.random.default_rng(0)
 
 
@@ -39,8 +50,11 @@ class Tiny:
         self.params = randomise(self.shapes)
         self.params["conditioning"]["embeddings"]["null"][:] = 0
         self.weights = dict(export(self.params, self.rows))
-        self.layers = [key.removesuffix(".weight") for key, w in self.weights.items() if w.ndim > 1
-                       and key.endswith(".weight")]
+        self.layers = [
+            key.removesuffix(".weight")
+            for key, w in self.weights.items()
+            if w.ndim > 1 and key.endswith(".weight")
+        ]
 
     def loaded(self, weights):
         return gather(weights.__getitem__, weights, self.shapes, self.rows)
@@ -92,16 +106,24 @@ def in_blocks(tiny):
 
 
 def as_diffusers(factors, part="transformer"):
-    return {f"{part}.{layer}.lora_{half}.weight": value for layer, pair in factors.items()
-            for half, value in zip("AB", pair, strict=True)}
+    return {
+        f"{part}.{layer}.lora_{half}.weight": value
+        for layer, pair in factors.items()
+        for half, value in zip("AB", pair, strict=True)
+    }
 
 
 def as_comfyui(factors, prefix="diffusion_model.", names=("lora_down", "lora_up"), alpha=None):
-    out = {f"{prefix}{original_name(layer)}.{name}.weight": value
-           for layer, pair in factors.items() for name, value in zip(names, pair, strict=True)}
+    out = {
+        f"{prefix}{original_name(layer)}.{name}.weight": value
+        for layer, pair in factors.items()
+        for name, value in zip(names, pair, strict=True)
+    }
     if alpha is not None:
-        out |= {f"{prefix}{original_name(layer)}.alpha": np.array(alpha, np.float32)
-                for layer in factors}
+        out |= {
+            f"{prefix}{original_name(layer)}.alpha": np.array(alpha, np.float32)
+            for layer in factors
+        }
     return out
 
 
@@ -109,8 +131,11 @@ def as_kohya(factors, alpha):
     out = {}
     for layer, (a, b) in factors.items():
         name = "lora_unet_" + original_name(layer).replace(".", "_")
-        out |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b,
-                f"{name}.alpha": np.array(alpha, np.float32)}
+        out |= {
+            f"{name}.lora_down.weight": a,
+            f"{name}.lora_up.weight": b,
+            f"{name}.alpha": np.array(alpha, np.float32),
+        }
     return out
 
 
@@ -119,21 +144,29 @@ def scales(factors, alpha):
 
 
 def test_diffusers(tiny, tmp_path):
-    factors = tiny.factors(tiny.layers)            # every matrix there is, the patches' too
+    factors = tiny.factors(tiny.layers)  # every matrix there is, the patches' too
     save_file(as_diffusers(factors), tmp_path / "pytorch_lora_weights.safetensors")
     same(merged(tiny, tmp_path), tiny.changed(factors))
-    save_file({k: v.astype(ml_dtypes.bfloat16) for k, v in as_diffusers(factors).items()},
-              tmp_path / "half.safetensors")
-    half = {k: tuple(v.astype(ml_dtypes.bfloat16).astype(np.float32) for v in pair)
-            for k, pair in factors.items()}
+    save_file(
+        {k: v.astype(ml_dtypes.bfloat16) for k, v in as_diffusers(factors).items()},
+        tmp_path / "half.safetensors",
+    )
+    half = {
+        k: tuple(v.astype(ml_dtypes.bfloat16).astype(np.float32) for v in pair)
+        for k, pair in factors.items()
+    }
     same(merged(tiny, tmp_path / "half.safetensors"), tiny.changed(half))
 
 
 def test_diffusers_with_metadata(tiny, tmp_path):
     factors, path = tiny.factors(in_blocks(tiny)), tmp_path / "lora.safetensors"
-    noted = {"transformer.r": 3, "transformer.lora_alpha": 6, "transformer.use_rslora": True,
-             "transformer.alpha_pattern": {"attn1.to_q": 5, r"blocks\.1\.ffn\.net\.2": 7},
-             "transformer_2.lora_alpha": 1000}
+    noted = {
+        "transformer.r": 3,
+        "transformer.lora_alpha": 6,
+        "transformer.use_rslora": True,
+        "transformer.alpha_pattern": {"attn1.to_q": 5, r"blocks\.1\.ffn\.net\.2": 7},
+        "transformer_2.lora_alpha": 1000,
+    }
     save_file(as_diffusers(factors), path, {"lora_adapter_metadata": json.dumps(noted)})
     alpha = dict.fromkeys(factors, 6) | {"blocks.1.ffn.net.2": 7}
     alpha |= {f"blocks.{i}.attn1.to_q": 5 for i in range(2)}
@@ -148,28 +181,41 @@ def test_diffusers_with_both_experts(tiny, tmp_path):
     same(merged(tiny, path), tiny.changed(high))
     same(merged(tiny, path, part="transformer_2"), tiny.changed(low))
     save_file(as_diffusers(high), path)
-    with pytest.raises(WeightsError, match="not a LoRA of the transformer_2 of this model:\n  it "
-                                           "holds nothing for it"):
+    with pytest.raises(
+        WeightsError,
+        match="not a LoRA of the transformer_2 of this model:\n  it holds nothing for it",
+    ):
         open_lora(path, tiny.model, part="transformer_2")
 
 
 @pytest.mark.parametrize("adapter", ["", ".default"])
 def test_peft(adapter, tiny, tmp_path):
     factors = tiny.factors(in_blocks(tiny))
-    save_file({f"base_model.model.{layer}.lora_{half}{adapter}.weight": value
-               for layer, pair in factors.items() for half, value in zip("AB", pair, strict=True)},
-              tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "use_dora": False, "alpha_pattern": {}}))
+    save_file(
+        {
+            f"base_model.model.{layer}.lora_{half}{adapter}.weight": value
+            for layer, pair in factors.items()
+            for half, value in zip("AB", pair, strict=True)
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(
+            {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "use_dora": False, "alpha_pattern": {}}
+        )
+    )
     same(merged(tiny, tmp_path), tiny.changed(factors, scales(factors, 12)))
 
 
-@pytest.mark.parametrize(("prefix", "names", "alpha"), [
-    ("diffusion_model.", ("lora_down", "lora_up"), 2.0),
-    ("diffusion_model.", ("lora_A", "lora_B"), None),
-    ("model.diffusion_model.", ("lora_down", "lora_up"), None),
-    ("", ("lora_A.default", "lora_B.default"), None),          # of DiffSynth
-])
+@pytest.mark.parametrize(
+    ("prefix", "names", "alpha"),
+    [
+        ("diffusion_model.", ("lora_down", "lora_up"), 2.0),
+        ("diffusion_model.", ("lora_A", "lora_B"), None),
+        ("model.diffusion_model.", ("lora_down", "lora_up"), None),
+        ("", ("lora_A.default", "lora_B.default"), None),  # of DiffSynth
+    ],
+)
 def test_comfyui(prefix, names, alpha, tiny, tmp_path):
     factors, path = tiny.factors(tiny.layers), tmp_path / "lora.safetensors"
     save_file(as_comfyui(factors, prefix, names, alpha), path)
@@ -179,10 +225,18 @@ def test_comfyui(prefix, names, alpha, tiny, tmp_path):
 def test_whole_differences(tiny, tmp_path):
     """lightx2v's files: of biases, norms, tables and some weights."""
     factors = tiny.factors(in_blocks(tiny))
-    diffs = {key: 0.1 * normal(*w.shape) for key, w in tiny.weights.items()
-             if w.ndim == 1 or "proj_out" in key or "table" in key}
-    assert {"blocks.1.attn1.norm_q.weight", "blocks.0.attn1.to_k.bias", "proj_out.weight",
-            "blocks.0.scale_shift_table", "blocks.1.norm2.bias"} <= diffs.keys()
+    diffs = {
+        key: 0.1 * normal(*w.shape)
+        for key, w in tiny.weights.items()
+        if w.ndim == 1 or "proj_out" in key or "table" in key
+    }
+    assert {
+        "blocks.1.attn1.norm_q.weight",
+        "blocks.0.attn1.to_k.bias",
+        "proj_out.weight",
+        "blocks.0.scale_shift_table",
+        "blocks.1.norm2.bias",
+    } <= diffs.keys()
     named = {}
     for key, value in diffs.items():
         layer, _, leaf = key.rpartition(".") if key.endswith(("weight", "bias")) else (key, "", "")
@@ -193,21 +247,33 @@ def test_whole_differences(tiny, tmp_path):
     same(merged(tiny, path), tiny.changed(factors, scales(factors, 4.0), diffs))
     change = open_lora(path, tiny.model)
     half = Change(change.factors, change.deltas, 0.5)
-    same(adapt(tiny.params, half, merge=True), tiny.changed(
-        factors, {k: v / 2 for k, v in scales(factors, 4.0).items()},
-        {k: v / 2 for k, v in diffs.items()}))
+    same(
+        adapt(tiny.params, half, merge=True),
+        tiny.changed(
+            factors,
+            {k: v / 2 for k, v in scales(factors, 4.0).items()},
+            {k: v / 2 for k, v in diffs.items()},
+        ),
+    )
 
 
 def test_a_bias_of_b_is_scaled(tiny, tmp_path):
     factors, path = tiny.factors(in_blocks(tiny)[:3]), tmp_path / "lora.safetensors"
     biases = {f"{layer}.bias": normal(len(b)) for layer, (_, b) in factors.items()}
     noted = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 9})}
-    save_file(as_diffusers(factors) | {
-        f"transformer.{k.removesuffix('.bias')}.lora_B.bias": v for k, v in biases.items()},
-        path, noted)
+    save_file(
+        as_diffusers(factors)
+        | {f"transformer.{k.removesuffix('.bias')}.lora_B.bias": v for k, v in biases.items()},
+        path,
+        noted,
+    )
     scale = scales(factors, 9)
-    same(merged(tiny, path), tiny.changed(factors, scale, {
-        k: scale[k.removesuffix(".bias")] * v for k, v in biases.items()}))
+    same(
+        merged(tiny, path),
+        tiny.changed(
+            factors, scale, {k: scale[k.removesuffix(".bias")] * v for k, v in biases.items()}
+        ),
+    )
 
 
 def test_kohya(tiny, tmp_path):
@@ -217,8 +283,18 @@ def test_kohya(tiny, tmp_path):
 
 
 def test_control_blocks(randomise, tmp_path):
-    vace = Tiny({**TINY, "in_channels": 4, "image_dim": None, "added_kv_proj_dim": None,
-                 "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 12}, randomise)
+    vace = Tiny(
+        {
+            **TINY,
+            "in_channels": 4,
+            "image_dim": None,
+            "added_kv_proj_dim": None,
+            "num_layers": 4,
+            "vace_layers": [0, 2],
+            "vace_in_channels": 12,
+        },
+        randomise,
+    )
     factors = vace.factors(vace.layers)
     assert {"vace_blocks.1.attn1.to_q", "vace_blocks.0.proj_in"} <= factors.keys()
     save_file(as_comfyui(factors), tmp_path / "lora.safetensors")
@@ -268,8 +344,12 @@ def torch():
 def read(torch):
     """{key: array} as diffusers' pipeline loads a file; it converts the layouts of others."""
     pipeline = pytest.importorskip("diffusers").WanPipeline
-    return lambda path: {k: v.float().numpy() for k, v in pipeline.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True).items()}
+    return lambda path: {
+        k: v.float().numpy()
+        for k, v in pipeline.lora_state_dict(
+            str(path.parent), weight_name=path.name, local_files_only=True
+        ).items()
+    }
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
@@ -280,16 +360,22 @@ def test_diffusers_reads_what_is_written(layout, tiny, read, tmp_path):
     got = read(path)
     want = as_diffusers(tiny.factors(in_blocks(tiny)))
     assert got.keys() == want.keys()
-    pairs = {layer: (got[f"transformer.{layer}.lora_A.weight"],
-                     got[f"transformer.{layer}.lora_B.weight"]) for layer in in_blocks(tiny)}
+    pairs = {
+        layer: (
+            got[f"transformer.{layer}.lora_A.weight"],
+            got[f"transformer.{layer}.lora_B.weight"],
+        )
+        for layer in in_blocks(tiny)
+    }
     same(tiny.changed(pairs), adapt(tiny.params, Change(factors), merge=True))
 
 
 @pytest.mark.parametrize("write_as", ["comfyui", "kohya"])
 def test_their_reading_of_other_layouts_is_ours(write_as, tiny, read, tmp_path):
     factors, path = tiny.factors(in_blocks(tiny)), tmp_path / "lora.safetensors"
-    save_file(as_comfyui(factors, alpha=8.0) if write_as == "comfyui" else
-              as_kohya(factors, 8.0), path)
+    save_file(
+        as_comfyui(factors, alpha=8.0) if write_as == "comfyui" else as_kohya(factors, 8.0), path
+    )
     theirs = tmp_path / "theirs.safetensors"
     save_file(read(path), theirs)
     same(merged(tiny, path), merged(tiny, theirs))
@@ -299,6 +385,7 @@ def test_the_prediction_is_that_of_diffusers(tiny, torch, read, tmp_path, monkey
     from diffusers import WanTransformer3DModel
 
     from vdx.interop.load import save_folder
+
     monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", None)
     shapes = {key: w.shape for key, w in tiny.weights.items()}
     save_folder(tiny.params, tiny.rows, wan_config(shapes, head_width=24), tmp_path / "model")
@@ -311,19 +398,30 @@ def test_the_prediction_is_that_of_diffusers(tiny, torch, read, tmp_path, monkey
         for name, p in network.named_parameters():
             layer = f"transformer.{name.removesuffix('.weight')}"
             if f"{layer}.lora_A.weight" in there:
-                p += torch.from_numpy(there[f"{layer}.lora_B.weight"]
-                                      @ there[f"{layer}.lora_A.weight"])
+                p += torch.from_numpy(
+                    there[f"{layer}.lora_B.weight"] @ there[f"{layer}.lora_A.weight"]
+                )
         x, concat = normal(2, 2, 4, 6, 4), normal(2, 2, 4, 6, 8)
         text, image = normal(2, 512, 16), normal(2, 7, 20)
         time = np.array([37.3, 803.0], np.float32)
         moved = np.moveaxis(np.concatenate([x, concat], -1), -1, 1)
-        want = network(torch.from_numpy(np.ascontiguousarray(moved)), torch.from_numpy(time),
-                       torch.from_numpy(text), torch.from_numpy(image)).sample
-    batch = {"text": text, "text_mask": np.ones((2, 512), bool), "concat": concat,
-             "image_tokens": image}
+        want = network(
+            torch.from_numpy(np.ascontiguousarray(moved)),
+            torch.from_numpy(time),
+            torch.from_numpy(text),
+            torch.from_numpy(image),
+        ).sample
+    batch = {
+        "text": text,
+        "text_mask": np.ones((2, 512), bool),
+        "concat": concat,
+        "image_tokens": image,
+    }
     keep = tiny.model.drop_masks(2, False)
-    run = jax.jit(lambda p: tiny.model.run(p, x, time, batch, keep, method="train_view"),
-                  compiler_options=quick)
+    run = jax.jit(
+        lambda p: tiny.model.run(p, x, time, batch, keep, method="train_view"),
+        compiler_options=quick,
+    )
     want = np.moveaxis(want.numpy(), 1, -1)
     got = run(adapt(tiny.params, Change(factors, weight=0.7)))
     assert want.std() > 0.3 and np.abs(got - want).max() < 1e-4
@@ -338,22 +436,25 @@ def test_a_lora_of_another_model_names_what_does_not_fit(tiny, tmp_path):
     factors, path = tiny.factors(in_blocks(tiny)), tmp_path / "lora.safetensors"
     good = as_diffusers(factors)
     wide = {"transformer.blocks.0.attn1.to_v.lora_A.weight": normal(3, 52)}
-    bad = {"transformer.blocks.7.attn1.to_q.lora_A.weight": normal(3, 48),
-           "text_encoder.layers.0.q.lora_A.weight": normal(3, 48),
-           "transformer.blocks.0.attn1.to_q.dora_scale": normal(48),
-           "transformer.blocks.0.attn1.norm_q.diff": normal(49),
-           "transformer.patch_embedding.alpha": np.array(1, np.float32)}
+    bad = {
+        "transformer.blocks.7.attn1.to_q.lora_A.weight": normal(3, 48),
+        "text_encoder.layers.0.q.lora_A.weight": normal(3, 48),
+        "transformer.blocks.0.attn1.to_q.dora_scale": normal(48),
+        "transformer.blocks.0.attn1.norm_q.diff": normal(49),
+        "transformer.patch_embedding.alpha": np.array(1, np.float32),
+    }
     save_file(good | wide | bad, path)
     with pytest.raises(WeightsError) as error:
         open_lora(path, tiny.model)
     for part in (
-            f"{path} is not a LoRA of the transformer of this model:",
-            "transformer.blocks.7.attn1.to_q.lora_A.weight: no such layer in this model",
-            "text_encoder.layers.0.q.lora_A.weight: no such layer",
-            "transformer.blocks.0.attn1.to_q.dora_scale: unknown kind",
-            "blocks.0.attn1.to_v: lora_A is (3, 52) and lora_B",
-            "blocks.0.attn1.norm_q, diff: is (49,) for blocks.0.attn1.norm_q.weight (48,)",
-            "patch_embedding: has alpha without its partners"):
+        f"{path} is not a LoRA of the transformer of this model:",
+        "transformer.blocks.7.attn1.to_q.lora_A.weight: no such layer in this model",
+        "text_encoder.layers.0.q.lora_A.weight: no such layer",
+        "transformer.blocks.0.attn1.to_q.dora_scale: unknown kind",
+        "blocks.0.attn1.to_v: lora_A is (3, 52) and lora_B",
+        "blocks.0.attn1.norm_q, diff: is (49,) for blocks.0.attn1.norm_q.weight (48,)",
+        "patch_embedding: has alpha without its partners",
+    ):
         assert part in str(error.value)
     assert str(error.value).count("\n") == len(bad) + len(wide)
 
@@ -375,8 +476,11 @@ def test_one_layer_under_two_names(tiny, tmp_path):
 
 
 def test_a_dora_is_refused(tiny, tmp_path):
-    save_file(as_diffusers(tiny.factors(in_blocks(tiny))), tmp_path / "lora.safetensors",
-              {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})})
+    save_file(
+        as_diffusers(tiny.factors(in_blocks(tiny))),
+        tmp_path / "lora.safetensors",
+        {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})},
+    )
     with pytest.raises(WeightsError, match="is a DoRA"):
         open_lora(tmp_path / "lora.safetensors", tiny.model)
 

@@ -24,11 +24,14 @@ def loss_of(process, weight, x0_guess, x0, noise, t):
     return denoising_loss(process, weight, prediction, x0, noise, t)
 
 
-@pytest.mark.parametrize("kind,formula", [
-    ("noise", lambda snr, g: jnp.minimum(snr, g) / snr),
-    ("v", lambda snr, g: jnp.minimum(snr, g) / (snr + 1)),
-    ("x0", jnp.minimum),
-])
+@pytest.mark.parametrize(
+    "kind,formula",
+    [
+        ("noise", lambda snr, g: jnp.minimum(snr, g) / snr),
+        ("v", lambda snr, g: jnp.minimum(snr, g) / (snr + 1)),
+        ("x0", jnp.minimum),
+    ],
+)
 def test_min_snr_as_published(kind, formula):
     process = PROCESSES["variance_preserving"](prediction=kind)
     snr = jnp.exp(process.log_snr(T))
@@ -47,14 +50,17 @@ def test_min_snr_of_flow_velocity():
 @pytest.mark.parametrize("weight", ["min_snr", "velocity"])
 def test_weighted_loss_does_not_depend_on_the_prediction(name, weight):
     guess, x0, noise = random_pair(0)
-    losses = [loss_of(PROCESSES[name](prediction=kind), WEIGHTS[weight](), guess, x0, noise, T)
-              for kind in PREDICTIONS]
+    losses = [
+        loss_of(PROCESSES[name](prediction=kind), WEIGHTS[weight](), guess, x0, noise, T)
+        for kind in PREDICTIONS
+    ]
     for loss in losses[1:]:
         np.testing.assert_allclose(loss, losses[0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name,velocity", [("variance_preserving", "v"),
-                                           ("rectified_flow", "velocity")])
+@pytest.mark.parametrize(
+    "name,velocity", [("variance_preserving", "v"), ("rectified_flow", "velocity")]
+)
 def test_velocity_weight_is_the_velocity_loss(name, velocity):
     guess, x0, noise = random_pair(1)
     plain = loss_of(PROCESSES[name](prediction=velocity), WEIGHTS["none"](), guess, x0, noise, T)

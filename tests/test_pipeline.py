@@ -31,13 +31,22 @@ class Toy:
             raise RuntimeError("a bug")
         if index in self.bad:
             raise BadRecord(f"toy {index}", "planted")
-        return Record(f"toy {index}", "", 9.0, None,
-                      lambda t: np.full((len(t), 2, 2, 3), index % 256, np.uint8))
+        return Record(
+            f"toy {index}",
+            "",
+            9.0,
+            None,
+            lambda t: np.full((len(t), 2, 2, 3), index % 256, np.uint8),
+        )
 
 
 def simple(record, num_frames, rng):
-    return {"video": record.read(np.arange(num_frames)), "key": record.key,
-            "noise": rng.random(), "num_frames": np.int32(num_frames)}
+    return {
+        "video": record.read(np.arange(num_frames)),
+        "key": record.key,
+        "noise": rng.random(),
+        "num_frames": np.int32(num_frames),
+    }
 
 
 def loader(source=None, **settings):
@@ -69,7 +78,7 @@ def reference():
 
 def test_every_epoch_has_every_record_once_in_another_order():
     found = keys(take(loader(global_batch=5), 23))
-    epochs = [found[i * 23:(i + 1) * 23] for i in range(5)]
+    epochs = [found[i * 23 : (i + 1) * 23] for i in range(5)]
     assert all(len(set(epoch)) == 23 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
     assert keys(take(loader(shuffle=False), 6))[:23] == [f"toy {i}" for i in range(23)]
@@ -82,8 +91,9 @@ def test_a_large_set_is_shuffled_whole_too():
         assert len(set(order)) == 70_000 and order[:100] != sorted(order[:100])
 
 
-@pytest.mark.parametrize("settings", [{"threads": 1}, {"threads": 7, "prefetch": 5},
-                                      {"threads": 2, "prefetch": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"threads": 1}, {"threads": 7, "prefetch": 5}, {"threads": 2, "prefetch": 0}]
+)
 def test_threads_change_nothing(reference, settings):
     source = Toy(bad=(5, 11), jitter=0.002)
     same(take(loader(source, num_frames=(2, 3), **settings), 20), reference)
@@ -101,7 +111,7 @@ def test_resume_is_exact_at_any_position(reference):
     for position in (13, 0, 7, 19):
         batches.seek(position)
         assert batches.position == position
-        same([next(batches)], reference[position:position + 1])
+        same([next(batches)], reference[position : position + 1])
         assert batches.position == position + 1
     fresh = loader(Toy(bad=(5, 11)), num_frames=(2, 3))
     fresh.seek(4)
@@ -112,16 +122,23 @@ def test_resume_is_exact_at_any_position(reference):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_very_same_batches(reference, hosts):
-    shares = [take(loader(Toy(bad=(5, 11)), num_frames=(2, 3), host_index=h, host_count=hosts), 20)
-              for h in range(hosts)]
-    joined = [{k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-              for parts in zip(*shares, strict=True)]
+    shares = [
+        take(loader(Toy(bad=(5, 11)), num_frames=(2, 3), host_index=h, host_count=hosts), 20)
+        for h in range(hosts)
+    ]
+    joined = [
+        {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
     same(joined, reference)
 
 
 def test_a_batch_has_one_length_and_lengths_take_turns(reference):
-    assert [b["video"].shape for b in reference[:3]] == [(4, 2, 2, 2, 3), (4, 3, 2, 2, 3),
-                                                         (4, 2, 2, 2, 3)]
+    assert [b["video"].shape for b in reference[:3]] == [
+        (4, 2, 2, 2, 3),
+        (4, 3, 2, 2, 3),
+        (4, 2, 2, 2, 3),
+    ]
     assert reference[1]["num_frames"].tolist() == [3] * 4
 
 
@@ -130,35 +147,50 @@ BUCKETS = ((2, 4, 6, 4), (3, 2, 2, 8), (2, 4, 6, 4), (5, 3, 1, 12))
 
 def sized(record, num_frames, height, width, rng):
     made = simple(record, num_frames, rng)
-    return {**made, "video": np.broadcast_to(made["video"][:, :1, :1], (
-        num_frames, height, width, 3))}
+    return {
+        **made,
+        "video": np.broadcast_to(made["video"][:, :1, :1], (num_frames, height, width, 3)),
+    }
 
 
 def bucketed(**settings):
-    return make_loader(Toy(bad=(5, 11)), to_example=sized, **{
-        "global_batch": 1, "seed": 3, "num_frames": (9,), "max_bad_rate": 1.0,
-        "buckets": BUCKETS, **settings})
+    return make_loader(
+        Toy(bad=(5, 11)),
+        to_example=sized,
+        **{
+            "global_batch": 1,
+            "seed": 3,
+            "num_frames": (9,),
+            "max_bad_rate": 1.0,
+            "buckets": BUCKETS,
+            **settings,
+        },
+    )
 
 
 def test_buckets_take_turns_and_share_the_epochs():
     batches = bucketed(threads=0)
     found = take(batches, 10)
     assert [b["video"].shape[:4] for b in found] == [
-        (n, t, h, w) for t, h, w, n in (*BUCKETS, *BUCKETS, *BUCKETS[:2])]
-    plain = keys(take(loader(Toy(bad=(5, 11)), global_batch=4), 17))      # the same records
+        (n, t, h, w) for t, h, w, n in (*BUCKETS, *BUCKETS, *BUCKETS[:2])
+    ]
+    plain = keys(take(loader(Toy(bad=(5, 11)), global_batch=4), 17))  # the same records
     assert keys(found) == plain and len(plain) == 68 == batches.seen - batches.bad
     kinds = [(n, example["video"].shape[:3]) for n, example in batches.samples()]
     assert kinds == [(n, (t, h, w)) for t, h, w, n in (BUCKETS[0], BUCKETS[1], BUCKETS[3])]
-    assert not list(loader().samples())                # of one kind: the first batch says it
+    assert not list(loader().samples())  # of one kind: the first batch says it
 
 
-@pytest.mark.parametrize("settings", [{"threads": 3}, pytest.param(
-    {"workers": 2}, marks=pytest.mark.slow)], ids=["threads", "workers"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"threads": 3}, pytest.param({"workers": 2}, marks=pytest.mark.slow)],
+    ids=["threads", "workers"],
+)
 def test_buckets_resume_exactly_at_any_position(settings):
     whole, batches = take(bucketed(threads=0), 10), bucketed(**settings)
     for position in (7, 0, 3, 9, 2):
         batches.seek(position)
-        same([next(batches)], whole[position:position + 1])
+        same([next(batches)], whole[position : position + 1])
     batches.close()
 
 
@@ -168,12 +200,17 @@ def test_hosts_share_the_batches_of_buckets(tmp_path):
     for h in range(4):
         batches = bucketed(host_index=h, host_count=4, bad_log=log)
         shares.append(take(batches, 9))
-        assert batches.seen == 15 + batches.bad             # of 60
+        assert batches.seen == 15 + batches.bad  # of 60
         before = batches.bad
         batches.seek(9)
         assert batches.bad == before
-    same([{k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-          for parts in zip(*shares, strict=True)], whole)
+    same(
+        [
+            {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            for parts in zip(*shares, strict=True)
+        ],
+        whole,
+    )
     one = bucketed(bad_log=log)
     one.seek(9)
     assert one.bad == len(read_bad_records(log)) > 3
@@ -225,18 +262,20 @@ def test_counts_survive_a_resume_on_any_number_of_hosts(tmp_path):
         """`number` batches from a position on; (bad, seen) of every host before and after."""
         found = []
         for h in range(count):
-            batches = loader(source, bad_log=tmp_path / "bad_records.jsonl", host_index=h,
-                             host_count=count)
+            batches = loader(
+                source, bad_log=tmp_path / "bad_records.jsonl", host_index=h, host_count=count
+            )
             batches.seek(position)
             before = batches.bad, batches.seen
             take(batches, number)
             found.append((before, (batches.bad, batches.seen)))
         return np.array(found).sum(0).tolist()
+
     [_, [bad, seen]] = hosts(1, 0, 20)
     assert bad > 4 and seen == 80 + bad
     for file in tmp_path.iterdir():
         file.unlink()
-    [_, there] = hosts(2, 0, 13)       # killed after batch 13, the last save was at 10
+    [_, there] = hosts(2, 0, 13)  # killed after batch 13, the last save was at 10
     [before, then] = hosts(4, 10, 7)
     assert before[0] <= there[0] and before[1] == 40 + before[0]
     [before, after] = hosts(1, 17, 3)
@@ -262,6 +301,7 @@ def test_a_name_that_no_encoding_has_is_logged(tmp_path):
             if index == 2:
                 raise BadRecord("clip \ud800", "planted")
             return super().__getitem__(index)
+
     take(loader(Odd(), bad_log=tmp_path / "bad.jsonl"), 6)
     assert {row["key"] for row in read_bad_records(tmp_path / "bad.jsonl")} == {"clip \ud800"}
 
@@ -301,6 +341,7 @@ def test_an_error_surfaces_and_no_batch_is_skipped(settings):
 def test_examples_that_differ_in_shape_are_named():
     def ragged(record, num_frames, rng):
         return {"key": record.key, "text": np.zeros(3 if record.key == "toy 2" else 4)}
+
     batches = make_loader(Toy(), to_example=ragged, num_frames=(2,), global_batch=4, shuffle=False)
     with pytest.raises(DataError, match=r"differ: toy 0 .*\(4,\).* toy 2 is .*\(3,\)"):
         next(batches)
@@ -321,13 +362,20 @@ def test_ready_examples_pass_through_and_their_length_is_checked():
         next(make_loader(Toy(), global_batch=2))
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"global_batch": 6, "host_count": 4}, "cannot be shared by 4 hosts"),
-    ({"global_batch": 0}, "global_batch = 0"), ({"host_index": 1}, r"not in 0 \.\. 0"),
-    ({"num_frames": ()}, "positive lengths"), ({"num_frames": (0,)}, "positive lengths"),
-    ({"buckets": ((2, 4, 4, 0),)}, "positive frames, height"),
-    ({"buckets": ((2, 4, 4, 6),), "host_count": 4}, "batch of a bucket = 6 cannot be shared"),
-    ({"workers": -1}, "cannot be negative"), ({"source": Toy(0)}, "The data set is empty: Toy")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"global_batch": 6, "host_count": 4}, "cannot be shared by 4 hosts"),
+        ({"global_batch": 0}, "global_batch = 0"),
+        ({"host_index": 1}, r"not in 0 \.\. 0"),
+        ({"num_frames": ()}, "positive lengths"),
+        ({"num_frames": (0,)}, "positive lengths"),
+        ({"buckets": ((2, 4, 4, 0),)}, "positive frames, height"),
+        ({"buckets": ((2, 4, 4, 6),), "host_count": 4}, "batch of a bucket = 6 cannot be shared"),
+        ({"workers": -1}, "cannot be negative"),
+        ({"source": Toy(0)}, "The data set is empty: Toy"),
+    ],
+)
 def test_settings_that_cannot_be_meant_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         loader(**settings)

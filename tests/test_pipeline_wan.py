@@ -33,8 +33,7 @@ from wan_pipelines import KINDS, PROMPT, Case
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return functools.cache(lambda kind: Case(kind, tmp_path_factory.mktemp(
-        kind.replace(" ", "_"))))
+    return functools.cache(lambda kind: Case(kind, tmp_path_factory.mktemp(kind.replace(" ", "_"))))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,28 +95,39 @@ def reversed_channels(monkeypatch):
 
 def mask_last(monkeypatch):
     pictures = PublicGenerator.pictures
-    monkeypatch.setattr(PublicGenerator, "pictures", lambda self: {
-        k: np.roll(v, -4, -1) if k == "concat" else v for k, v in pictures(self).items()})
+    monkeypatch.setattr(
+        PublicGenerator,
+        "pictures",
+        lambda self: {
+            k: np.roll(v, -4, -1) if k == "concat" else v for k, v in pictures(self).items()
+        },
+    )
 
 
 def tokens_swapped(monkeypatch):
     tokens = PublicGenerator.image_tokens
-    monkeypatch.setattr(PublicGenerator, "image_tokens",
-                        lambda self, pictures: tokens(self, pictures[::-1]))
+    monkeypatch.setattr(
+        PublicGenerator, "image_tokens", lambda self, pictures: tokens(self, pictures[::-1])
+    )
 
 
 def references_at_the_end(monkeypatch):
     control = PublicGenerator.control
-    monkeypatch.setattr(PublicGenerator, "control", lambda self: {
-        k: np.roll(v, -2, 1) for k, v in control(self).items()})
+    monkeypatch.setattr(
+        PublicGenerator,
+        "control",
+        lambda self: {k: np.roll(v, -2, 1) for k, v in control(self).items()},
+    )
 
 
 def known_frame_at_time_t(monkeypatch):
     hold = steps.hold
 
     def held(denoise, known, free):
-        return hold(lambda x, t: denoise(x, jnp.broadcast_to(t.max(1, keepdims=True), t.shape)),
-                    known, free)
+        return hold(
+            lambda x, t: denoise(x, jnp.broadcast_to(t.max(1, keepdims=True), t.shape)), known, free
+        )
+
     monkeypatch.setattr(steps, "hold", held)
 
 
@@ -151,8 +161,7 @@ def write_lora_file(weights: dict, path) -> dict:
     for layer in ("blocks.0.attn1.to_q", "blocks.1.attn2.to_v", "blocks.1.ffn.net.0.proj"):
         out, into = weights[f"{layer}.weight"].shape
         a, b = (rng.normal(size=s).astype(np.float32) / 2 for s in ((3, into), (out, 3)))
-        arrays |= {f"transformer.{layer}.lora_A.weight": a,
-                   f"transformer.{layer}.lora_B.weight": b}
+        arrays |= {f"transformer.{layer}.lora_A.weight": a, f"transformer.{layer}.lora_B.weight": b}
         changes[f"{layer}.weight"] = b @ a
     save_file(arrays, path)
     return changes
@@ -182,25 +191,52 @@ def test_a_lora_draws_what_merged_weights_draw(case, draw, tmp_path):
 def test_the_command_and_its_manifest(case, tmp_path):
     """In processes without torch: the clip of diffusers, and from its manifest every bit again."""
     c, out = case("a14b i2v"), tmp_path / "out.mp4"
-    flags = [f"--{name}={value}" for name, value in c.asked().items()
-             if name not in ("prompts", "guidance", "mesh")]
-    command("vdx.sample", f"--weights={c.folder}", f"--prompt={PROMPT}", "--guidance=3.5,2.5",
-            f"--out={out}", f"--save_array={tmp_path / 'x.npy'}", *flags)
+    flags = [
+        f"--{name}={value}"
+        for name, value in c.asked().items()
+        if name not in ("prompts", "guidance", "mesh")
+    ]
+    command(
+        "vdx.sample",
+        f"--weights={c.folder}",
+        f"--prompt={PROMPT}",
+        "--guidance=3.5,2.5",
+        f"--out={out}",
+        f"--save_array={tmp_path / 'x.npy'}",
+        *flags,
+    )
     made = np.load(tmp_path / "x.npy")
     assert close(made, c.want) and out.stat().st_size > 0
     manifest = read_json(out.with_suffix(".json"))
     assert manifest["request"]["fps"] == 16.0 and manifest["request"]["shift"] == 3.0
     # Without the array frames come as bytes from the device, and are the same.
-    done = command("vdx.sample", f"--weights={c.folder}", f"--out={tmp_path / 'again.mp4'}",
-                   f"--from_manifest={out.with_suffix('.json')}")
+    done = command(
+        "vdx.sample",
+        f"--weights={c.folder}",
+        f"--out={tmp_path / 'again.mp4'}",
+        f"--from_manifest={out.with_suffix('.json')}",
+    )
     assert (tmp_path / "again.mp4").read_bytes() == out.read_bytes()
     again = read_json(tmp_path / "again.json")
-    assert again["pixels_sha256"] == manifest["pixels_sha256"] == hashlib.sha256(
-        to_uint8(made).tobytes()).hexdigest()
+    assert (
+        again["pixels_sha256"]
+        == manifest["pixels_sha256"]
+        == hashlib.sha256(to_uint8(made).tobytes()).hexdigest()
+    )
     said = [line.split(":")[0].split(" (")[0] for line in done.stdout.splitlines()]
-    assert said == ["text_encoder", "2 prompts encoded", "vae", "pictures encoded",
-                    "transformer", "clips 1 to 1 of 1", "transformer_2", "clips 1 to 1 of 1",
-                    "vae", "clip 1 of 1", f"Wrote {tmp_path / 'again.mp4'}"]
+    assert said == [
+        "text_encoder",
+        "2 prompts encoded",
+        "vae",
+        "pictures encoded",
+        "transformer",
+        "clips 1 to 1 of 1",
+        "transformer_2",
+        "clips 1 to 1 of 1",
+        "vae",
+        "clip 1 of 1",
+        f"Wrote {tmp_path / 'again.mp4'}",
+    ]
 
     same_weights(PublicWeights(**manifest["weights"]), open_public(c.folder).identity(), "x")
     with pytest.raises(UsageError, match="are not those of the manifest"):
@@ -213,14 +249,28 @@ def test_the_command_and_its_manifest(case, tmp_path):
 @pytest.mark.slow
 def test_the_command_with_a_control_a_mask_and_references(case, tmp_path):
     c, out = case("vace"), tmp_path / "out.mp4"
-    flags = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-             for name, value in c.asked().items() if name not in ("prompts", "mesh")]
-    command("vdx.sample", f"--weights={c.folder}", f"--prompt={PROMPT}", f"--out={out}",
-            f"--save_array={tmp_path / 'x.npy'}", *flags)
+    flags = [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in c.asked().items()
+        if name not in ("prompts", "mesh")
+    ]
+    command(
+        "vdx.sample",
+        f"--weights={c.folder}",
+        f"--prompt={PROMPT}",
+        f"--out={out}",
+        f"--save_array={tmp_path / 'x.npy'}",
+        *flags,
+    )
     made = np.load(tmp_path / "x.npy")
     assert close(made, c.want)
-    command("vdx.sample", f"--weights={c.folder}", f"--from_manifest={out.with_suffix('.json')}",
-            f"--out={tmp_path / 'again.mp4'}", f"--save_array={tmp_path / 'y.npy'}")
+    command(
+        "vdx.sample",
+        f"--weights={c.folder}",
+        f"--from_manifest={out.with_suffix('.json')}",
+        f"--out={tmp_path / 'again.mp4'}",
+        f"--save_array={tmp_path / 'y.npy'}",
+    )
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), made)
 
 
@@ -239,13 +289,15 @@ def test_clips_at_once_and_one_network_at_a_time_on_a_mesh(case, draw, tmp_path,
     noise = np.random.default_rng(0).normal(size=(3, *c.noise.shape[1:])).astype(np.float32)
     noise[1] = c.noise[0]
     np.save(tmp_path / "noise.npy", noise)
-    asked = c.asked() | {"prompts": ("the grey cat", PROMPT, "a street"),
-                         "init_noise": str(tmp_path / "noise.npy")}
+    asked = c.asked() | {
+        "prompts": ("the grey cat", PROMPT, "a street"),
+        "init_noise": str(tmp_path / "noise.npy"),
+    }
     mesh = MeshSpec(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])
     got = draw(c.folder, asked, mesh)
     assert got.shape[0] == 3 and close(got[1:2], c.want)
     assert far(got[:1], c.want)[0] > 1 and far(got[2:], c.want)[0] > 1
-    assert len(left) == 4 and max(left) < 0.4       # bytes a parameter, of which each has four
+    assert len(left) == 4 and max(left) < 0.4  # bytes a parameter, of which each has four
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_scanned_layers_count_as_often_as_they_run():
     compiled = step.lower(*args).compile()
     found = Program(compiled.as_text())
     assert found.flops == traced(step, *args) == 6 * 2 * 8 * 64 * 64 * 3
-    assert found.flops > 2 * compiled.cost_analysis()["flops"]             # XLA: a layer once
+    assert found.flops > 2 * compiled.cost_analysis()["flops"]  # XLA: a layer once
     assert found.collectives == [] and found.kernels == 0
     # Weights are read forwards and backwards, at least, and their gradients written.
     assert found.traffic >= 3 * 5 * 64 * 64 * 4
@@ -66,13 +66,15 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 def test_collectives_by_kind_and_place():
     mesh = MeshSpec(data=1, fsdp=8).make()
     split = NamedSharding(mesh, P(None, None, "fsdp"))
-    args = (jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split),
-            jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))))
+    args = (
+        jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split),
+        jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))),
+    )
     found = by_kind(Program(jax.jit(network).lower(*args).compile().as_text()).collectives)
     layer = 64 * 64 * 4
     assert found["all-gather"]["looped"] == {"count": 5, "bytes": 5 * layer, "largest": layer}
-    assert found["all-gather"]["outside"]["largest"] < layer       # of features
-    assert found["all-reduce"]["outside"]["bytes"] == 4            # the sum
+    assert found["all-gather"]["outside"]["largest"] < layer  # of features
+    assert found["all-reduce"]["outside"]["bytes"] == 4  # the sum
 
 
 # As the TPU compiler writes it: a gather in three fusions of one channel, a trip count that only
@@ -120,14 +122,15 @@ ENTRY %main (a: (s32[], f32[4,8,32], bf16[16,64])) -> f32[] {
 
 def test_what_the_tpu_compiler_writes():
     found = Program(TPU)
-    assert found.flops == 14 * 2 * 4 * 8 * 8 * 32          # four products of 8 x 32 x 8
+    assert found.flops == 14 * 2 * 4 * 8 * 8 * 32  # four products of 8 x 32 x 8
     assert by_kind(found.collectives) == {
         "all-gather": {"looped": {"count": 14, "bytes": 14 * 64 * 64 * 2, "largest": 64 * 64 * 2}},
-        "all-reduce": {"outside": {"count": 1, "bytes": 128, "largest": 128}}}
+        "all-reduce": {"outside": {"count": 1, "bytes": 128, "largest": 128}},
+    }
     assert found.kernels == 1
     # What is gathered passes through two fusions; the product's operand is in fast memory.
     each = 4 * 8 * 8 * 4
-    entry = 16 + (4 + 4 * 8 * 32 * 4 + 16 * 64 * 2) + 16 + 128 + 4 + 4 + 1       # and i < n
+    entry = 16 + (4 + 4 * 8 * 32 * 4 + 16 * 64 * 2) + 16 + 128 + 4 + 4 + 1  # and i < n
     assert found.traffic == 14 * each + entry
 
 
@@ -161,17 +164,19 @@ ENTRY %main (a: f32[40,8,8], k: s32[], b: f32[9,8]) -> f32[8,8] {
 }
 """)
     layer, index, stack = 8 * 8 * 4, 4, 40 * 8 * 8 * 4
-    fusion = (layer + index) + 2 * layer            # a slice read; one written into place, one out
+    fusion = (layer + index) + 2 * layer  # a slice read; one written into place, one out
     reduce = layer + stack + 5 * layer
     assert found.traffic == fusion + reduce + 2 * layer + 2 * layer
-    one, = found.collectives
+    (one,) = found.collectives
     assert (one.bytes, one.largest) == (layer + stack, stack)
 
 
 @pytest.fixture(scope="module")
 def base():
-    config = resolve(f"{ROOT}/configs/t2v_base.py", [
-        "--config.model.backbone.size=tiny", "--config.data.loader.global_batch=32"])
+    config = resolve(
+        f"{ROOT}/configs/t2v_base.py",
+        ["--config.model.backbone.size=tiny", "--config.data.loader.global_batch=32"],
+    )
     return Job(Experiment(config), "train", (16, 32, 32, 4), 256)
 
 
@@ -179,11 +184,11 @@ def test_a_gpu_is_planned_without_a_compiler(base):
     row = plan.plan(base, Slice("h100:8"))
     json.dumps(row)
     assert row["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1} and row["fits"]
-    state = 16 * row["parameters"] / 8                 # weights, average, two moments
+    state = 16 * row["parameters"] / 8  # weights, average, two moments
     batch = 32 / 8 * (16 * 32 * 32 * 4 * 2 + 256 * 4096 * 2)
     assert row["memory"]["arguments"] == pytest.approx(state + batch, rel=0.04)
     assert row["model_flops"] == 3 * 32 * base.experiment.model.flops((16, 32, 32, 4), 256)
-    assert row["stated_flops"] == pytest.approx(4 / 3 * row["model_flops"], rel=0.01)    # remat
+    assert row["stated_flops"] == pytest.approx(4 / 3 * row["model_flops"], rel=0.01)  # remat
     text = plan.table(row, 1000, 2.0)
     assert "estimated, not compiled" in text and "USD" in text and "fits" in text
 
@@ -223,8 +228,12 @@ def facts(batch):
 
 
 def test_a_cached_batch_is_as_the_cache_gives_it(base, mesh):
-    row = {"latents": np.zeros((16, 32, 32, 4), np.float16), "fps": 8.0, "num_frames": 16,
-           "text": np.zeros((9, 4096), np.float16)}
+    row = {
+        "latents": np.zeros((16, 32, 32, 4), np.float16),
+        "fps": 8.0,
+        "num_frames": 16,
+        "text": np.zeros((9, 4096), np.float16),
+    }
     example = ready_example(row, "a", {"text": [256, 4096]})
     del example["key"]
     real = put_batch(mesh, {k: np.stack([v] * 32) for k, v in example.items()})
@@ -234,13 +243,20 @@ def test_a_cached_batch_is_as_the_cache_gives_it(base, mesh):
 def test_out_of_memory_is_an_answer(base):
     assert estimate.out_of_memory(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 51.34G of 31.25G hbm. "
-        "Exceeded hbm capacity by 20.09G.") == {"needs": 51.34 * GIB, "has": 31.25 * GIB}
+        "Exceeded hbm capacity by 20.09G."
+    ) == {"needs": 51.34 * GIB, "has": 31.25 * GIB}
     assert estimate.out_of_memory(
         "Ran out of memory on HBM, the total memory required for HLO temporaries (20.83G) exceeds "
-        "available HBM (15.75G).") == {"needs": 20.83 * GIB, "has": 15.75 * GIB}
+        "available HBM (15.75G)."
+    ) == {"needs": 20.83 * GIB, "has": 15.75 * GIB}
     row = plan.plan(base, Slice("h100:8"))
-    row |= {"fits": False, "compiled": True, "compile_seconds": 1.0, "memory_has": 31.25 * GIB,
-            "memory": {"needs": 51.34 * GIB}}
+    row |= {
+        "fits": False,
+        "compiled": True,
+        "compile_seconds": 1.0,
+        "memory_has": 31.25 * GIB,
+        "memory": {"needs": 51.34 * GIB},
+    }
     del row["bounds"], row["flops"]
     text = plan.table(row, 1000, None)
     assert "needs 51.34 GiB of 31.25" in text and "accumulate=2" in text
@@ -256,8 +272,10 @@ def test_a_search_prunes_and_sorts(base, capsys):
     assert "mesh" in plan.ranking(rows)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("v9:2x2", "unknown name 'v9'"), ("v5e", "is not like v5e:4x4"), ("h100:2x4", "is not like")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("v9:2x2", "unknown name 'v9'"), ("v5e", "is not like v5e:4x4"), ("h100:2x4", "is not like")],
+)
 def test_slices_that_are_none(name, message):
     with pytest.raises(ConfigError, match=message):
         assert Slice(name).chip and Slice(name).devices

@@ -28,9 +28,13 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "t2v_base.py"
 DEPTH = "--config.model.backbone.depth=4"
 TABLE = read_json(ROOT / "tests" / "plan_t2v_base.json")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: pip install -e '.[tpu]'")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs the TPU compiler: pip install -e '.[tpu]'",
+    ),
+]
 
 
 BASE = (f"--config={CONFIG}", "--clip=16,32,32", "--text=256")
@@ -38,8 +42,14 @@ BASE = (f"--config={CONFIG}", "--clip=16,32,32", "--text=256")
 
 def planned(out: Path, *args: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return subprocess.run([sys.executable, "-m", "vdx.plan", f"--out={out}", *args], cwd=ROOT,
-                          env=env, text=True, capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "vdx.plan", f"--out={out}", *args],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +80,11 @@ def test_nothing_is_computed_that_the_program_does_not_state(row):
 def largest_kernel(where: str, scanned: int, size: int, *config: str) -> int:
     """Bytes of the largest one whose path matches, of one layer if `scanned`."""
     shapes = flatten_dict(Experiment(resolve(*config)).shapes, sep="/")
-    return max(size * math.prod(leaf.shape[scanned:]) for path, leaf in shapes.items()
-               if path.endswith("kernel") and re.match(where, path))
+    return max(
+        size * math.prod(leaf.shape[scanned:])
+        for path, leaf in shapes.items()
+        if path.endswith("kernel") and re.match(where, path)
+    )
 
 
 def test_weights_of_layers_are_gathered_in_the_scan_alone(row):
@@ -91,8 +104,9 @@ def test_wan_14b_on_v5p(tmp_path):
     there, the largest of them (that of the time, in float32) as large as one of a layer."""
     out = tmp_path / "plan.json"
     config, more = ROOT / "configs" / "wan21_t2v_14b.py", "--config.weights=unread"
-    done = planned(out, f"--config={config}", more, "--clip=5,60,104", "--text=512",
-                   "--topology=v5p:4x4x4")
+    done = planned(
+        out, f"--config={config}", more, "--clip=5,60,104", "--text=512", "--topology=v5p:4x4x4"
+    )
     assert done.returncode == 0, done.stderr
     row = read_json(out)
     assert row["fits"] and row["parameters"] > 14e9
@@ -101,8 +115,9 @@ def test_wan_14b_on_v5p(tmp_path):
     assert sum(row["memory"].values()) < 1.1 * 15.3 * 2**30
     outside = max(place["outside"]["largest"] for place in row["collectives"].values())
     assert outside <= largest_kernel("network/time/down", 0, 4, str(config), [more])
-    looped = max(place["looped"]["largest"] for place in row["collectives"].values()
-                 if "looped" in place)
+    looped = max(
+        place["looped"]["largest"] for place in row["collectives"].values() if "looped" in place
+    )
     assert looped <= largest_kernel("network/layers/", 1, 2, str(config), [more])
 
 

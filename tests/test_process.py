@@ -23,10 +23,13 @@ from vdx.diffusion.process import (
 )
 
 TIMES_TO_TRY = [0.0, 1e-3, 0.0105, 0.3, 0.5, 0.77, 0.999, 1.0]
-ALL = [VariancePreserving(), VariancePreserving(betas="scaled_linear", beta_start=0.00085,
-                                                beta_end=0.012),
-       VariancePreserving(betas="cosine"),
-       VariancePreserving(prediction="v", zero_terminal_snr=True), RectifiedFlow()]
+ALL = [
+    VariancePreserving(),
+    VariancePreserving(betas="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    VariancePreserving(betas="cosine"),
+    VariancePreserving(prediction="v", zero_terminal_snr=True),
+    RectifiedFlow(),
+]
 
 
 def published_alpha_bar(betas, start, end, steps):
@@ -105,10 +108,16 @@ def pairs():
     return jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32)
 
 
-@pytest.mark.parametrize("process,kind", [
-    (process, kind) for process, kind in itertools.product(ALL, PREDICTIONS)
-    # which the process rejects, see above
-    if not (kind == "noise" and getattr(process, "zero_terminal_snr", False))], ids=str)
+@pytest.mark.parametrize(
+    "process,kind",
+    [
+        (process, kind)
+        for process, kind in itertools.product(ALL, PREDICTIONS)
+        # which the process rejects, see above
+        if not (kind == "noise" and getattr(process, "zero_terminal_snr", False))
+    ],
+    ids=str,
+)
 def test_conversions_round_trip(process, kind):
     process = dataclasses.replace(process, prediction=kind)
     x0, noise = pairs()
@@ -146,8 +155,12 @@ def test_published_targets():
 def test_determinant_is_that_of_the_map(name, kind):
     process = PROCESSES[name](prediction=kind)
     t = jnp.asarray(0.37)
-    both = lambda pair: jnp.stack([process.add_noise(pair[:1], pair[1:], t)[0],
-                                   process.from_x0_noise(pair[:1], pair[1:], t)[0]])
+    both = lambda pair: jnp.stack(
+        [
+            process.add_noise(pair[:1], pair[1:], t)[0],
+            process.from_x0_noise(pair[:1], pair[1:], t)[0],
+        ]
+    )
     matrix = jax.jacobian(both)(jnp.array([0.2, -0.7]))
     np.testing.assert_allclose(abs(np.linalg.det(matrix)), process.determinant(t), rtol=1e-5)
 
@@ -159,18 +172,22 @@ def test_times_broadcast_to_leading_axes():
     x_t = process.add_noise(x0, noise, per_frame)
     np.testing.assert_array_equal(x_t[:, 0], x0[:, 0])
     np.testing.assert_array_equal(x_t[:, 1], noise[:, 1])
-    np.testing.assert_allclose(process.add_noise(x0, noise, 0.25), 0.75 * x0 + 0.25 * noise,
-                               rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        process.add_noise(x0, noise, 0.25), 0.75 * x0 + 0.25 * noise, rtol=1e-5, atol=1e-6
+    )
     low = process.from_x0_noise(x0.astype(jnp.bfloat16), noise.astype(jnp.bfloat16), 0.5)
     assert low.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("spec,known", [
-    ({"name": "rectified"}, "rectified_flow"),
-    ({"name": "rectified_flow", "prediction": "eps"}, "noise, x0, v, velocity"),
-    ({"name": "variance_preserving", "betas": "sigmoid"}, "linear, scaled_linear, cosine"),
-    ({"name": "variance_preserving", "beta_start": 0.5}, "beta_start <= beta_end"),
-])
+@pytest.mark.parametrize(
+    "spec,known",
+    [
+        ({"name": "rectified"}, "rectified_flow"),
+        ({"name": "rectified_flow", "prediction": "eps"}, "noise, x0, v, velocity"),
+        ({"name": "variance_preserving", "betas": "sigmoid"}, "linear, scaled_linear, cosine"),
+        ({"name": "variance_preserving", "beta_start": 0.5}, "beta_start <= beta_end"),
+    ],
+)
 def test_errors_say_what_is_known(spec, known):
     with pytest.raises(ConfigError, match=known):
         build(spec, PROCESSES, "process")

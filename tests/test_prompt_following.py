@@ -8,9 +8,16 @@ from vdx.metrics.prompt_following import ATTRIBUTES, read_attributes, score
 
 TIMES = np.arange(16) / 8.0
 FULL = Scenes(max_objects=1, cameras=("static",), split="all", seed=11)
-SIMPLE = Scenes(max_objects=1, cameras=("static",), split="all", seed=12, styles=("flat",),
-                backgrounds=("black", "grey"), shapes=("circle", "square", "triangle", "cross"),
-                colours=("red", "green", "blue", "yellow", "purple", "cyan"))
+SIMPLE = Scenes(
+    max_objects=1,
+    cameras=("static",),
+    split="all",
+    seed=12,
+    styles=("flat",),
+    backgrounds=("black", "grey"),
+    shapes=("circle", "square", "triangle", "cross"),
+    colours=("red", "green", "blue", "yellow", "purple", "cyan"),
+)
 
 
 def clips(source, count, frames=16, fps=8.0, size=32):
@@ -71,8 +78,10 @@ def test_chance_is_what_shuffled_prompts_get(truth):
         keys = ATTRIBUTES if name == "all" else (name,)
         read = [tuple(r[k] for k in keys) for r in result["readings"]]
         right = [tuple(a[k] for k in keys) for a in wanted]
-        shuffled = [np.mean([read[i] == right[j] for i, j in
-                             enumerate(rng.permutation(len(videos)))]) for _ in range(200)]
+        shuffled = [
+            np.mean([read[i] == right[j] for i, j in enumerate(rng.permutation(len(videos)))])
+            for _ in range(200)
+        ]
         assert result["chance"][name] == pytest.approx(np.mean(shuffled), abs=0.01)
     assert result["chance"]["colour"] == pytest.approx(1 / len(COLOURS), abs=0.02)
     assert result["chance"]["shape"] == pytest.approx(1 / len(SHAPES), abs=0.02)
@@ -91,10 +100,15 @@ def test_confusion_counts_what_was_read():
 
 
 def planted(shape="square", colour="red", motion="right", style="flat", back="grey", **numbers):
-    where = {"right": {"x": 0.3}, "up": {"y": 0.7}, "bounce": {"y": 0.85, "rise": 0.4},
-             "shrink": {"radius": 0.27}}.get(motion, {})
-    item = Object(shape, colour, motion, "large", "slow", **{"radius": 0.18, "phase": 0.6,
-                                                               **where, **numbers})
+    where = {
+        "right": {"x": 0.3},
+        "up": {"y": 0.7},
+        "bounce": {"y": 0.85, "rise": 0.4},
+        "shrink": {"radius": 0.27},
+    }.get(motion, {})
+    item = Object(
+        shape, colour, motion, "large", "slow", **{"radius": 0.18, "phase": 0.6, **where, **numbers}
+    )
     return Scene((item,), back, "static", style)
 
 
@@ -112,9 +126,19 @@ def test_another_shape_changes_the_shape_only():
         assert read_attributes(video) == {"colour": "red", "shape": shape, "motion": "up"}
 
 
-@pytest.mark.parametrize("motion, reversed_reads", [
-    ("right", "left"), ("left", "right"), ("up", "down"), ("down", "up"), ("grow", "shrink"),
-    ("shrink", "grow"), ("turn", "none"), ("bounce", "bounce")])
+@pytest.mark.parametrize(
+    "motion, reversed_reads",
+    [
+        ("right", "left"),
+        ("left", "right"),
+        ("up", "down"),
+        ("down", "up"),
+        ("grow", "shrink"),
+        ("shrink", "grow"),
+        ("turn", "none"),
+        ("bounce", "bounce"),
+    ],
+)
 def test_time_reversed_and_frozen_clips(motion, reversed_reads):
     video = planted(motion=motion).render(TIMES, 32, 32)
     right = {"colour": "red", "shape": "square"}
@@ -155,7 +179,7 @@ def test_nothing_is_read_where_nothing_is():
 def test_a_shape_that_no_scene_has_is_none(high, wide):
     video = np.zeros((16, 32, 32, 3), np.uint8)
     for i, frame in enumerate(video):
-        frame[8:8 + high, 3 + i // 2:3 + i // 2 + wide] = COLOURS["red"]
+        frame[8 : 8 + high, 3 + i // 2 : 3 + i // 2 + wide] = COLOURS["red"]
     assert read_attributes(video) == {"colour": "red", "shape": "none", "motion": "right"}
 
 

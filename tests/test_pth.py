@@ -22,13 +22,22 @@ def torch():
 def test_a_pth_file_is_what_was_saved(torch, tmp_path):
     big = torch.arange(24.0).reshape(4, 6)
     content = {
-        "float": torch.randn(3, 4), "bf16": torch.randn(5).to(torch.bfloat16),
-        "half": torch.randn(2, 2).half(), "long": torch.arange(3), "bool": torch.tensor([True]),
-        "turned": big.T, "part": big[1:3, ::2], "same": big, "scalar": torch.tensor(2.5),
-        "none": torch.zeros(0, 3), "parameter": torch.nn.Parameter(torch.randn(2))}
-    layer = torch.nn.Linear(3, 2)                     # an OrderedDict with attributes
-    torch.save({"step": 3, "name": "x", "model": content, "ema": layer.state_dict()},
-               tmp_path / "w.pth")
+        "float": torch.randn(3, 4),
+        "bf16": torch.randn(5).to(torch.bfloat16),
+        "half": torch.randn(2, 2).half(),
+        "long": torch.arange(3),
+        "bool": torch.tensor([True]),
+        "turned": big.T,
+        "part": big[1:3, ::2],
+        "same": big,
+        "scalar": torch.tensor(2.5),
+        "none": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+    }
+    layer = torch.nn.Linear(3, 2)  # an OrderedDict with attributes
+    torch.save(
+        {"step": 3, "name": "x", "model": content, "ema": layer.state_dict()}, tmp_path / "w.pth"
+    )
     got = read_pth(tmp_path / "w.pth")
     want = {f"model.{k}": v for k, v in content.items()}
     want |= {f"ema.{k}": v for k, v in layer.state_dict().items()}
@@ -57,11 +66,16 @@ class Calls:
         return self.call
 
 
-@pytest.mark.parametrize(("function", "args", "name"), [
-    (os.system, ("touch {path}",), "posix.system"), (eval, ("1",), "__builtin__.eval"),
-    (getattr, (np, "save"), "__builtin__.getattr"), (np.zeros, (3,), "numpy.zeros"),
-    (collections.Counter, ("ab",), "collections.Counter"),
-])
+@pytest.mark.parametrize(
+    ("function", "args", "name"),
+    [
+        (os.system, ("touch {path}",), "posix.system"),
+        (eval, ("1",), "__builtin__.eval"),
+        (getattr, (np, "save"), "__builtin__.getattr"),
+        (np.zeros, (3,), "numpy.zeros"),
+        (collections.Counter, ("ab",), "collections.Counter"),
+    ],
+)
 def test_a_pth_file_that_calls_functions(function, args, name, torch, tmp_path):
     path = tmp_path / "ran"
     args = [a.format(path=path) if isinstance(a, str) else 0 if a is np else a for a in args]
@@ -72,8 +86,10 @@ def test_a_pth_file_that_calls_functions(function, args, name, torch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
-@pytest.mark.parametrize(("offset", "shape", "strides"), [
-    (0, (4,), (1,)), (2, (2,), (1,)), (0, (2,), (3,)), (-1, (2,), (1,)), (2, (2,), (-1,))])
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [(0, (4,), (1,)), (2, (2,), (1,)), (0, (2,), (3,)), (-1, (2,), (1,)), (2, (2,), (-1,))],
+)
 def test_a_tensor_beyond_its_storage(offset, shape, strides, torch, tmp_path):
     rebuild = torch._utils._rebuild_tensor_v2
     tensor = Calls(rebuild, torch.zeros(3).storage(), offset, shape, strides, False, {})
@@ -106,7 +122,7 @@ def test_a_pickle_that_changes_what_it_was_given(torch, tmp_path):
             for info in old.infolist():
                 content = old.read(info)
                 if info.filename.endswith("data.pkl"):
-                    assert content.endswith(b"s.")           # SETITEM of the tensor, STOP
+                    assert content.endswith(b"s.")  # SETITEM of the tensor, STOP
                     content = content[:-2] + state + b"bs."
                     assert pickle.BUILD == b"b"
                 new.writestr(info, content)

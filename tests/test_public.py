@@ -30,11 +30,13 @@ ASKED = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """kind -> its folder, which no test changes."""
+
     @functools.cache
     def save(kind: str) -> Path:
         path = tmp_path_factory.mktemp(kind.replace(" ", "_")) / "model"
         pipeline(kind).save_pretrained(path)
         return path
+
     return save
 
 
@@ -46,8 +48,10 @@ def opened(folder):
 @pytest.fixture
 def copy(folder, tmp_path):
     """A copy of a kind's folder, to be spoilt."""
+
     def make(kind: str) -> Path:
         return Path(shutil.copytree(folder(kind), tmp_path / "copy"))
+
     return make
 
 
@@ -91,17 +95,23 @@ def spoilt(path: Path, name: str) -> None:
         edit(path / "text_encoder" / "config.json", d_model=24)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("no folder", "is not a folder: give the folder of a model as diffusers saves it"),
-    ("no index", r"has no model_index.json.*vdx.convert.*There are: scheduler, text_encoder"),
-    ("another pipeline", "is a WanAnimatePipeline; vdx draws from WanPipeline, WanImageToVideo"),
-    ("no control", "control blocks in the transformer go with a WanVACEPipeline"),
-    ("parts missing", r"(?s)lacks folders that a WanPipeline needs.*\n  vae\n  tokenizer$"),
-    ("a file cut off", r"transformer/.*safetensors is cut off.*Download it again"),
-    ("one expert", "boundary_ratio = None goes with a transformer_2"),
-    ("another vae", "the transformer draws 4 channels, the VAE has 5"),
-    ("another text encoder", "the transformer reads features of another text_encoder"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no folder", "is not a folder: give the folder of a model as diffusers saves it"),
+        ("no index", r"has no model_index.json.*vdx.convert.*There are: scheduler, text_encoder"),
+        (
+            "another pipeline",
+            "is a WanAnimatePipeline; vdx draws from WanPipeline, WanImageToVideo",
+        ),
+        ("no control", "control blocks in the transformer go with a WanVACEPipeline"),
+        ("parts missing", r"(?s)lacks folders that a WanPipeline needs.*\n  vae\n  tokenizer$"),
+        ("a file cut off", r"transformer/.*safetensors is cut off.*Download it again"),
+        ("one expert", "boundary_ratio = None goes with a transformer_2"),
+        ("another vae", "the transformer draws 4 channels, the VAE has 5"),
+        ("another text encoder", "the transformer reads features of another text_encoder"),
+    ],
+)
 def test_what_is_no_model_is_explained(name, message, copy):
     path = copy("a14b t2v")
     spoilt(path, name)
@@ -114,8 +124,11 @@ def test_files_of_another_network_are_named_before_anything_is_read(copy, mesh, 
     model = randomised(diffusers.WanTransformer3DModel(**NETWORK | {"num_layers": 1}), 0)
     arrays = {k: v.numpy() for k, v in model.state_dict().items()}
     del arrays["blocks.0.attn2.to_q.weight"]
-    write(path / "transformer" / "diffusion_pytorch_model.safetensors",
-          {k: (v.shape, v.dtype) for k, v in arrays.items()}, arrays.items())
+    write(
+        path / "transformer" / "diffusion_pytorch_model.safetensors",
+        {k: (v.shape, v.dtype) for k, v in arrays.items()},
+        arrays.items(),
+    )
     edit(path / "transformer" / "config.json", num_layers=1)
     monkeypatch.setattr(Stored, "read", lambda self: pytest.fail("read"))
     with pytest.raises(WeightsError, match=r"(?s)copy/transformer: .*cross/q/kernel.*not in the"):
@@ -127,36 +140,56 @@ def test_an_image_processor_that_does_something_else(copy):
     open_public(path)
     edit(path / "image_processor" / "preprocessor_config.json", size=28, crop_size=28)
     open_public(path)
-    edit(path / "image_processor" / "preprocessor_config.json", do_center_crop=False,
-         image_mean=[0.5, 0.5, 0.5])
+    edit(
+        path / "image_processor" / "preprocessor_config.json",
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+    )
     with pytest.raises(WeightsError, match=r"(?s)do_center_crop = False, not True.*image_mean"):
         open_public(path)
 
 
-@pytest.mark.parametrize(("kind", "change", "message"), [
-    ("t2v", {"num_frames": 8}, r"num_frames = 8 is not 1 \+ 4n: take 5 or 9"),
-    ("t2v", {"num_frames": 11}, "take 9 or 13"),
-    ("t2v", {"height": 40, "width": 8},
-     r"(?s)height = 40 is not a multiple of 16: take 32 or 48.*width = 8 .*take 16 or 16"),
-    ("5b", {"height": 48}, "height = 48 is not a multiple of 32: take 32 or 64"),
-    ("t2v", {"image": "PICTURE"}, "this model reads text alone"),
-    ("i2v", {}, "this model begins with a picture: give an image"),
-    ("i2v", {"image": "PICTURE", "last_image": "PICTURE"}, "reads a first one alone"),
-    ("flf2v", {"image": "PICTURE"}, "also ends with a picture: give a last_image"),
-    ("a14b i2v", {"last_image": "PICTURE"}, "a last_image needs an image"),
-    ("a14b i2v", {"image": "PICTURE", "last_image": "PICTURE", "num_frames": 1},
-     "a last_image needs num_frames of at least 5"),
-    ("t2v", {"guidance": (4.0, 3.0)}, r"guidance = \(4.0, 3.0\): this model has 1 transformer"),
-    ("t2v", {"init_noise": "NOISE"},
-     r"float32 \(1, 3, 4, 5, 4\); this needs float32 \(1, 3, 4, 6, 4\) \[b t h w c\]"),
-    ("t2v", {"init_noise": "PICTURE"}, "is not a .npy file"),
-    ("t2v", {"init_noise": "/nowhere.npy"}, "--init_noise=/nowhere.npy cannot be read: No such"),
-    ("i2v", {"image": "NOISE"}, r"--image=.*is not a picture that can be read"),
-    ("t2v", {"sampler": "unipcc"}, "unknown name 'unipcc'. Did you mean 'unipc'"),
-    ("t2v", {"grid": "diffusers_unpc"}, "Did you mean 'diffusers_unipc'"),
-])
-def test_what_a_model_cannot_draw_is_explained(kind, change, message, opened, picture, tmp_path,
-                                               mesh):
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("t2v", {"num_frames": 8}, r"num_frames = 8 is not 1 \+ 4n: take 5 or 9"),
+        ("t2v", {"num_frames": 11}, "take 9 or 13"),
+        (
+            "t2v",
+            {"height": 40, "width": 8},
+            r"(?s)height = 40 is not a multiple of 16: take 32 or 48.*width = 8 .*take 16 or 16",
+        ),
+        ("5b", {"height": 48}, "height = 48 is not a multiple of 32: take 32 or 64"),
+        ("t2v", {"image": "PICTURE"}, "this model reads text alone"),
+        ("i2v", {}, "this model begins with a picture: give an image"),
+        ("i2v", {"image": "PICTURE", "last_image": "PICTURE"}, "reads a first one alone"),
+        ("flf2v", {"image": "PICTURE"}, "also ends with a picture: give a last_image"),
+        ("a14b i2v", {"last_image": "PICTURE"}, "a last_image needs an image"),
+        (
+            "a14b i2v",
+            {"image": "PICTURE", "last_image": "PICTURE", "num_frames": 1},
+            "a last_image needs num_frames of at least 5",
+        ),
+        ("t2v", {"guidance": (4.0, 3.0)}, r"guidance = \(4.0, 3.0\): this model has 1 transformer"),
+        (
+            "t2v",
+            {"init_noise": "NOISE"},
+            r"float32 \(1, 3, 4, 5, 4\); this needs float32 \(1, 3, 4, 6, 4\) \[b t h w c\]",
+        ),
+        ("t2v", {"init_noise": "PICTURE"}, "is not a .npy file"),
+        (
+            "t2v",
+            {"init_noise": "/nowhere.npy"},
+            "--init_noise=/nowhere.npy cannot be read: No such",
+        ),
+        ("i2v", {"image": "NOISE"}, r"--image=.*is not a picture that can be read"),
+        ("t2v", {"sampler": "unipcc"}, "unknown name 'unipcc'. Did you mean 'unipc'"),
+        ("t2v", {"grid": "diffusers_unpc"}, "Did you mean 'diffusers_unipc'"),
+    ],
+)
+def test_what_a_model_cannot_draw_is_explained(
+    kind, change, message, opened, picture, tmp_path, mesh
+):
     np.save(tmp_path / "noise.npy", np.zeros((1, 3, 4, 5, 4), np.float32))
     files = {"PICTURE": picture, "NOISE": str(tmp_path / "noise.npy")}
     change = {k: files.get(v, v) if isinstance(v, str) else v for k, v in change.items()}
@@ -193,8 +226,10 @@ def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
     edit(path / "scheduler" / "scheduler_config.json", solver_order=3, use_karras_sigmas=True)
     with pytest.raises(WeightsError, match=r"(?s)solver_order = 3, not 2.*use_karras_sigmas"):
         complete(open_public(path), {"prompts": ("a",), "mesh": {}})
-    complete(open_public(path), {"prompts": ("a",), "mesh": {}, "sampler": "euler",
-                                 "grid": "plain", "shift": 5.0})
+    complete(
+        open_public(path),
+        {"prompts": ("a",), "mesh": {}, "sampler": "euler", "grid": "plain", "shift": 5.0},
+    )
     edit(path / "scheduler" / "scheduler_config.json", _class_name="LCMScheduler")
     with pytest.raises(WeightsError, match="is LCMScheduler; known are UniPCMultistepScheduler"):
         complete(open_public(path), {"prompts": ("a",), "mesh": {}})
@@ -219,10 +254,14 @@ def test_weights_are_known_again(opened, copy):
 
 # Conversion.
 
+
 def everything(path: Path) -> dict[str, np.ndarray]:
     """Every array in the files of a model, by folder and key."""
-    return {f"{file.parent.name}/{key.removeprefix('vision_model.')}": stored.read()
-            for file in path.rglob("*.safetensors") for key, stored in read_header(file).items()}
+    return {
+        f"{file.parent.name}/{key.removeprefix('vision_model.')}": stored.read()
+        for file in path.rglob("*.safetensors")
+        for key, stored in read_header(file).items()
+    }
 
 
 def same(got: dict, want: dict) -> None:
@@ -256,8 +295,10 @@ def test_to_vdx_and_back_is_every_bit(kind, folder, tmp_path, mesh):
 def test_types_are_kept(folder, copy, tmp_path):
     path = copy("t2v")
     file = path / "transformer" / "diffusion_pytorch_model.safetensors"
-    arrays = {k: s.read().astype("bfloat16" if k.endswith("to_q.weight") else "float16")
-              for k, s in read_header(file).items()}
+    arrays = {
+        k: s.read().astype("bfloat16" if k.endswith("to_q.weight") else "float16")
+        for k, s in read_header(file).items()
+    }
     write(file, {k: (v.shape, v.dtype) for k, v in arrays.items()}, arrays.items())
     open_source(path, {}).save(tmp_path / "own", own=True)
     open_source(tmp_path / "own", {}).save(tmp_path / "back", own=False)
@@ -269,16 +310,16 @@ def test_a_conversion_that_cannot_be(folder, tmp_path):
         open_source(folder("t2v"), {"vae": "x"})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    done = command("vdx.convert", f"--source={folder('t2v')}", f"--out={tmp_path / 'full'}",
-                   check=False)
+    done = command(
+        "vdx.convert", f"--source={folder('t2v')}", f"--out={tmp_path / 'full'}", check=False
+    )
     assert done.returncode == 1 and "Name a new folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_one_file_and_parts_that_are_given(folder, tmp_path):
     """A transformer of pictures as ComfyUI keeps it, the rest from elsewhere."""
-    network = CLIP | {"attention_head_dim": 128, "num_attention_heads": 1,
-                      "added_kv_proj_dim": 128}
+    network = CLIP | {"attention_head_dim": 128, "num_attention_heads": 1, "added_kv_proj_dim": 128}
     model = randomised(diffusers.WanTransformer3DModel(**network), 0)
     arrays = {k: v.numpy() for k, v in model.state_dict().items()}
     named = {f"model.diffusion_model.{old}": arrays[k] for k, old in original_names(arrays).items()}
@@ -295,5 +336,10 @@ def test_one_file_and_parts_that_are_given(folder, tmp_path):
     assert again.scheduler.config.flow_shift == 5.0
     theirs = pipeline("i2v").image_processor
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    np.testing.assert_allclose(*(p(images=picture, return_tensors="np")["pixel_values"]
-                                 for p in (again.image_processor, theirs)), atol=1e-6)
+    np.testing.assert_allclose(
+        *(
+            p(images=picture, return_tensors="np")["pixel_values"]
+            for p in (again.image_processor, theirs)
+        ),
+        atol=1e-6,
+    )

@@ -24,8 +24,9 @@ def direction_by_loop(p, x, v):
     """Frame by frame, in float64, as the paper writes it."""
     h, out = np.zeros(v[:, 0].shape), []
     for t in range(x.shape[1]):
-        a = np.exp(-STRENGTH * np.log1p(np.exp(p["decay_scale"])) * sigmoid(dense(p["decay"],
-                                                                              x[:, t])))
+        a = np.exp(
+            -STRENGTH * np.log1p(np.exp(p["decay_scale"])) * sigmoid(dense(p["decay"], x[:, t]))
+        )
         h = a * h + np.sqrt(1 - a**2) * sigmoid(dense(p["k"], x[:, t])) * v[:, t]
         out.append(h)
     return np.stack(out, 1)
@@ -58,16 +59,18 @@ def test_the_scan_is_the_formula_frame_by_frame(made):
 def test_steps_and_windows_are_the_whole(made, quick):
     """A body of jax.lax.scan that keeps one frame, and two windows with a state between them."""
     module, p, want = made
-    run = jax.jit(lambda state, x: module.apply({"params": p}, state, x, method="run"),
-                  compiler_options=quick)
+    run = jax.jit(
+        lambda state, x: module.apply({"params": p}, state, x, method="run"), compiler_options=quick
+    )
     state, first = run(module.new_state(X), X[:, :24])
     end, second = run(state, X[:, 24:])
     np.testing.assert_allclose(np.concatenate([first, second], 1), want, atol=1e-5)
     assert np.abs(run(module.new_state(X), X[:, 24:])[1] - second).max() > 0.1
 
     step = lambda state, x: module.apply({"params": p}, state, x, method="step")
-    last, frames = jax.jit(lambda x: jax.lax.scan(step, module.new_state(x), x.swapaxes(0, 1)),
-                           compiler_options=quick)(X)
+    last, frames = jax.jit(
+        lambda x: jax.lax.scan(step, module.new_state(x), x.swapaxes(0, 1)), compiler_options=quick
+    )(X)
     np.testing.assert_allclose(frames.swapaxes(0, 1), want, atol=1e-5)
     np.testing.assert_allclose(last, end, atol=1e-5)
     assert last.shape == X[:, 0].shape and last.dtype == jnp.float32
@@ -90,11 +93,12 @@ def test_the_scan_runs_either_way():
         h, want = state, np.zeros(u.shape)
         for t in sorted(range(5), reverse=reverse):
             h = want[:, t] = a[:, t] * h + u[:, t]
-        np.testing.assert_allclose(linear_scan(*map(jnp.asarray, (a, u, state)), reverse), want,
-                                   rtol=1e-5)
+        np.testing.assert_allclose(
+            linear_scan(*map(jnp.asarray, (a, u, state)), reverse), want, rtol=1e-5
+        )
 
 
 def test_features_begin_with_these_half_lives():
     rate = np.log1p(np.exp(half_lives(None, (7,))))
-    left = np.exp(-STRENGTH * rate * 0.5 * np.geomspace(*HALF_LIVES, 7))      # gates half open
+    left = np.exp(-STRENGTH * rate * 0.5 * np.geomspace(*HALF_LIVES, 7))  # gates half open
     np.testing.assert_allclose(left, 0.5, rtol=1e-4)

@@ -26,8 +26,11 @@ def draw(threshold, interval=(0.0, 1.0), sampler="euler", x=X):
     """(clip, which evaluations were made)"""
     one = SAMPLERS[sampler]()
     rows = evaluations(FLOW, one, time_grid(FLOW, STEPS))
-    run = jax.jit(lambda x, threshold: advance(network, FLOW, one, one.start(x), rows, None,
-                                               Reuse(threshold, interval)))
+    run = jax.jit(
+        lambda x, threshold: advance(
+            network, FLOW, one, one.start(x), rows, None, Reuse(threshold, interval)
+        )
+    )
     carry, made = run(x, threshold)
     return np.asarray(carry[0]), np.asarray(made)
 
@@ -39,8 +42,12 @@ def by_hand(threshold, interval=(0.0, 1.0)):
     size = lambda a: np.abs(a).mean((1, 2, 3, 4))
     last_x = last = rate = None
     for i, (t, s) in enumerate(itertools.pairwise(times)):
-        ask = i < 2 or i == STEPS - 1 or inside[i] != inside[i - 1] or \
-            (rate * size(x - last_x) / size(last) >= threshold).any()
+        ask = (
+            i < 2
+            or i == STEPS - 1
+            or inside[i] != inside[i - 1]
+            or (rate * size(x - last_x) / size(last) >= threshold).any()
+        )
         made.append(ask)
         if ask:
             answer = np.asarray(network(x, np.full(2, t)), np.float64)
@@ -53,8 +60,10 @@ def by_hand(threshold, interval=(0.0, 1.0)):
     return x, np.array(made)
 
 
-@pytest.mark.parametrize(("threshold", "interval"), [
-    (0.15, (0.0, 1.0)), (0.3, (0.0, 1.0)), (0.3, (0.3, 0.6)), (1e9, (0.0, 1.0))])
+@pytest.mark.parametrize(
+    ("threshold", "interval"),
+    [(0.15, (0.0, 1.0)), (0.3, (0.0, 1.0)), (0.3, (0.3, 0.6)), (1e9, (0.0, 1.0))],
+)
 def test_the_rule(threshold, interval):
     got, made = draw(threshold, interval)
     want, asked = by_hand(threshold, interval)
@@ -75,8 +84,9 @@ def test_more_is_skipped_and_the_clip_is_further_away():
 def test_every_sampler_reuses(sampler):
     one = SAMPLERS[sampler]()
     rows = evaluations(FLOW, one, time_grid(FLOW, STEPS))
-    carry, made = advance(network, FLOW, one, one.start(jnp.asarray(X)), rows, jax.random.key(0),
-                          Reuse(1e9))
+    carry, made = advance(
+        network, FLOW, one, one.start(jnp.asarray(X)), rows, jax.random.key(0), Reuse(1e9)
+    )
     assert made.tolist() == [i in (0, 1, len(made) - 1) for i in range(len(rows["t"]))]
     assert np.isfinite(carry[0]).all() and np.std(carry[0]) > 0.1
 
@@ -92,6 +102,7 @@ def test_a_clip_that_stands_still_is_asked_about():
     """0 / 0 is no reason to skip."""
     one = SAMPLERS["euler"]()
     rows = evaluations(FLOW, one, time_grid(FLOW, STEPS))
-    carry, made = advance(lambda x, t: jnp.zeros_like(x), FLOW, one, one.start(jnp.asarray(X)),
-                          rows, None, Reuse(0.5))
+    carry, made = advance(
+        lambda x, t: jnp.zeros_like(x), FLOW, one, one.start(jnp.asarray(X)), rows, None, Reuse(0.5)
+    )
     assert made.all() and np.isfinite(carry[0]).all()

@@ -22,12 +22,19 @@ from vdx.train.survive import Stop
 
 ROOT = Path(__file__).parents[1]
 MICRO = [
-    "--config.train.steps=6", "--config.train.log_every=2", "--config.train.eval_every=3",
-    "--config.train.sample_every=6", "--config.train.save_every=2", "--config.train.eval_clips=8",
-    "--config.data.loader.global_batch=8", "--config.data.clip.num_frames=(8,)",
+    "--config.train.steps=6",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=3",
+    "--config.train.sample_every=6",
+    "--config.train.save_every=2",
+    "--config.train.eval_clips=8",
+    "--config.data.loader.global_batch=8",
+    "--config.data.clip.num_frames=(8,)",
     "--config.judge.prompts=4",
-    "--config.model.backbone.width=32", "--config.model.backbone.depth=2",
-    "--config.model.backbone.heads=2", "--config.sample.steps=3",
+    "--config.model.backbone.width=32",
+    "--config.model.backbone.depth=2",
+    "--config.model.backbone.heads=2",
+    "--config.sample.steps=3",
     "--config.train.wall=('a red circle moves right', 'a blue square turns')",
 ]
 # Python in which the core path's strangers are not installed.
@@ -55,8 +62,14 @@ def config(*extra: str) -> dict:
 def command(module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
     """A vdx command as a user runs it, on one device, with torch and TensorFlow blocked."""
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", BLOCK, module, *args], cwd=ROOT, env=env,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK, module, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -73,12 +86,15 @@ def test_a_run_leaves_what_it_promises(workdir):
     rows = read_rows(workdir / "metrics.jsonl")
     steps = [r["step"] for r in rows if "train/loss" in r]
     assert steps == [2, 4, 6]
-    assert all(np.isfinite(r["train/loss"]) and 0 <= r["speed/data_wait"] <= 1
-               for r in rows if "train/loss" in r)
+    assert all(
+        np.isfinite(r["train/loss"]) and 0 <= r["speed/data_wait"] <= 1
+        for r in rows
+        if "train/loss" in r
+    )
     assert [r["step"] for r in rows if "heldout/loss" in r] == [3, 6]
     made = read_json(workdir / "config.json")
     assert made["train"]["steps"] == 6
-    source = load(workdir).source()         # the mean of the pixels was measured, not given
+    source = load(workdir).source()  # the mean of the pixels was measured, not given
     renders = np.stack([source[i].read(np.arange(8) / 8) for i in range(200)])
     assert abs(made["data"]["mean"] - (renders.mean() / 127.5 - 1)) < 0.05
     result = read_json(workdir / "eval.json")
@@ -107,9 +123,15 @@ def test_resume_is_exact(workdir, tmp_path):
     shutil.rmtree(halved / "checkpoints" / "6")
     command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={halved}", *MICRO)
     assert weights(halved) == weights(workdir)
-    whole, parts = ({(r["step"], k): r[k] for r in read_rows(w / "metrics.jsonl") for k in r
-                     if k.startswith(("train/loss", "heldout/", "seen/")) and r["step"] == 6}
-                    for w in (workdir, halved))
+    whole, parts = (
+        {
+            (r["step"], k): r[k]
+            for r in read_rows(w / "metrics.jsonl")
+            for k in r
+            if k.startswith(("train/loss", "heldout/", "seen/")) and r["step"] == 6
+        }
+        for w in (workdir, halved)
+    )
     assert whole == parts and len(whole) > 10
     # The copy held rows of step 6 already; the second part must have written its own.
     assert sum(r["step"] == 6 for r in read_rows(halved / "metrics.jsonl")) == 4
@@ -125,14 +147,27 @@ def weights(workdir: Path) -> str:
 def test_sample_and_make_again(workdir, tmp_path):
     """The manifest alone makes the same clip again, bit for bit."""
     out, array = tmp_path / "out.mp4", tmp_path / "x.npy"
-    command("vdx.sample", f"--workdir={workdir}", "--prompt=a red circle moves right",
-            f"--out={out}", f"--save_array={array}", "--seed=5", "--steps=4", "--fps=4")
+    command(
+        "vdx.sample",
+        f"--workdir={workdir}",
+        "--prompt=a red circle moves right",
+        f"--out={out}",
+        f"--save_array={array}",
+        "--seed=5",
+        "--steps=4",
+        "--fps=4",
+    )
     manifest = read_json(out.with_suffix(".json"))
     assert manifest["request"]["seed"] == 5 and manifest["request"]["sampling"]["steps"] == 4
     assert manifest["request"]["fps"] == 4.0
     again, array2 = tmp_path / "again.mp4", tmp_path / "y.npy"
-    command("vdx.sample", f"--workdir={workdir}", f"--from_manifest={out.with_suffix('.json')}",
-            f"--out={again}", f"--save_array={array2}")
+    command(
+        "vdx.sample",
+        f"--workdir={workdir}",
+        f"--from_manifest={out.with_suffix('.json')}",
+        f"--out={again}",
+        f"--save_array={array2}",
+    )
     np.testing.assert_array_equal(np.load(array), np.load(array2))
     assert out.read_bytes() == again.read_bytes()
     assert np.load(array).shape == (1, 8, 32, 32, 3)
@@ -142,34 +177,66 @@ def test_sample_from_a_file_of_prompts(workdir, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a blue square moves up\n\na green cross grows\n")
     out = tmp_path / "clips"
-    command("vdx.sample", f"--workdir={workdir}", f"--prompts_file={prompts}", f"--out={out}",
-            "--sampler=euler", "--num_frames=16")
+    command(
+        "vdx.sample",
+        f"--workdir={workdir}",
+        f"--prompts_file={prompts}",
+        f"--out={out}",
+        "--sampler=euler",
+        "--num_frames=16",
+    )
     manifest = read_json(out / "manifest.json")
-    assert [c["prompt"] for c in manifest["clips"]] == ["a blue square moves up",
-                                                        "a green cross grows"]
+    assert [c["prompt"] for c in manifest["clips"]] == [
+        "a blue square moves up",
+        "a green cross grows",
+    ]
     assert (out / "001.mp4").stat().st_size > 0
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--prompt=x", "--sampler=dpm"], "Did you mean"),
-    (["--prompt=x", "--num_frames=7"], "multiples of the patch"),
-    ([], "--prompt"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--prompt=x", "--sampler=dpm"], "Did you mean"),
+        (["--prompt=x", "--num_frames=7"], "multiples of the patch"),
+        ([], "--prompt"),
+    ],
+)
 def test_bad_requests_are_explained(workdir, tmp_path, args, message):
-    done = command("vdx.sample", f"--workdir={workdir}", f"--out={tmp_path / 'o.mp4'}", *args,
-                   check=False)
+    done = command(
+        "vdx.sample", f"--workdir={workdir}", f"--out={tmp_path / 'o.mp4'}", *args, check=False
+    )
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "o.mp4").exists()
 
 
 def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
     manifest = tmp_path / "m.json"
-    manifest.write_text(json.dumps({
-        "request": {"prompts": ["x"], "seed": 0, "num_frames": 8, "fps": 8.0,
-                    "sampling": {"sampler": "euler"}},
-        "weights": {"workdir": str(workdir), "step": 6, "item": "ema", "identity": "0" * 64}}))
-    done = command("vdx.sample", f"--workdir={workdir}", f"--from_manifest={manifest}",
-                   f"--out={tmp_path / 'o.mp4'}", check=False)
+    manifest.write_text(
+        json.dumps(
+            {
+                "request": {
+                    "prompts": ["x"],
+                    "seed": 0,
+                    "num_frames": 8,
+                    "fps": 8.0,
+                    "sampling": {"sampler": "euler"},
+                },
+                "weights": {
+                    "workdir": str(workdir),
+                    "step": 6,
+                    "item": "ema",
+                    "identity": "0" * 64,
+                },
+            }
+        )
+    )
+    done = command(
+        "vdx.sample",
+        f"--workdir={workdir}",
+        f"--from_manifest={manifest}",
+        f"--out={tmp_path / 'o.mp4'}",
+        check=False,
+    )
     assert done.returncode != 0 and "not those of the manifest" in done.stderr
 
 
@@ -185,12 +252,23 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
         def traced(*a):
             made.append(1)
             return step(*a)
+
         return traced
 
     monkeypatch.setattr(program, "make_train_step", counting)
-    run(config("--config.train.steps=3", "--config.train.eval_every=0", "--config.mesh.data=1",
-               "--config.mesh.fsdp=8", "--config.train.sample_every=0", "--config.judge.prompts=0",
-               "--config.train.save_every=0"), tmp_path / "once", Stop())
+    run(
+        config(
+            "--config.train.steps=3",
+            "--config.train.eval_every=0",
+            "--config.mesh.data=1",
+            "--config.mesh.fsdp=8",
+            "--config.train.sample_every=0",
+            "--config.judge.prompts=0",
+            "--config.train.save_every=0",
+        ),
+        tmp_path / "once",
+        Stop(),
+    )
     assert len(made) == 1
 
 
@@ -198,10 +276,16 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
 def test_buckets_train_and_resume_exactly(tmp_path):
     """Three shapes, three programs; 5 steps = 3 steps and the rest, in every bit."""
     made = config(
-        "--config.train.steps=5", "--config.train.eval_every=5", "--config.train.sample_every=0",
-        "--config.train.save_every=1", "--config.train.log_every=1", "--config.judge.prompts=0",
-        "--config.train.keep=9", "--config.model.backbone.depth=1",
-        "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))")
+        "--config.train.steps=5",
+        "--config.train.eval_every=5",
+        "--config.train.sample_every=0",
+        "--config.train.save_every=1",
+        "--config.train.log_every=1",
+        "--config.judge.prompts=0",
+        "--config.train.keep=9",
+        "--config.model.backbone.depth=1",
+        "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))",
+    )
     run(made, tmp_path / "whole", Stop())
     rows = [r for r in read_rows(tmp_path / "whole" / "metrics.jsonl") if "train/loss" in r]
     assert all(np.isfinite(r["train/loss"]) for r in rows)
@@ -212,8 +296,11 @@ def test_buckets_train_and_resume_exactly(tmp_path):
         shutil.rmtree(tmp_path / "halved" / "checkpoints" / step)
     run(made, tmp_path / "halved", Stop())
     assert weights(tmp_path / "halved") == weights(tmp_path / "whole")
-    again = {r["step"]: r["train/loss"] for r in read_rows(tmp_path / "halved" / "metrics.jsonl")
-             if "train/loss" in r}
+    again = {
+        r["step"]: r["train/loss"]
+        for r in read_rows(tmp_path / "halved" / "metrics.jsonl")
+        if "train/loss" in r
+    }
     assert again == {r["step"]: r["train/loss"] for r in rows}
 
 
@@ -224,15 +311,27 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     rng = np.random.default_rng(0)
     more = {"t2v_base": {}, "i2v_base": {"image_tokens": (5, 16), "motion": ()}}[name]
     meta = {"latents": [4, 8, 8, 4], "text": [6, 32]}
-    rows = [{"latents": rng.normal(size=(4, 8, 8, 4)).astype(np.float16),
-             "text": rng.normal(size=(1 + i % 6, 32)).astype(np.float32), "caption": f"clip {i}",
-             "fps": 8.0, "num_frames": 4, "key": f"clip {i}",
-             **{k: rng.random(shape).astype(np.float16) for k, shape in more.items()}}
-            for i in range(24)]
-    write_records(tmp_path / "data", {"train": rows[:16], "heldout": rows[16:]},
-                  latent_features((4, 8, 8, 4), 32, **more), metadata=meta)
-    base = resolve(str(ROOT / "configs" / f"{name}.py:smoke"),
-                   [f"--config.data.path={tmp_path / 'data'}"])
+    rows = [
+        {
+            "latents": rng.normal(size=(4, 8, 8, 4)).astype(np.float16),
+            "text": rng.normal(size=(1 + i % 6, 32)).astype(np.float32),
+            "caption": f"clip {i}",
+            "fps": 8.0,
+            "num_frames": 4,
+            "key": f"clip {i}",
+            **{k: rng.random(shape).astype(np.float16) for k, shape in more.items()},
+        }
+        for i in range(24)
+    ]
+    write_records(
+        tmp_path / "data",
+        {"train": rows[:16], "heldout": rows[16:]},
+        latent_features((4, 8, 8, 4), 32, **more),
+        metadata=meta,
+    )
+    base = resolve(
+        str(ROOT / "configs" / f"{name}.py:smoke"), [f"--config.data.path={tmp_path / 'data'}"]
+    )
     run(base, tmp_path / "run", Stop())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
@@ -241,22 +340,32 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["i2v_tiny", "i2v_tiny:reference", "control_tiny:actions",
-                                  "unet3d_tiny"])
+@pytest.mark.parametrize(
+    "name", ["i2v_tiny", "i2v_tiny:reference", "control_tiny:actions", "unet3d_tiny"]
+)
 def test_the_tiny_configs_run(name, tmp_path):
     """Shortened: they train, and are judged by what they read."""
     file, _, variant = name.partition(":")
     micro = [one for one in MICRO if "backbone" not in one or file != "unet3d_tiny"]
-    made = resolve(str(ROOT / "configs" / f"{file}.py") + (f":{variant}" if variant else ""),
-                   [*micro, "--config.judge.prompts=0", "--config.train.sample_every=0",
-                    "--config.train.eval_every=0",
-                    f"--config.judge.steering={0 if file == 'unet3d_tiny' else 4}"])
+    made = resolve(
+        str(ROOT / "configs" / f"{file}.py") + (f":{variant}" if variant else ""),
+        [
+            *micro,
+            "--config.judge.prompts=0",
+            "--config.train.sample_every=0",
+            "--config.train.eval_every=0",
+            f"--config.judge.steering={0 if file == 'unet3d_tiny' else 4}",
+        ],
+    )
     run(made, tmp_path, Stop())
     losses = [r["train/loss"] for r in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert len(losses) == 3 and np.isfinite(losses).all()
-    expected = {"i2v_tiny": {"first_frame", "last_frame", "motion", "fps"},
-                "i2v_tiny:reference": {"reference", "fps"},
-                "control_tiny:actions": {"actions"}, "unet3d_tiny": set()}[name]
+    expected = {
+        "i2v_tiny": {"first_frame", "last_frame", "motion", "fps"},
+        "i2v_tiny:reference": {"reference", "fps"},
+        "control_tiny:actions": {"actions"},
+        "unet3d_tiny": set(),
+    }[name]
     if expected:
         rows = read_json(tmp_path / "eval.json")["steering"]
         assert {row["signal"] for row in rows} == expected

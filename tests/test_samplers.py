@@ -22,18 +22,23 @@ MEAN = np.array([0.8, -0.5, 0.1, 0.0, -1.2])
 VARIANCE = np.array([0.04, 0.5, 1.0, 0.001, 2.0])
 ODE = [name for name in SAMPLERS if name != "ddpm"]
 ORDER = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # UniPC's corrector adds 1
-ODE_CASES = [(name, row, list(PREDICTIONS)[(i + j) % len(PREDICTIONS)])
-             for i, name in enumerate(PROCESSES) for j, row in enumerate(ODE)]
+ODE_CASES = [
+    (name, row, list(PREDICTIONS)[(i + j) % len(PREDICTIONS)])
+    for i, name in enumerate(PROCESSES)
+    for j, row in enumerate(ODE)
+]
 
 
 def oracle(process):
     """The exact denoiser of N(MEAN, VARIANCE), in the space that the process predicts."""
+
     def denoise(x, t):
         a, s = expand(process.alpha(t), x), expand(process.sigma(t), x)
         total = a**2 * VARIANCE + s**2
         x0 = MEAN + a * VARIANCE / total * (x - a * MEAN)
         # s / total, so that the noise is exact also where s is small.
         return process.from_x0_noise(x0, s / total * (x - a * MEAN), t)
+
     return denoise
 
 
@@ -74,14 +79,21 @@ def test_unipc_without_corrector_is_dpmpp_2m():
     process = RectifiedFlow()
     x, times = at_start(process, 1.0, 4), time_grid(process, 5, shift=2.0)
     by = lambda sampler: run(process, sampler, x, times)
-    np.testing.assert_allclose(by(SAMPLERS["unipc"](corrector=False)),
-                               by(SAMPLERS["dpmpp_2m"]()), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(by(SAMPLERS["unipc"](order=1, corrector=False)),
-                               by(SAMPLERS["ddim"]()), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        by(SAMPLERS["unipc"](corrector=False)), by(SAMPLERS["dpmpp_2m"]()), rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        by(SAMPLERS["unipc"](order=1, corrector=False)),
+        by(SAMPLERS["ddim"]()),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
-@pytest.mark.parametrize("name,row,kind", ODE_CASES + [
-    (name, "dpmpp_2m", kind) for name in PROCESSES for kind in PREDICTIONS])
+@pytest.mark.parametrize(
+    "name,row,kind",
+    ODE_CASES + [(name, "dpmpp_2m", kind) for name in PROCESSES for kind in PREDICTIONS],
+)
 def test_ode_samplers_reach_the_data(name, row, kind):
     """From t = 1 to t = 0: the exact map of every point, so its mean and covariance."""
     process = PROCESSES[name](prediction=kind)
@@ -129,8 +141,9 @@ def test_ancestral_step_is_the_posterior(name):
     process = PROCESSES[name](prediction="x0")
     n, x_t, x0, t, s = 40000, 0.7, -0.4, 0.6, 0.35
     x = jnp.full((n, 1, 1, 1, 1), x_t)
-    got = run(process, SAMPLERS["ddpm"](), x, [t, s], lambda x, t: jnp.full_like(x, x0),
-              jax.random.key(0))
+    got = run(
+        process, SAMPLERS["ddpm"](), x, [t, s], lambda x, t: jnp.full_like(x, x0), jax.random.key(0)
+    )
     (at, as_), (st, ss) = (f(np.array([t, s])) for f in (process.alpha, process.sigma))
     # Prior x_s ~ N(as x0, ss^2); likelihood x_t ~ N(at / as x_s, st^2 - (at / as)^2 ss^2).
     ratio = at / as_
@@ -198,8 +211,9 @@ def test_errors():
     with pytest.raises(ValueError, match="key"):
         sample(denoise, process, SAMPLERS["ddpm"](), x, np.array([1.0, 0.0]))
     with pytest.raises(ValueError, match="time_grid"):
-        sample(denoise, RectifiedFlow(prediction="noise"), SAMPLERS["euler"](), x,
-               np.array([1.0, 0.0]))
+        sample(
+            denoise, RectifiedFlow(prediction="noise"), SAMPLERS["euler"](), x, np.array([1.0, 0.0])
+        )
     with pytest.raises(ConfigError, match="eta"):
         SAMPLERS["ddim"](eta=1.5)
     with pytest.raises(ConfigError, match="order"):
@@ -251,8 +265,9 @@ def their_states(scheduler, x, times, monkeypatch, scale=None, step_args=None):
     states = [x / scale[0]]
     draws = iter(torch.from_numpy(fresh_noise()))
     # A scheduler draws only when it uses the noise, in the order of the steps.
-    monkeypatch.setattr(type(scheduler).__module__ + ".randn_tensor",
-                        lambda *_, **__: next(draws), raising=False)
+    monkeypatch.setattr(
+        type(scheduler).__module__ + ".randn_tensor", lambda *_, **__: next(draws), raising=False
+    )
     for i, step in enumerate(scheduler.timesteps):
         prediction = toy(torch, states[-1], float(times[i]))
         x = scheduler.step(prediction, step, x, **(step_args or {})).prev_sample.double()
@@ -270,36 +285,52 @@ def assert_same(ours, theirs, rtol=1e-5):
 def variance_preserving(scheduler_name, kind, **extra):
     """A process, a diffusers scheduler of the same betas, and the times of its timesteps."""
     diffusers = pytest.importorskip("diffusers")
-    process = VariancePreserving(betas="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                                 prediction=kind)
+    process = VariancePreserving(
+        betas="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction=kind
+    )
     scheduler = getattr(diffusers, scheduler_name)(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type=KIND[kind], timestep_spacing="trailing", **extra)
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=KIND[kind],
+        timestep_spacing="trailing",
+        **extra,
+    )
     scheduler.set_timesteps(STEPS)
     times = np.append((scheduler.timesteps.double().numpy() + 1) / 1000, 0.0)
     np.testing.assert_allclose(times, time_grid(process, STEPS), atol=1e-7)
     return process, scheduler, times
 
 
-@pytest.mark.parametrize("row,scheduler_name,kind,fields,extra,step_args", [
-    ("ddpm", "DDPMScheduler", "noise", {}, {"clip_sample": False}, {}),
-    ("ddpm", "DDPMScheduler", "v", {}, {"clip_sample": False}, {}),
-    ("ddim", "DDIMScheduler", "noise", {}, {"clip_sample": False}, {}),
-    ("ddim", "DDIMScheduler", "x0", {}, {"clip_sample": False}, {}),
-    ("ddim", "DDIMScheduler", "v", {"eta": 0.6}, {"clip_sample": False}, {"eta": 0.6}),
-    ("ddim", "DDIMScheduler", "noise", {"eta": 1.0}, {"clip_sample": False}, {"eta": 1.0}),
-    ("euler", "EulerDiscreteScheduler", "noise", {}, {}, {}),
-    ("euler", "EulerDiscreteScheduler", "v", {}, {}, {}),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", "noise", {}, {}, {}),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", "v", {}, {}, {}),
-    ("unipc", "UniPCMultistepScheduler", "noise", {}, {}, {}),
-    ("unipc", "UniPCMultistepScheduler", "x0", {}, {}, {}),
-    ("unipc", "UniPCMultistepScheduler", "v", {"order": 1}, {"solver_order": 1}, {}),
-    ("unipc", "UniPCMultistepScheduler", "noise", {"corrector": False},
-     {"disable_corrector": list(range(STEPS))}, {}),
-])
-def test_diffusers_variance_preserving(row, scheduler_name, kind, fields, extra, step_args,
-                                       monkeypatch):
+@pytest.mark.parametrize(
+    "row,scheduler_name,kind,fields,extra,step_args",
+    [
+        ("ddpm", "DDPMScheduler", "noise", {}, {"clip_sample": False}, {}),
+        ("ddpm", "DDPMScheduler", "v", {}, {"clip_sample": False}, {}),
+        ("ddim", "DDIMScheduler", "noise", {}, {"clip_sample": False}, {}),
+        ("ddim", "DDIMScheduler", "x0", {}, {"clip_sample": False}, {}),
+        ("ddim", "DDIMScheduler", "v", {"eta": 0.6}, {"clip_sample": False}, {"eta": 0.6}),
+        ("ddim", "DDIMScheduler", "noise", {"eta": 1.0}, {"clip_sample": False}, {"eta": 1.0}),
+        ("euler", "EulerDiscreteScheduler", "noise", {}, {}, {}),
+        ("euler", "EulerDiscreteScheduler", "v", {}, {}, {}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", "noise", {}, {}, {}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", "v", {}, {}, {}),
+        ("unipc", "UniPCMultistepScheduler", "noise", {}, {}, {}),
+        ("unipc", "UniPCMultistepScheduler", "x0", {}, {}, {}),
+        ("unipc", "UniPCMultistepScheduler", "v", {"order": 1}, {"solver_order": 1}, {}),
+        (
+            "unipc",
+            "UniPCMultistepScheduler",
+            "noise",
+            {"corrector": False},
+            {"disable_corrector": list(range(STEPS))},
+            {},
+        ),
+    ],
+)
+def test_diffusers_variance_preserving(
+    row, scheduler_name, kind, fields, extra, step_args, monkeypatch
+):
     process, scheduler, times = variance_preserving(scheduler_name, kind, **extra)
     scale = None
     if row == "euler":
@@ -310,11 +341,14 @@ def test_diffusers_variance_preserving(row, scheduler_name, kind, fields, extra,
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("row,scheduler_name,extra", [
-    ("euler", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", {"flow_shift": 3.0}),
-    ("unipc", "UniPCMultistepScheduler", {"flow_shift": 3.0}),
-])
+@pytest.mark.parametrize(
+    "row,scheduler_name,extra",
+    [
+        ("euler", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {"flow_shift": 3.0}),
+        ("unipc", "UniPCMultistepScheduler", {"flow_shift": 3.0}),
+    ],
+)
 def test_diffusers_flow(row, scheduler_name, extra, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
     if row != "euler":
@@ -362,7 +396,8 @@ def flow_scheduler(grid, steps, shift):
         return scheduler
     kind = {"unipc": "UniPCMultistepScheduler", "dpmpp": "DPMSolverMultistepScheduler"}[name]
     scheduler = getattr(diffusers, kind)(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+    )
     scheduler.set_timesteps(steps)
     if grid == "wan_unipc":
         scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])
@@ -382,12 +417,18 @@ def test_grids_of_public_models(name, steps, shift, monkeypatch):
     row = {"unipc": "unipc", "dpmpp": "dpmpp_2m"}.get(name.rpartition("_")[2], "euler")
     scheduler, grid = flow_scheduler(name, steps, shift), GRIDS[name](steps, shift)
     network = scheduler.timesteps.double().numpy()
-    ulps = 2**-22 if name == "plain" else 0    # sigmas that are given to it are shifted in float32
+    ulps = 2**-22 if name == "plain" else 0  # sigmas that are given to it are shifted in float32
     np.testing.assert_allclose(grid.times, scheduler.sigmas.double(), rtol=ulps, atol=0)
     np.testing.assert_allclose(grid.network, network, rtol=ulps, atol=0)
     np.testing.assert_allclose(grid.network_time(grid.times[:-1]), network, rtol=ulps, atol=0)
-    ours = our_states(RectifiedFlow(), SAMPLERS[row](), first_noise(), grid.times, monkeypatch,
-                      told=lambda t: grid.network_time(t) / 1000)
+    ours = our_states(
+        RectifiedFlow(),
+        SAMPLERS[row](),
+        first_noise(),
+        grid.times,
+        monkeypatch,
+        told=lambda t: grid.network_time(t) / 1000,
+    )
     assert_same(ours, their_states(scheduler, first_noise(), network / 1000, monkeypatch))
 
 

@@ -67,10 +67,11 @@ def test_same_index_same_bytes_other_index_other_clip():
 def test_known_clip_does_not_change():
     """A changed generator would silently change every held-out prompt and reported number."""
     scene = Scenes(seed=0, split="heldout").scene(0)
-    assert scene.caption == ("a cyan square floating upwards and a purple ring gently "
-                             "getting bigger on a checkered background, soft edges")
-    assert (scene.objects[0].x, scene.objects[1].y) == pytest.approx(
-        (0.8674534, 0.6649842))
+    assert scene.caption == (
+        "a cyan square floating upwards and a purple ring gently "
+        "getting bigger on a checkered background, soft edges"
+    )
+    assert (scene.objects[0].x, scene.objects[1].y) == pytest.approx((0.8674534, 0.6649842))
 
 
 def test_record_reads_any_instant_and_travels_to_a_worker():
@@ -92,8 +93,9 @@ def test_state_is_where_the_pixels_are(shape, motion):
     times = TIMES[:12]
     error = centroid(scene.render(times, 32, 32)) - scene.state(times)[0]["center"]
     # Antialiasing favours no side of a shape that is the same upside down.
-    assert np.abs(error * 32).max() < (0.05 if shape in ("circle", "ring", "square", "cross")
-                                       else 0.07)
+    assert np.abs(error * 32).max() < (
+        0.05 if shape in ("circle", "ring", "square", "cross") else 0.07
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -139,8 +141,9 @@ def test_shapes_keep_their_aspect_in_wide_frames():
 
 
 def test_a_pan_moves_object_and_background_together():
-    scene = dataclasses.replace(alone("circle", "grow", camera="pan left", x=0.3),
-                                background="stripes")
+    scene = dataclasses.replace(
+        alone("circle", "grow", camera="pan left", x=0.3), background="stripes"
+    )
     assert np.diff(scene.state(TIMES)[0]["center"][:, 0]).min() > 0
     later = 0.25 / CAMERAS["pan left"]  # one period of the stripes
     first, last = scene.render(np.array([0.0, later]), 32, 32)
@@ -183,8 +186,9 @@ def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
         assert rows.dtype == np.int32 and rows[-1] == rows[-2]
         moved = np.diff(state["center"], axis=0)
         moved[:, 0] -= CAMERAS[scene.camera] / 8
-        np.testing.assert_allclose(moved, STEER * SPEEDS[item.speed] / 8 * ways[rows[:-1]],
-                                   atol=1e-12)
+        np.testing.assert_allclose(
+            moved, STEER * SPEEDS[item.speed] / 8 * ways[rows[:-1]], atol=1e-12
+        )
         reach = state["size"][:, None]
         assert (state["center"] - reach > 0).all() and (state["center"] + reach < 1).all()
         changes = np.diff([begin for begin, _ in item.commands])
@@ -199,8 +203,10 @@ def test_steered_is_a_word_that_only_those_who_ask_for_it_get():
     assert long.commands[-1][0] >= 5.0
 
 
-@pytest.mark.parametrize("motion, rows", [("left", [1] * 4), ("down", [4] * 4), ("turn", [0] * 4),
-                                          ("bounce", [3, 3, 4, 4])])
+@pytest.mark.parametrize(
+    "motion, rows",
+    [("left", [1] * 4), ("down", [4] * 4), ("turn", [0] * 4), ("bounce", [3, 3, 4, 4])],
+)
 def test_what_is_not_steered_still_has_a_direction(motion, rows):
     item = Object("star", "red", motion, "large", "slow", rise=0.4)
     assert item.actions(np.array([0.1, 0.3, 0.5, 1.1]) * 1.2).tolist() == rows
@@ -256,8 +262,11 @@ def check_optional_words(scene, caption):
     for field, table in (("size", SIZE_WORDS), ("speed", SPEED_WORDS)):
         allowed = {w for o in scene.objects for w in table[getattr(o, field)]}
         assert said & {w for words in table.values() for w in words} <= allowed, caption
-    for field, table in (("background", BACKGROUND_WORDS), ("camera", CAMERA_WORDS),
-                         ("style", STYLE_WORDS)):
+    for field, table in (
+        ("background", BACKGROUND_WORDS),
+        ("camera", CAMERA_WORDS),
+        ("style", STYLE_WORDS),
+    ):
         for name, phrases in table.items():
             if name != getattr(scene, field) and "outlined" not in phrases:
                 assert not any(caption.endswith(p) for p in phrases), (caption, scene)
@@ -269,8 +278,10 @@ def test_captions_vary_and_include_the_plain_one():
     assert "a white circle moves right" in captions
     assert len(captions) > 500
     orange = dataclasses.replace(scene.objects[0], colour="orange")
-    assert all(" a orange" not in f" {describe(Scene((orange,)), np.random.default_rng(i))}"
-               for i in range(200))
+    assert all(
+        " a orange" not in f" {describe(Scene((orange,)), np.random.default_rng(i))}"
+        for i in range(200)
+    )
 
 
 def test_every_word_has_its_phrases():
@@ -281,36 +292,53 @@ def test_every_word_has_its_phrases():
 
 def test_every_word_is_visible():
     """No two backgrounds, styles or shapes are drawn alike."""
-    scenes = [dataclasses.replace(alone(s, "grow", style), background=b)
-              for s, style, b in itertools.product(SHAPES, STYLES, BACKGROUNDS)]
+    scenes = [
+        dataclasses.replace(alone(s, "grow", style), background=b)
+        for s, style, b in itertools.product(SHAPES, STYLES, BACKGROUNDS)
+    ]
     frames = np.stack([s.render(np.zeros(1), 32, 32)[0] for s in scenes]).astype(int)
     for a, b in itertools.combinations(range(len(frames)), 2):
         assert np.abs(frames[a] - frames[b]).max() > 8, (scenes[a], scenes[b])
 
 
-@pytest.mark.parametrize("fields, says", [
-    ({"shapes": ("circle", "hexagon")}, "hexagon.*Known: circle, square"),
-    ({"colours": ("gren",)}, "Did you mean 'green'"),
-    ({"motions": ()}, "motions is empty.*left"),
-    ({"split": "test"}, "Known: train, heldout, all"),
-    ({"max_objects": 3}, "expected 1 or 2"),
-    ({"colours": ("red",)}, "two colours"),
-    ({"shapes": ("ring",), "motions": ("turn",)}, "no 'train' combination"),
-    ({"backgrounds": ("black",), "cameras": ("pan left",)}, "patterned background"),
-    ({"height": 0}, "must be positive"),
-    ({"size": "many"}, "size"),
-    ({"colour": ("red",)}, "Did you mean 'colours'"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"shapes": ("circle", "hexagon")}, "hexagon.*Known: circle, square"),
+        ({"colours": ("gren",)}, "Did you mean 'green'"),
+        ({"motions": ()}, "motions is empty.*left"),
+        ({"split": "test"}, "Known: train, heldout, all"),
+        ({"max_objects": 3}, "expected 1 or 2"),
+        ({"colours": ("red",)}, "two colours"),
+        ({"shapes": ("ring",), "motions": ("turn",)}, "no 'train' combination"),
+        ({"backgrounds": ("black",), "cameras": ("pan left",)}, "patterned background"),
+        ({"height": 0}, "must be positive"),
+        ({"size": "many"}, "size"),
+        ({"colour": ("red",)}, "Did you mean 'colours'"),
+    ],
+)
 def test_a_bad_config_says_what_is_known(fields, says):
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         build({"name": "scenes", **fields}, {"scenes": Scenes}, "data.source")
 
 
 def test_a_config_chooses_a_simple_subset():
-    source = build({"name": "scenes", "shapes": ["circle"], "colours": ["red"],
-                    "motions": ["left", "right"], "backgrounds": ["black"],
-                    "cameras": ["static"], "styles": ["flat"], "max_objects": 1,
-                    "split": "all", "size": 50}, {"scenes": Scenes}, "data.source")
+    source = build(
+        {
+            "name": "scenes",
+            "shapes": ["circle"],
+            "colours": ["red"],
+            "motions": ["left", "right"],
+            "backgrounds": ["black"],
+            "cameras": ["static"],
+            "styles": ["flat"],
+            "max_objects": 1,
+            "split": "all",
+            "size": 50,
+        },
+        {"scenes": Scenes},
+        "data.source",
+    )
     scenes = [source.scene(i) for i in range(len(source))]
     assert {(s.background, s.camera, s.style) for s in scenes} == {("black", "static", "flat")}
     assert {s.objects[0].motion for s in scenes} == {"left", "right"}

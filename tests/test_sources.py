@@ -53,7 +53,8 @@ def test_timestamps_are_the_ones_written(tmp_path, name):
 def test_read_gives_the_frame_that_is_shown_at_each_time(tmp_path):
     path = make_clip(tmp_path / "a.mp4", UNEVEN)
     frames = video_record("a", "grey", lambda: path).read(
-        np.array([0.0, 0.09, 0.0999, 0.39, 0.99, 1.039, 1.04, 9.0]))
+        np.array([0.0, 0.09, 0.0999, 0.39, 0.99, 1.039, 1.04, 9.0])
+    )
     expected = [10, 10, 30, 50, 70, 90, 110, 130]
     np.testing.assert_allclose(level(frames), expected, atol=2)
     assert frames.dtype == np.uint8 and frames.shape == (8, 32, 48, 3)
@@ -65,8 +66,8 @@ def test_reading_in_the_middle_equals_reading_from_the_start(tmp_path, name):
     record = video_record("a", "grey", lambda: path)
     whole = record.read(record.timestamps)
     for begin in (0, 7, 8, 9, 23, 38):
-        part = record.read(record.timestamps[begin:begin + 2])
-        np.testing.assert_array_equal(part, whole[begin:begin + 2])
+        part = record.read(record.timestamps[begin : begin + 2])
+        np.testing.assert_array_equal(part, whole[begin : begin + 2])
 
 
 def test_a_turned_phone_video_is_upright(tmp_path):
@@ -84,8 +85,10 @@ def test_captions_stay_with_their_clips_and_splits_partition(tmp_path):
     for i, name in enumerate(names):
         make_clip(tmp_path / name, [0.0, 0.1], [20 * i, 20 * i])
     rows = [{"file_name": n, "caption": str(20 * i), "fps": 3} for i, n in enumerate(names)]
-    parts = [VideoFolder(listed(tmp_path, rows), split, heldout=0.3)
-             for split in ("all", "train", "heldout")]
+    parts = [
+        VideoFolder(listed(tmp_path, rows), split, heldout=0.3)
+        for split in ("all", "train", "heldout")
+    ]
     for folder in parts:
         for i in range(len(folder)):
             found = level(folder[i].read(np.zeros(1)))[0]
@@ -109,10 +112,16 @@ def test_text_files_beside_the_videos(tmp_path):
         folder[0]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "No videos in .*looked for"), ('{"file_name": "a.mp4"}\n{oops\n', "line 2 is not JSON"),
-    ('{"caption": "x"}\n', 'line 1 has no "file_name"'), ("[1]\n", 'line 1 has no "file_name"'),
-    ('{"file_name": "a.mp4", "sha256": "ABC"}\n', "line 1: \"sha256\" is 'ABC', expected 64")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "No videos in .*looked for"),
+        ('{"file_name": "a.mp4"}\n{oops\n', "line 2 is not JSON"),
+        ('{"caption": "x"}\n', 'line 1 has no "file_name"'),
+        ("[1]\n", 'line 1 has no "file_name"'),
+        ('{"file_name": "a.mp4", "sha256": "ABC"}\n', "line 1: \"sha256\" is 'ABC', expected 64"),
+    ],
+)
 def test_a_data_set_that_cannot_be_meant_is_refused(tmp_path, text, message):
     (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -152,14 +161,14 @@ def flipped(data):
     without a sign, in any decoder; records have checksums against that, files do not."""
     begin, size = data.index(b"mdat"), len(data) - data.index(b"mdat")
     middle = slice(begin + size // 4, begin + 3 * size // 4)
-    return data[:middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop:]
+    return data[: middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop :]
 
 
 def test_a_file_cut_between_two_frames_is_found_before_it_is_decoded(tmp_path):
     data = noise_clip(tmp_path / "a.mp4")
     with av.open(str(tmp_path / "a.mp4")) as video:
         ends = [p.pos for p in video.demux(video.streams.video[0]) if p.size]
-    (tmp_path / "a.mp4").write_bytes(data[:sorted(ends)[6]])
+    (tmp_path / "a.mp4").write_bytes(data[: sorted(ends)[6]])
     with pytest.raises(BadRecord, match=r"truncated: [0-9] of 10 frames"):
         video_record("a", "", lambda: str(tmp_path / "a.mp4"))
 
@@ -167,11 +176,15 @@ def test_a_file_cut_between_two_frames_is_found_before_it_is_decoded(tmp_path):
 def test_a_frame_that_the_decoder_paints_over_is_a_bad_record(tmp_path):
     path, reasons = tmp_path / "a.mp4", []
     ramp = np.add.outer(np.arange(64), np.arange(64))
-    write_video(path, np.stack([np.stack([ramp + 9 * t] * 3, -1) % 250 for t in range(12)])
-                .astype(np.uint8), 12, min_side=64)
+    write_video(
+        path,
+        np.stack([np.stack([ramp + 9 * t] * 3, -1) % 250 for t in range(12)]).astype(np.uint8),
+        12,
+        min_side=64,
+    )
     data, rng = path.read_bytes(), np.random.default_rng(0)
     for place in rng.integers(data.index(b"mdat") + 800, len(data) - 100, 12):
-        path.write_bytes(data[:place] + rng.bytes(8) + data[place + 8:])
+        path.write_bytes(data[:place] + rng.bytes(8) + data[place + 8 :])
         try:
             record = video_record("a", "", lambda: str(path))
             record.read(record.timestamps)
@@ -189,10 +202,17 @@ def without_picture(path):
         out.mux(stream.encode(None))
 
 
-@pytest.mark.parametrize("fault, reason", [
-    (flipped, "damaged frame|Invalid data"), (lambda d: d[:len(d) * 2 // 3], "truncated|Invalid"),
-    (lambda d: b"", "Invalid data"), (lambda d: b"this is no video\n" * 9, "Invalid data"),
-    (None, "No such file"), (without_picture, "no video stream")])
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (flipped, "damaged frame|Invalid data"),
+        (lambda d: d[: len(d) * 2 // 3], "truncated|Invalid"),
+        (lambda d: b"", "Invalid data"),
+        (lambda d: b"this is no video\n" * 9, "Invalid data"),
+        (None, "No such file"),
+        (without_picture, "no video stream"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_a_bad_record(tmp_path, fault, reason):
     data = noise_clip(tmp_path / "good.mp4")
     if fault is without_picture:
@@ -204,17 +224,29 @@ def test_a_file_that_cannot_be_used_is_a_bad_record(tmp_path, fault, reason):
         folder[0].read(np.arange(10) / 10)
 
 
-@pytest.mark.parametrize("row, reason", [({}, "caption is missing"),
-                                         ({"caption": 3}, "caption is int, expected text")])
+@pytest.mark.parametrize(
+    "row, reason", [({}, "caption is missing"), ({"caption": 3}, "caption is int, expected text")]
+)
 def test_a_caption_that_is_no_text_is_a_bad_record(tmp_path, row, reason):
     make_clip(tmp_path / "a.mp4", [0.0, 0.1])
     with pytest.raises(BadRecord, match=reason):
         VideoFolder(listed(tmp_path, [{"file_name": "a.mp4", **row}]))[0]
 
 
-@pytest.mark.parametrize("name", [
-    "/etc/a.mp4", "../a.mp4", "a/../../a.mp4", "..", "a\\..\\b.mp4", "\\\\host\\a.mp4", "C:/a.mp4",
-    "c:a.mp4", "a.mp4\0.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/a.mp4",
+        "../a.mp4",
+        "a/../../a.mp4",
+        "..",
+        "a\\..\\b.mp4",
+        "\\\\host\\a.mp4",
+        "C:/a.mp4",
+        "c:a.mp4",
+        "a.mp4\0.txt",
+    ],
+)
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"line 1: .* leaves the folder"):
         VideoFolder(listed(tmp_path, [{"file_name": name, "caption": "x"}]))

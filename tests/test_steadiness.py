@@ -22,7 +22,7 @@ def shifted(video, levels):
 
 
 def test_flicker_grows_with_the_brightness_that_is_planted(moving):
-    lifted = np.clip(moving.astype(int) + 40, 0, 255)        # no level is cut off below
+    lifted = np.clip(moving.astype(int) + 40, 0, 255)  # no level is cut off below
     calm, valid = flicker(lifted.astype(np.uint8))
     assert calm < 0.6 and valid > 0.8
     noise = RNG.standard_normal(8)
@@ -34,7 +34,7 @@ def test_flicker_grows_with_the_brightness_that_is_planted(moving):
 
 
 def test_motion_and_steady_light_are_no_flicker(moving):
-    ramp = shifted(moving, 3.0 * np.arange(8))       # linear: no second difference
+    ramp = shifted(moving, 3.0 * np.arange(8))  # linear: no second difference
     assert flicker(ramp)[0] < 1.0
 
 

@@ -20,21 +20,42 @@ from vdx.metrics.steering import (
 FPS, COUNT = 8.0, 8
 PATTERNED = ("stripes", "dots", "checks")
 # The scenes in which each measure is taken; the others are of one object, the camera at rest.
-SCENES = {"actions": {"motions": (STEERED,)},
-          "camera": {"cameras": ("static", "pan left", "pan right"), "backgrounds": PATTERNED},
-          "pose_angle": {"shapes": ("triangle", "star", "cross"), "motions": ("turn", "left")},
-          "fps": {"motions": ("left", "right", "up", "down")}}
+SCENES = {
+    "actions": {"motions": (STEERED,)},
+    "camera": {"cameras": ("static", "pan left", "pan right"), "backgrounds": PATTERNED},
+    "pose_angle": {"shapes": ("triangle", "star", "cross"), "motions": ("turn", "left")},
+    "fps": {"motions": ("left", "right", "up", "down")},
+}
 # (worst value of true renders, worst with noise of 8 levels)
-READER = {"first_frame": (99, 29), "last_frame": (99, 29), "depth": (0.07, 0.3),
-          "depth_overlap": (0.88, 0.85), "pose": (0.07, 0.3), "pose_angle": (1.0, 3.0),
-          "flow": (0.15, 0.25), "camera": (0.005, 0.012), "actions": (1.0, 0.97),
-          "motion": (1.0, 0.9), "reference": (1.0, 1.0),
-          "first_frame_motion": (1.0, 0.95), "fps": (0.03, 0.1)}
+READER = {
+    "first_frame": (99, 29),
+    "last_frame": (99, 29),
+    "depth": (0.07, 0.3),
+    "depth_overlap": (0.88, 0.85),
+    "pose": (0.07, 0.3),
+    "pose_angle": (1.0, 3.0),
+    "flow": (0.15, 0.25),
+    "camera": (0.005, 0.012),
+    "actions": (1.0, 0.97),
+    "motion": (1.0, 0.9),
+    "reference": (1.0, 1.0),
+    "first_frame_motion": (1.0, 0.95),
+    "fps": (0.03, 0.1),
+}
 
 
 def scenes_of(kind, count=COUNT, **more):
-    source = Scenes(**{"max_objects": 1, "split": "all", "cameras": ("static",), "seed": 3,
-                       "motions": MOTIONS[:6], **SCENES.get(kind, {}), **more})
+    source = Scenes(
+        **{
+            "max_objects": 1,
+            "split": "all",
+            "cameras": ("static",),
+            "seed": 3,
+            "motions": MOTIONS[:6],
+            **SCENES.get(kind, {}),
+            **more,
+        }
+    )
     return [source.scene(i) for i in range(count)]
 
 
@@ -75,8 +96,18 @@ def test_true_renders_reach_the_goal_and_what_others_asked_for_does_not(kind):
     assert row["model"] == row["true"] and no_worse(kind, row["true"], READER[kind][0]), row
     assert row["reached"] and row["valid"] == 1.0
     assert not no_worse(kind, row["control"], row["goal"]), row
-    assert set(row) == {"signal", "measure", "unit", "higher", "goal", "model", "true", "control",
-                        "valid", "reached"}
+    assert set(row) == {
+        "signal",
+        "measure",
+        "unit",
+        "higher",
+        "goal",
+        "model",
+        "true",
+        "control",
+        "valid",
+        "reached",
+    }
 
 
 @pytest.mark.parametrize("kind", STEERING)
@@ -114,16 +145,31 @@ def recoloured(video):
     return np.roll(video, 1, -1)
 
 
-@pytest.mark.parametrize("kind, fault, low, high", [
-    ("depth", frozen, 0.5, 3.0), ("depth", recoloured, 0.0, 0.1),
-    ("depth_overlap", frozen, 0.5, 0.85), ("pose_angle", mirrored, 12, 60),
-    ("first_frame", backwards, 5, 25), ("first_frame", frozen, 99, 99),
-    ("first_frame_motion", frozen, 0, 0.1), ("first_frame_motion", backwards, 0, 0.3),
-    ("last_frame", frozen, 5, 25), ("flow", frozen, 0.35, 0.6), ("flow", backwards, 0.8, 1.3),
-    ("camera", frozen, 0.05, 0.1), ("camera", backwards, 0.1, 0.2), ("camera", recoloured, 0, 0.01),
-    ("actions", frozen, 0.05, 0.45), ("actions", mirrored, 0.3, 0.8),
-    ("reference", recoloured, 0.0, 0.3), ("reference", frozen, 1, 1),
-    ("fps", frozen, np.nan, np.nan), ("motion", frozen, np.nan, np.nan)])
+@pytest.mark.parametrize(
+    "kind, fault, low, high",
+    [
+        ("depth", frozen, 0.5, 3.0),
+        ("depth", recoloured, 0.0, 0.1),
+        ("depth_overlap", frozen, 0.5, 0.85),
+        ("pose_angle", mirrored, 12, 60),
+        ("first_frame", backwards, 5, 25),
+        ("first_frame", frozen, 99, 99),
+        ("first_frame_motion", frozen, 0, 0.1),
+        ("first_frame_motion", backwards, 0, 0.3),
+        ("last_frame", frozen, 5, 25),
+        ("flow", frozen, 0.35, 0.6),
+        ("flow", backwards, 0.8, 1.3),
+        ("camera", frozen, 0.05, 0.1),
+        ("camera", backwards, 0.1, 0.2),
+        ("camera", recoloured, 0, 0.01),
+        ("actions", frozen, 0.05, 0.45),
+        ("actions", mirrored, 0.3, 0.8),
+        ("reference", recoloured, 0.0, 0.3),
+        ("reference", frozen, 1, 1),
+        ("fps", frozen, np.nan, np.nan),
+        ("motion", frozen, np.nan, np.nan),
+    ],
+)
 def test_a_planted_fault_shows_and_its_control_does_not(kind, fault, low, high):
     row = scored(kind, fault)
     if np.isnan(low):
@@ -140,18 +186,36 @@ def test_noise_of_known_size_has_the_psnr_of_the_formula():
 
 def changed(kind, **by):
     """The row of clips whose objects have numbers that differ from those asked for."""
-    other = [dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], **{
-        key: getattr(s.objects[0], key) + more for key, more in by.items()}),))
-        for s in scenes_of(kind)]
+    other = [
+        dataclasses.replace(
+            s,
+            objects=(
+                dataclasses.replace(
+                    s.objects[0],
+                    **{key: getattr(s.objects[0], key) + more for key, more in by.items()},
+                ),
+            ),
+        )
+        for s in scenes_of(kind)
+    ]
     return steering_scores(kind, [t["video"] for t in truths_of(other)], *asked(kind))
 
 
-@pytest.mark.parametrize("kind, by, value, within", [
-    ("depth", {"x": 1 / 32}, 1.0, 0.03), ("pose", {"y": -1 / 32}, 1.0, 0.03),
-    ("pose", {"x": 1 / 32, "y": 1 / 32}, 2**0.5, 0.03), ("depth", {"angle": 0.3}, 0.0, 0.08),
-    ("pose_angle", {"angle": np.radians(20)}, 20, 1), ("pose_angle", {"x": 1 / 32}, 0, 1),
-    ("depth_overlap", {"radius": -0.06}, 0.45, 0.12), ("flow", {"angle": 0.3}, 0.08, 0.08),
-    ("actions", {"x": 1 / 32}, 1.0, 0), ("reference", {"x": 1 / 32}, 1.0, 0)])
+@pytest.mark.parametrize(
+    "kind, by, value, within",
+    [
+        ("depth", {"x": 1 / 32}, 1.0, 0.03),
+        ("pose", {"y": -1 / 32}, 1.0, 0.03),
+        ("pose", {"x": 1 / 32, "y": 1 / 32}, 2**0.5, 0.03),
+        ("depth", {"angle": 0.3}, 0.0, 0.08),
+        ("pose_angle", {"angle": np.radians(20)}, 20, 1),
+        ("pose_angle", {"x": 1 / 32}, 0, 1),
+        ("depth_overlap", {"radius": -0.06}, 0.45, 0.12),
+        ("flow", {"angle": 0.3}, 0.08, 0.08),
+        ("actions", {"x": 1 / 32}, 1.0, 0),
+        ("reference", {"x": 1 / 32}, 1.0, 0),
+    ],
+)
 def test_an_object_elsewhere_is_measured_as_far_as_it_is(kind, by, value, within):
     row = changed(kind, **by)
     assert row["model"] == pytest.approx(value, abs=within), row
@@ -159,10 +223,13 @@ def test_an_object_elsewhere_is_measured_as_far_as_it_is(kind, by, value, within
 
 def test_another_shape_is_another_subject():
     scenes = scenes_of("reference", shapes=("square", "cross"))
-    other = [dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], shape="triangle"),))
-             for s in scenes]
-    row = steering_scores("reference", [t["video"] for t in truths_of(other)], truths_of(scenes),
-                          FPS)
+    other = [
+        dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], shape="triangle"),))
+        for s in scenes
+    ]
+    row = steering_scores(
+        "reference", [t["video"] for t in truths_of(other)], truths_of(scenes), FPS
+    )
     assert row["model"] == 0 and row["true"] == 1
 
 
@@ -171,7 +238,7 @@ def test_what_is_not_seen_is_not_measured_and_too_much_of_it_reaches_nothing():
     for gone, reached in ((1, True), (3, False)):
         videos = [t["video"].copy() for t in truths]
         for video in videos:
-            video[4:4 + gone] = 0
+            video[4 : 4 + gone] = 0
         row = steering_scores("depth", videos, truths, FPS)
         assert row["model"] < 0.15 and row["valid"] == 1 - gone / 8 and row["reached"] == reached
 
@@ -215,10 +282,13 @@ def textured(shift, size=64):
     """Smooth noise, moved by (dx, dy) through its own formula."""
     rng = np.random.default_rng(0)
     y, x = np.indices((size, size)) + 0.5
-    waves = [(rng.uniform(0.2, 0.7, 2), rng.uniform(0, 6.3), rng.uniform(10, 25, 3))
-             for _ in range(12)]
-    picture = sum(np.sin((x - shift[0]) * k[0] + (y - shift[1]) * k[1] + phase)[..., None] * tone
-                  for k, phase, tone in waves)
+    waves = [
+        (rng.uniform(0.2, 0.7, 2), rng.uniform(0, 6.3), rng.uniform(10, 25, 3)) for _ in range(12)
+    ]
+    picture = sum(
+        np.sin((x - shift[0]) * k[0] + (y - shift[1]) * k[1] + phase)[..., None] * tone
+        for k, phase, tone in waves
+    )
     return np.clip(128 + picture, 0, 255).astype(np.uint8)
 
 
@@ -235,8 +305,10 @@ def test_a_long_way_of_a_plain_object_is_found_from_coarse_to_fine():
     assert error[truth["depth"][0, ..., 0] > 0.5].mean() < 0.1
 
 
-@pytest.mark.parametrize("motion, most", [("left", 0.07), ("up", 0.07), ("grow", 0.07),
-                                          ("shrink", 0.13), ("turn", 0.5), (STEERED, 0.1)])
+@pytest.mark.parametrize(
+    "motion, most",
+    [("left", 0.07), ("up", 0.07), ("grow", 0.07), ("shrink", 0.13), ("turn", 0.5), (STEERED, 0.1)],
+)
 def test_the_flow_of_an_object_is_what_was_asked_for(motion, most):
     """As the docstring says of true scenes."""
     errors, sizes = [], []

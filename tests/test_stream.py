@@ -27,8 +27,12 @@ from vdx.types import Ports
 
 pytestmark = pytest.mark.usefixtures("quickly")
 RNG = np.random.default_rng(0)
-BLOCKS = {"all": {"block": 2}, "window": {"block": 2, "window": 1},
-          "sink": {"block": 1, "window": 2, "sink": 1}, "one": {"block": 1, "window": 3}}
+BLOCKS = {
+    "all": {"block": 2},
+    "window": {"block": 2, "window": 1},
+    "sink": {"block": 1, "window": 2, "sink": 1},
+    "one": {"block": 1, "window": 3},
+}
 
 
 def sees(spec, query: int, key: int) -> bool:
@@ -37,8 +41,9 @@ def sees(spec, query: int, key: int) -> bool:
     return b <= a and (b >= a - spec.get("window", 99) or b < spec.get("sink", 0))
 
 
-@pytest.mark.parametrize(("spec", "mixer"), [
-    *((spec, "full") for spec in BLOCKS), ("sink", "time")])
+@pytest.mark.parametrize(
+    ("spec", "mixer"), [*((spec, "full") for spec in BLOCKS), ("sink", "time")]
+)
 def test_a_token_sees_its_block_and_those_before(spec, mixer, randomise):
     """Seven frames: the last block is not whole."""
     grid, spec = (7, 1, 2), BLOCKS[spec]
@@ -56,32 +61,42 @@ def test_rotary_positions_move_on_exactly():
     for width, start in itertools.product((24, 128), (0, 7, 1000, 2**20)):
         rope = rope_table((3, 2, 2), width)
         features = width - 4 * (width // 6)
-        angles = np.arange(start, start + 3)[:, None] * 1e4 ** (-np.arange(0, features, 2)
-                                                                / features)
+        angles = np.arange(start, start + 3)[:, None] * 1e4 ** (
+            -np.arange(0, features, 2) / features
+        )
         cos, sin = turned(rope, jnp.int32(start), width)
         for got, old, want in ((cos, rope[0], np.cos(angles)), (sin, rope[1], np.sin(angles))):
             atol = 1e-6 + start * 2**-32 * np.pi
-            np.testing.assert_allclose(got[:, 1, 1, 0, :features // 2], want, atol=atol)
-            np.testing.assert_allclose(got[..., features // 2:], old[..., features // 2:])
+            np.testing.assert_allclose(got[:, 1, 1, 0, : features // 2], want, atol=atol)
+            np.testing.assert_allclose(got[..., features // 2 :], old[..., features // 2 :])
 
 
 # A network, block by block with a cache, and all at once.
 
-PORTS = Ports(tokens=RNG.normal(size=(2, 3, 24)).astype(np.float32),
-              vector=RNG.normal(size=(2, 24)).astype(np.float32))
+PORTS = Ports(
+    tokens=RNG.normal(size=(2, 3, 24)).astype(np.float32),
+    vector=RNG.normal(size=(2, 24)).astype(np.float32),
+)
 
 
 class Cached:
     """Five blocks through a transformer. Every frame has its own time but within a patch."""
 
     def __init__(self, spec, pt, randomise, pattern=()):
-        self.net = Transformer(width=24, depth=2 * (1 + len(pattern)), heads=2, patch=(pt, 2, 2),
-                               absolute=True, pattern=({"name": "full", **spec}, *pattern))
+        self.net = Transformer(
+            width=24,
+            depth=2 * (1 + len(pattern)),
+            heads=2,
+            patch=(pt, 2, 2),
+            absolute=True,
+            pattern=({"name": "full", **spec}, *pattern),
+        )
         self.frames = spec["block"] * pt
         self.x = RNG.normal(size=(2, 5 * self.frames, 4, 4, 3)).astype(np.float32)
         self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 5 * spec["block"])), pt, 1)
-        self.params = randomise(jax.eval_shape(self.net.init, jax.random.key(0), self.x, self.time,
-                                               PORTS)["params"])
+        self.params = randomise(
+            jax.eval_shape(self.net.init, jax.random.key(0), self.x, self.time, PORTS)["params"]
+        )
 
     @functools.cached_property
     def whole(self):
@@ -94,8 +109,10 @@ class Cached:
     @functools.cached_property
     def step(self):
         def run(cache, x, time, start):
-            return self.net.apply({"params": self.params, **cache}, x, time, PORTS, Past(start, 5),
-                                  mutable=["cache"])
+            return self.net.apply(
+                {"params": self.params, **cache}, x, time, PORTS, Past(start, 5), mutable=["cache"]
+            )
+
         return jax.jit(run)
 
     def by_block(self):
@@ -120,8 +137,9 @@ CASES = [("all", 2), ("sink", 1)]
 SLOW = [("all", 1), ("window", 1), ("sink", 2), ("one", 2)]
 
 
-@pytest.mark.parametrize(("spec", "pt"), CASES + [
-    pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
+@pytest.mark.parametrize(
+    ("spec", "pt"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
 def test_block_by_block_it_is_the_whole_clip(spec, pt, cached):
     case = cached(spec, pt)
     assert case.error() < 1e-5
@@ -143,16 +161,21 @@ def test_positions_that_do_not_move_on_are_seen(cached, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 2, "tensor": 2}])
 def test_on_eight_devices_it_is_that_of_one(sizes, cached):
-    case = cached("all", 2)                   # ten frames of tokens, two of them to a block
+    case = cached("all", 2)  # ten frames of tokens, two of them to a block
     with jax.set_mesh(MeshSpec(data=1, **sizes).make()):
         np.testing.assert_allclose(case.now_whole(), case.whole, atol=1e-5)
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ({"name": "space", "block": 2}, "of a mixer that looks over time"),
-    ({"name": "full", "block": 0}, "one or more frames"), ({"name": "full", "window": 2}, "block"),
-    ({"name": "full", "block": 2, "sink": 1}, "beside a window"),
-    ({"name": "full", "block": 2, "window": 0}, "one or more blocks")])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "space", "block": 2}, "of a mixer that looks over time"),
+        ({"name": "full", "block": 0}, "one or more frames"),
+        ({"name": "full", "window": 2}, "block"),
+        ({"name": "full", "block": 2, "sink": 1}, "beside a window"),
+        ({"name": "full", "block": 2, "window": 0}, "one or more blocks"),
+    ],
+)
 def test_blocks_that_cannot_be(spec, message):
     with pytest.raises(ConfigError, match=message):
         Transformer(pattern=(spec,)).dims()
@@ -160,20 +183,42 @@ def test_blocks_that_cannot_be(spec, message):
 
 # Clips.
 
-TEXT = {"text": {"encoder": {"name": "bytes", "length": 16, "width": 12, "depth": 1, "heads": 2,
-                             "words": 6, "buckets": 64}}}
+TEXT = {
+    "text": {
+        "encoder": {
+            "name": "bytes",
+            "length": 16,
+            "width": 12,
+            "depth": 1,
+            "heads": 2,
+            "words": 6,
+            "buckets": 64,
+        }
+    }
+}
 SHAPE = (4, 4, 3)
 PROMPTS, SEEDS = ["a red ball", "blue"], [5, 6]
 
 
 def model_of(spec, **backbone):
-    return Denoiser({"name": "transformer", "width": 24, "depth": 2, "heads": 2,
-                     "patch": (1, 2, 2), "pattern": ({"name": "full", **spec},), **backbone}, TEXT)
+    return Denoiser(
+        {
+            "name": "transformer",
+            "width": 24,
+            "depth": 2,
+            "heads": 2,
+            "patch": (1, 2, 2),
+            "pattern": ({"name": "full", **spec},),
+            **backbone,
+        },
+        TEXT,
+    )
 
 
 def streamer_of(spec, cls=Streamer, guidance=2.0, sampler="euler", **backbone):
-    return cls(model_of(spec, **backbone), RectifiedFlow(), Sampling(sampler, 3, guidance), SHAPE,
-               mean=0.1)
+    return cls(
+        model_of(spec, **backbone), RectifiedFlow(), Sampling(sampler, 3, guidance), SHAPE, mean=0.1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +230,12 @@ def weights(randomise):
 @pytest.fixture(scope="module")
 def drawn(weights):
     """spec -> (streamer, the clips of three blocks)."""
+
     @functools.cache
     def make(spec):
         streamer = streamer_of(BLOCKS[spec])
         return streamer, streamer(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
+
     return make
 
 
@@ -242,19 +289,28 @@ class Noisy(Streamer):
 
 class Late(Streamer):
     def tell(self, t):
-        return super().tell(jnp.where(t == 0, 0.1, t))       # no sampler asks at 0
+        return super().tell(jnp.where(t == 0, 0.1, t))  # no sampler asks at 0
 
 
 def test_there_is_nothing_to_calibrate(weights):
     with pytest.raises(ConfigError, match="nothing to calibrate"):
-        calibrate(streamer_of(BLOCKS["window"]), weights, PROMPTS, seed=0, num_frames=6, fps=8.0,
-                  floor=0.9, weights="abc", say=lambda _: None)
+        calibrate(
+            streamer_of(BLOCKS["window"]),
+            weights,
+            PROMPTS,
+            seed=0,
+            num_frames=6,
+            fps=8.0,
+            floor=0.9,
+            weights="abc",
+            say=lambda _: None,
+        )
 
 
 @pytest.mark.parametrize("fault", [Noisy, pytest.param(Late, marks=pytest.mark.slow)])
 def test_a_cache_of_blocks_that_are_not_clean_is_seen(fault, weights, defined):
     clips = streamer_of(BLOCKS["window"], fault)(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
-    np.testing.assert_allclose(clips[:, :2], defined[:, :2], atol=2e-5)     # it has no past
+    np.testing.assert_allclose(clips[:, :2], defined[:, :2], atol=2e-5)  # it has no past
     assert np.abs(clips - defined)[:, 2:].max() > 1e-3
 
 
@@ -268,7 +324,7 @@ def test_streamed_blocks_are_those_of_the_clip_by_one_program(spec, drawn, weigh
     again = list(ask(6))
     np.testing.assert_array_equal(again, blocks)
     assert streamer._next._cache_size() == 1
-    if spec == "window":                    # and of a clip without end
+    if spec == "window":  # and of a clip without end
         longer = list(itertools.islice(ask(None), 5))
         np.testing.assert_array_equal(longer[:3], blocks)
         assert streamer._next._cache_size() == 1
@@ -286,14 +342,18 @@ def test_a_clip_begins_as_a_shorter_one(drawn, weights):
 
 @pytest.mark.slow
 def test_what_is_told_of_frames_reaches_their_block(randomise):
-    model = Denoiser(model_of(BLOCKS["all"]).backbone,
-                     {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}})
+    model = Denoiser(
+        model_of(BLOCKS["all"]).backbone,
+        {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}},
+    )
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
     streamer = Streamer(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
-    steer = {"actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
-             "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
-             "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
-             "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32)}
+    steer = {
+        "actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
+        "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
+        "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
+        "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32),
+    }
     asked = dict(num_frames=6, fps=8.0, steer=steer)
     clips = streamer(params, PROMPTS, SEEDS, **asked)
     blocks = list(streamer.stream(params, PROMPTS, SEEDS, **asked))
@@ -331,5 +391,6 @@ def test_what_cannot_be_streamed(weights):
     with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
         streamer_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
     with pytest.raises(ConfigError, match="This model's signals"):
-        streamer_of({"block": 2}).stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0,
-                                         steer={"actions": np.zeros((2, 4))})
+        streamer_of({"block": 2}).stream(
+            weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, steer={"actions": np.zeros((2, 4))}
+        )

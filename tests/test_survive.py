@@ -14,8 +14,12 @@ from vdx.train.survive import PREEMPTED, STUCK, Stop, WorkdirInUse, own
 
 def program(code: str) -> subprocess.Popen:
     """Python that says "ready" and is then in the middle of something."""
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def ready(child: subprocess.Popen) -> None:
@@ -53,7 +57,7 @@ def test_a_second_signal_ends_at_once():
     child.send_signal(signal.SIGTERM)
     while "saving after" not in child.stderr.readline():
         pass
-    child.send_signal(signal.SIGINT)       # the same wish, passed on twice
+    child.send_signal(signal.SIGINT)  # the same wish, passed on twice
     time.sleep(1.2)
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)
@@ -126,10 +130,12 @@ HOLD = """
 def test_a_workdir_has_one_writer(tmp_path):
     child = program(HOLD.format(path=str(tmp_path / "run")))
     ready(child)
-    with pytest.raises(WorkdirInUse, match=f"in use by process {child.pid} on"), \
-            own(tmp_path / "run"):
+    with (
+        pytest.raises(WorkdirInUse, match=f"in use by process {child.pid} on"),
+        own(tmp_path / "run"),
+    ):
         pass
-    child.send_signal(signal.SIGKILL)      # whatever becomes of the holder
+    child.send_signal(signal.SIGKILL)  # whatever becomes of the holder
     child.wait()
     with own(tmp_path / "run"):
         assert f"process {os.getpid()} " in (tmp_path / "run" / "lock").read_text()

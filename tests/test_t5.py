@@ -14,9 +14,17 @@ from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TINY = dict(vocab_size=50, d_model=16, d_kv=6, d_ff=32, num_layers=3, num_heads=4,
-            relative_attention_num_buckets=8, relative_attention_max_distance=12,
-            feed_forward_proj="gated-gelu")
+TINY = dict(
+    vocab_size=50,
+    d_model=16,
+    d_kv=6,
+    d_ff=32,
+    num_layers=3,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+    feed_forward_proj="gated-gelu",
+)
 KINDS = {"umt5": ("UMT5Config", "UMT5EncoderModel"), "t5": ("T5Config", "T5EncoderModel")}
 LENGTHS = np.array([20, 7, 1, 13])
 IDS = np.random.default_rng(0).integers(2, 50, (4, 20)).astype(np.int32)
@@ -39,8 +47,10 @@ def difference(got, want):
 @pytest.fixture(scope="module")
 def run(quick):
     def run(model, params, ids=IDS, mask=MASK):
-        return np.asarray(jax.jit(model.apply, compiler_options=quick)({"params": params}, ids,
-                                                                       mask))
+        return np.asarray(
+            jax.jit(model.apply, compiler_options=quick)({"params": params}, ids, mask)
+        )
+
     return run
 
 
@@ -93,8 +103,10 @@ def test_what_would_be_wrong_is_seen(case, run, monkeypatch):
 
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 12)])
 def test_buckets_are_transformers(buckets, farthest):
-    config = transformers.UMT5Config(**TINY | {"relative_attention_num_buckets": buckets,
-                                               "relative_attention_max_distance": farthest})
+    config = transformers.UMT5Config(
+        **TINY
+        | {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": farthest}
+    )
     theirs = transformers.UMT5EncoderModel(config).encoder.block[0].layer[0].SelfAttention
     place = torch.arange(600)
     want = theirs._relative_position_bucket(place[None] - place[:, None]).numpy()
@@ -115,12 +127,18 @@ def test_sharded_over_eight_devices(randomise, quick, run):
 
 def wan_keys(file):
     """A file of transformers as the original Wan names it."""
-    parts = {"layer.0.layer_norm": "norm1", "layer.1.layer_norm": "norm2",
-             "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
-             "layer.1.DenseReluDense.wi_0": "ffn.gate.0", "layer.1.DenseReluDense.wi_1": "ffn.fc1",
-             "layer.1.DenseReluDense.wo": "ffn.fc2", "layer.0.SelfAttention.": "attn.",
-             "encoder.block.": "blocks.", "encoder.final_layer_norm": "norm",
-             "shared": "token_embedding"}
+    parts = {
+        "layer.0.layer_norm": "norm1",
+        "layer.1.layer_norm": "norm2",
+        "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+        "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+        "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+        "layer.1.DenseReluDense.wo": "ffn.fc2",
+        "layer.0.SelfAttention.": "attn.",
+        "encoder.block.": "blocks.",
+        "encoder.final_layer_norm": "norm",
+        "shared": "token_embedding",
+    }
     out = {}
     for key, value in file.items():
         for theirs, wans in parts.items():
@@ -134,8 +152,10 @@ def test_every_name_of_the_same_weights(case):
     want = read(file, model)
     words = file["shared.weight"]
     rest = {k: v for k, v in file.items() if k != "shared.weight"}
-    files = [rest | {"encoder.embed_tokens.weight": words},
-             file | {"encoder.embed_tokens.weight": words}]
+    files = [
+        rest | {"encoder.embed_tokens.weight": words},
+        file | {"encoder.embed_tokens.weight": words},
+    ]
     if kind == "umt5":
         files.append(wan_keys(file))
         assert "blocks.2.pos_embedding.embedding.weight" in files[-1]
@@ -149,8 +169,9 @@ def test_every_name_of_the_same_weights(case):
 
 
 def test_a_bias_too_many_or_too_few(public_file):
-    umt5, theirs = (getattr(transformers, e)(getattr(transformers, c)(**TINY))
-                    for c, e in KINDS.values())
+    umt5, theirs = (
+        getattr(transformers, e)(getattr(transformers, c)(**TINY)) for c, e in KINDS.values()
+    )
     for source, kind in ((umt5, "t5"), (theirs, "umt5")):
         model = t5_from_config(source.config.to_dict() | {"model_type": kind})
         with pytest.raises(WeightsError, match=r"relative_attention_bias|layers \[1, 2\]"):
@@ -167,11 +188,14 @@ def test_sizes_are_those_of_the_public_models():
     param_shardings(mesh, shapes(T5Encoder(**SIZES["umt5-xxl"])))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "bert"}, "unknown name 'bert'.*Known: umt5, t5"),
-    ({"feed_forward_proj": "relu"}, "feed_forward_proj = 'relu'; only 'gated-gelu'"),
-    ({"d_kv": None, "d_ff": None}, "lacks d_kv, d_ff"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bert"}, "unknown name 'bert'.*Known: umt5, t5"),
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj = 'relu'; only 'gated-gelu'"),
+        ({"d_kv": None, "d_ff": None}, "lacks d_kv, d_ff"),
+    ],
+)
 def test_configs_that_cannot_be_read(change, message):
     config = {k: v for k, v in (TINY | {"model_type": "t5"} | change).items() if v is not None}
     with pytest.raises(ConfigError, match=message):

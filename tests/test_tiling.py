@@ -10,8 +10,10 @@ from vdx.models.tiling import blend_weights, tile_starts, tiled
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize(("size", "tile", "overlap"), [
-    (20, 8, 0), (20, 8, 2), (21, 8, 3), (9, 8, 7), (8, 8, 2), (5, 8, 2), (64, 17, 16), (23, 9, 5)])
+@pytest.mark.parametrize(
+    ("size", "tile", "overlap"),
+    [(20, 8, 0), (20, 8, 2), (21, 8, 3), (9, 8, 7), (8, 8, 2), (5, 8, 2), (64, 17, 16), (23, 9, 5)],
+)
 def test_shares_sum_to_one_and_tiles_overlap(size, tile, overlap):
     tile = min(size, tile)
     starts = tile_starts(size, tile, overlap)
@@ -19,10 +21,10 @@ def test_shares_sum_to_one_and_tiles_overlap(size, tile, overlap):
     assert (np.diff(starts) <= tile - overlap).all() and (np.diff(starts) > 0).all()
     weights, total = blend_weights(starts, tile), np.zeros(size)
     for start, row in zip(starts, weights, strict=True):
-        total[start:start + tile] += row
+        total[start : start + tile] += row
     np.testing.assert_allclose(total, 1, atol=1e-6)
     assert (weights > 0).all()
-    if len(starts) > 1:                   # a tile hardly counts at its edge, wholly at the frame's
+    if len(starts) > 1:  # a tile hardly counts at its edge, wholly at the frame's
         assert weights[0, 0] == 1 == weights[-1, -1]
         assert not overlap or weights[0, -1] < 0.6 / overlap
 
@@ -44,8 +46,9 @@ def down(x):
 
 def test_frames_grow_and_shrink_and_channels_and_time_change():
     """As decode and encode do: each pixel by itself, so that tiles must give the whole."""
+
     def decode(z):
-        return jnp.concatenate([up(z), up(z)], 1)[..., :2]     # [1 2 h w 3] -> [1 4 4h 4w 2]
+        return jnp.concatenate([up(z), up(z)], 1)[..., :2]  # [1 2 h w 3] -> [1 4 4h 4w 2]
 
     def encode(x):
         return jnp.repeat(down(x)[:, :1], 5, -1)
@@ -61,7 +64,7 @@ def blur(x):
     for _ in range(3):
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
         h, w = x.shape[-3:-1]
-        x = sum(padded[..., i:i + h, j:j + w, :] for i in range(3) for j in range(3)) / 9
+        x = sum(padded[..., i : i + h, j : j + w, :] for i in range(3) for j in range(3)) / 9
     return x
 
 
@@ -84,7 +87,7 @@ def test_a_tile_as_large_as_the_frame_is_the_frame():
     x = RNG.normal(size=(1, 1, 8, 12, 1)).astype(np.float32)
     for tile in (12, (8, 12), 100):
         np.testing.assert_array_equal(tiled(blur, x, tile, 4), blur(x))
-    rows = tiled(blur, x, (100, 8), 6)                          # only columns are cut
+    rows = tiled(blur, x, (100, 8), 6)  # only columns are cut
     np.testing.assert_allclose(rows[..., 0, :], blur(x)[..., 0, :], atol=1e-6)
 
 
@@ -95,10 +98,20 @@ def test_one_tile_is_computed_at_a_time():
     assert [t.count(" sin ") for t in text] == [1, 1]
 
 
-@pytest.mark.parametrize(("tile", "overlap", "message"), [
-    (8, 8, "must be larger than their overlap"), (8, -1, "must be larger"), (0, 0, "must be lar"),
-    ((12, 8), 2, r"Frames of \(18, 18\) must be multiples of \(4, 4\)")])
+@pytest.mark.parametrize(
+    ("tile", "overlap", "message"),
+    [
+        (8, 8, "must be larger than their overlap"),
+        (8, -1, "must be larger"),
+        (0, 0, "must be lar"),
+        ((12, 8), 2, r"Frames of \(18, 18\) must be multiples of \(4, 4\)"),
+    ],
+)
 def test_sizes_that_cannot_be(tile, overlap, message):
     with pytest.raises(ValueError, match=message):
-        tiled(lambda x: down(x) if message.startswith("Frames") else x, jnp.zeros((1, 18, 18, 1)),
-              tile, overlap)
+        tiled(
+            lambda x: down(x) if message.startswith("Frames") else x,
+            jnp.zeros((1, 18, 18, 1)),
+            tile,
+            overlap,
+        )

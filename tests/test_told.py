@@ -13,33 +13,49 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.lora import Change, Lora, adapt, dense_kernels
 
 RNG = np.random.default_rng(0)
-BACKBONE = {"name": "transformer", "channels": 2, "width": 16, "depth": 4, "heads": 2,
-            "patch": (1, 2, 2)}
+BACKBONE = {
+    "name": "transformer",
+    "channels": 2,
+    "width": 16,
+    "depth": 4,
+    "heads": 2,
+    "patch": (1, 2, 2),
+}
 SIGNALS = {"embeddings": {"features": 6}, "image_tokens": {"features": 5}}
 SAMPLING = Sampling(sampler="euler", steps=3, guidance=3.0)
-BATCH = {"text": RNG.normal(size=(2, 3, 6)).astype(np.float32),
-         "text_mask": np.array([[True, True, True], [True, True, False]]),
-         "image_tokens": RNG.normal(size=(2, 2, 5)).astype(np.float32)}
+BATCH = {
+    "text": RNG.normal(size=(2, 3, 6)).astype(np.float32),
+    "text_mask": np.array([[True, True, True], [True, True, False]]),
+    "image_tokens": RNG.normal(size=(2, 2, 5)).astype(np.float32),
+}
 NOISE = RNG.normal(size=(2, 4, 4, 4, 2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def programs(randomise, quick):
     """(kind) -> the compiled draw and its arguments."""
+
     def make(kind):
         pattern = ({"name": "full", "block": 2},) if kind == "stream" else ("full", "time")
         model = Denoiser({**BACKBONE, "pattern": pattern}, SIGNALS)
         params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
         if kind == "adapted":
             lora = Lora(rank=2)
-            factors = randomise(jax.eval_shape(lambda: lora.new_factors(
-                jax.random.key(0), lora.chosen(dense_kernels(model.new_params)))))
+            factors = randomise(
+                jax.eval_shape(
+                    lambda: lora.new_factors(
+                        jax.random.key(0), lora.chosen(dense_kernels(model.new_params))
+                    )
+                )
+            )
             params = adapt(params, Change(factors))
         generator = (Streamer if kind == "stream" else Generator)(
-            model, RectifiedFlow(), SAMPLING, (4, 4, 2))
+            model, RectifiedFlow(), SAMPLING, (4, 4, 2)
+        )
         args = params, BATCH, NOISE, jax.random.key(0)
         draw = jax.jit(lambda *args: generator.draw(*args)[0], compiler_options=quick)
         return draw.lower(*args).compile(), args
+
     return make
 
 
@@ -52,8 +68,9 @@ def depth(name: str) -> int:
     return name.count("while/body")
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapted", pytest.param("stream",
-                                                                   marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["plain", "adapted", pytest.param("stream", marks=pytest.mark.slow)]
+)
 def test_clips_are_the_same_and_the_loop_knows_no_text(kind, programs, monkeypatch):
     program, args = programs(kind)
     with monkeypatch.context() as patch:

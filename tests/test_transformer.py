@@ -17,9 +17,11 @@ from vdx.types import Ports
 RNG = np.random.default_rng(0)
 CLIP = RNG.normal(size=(2, 4, 4, 8, 3)).astype(np.float32)
 TIME = np.array([10.0, 700.0], np.float32)
-PORTS = Ports(tokens=RNG.normal(size=(2, 5, 24)).astype(np.float32),
-              tokens_mask=np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool),
-              vector=RNG.normal(size=(2, 24)).astype(np.float32))
+PORTS = Ports(
+    tokens=RNG.normal(size=(2, 5, 24)).astype(np.float32),
+    tokens_mask=np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool),
+    vector=RNG.normal(size=(2, 24)).astype(np.float32),
+)
 SMALL = dict(width=24, depth=4, heads=2, patch=(2, 2, 2))
 
 
@@ -44,6 +46,7 @@ def _value_and_grad(model, quick):
     def loss(params):
         out = model.apply({"params": params}, CLIP, TIME, PORTS)
         return jnp.square(out).mean(), out
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick)
 
 
@@ -66,20 +69,26 @@ def test_skip_leads_what_lies_beside_the_clip_to_its_own_patch(randomise):
     beside = RNG.normal(size=(*CLIP.shape[:-1], 2)).astype(np.float32)
     ports = PORTS.replace(concat=beside)
     params = randomise(shapes(model, ports=ports))
-    params["unpatch"] = jax.tree.map(np.zeros_like, params["unpatch"])      # the network is silent
+    params["unpatch"] = jax.tree.map(np.zeros_like, params["unpatch"])  # the network is silent
     run = lambda beside: model.apply({"params": params}, CLIP, TIME, ports.replace(concat=beside))
     assert not np.any(run(np.zeros_like(beside)))
     one = np.zeros_like(beside)
     one[0, 3, 1, 6, 1] = 1.0
     got = np.array(run(one))
-    kernel = params["skip"]["kernel"].reshape(2, 2, 2, 2, 2, 2, 2, 3)        # i j k c -> i j k c
+    kernel = params["skip"]["kernel"].reshape(2, 2, 2, 2, 2, 2, 2, 3)  # i j k c -> i j k c
     np.testing.assert_allclose(got[0, 2:4, 0:2, 6:8], kernel[1, 1, 0, 1], atol=1e-6)
     got[0, 2:4, 0:2, 6:8] = 0
     assert not got.any()
 
 
-@pytest.mark.parametrize("remat", [
-    pytest.param(r, marks=pytest.mark.slow) if r == "offload" else r for r in REMAT if r != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(r, marks=pytest.mark.slow) if r == "offload" else r
+        for r in REMAT
+        if r != "none"
+    ],
+)
 def test_remat_changes_nothing(remat, reference, value_and_grad):
     params, out, grads = reference
     run = value_and_grad(Transformer(**SMALL, pattern="factorized", remat=remat))
@@ -99,11 +108,13 @@ CONTROL = dict(control=LONG[::-1], control_scale=np.array([1.0, 0.5], np.float32
 @pytest.fixture(scope="module")
 def gradients_of():
     """gradients_of(remat, ports, **fields): (function of the parameters, their shapes)."""
+
     def make(remat, ports, **fields):
         model = Transformer(**{**SMALL, "attention": "xla", **fields}, remat=remat)
         ports = Ports(**ports)
         run = lambda params: jnp.square(model.apply({"params": params}, LONG, TIME, ports)).mean()
         return jax.value_and_grad(run), shapes(model, LONG, ports)
+
     return make
 
 
@@ -116,8 +127,9 @@ def test_remat_recomputes_what_it_says(gradients_of):
         text = str(jax.make_jaxpr(gradients_of(remat, CONTROL)[0])(tree))
         # of a block and its control block, there and back
         assert text.count("device_put[") == (4 if remat == "offload" else 0)
-        batch = re.findall(r"dimension_numbers=\(\(\[[\d, ]*\], \[[\d, ]*\]\), \(\[([\d, ]*)\]",
-                           text)
+        batch = re.findall(
+            r"dimension_numbers=\(\(\[[\d, ]*\], \[[\d, ]*\]\), \(\[([\d, ]*)\]", text
+        )
         return np.array([sum(map(bool, batch)), len(batch)])
 
     plain, dots, saved, full = map(products, ("none", "dots", "save_attention", "full"))
@@ -129,6 +141,7 @@ def test_remat_recomputes_what_it_says(gradients_of):
 
 def test_remat_keeps_less(gradients_of, quick):
     """By the compiler's account of the bytes that live between the passes."""
+
     def kept(remat):
         run, params = gradients_of(remat, {}, depth=8)
         made = jax.jit(run, compiler_options=quick).lower(params).compile()
@@ -136,8 +149,8 @@ def test_remat_keeps_less(gradients_of, quick):
 
     none, attention, full = map(kept, ("none", "save_attention", "full"))
     assert none > 4 * attention
-    one = 2 * 4 * 8 * 8 * 24 * 4                     # bytes of one answer of attention
-    assert 4 * one < attention - full < 9 * one      # 8, less what the passes share
+    one = 2 * 4 * 8 * 8 * 24 * 4  # bytes of one answer of attention
+    assert 4 * one < attention - full < 9 * one  # 8, less what the passes share
 
 
 @pytest.mark.slow
@@ -154,8 +167,9 @@ def test_remat_of_control_blocks_on_two_devices_changes_nothing(gradients_of, ra
 
 def test_offload_needs_memory_of_the_host():
     check_remat("offload", jax.devices()[0])
-    bare = SimpleNamespace(device_kind="Toaster", addressable_memories=lambda: [
-        SimpleNamespace(kind="device")])
+    bare = SimpleNamespace(
+        device_kind="Toaster", addressable_memories=lambda: [SimpleNamespace(kind="device")]
+    )
     check_remat("full", bare)
     with pytest.raises(ConfigError, match="pinned_host, and Toaster has device"):
         check_remat("offload", bare)
@@ -166,19 +180,22 @@ def test_scan_is_the_loop(reference, value_and_grad):
     params, out, grads = reference
     once = Transformer(**{**SMALL, "depth": 4}, pattern=PATTERNS["factorized"] * 2)
     layers = params["layers"]
-    unrolled = {f"block_{2 * i + j}": jax.tree.map(lambda v, i=i: v[i:i + 1], layers[f"block_{j}"])
-                for i in range(2) for j in range(2)}
+    unrolled = {
+        f"block_{2 * i + j}": jax.tree.map(lambda v, i=i: v[i : i + 1], layers[f"block_{j}"])
+        for i in range(2)
+        for j in range(2)
+    }
     (_, got), got_grads = value_and_grad(once)({**params, "layers": unrolled})
     assert relative(got, out) < 1e-6
     want = jax.tree.map(lambda v: v[1:], grads["layers"]["block_0"])
-    assert max(jax.tree.leaves(jax.tree.map(
-        relative, got_grads["layers"]["block_2"], want))) < 1e-5
+    assert max(jax.tree.leaves(jax.tree.map(relative, got_grads["layers"]["block_2"], want))) < 1e-5
 
 
 def test_bfloat16_is_close_to_float32(reference, value_and_grad):
     params, out, grads = reference
     (_, got), got_grads = value_and_grad(
-        Transformer(**SMALL, pattern="factorized", dtype="bfloat16"))(params)
+        Transformer(**SMALL, pattern="factorized", dtype="bfloat16")
+    )(params)
     assert got.dtype == jnp.float32 and 1e-4 < relative(got, out) < 0.03
     flat = lambda tree: np.concatenate([np.ravel(v) for v in jax.tree.leaves(tree)])
     assert relative(flat(got_grads), flat(grads)) < 0.05
@@ -187,16 +204,27 @@ def test_bfloat16_is_close_to_float32(reference, value_and_grad):
 
 # What sees the last frame of a clip of four, in patches of two: the first patch, and the place.
 SEEN = dict.fromkeys(PATTERNS, (True, True)) | {
-    "factorized_causal": (False, True), "recurrent": (False, True), "frames": (False, True),
-    "conv": (True, True), "mixed": (True, True)}
+    "factorized_causal": (False, True),
+    "recurrent": (False, True),
+    "frames": (False, True),
+    "conv": (True, True),
+    "mixed": (True, True),
+}
 SPELLED = {"mixed": ("space", "full", "time", {"name": "time", "window": 1})}
 
 
-@pytest.mark.parametrize("pattern", [
-    name if name in ("full", "factorized", "mixed") else pytest.param(name, marks=pytest.mark.slow)
-    for name in SEEN])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        name
+        if name in ("full", "factorized", "mixed")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in SEEN
+    ],
+)
 def test_a_fresh_transformer_predicts_zero_and_a_trained_one_sees_what_it_should(
-        pattern, randomise, quick):
+    pattern, randomise, quick
+):
     model = Transformer(**SMALL, pattern=SPELLED.get(pattern, pattern))
     run = jax.jit(lambda p, x: model.apply({"params": p}, x, TIME, PORTS), compiler_options=quick)
     tree = shapes(model)
@@ -206,7 +234,7 @@ def test_a_fresh_transformer_predicts_zero_and_a_trained_one_sees_what_it_should
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype("float32")}
     params = randomise(tree)
     changed = CLIP.copy()
-    changed[0, -1, -1, -1] += 1                       # one pixel of one clip
+    changed[0, -1, -1, -1] += 1  # one pixel of one clip
     difference = np.abs(run(params, changed) - run(params, CLIP)).max(-1)
     assert not difference[1].any()
     seen = tuple(bool((part > 0).all()) for part in (difference[0, :2], difference[0, 2:]))
@@ -225,40 +253,45 @@ def test_an_image_is_a_clip_of_one_frame(randomise, quick):
     params = randomise(shapes(model, CLIP[:, :1, :2, :2]))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes(model))
     blocks = params["layers"]
-    assert [set(blocks[f"block_{i}"]) - {"table", "mlp", "cross", "cross_norm"}
-            for i in range(4)] == [{"space"}, {"time"}, {"conv"}, {"recurrent"}]
+    assert [
+        set(blocks[f"block_{i}"]) - {"table", "mlp", "cross", "cross_norm"} for i in range(4)
+    ] == [{"space"}, {"time"}, {"conv"}, {"recurrent"}]
     few = {**params, "layers": {"block_0": blocks["block_0"]}}
     run = lambda model, params: jax.jit(
-        lambda p: model.apply({"params": p}, CLIP[:, :1], TIME, PORTS),
-        compiler_options=quick)(params)
+        lambda p: model.apply({"params": p}, CLIP[:, :1], TIME, PORTS), compiler_options=quick
+    )(params)
     np.testing.assert_array_equal(run(model, params), run(image, few))
 
 
 def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
     """A frame that has a past is no image, and passes by no block."""
-    model = Transformer(**IMAGE | {"depth": 3, "pattern": (
-        "space", {"name": "time", "block": 1}, "recurrent")})
+    model = Transformer(
+        **IMAGE | {"depth": 3, "pattern": ("space", {"name": "time", "block": 1}, "recurrent")}
+    )
     params = randomise(shapes(model))
     frames = CLIP.shape[1]
-    step = jax.jit(lambda cache, x, start: model.apply(
-        {"params": params, **cache}, x, TIME, PORTS, Past(start, frames), mutable=["cache"]),
-        compiler_options=quick)
+    step = jax.jit(
+        lambda cache, x, start: model.apply(
+            {"params": params, **cache}, x, TIME, PORTS, Past(start, frames), mutable=["cache"]
+        ),
+        compiler_options=quick,
+    )
     empty = jax.eval_shape(step, {}, CLIP[:, :1], jnp.int32(0))[1]
     cache, out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty), []
     for i in range(frames):
-        y, cache = step(cache, CLIP[:, i:i + 1], jnp.int32(i))
+        y, cache = step(cache, CLIP[:, i : i + 1], jnp.int32(i))
         out.append(y)
-    whole = jax.jit(lambda: model.apply({"params": params}, CLIP, TIME, PORTS),
-                    compiler_options=quick)()
+    whole = jax.jit(
+        lambda: model.apply({"params": params}, CLIP, TIME, PORTS), compiler_options=quick
+    )()
     np.testing.assert_allclose(np.concatenate(out, 1), whole, atol=1e-5)
 
 
 def test_independent_frames_are_as_many_images(randomise, quick):
     model = Transformer(**IMAGE | {"depth": 2, "pattern": "frames"})
     params = randomise(shapes(model))
-    run = jax.jit(lambda x: model.apply({"params": params}, x, TIME, PORTS),
-                  compiler_options=quick)
-    frames = np.concatenate([run(CLIP[:, i:i + 1]) for i in range(CLIP.shape[1])], 1)
+    run = jax.jit(lambda x: model.apply({"params": params}, x, TIME, PORTS), compiler_options=quick)
+    frames = np.concatenate([run(CLIP[:, i : i + 1]) for i in range(CLIP.shape[1])], 1)
     np.testing.assert_allclose(run(CLIP), frames, atol=1e-5)
 
 
@@ -268,8 +301,12 @@ def test_ports_enter_where_they_say(reference):
     run = jax.jit(lambda ports: model.apply({"params": params}, CLIP, TIME, ports))
     add = RNG.normal(size=(2, 2, 2, 4, 24)).astype(np.float32)
     assert relative(run(PORTS.replace(add=0 * add)), out) < 1e-6
-    for field, value in {"add": add, "vector": PORTS.vector + 1, "tokens": PORTS.tokens + 1,
-                         "tokens_mask": None}.items():
+    for field, value in {
+        "add": add,
+        "vector": PORTS.vector + 1,
+        "tokens": PORTS.tokens + 1,
+        "tokens_mask": None,
+    }.items():
         assert relative(run(PORTS.replace(**{field: value})), out) > 0.01, field
     wide = shapes(model, ports=PORTS.replace(concat=CLIP))["patch"]["kernel"].shape
     assert wide == (2 * 2 * 2 * 6, 24)
@@ -281,7 +318,7 @@ def test_a_time_for_each_frame(reference):
     run = jax.jit(lambda time: model.apply({"params": params}, CLIP, time, PORTS))
     same = np.repeat(TIME[:, None], 4, 1)
     assert relative(run(same), out) < 1e-6
-    other = run(same * [0, 1, 1, 1])         # patches of two frames take the time of the first
+    other = run(same * [0, 1, 1, 1])  # patches of two frames take the time of the first
     assert relative(other, out) > 0.01
     np.testing.assert_array_equal(run(same * [0, 0, 1, 1]), other)
     with pytest.raises(ValueError, match=r"time is \(2, 3\); a clip of \(2, 4\)"):
@@ -295,7 +332,8 @@ def controlled(randomise):
     ports = PORTS.replace(
         image_tokens=RNG.normal(size=(2, 3, 24)).astype(np.float32),
         control=RNG.normal(size=(2, 4, 4, 8, 5)).astype(np.float32),
-        control_scale=np.array([1.0, 0.5], np.float32))
+        control_scale=np.array([1.0, 0.5], np.float32),
+    )
     params = randomise(shapes(model, ports=ports))
     return params, ports, jax.jit(lambda p, ports: model.apply({"params": p}, CLIP, TIME, ports))
 
@@ -311,9 +349,10 @@ def test_image_tokens_and_control_reach_the_clip(controlled):
 def test_control_of_no_weight_is_no_control(controlled):
     params, ports, run = controlled
     plain = run(params, ports.replace(control=None, control_scale=None))
-    np.testing.assert_allclose(run(params, ports.replace(control_scale=np.zeros(2, np.float32))),
-                               plain, atol=1e-6)
-    fresh = jax.tree.map(np.zeros_like, params["layers"]["hint"])     # as a network begins
+    np.testing.assert_allclose(
+        run(params, ports.replace(control_scale=np.zeros(2, np.float32))), plain, atol=1e-6
+    )
+    fresh = jax.tree.map(np.zeros_like, params["layers"]["hint"])  # as a network begins
     silent = {**params, "layers": {**params["layers"], "hint": fresh}}
     np.testing.assert_allclose(run(silent, ports), plain, atol=1e-6)
 
@@ -330,24 +369,37 @@ def test_sizes(size):
     model = Transformer(channels=4, size=size, pattern="factorized")
     width = SIZES[size][0]
     x = jax.ShapeDtypeStruct((1, 2, 4, 4, 4), jnp.float32)
-    ports = Ports(tokens=jax.ShapeDtypeStruct((1, 1, width), jnp.float32),
-                  tokens_mask=jax.ShapeDtypeStruct((1, 1), bool))
+    ports = Ports(
+        tokens=jax.ShapeDtypeStruct((1, 1, width), jnp.float32),
+        tokens_mask=jax.ShapeDtypeStruct((1, 1), bool),
+    )
     tree = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1), ports)["params"]
     project = 4096 * width + width + width * width + width
     millions = (sum(v.size for v in jax.tree.leaves(tree)) + project) / 1e6
     print(f"{size}: {millions:.0f}M")
-    low, high = {"tiny": (3, 8), "S": (20, 40), "B": (100, 160), "L": (350, 450),
-                 "XL": (550, 700), "wan_1p3b": (1400, 1440), "wan_5b": (4950, 5050),
-                 "wan_14b": (14200, 14350)}[size]
+    low, high = {
+        "tiny": (3, 8),
+        "S": (20, 40),
+        "B": (100, 160),
+        "L": (350, 450),
+        "XL": (550, 700),
+        "wan_1p3b": (1400, 1440),
+        "wan_5b": (4950, 5050),
+        "wan_14b": (14200, 14350),
+    }[size]
     assert low < millions < high
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"size": "XXL"}, "Did you mean 'XL'"), ({"pattern": "fullest"}, "Did you mean 'full'"),
-    ({"pattern": ("space", "tme")}, "Did you mean 'time'"),
-    ({"depth": 3, "pattern": "factorized"}, "not a multiple of the pattern"),
-    ({"width": 30, "heads": 6}, "30 over 6 heads is not an even number"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": "XXL"}, "Did you mean 'XL'"),
+        ({"pattern": "fullest"}, "Did you mean 'full'"),
+        ({"pattern": ("space", "tme")}, "Did you mean 'time'"),
+        ({"depth": 3, "pattern": "factorized"}, "not a multiple of the pattern"),
+        ({"width": 30, "heads": 6}, "30 over 6 heads is not an even number"),
+    ],
+)
 def test_dims_that_cannot_be(fields, message):
     with pytest.raises(ConfigError, match=message):
         Transformer(**fields).dims()

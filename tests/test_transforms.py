@@ -18,12 +18,14 @@ def footage(frames=24, fps=12.0, timestamps=None):
     def read(times):
         shown = np.searchsorted(stamps, times + 1e-3, side="right") - 1
         return np.broadcast_to(shown[:, None, None, None], (len(times), 8, 8, 3)).astype(np.uint8)
+
     return Record("clip", "a red ball", stamps[-1] + 1 / fps, stamps, read)
 
 
 def procedural(duration=2.0):
-    return Record("scene", "a ball", duration, None,
-                  lambda t: np.zeros((len(t), 8, 8, 3), np.uint8))
+    return Record(
+        "scene", "a ball", duration, None, lambda t: np.zeros((len(t), 8, 8, 3), np.uint8)
+    )
 
 
 def shown(clip, record, num_frames, seed=0):
@@ -52,7 +54,7 @@ def test_only_rates_that_the_footage_fills_are_drawn():
     clip = ClipSampling((8, 16), fps=(8.0, 4.0))
     drawn = lambda n: {clip.times(procedural(2.0), n, RNG(seed))[1] for seed in range(40)}
     assert drawn(8) == {4.0, 8.0} and drawn(16) == {8.0}
-    with pytest.raises(BadRecord, match="too short"):               # none does
+    with pytest.raises(BadRecord, match="too short"):  # none does
         clip.times(procedural(1.0), 16, RNG(0))
 
 
@@ -87,8 +89,10 @@ def test_a_stride_reports_the_rate_that_comes_of_it():
     assert times.tolist() == [0, 0.3, 1.0] and fps == pytest.approx(2.0)
     starts = {shown(ClipSampling(5, stride=3), footage(), 5, s)[0][0] for s in range(100)}
     assert starts == set(range(12))
-    assert shown(ClipSampling(1, stride=2, start="first"), footage(), 1) == ([0],
-                                                                             pytest.approx(6.0))
+    assert shown(ClipSampling(1, stride=2, start="first"), footage(), 1) == (
+        [0],
+        pytest.approx(6.0),
+    )
     with pytest.raises(ValueError, match="set fps"):
         clip.times(procedural(), 5, RNG(0))
 
@@ -107,18 +111,48 @@ def test_a_short_record_is_refused_held_or_looped():
     with pytest.raises(BadRecord, match="too short: needs 13 frames, has 6"):
         ClipSampling(7, stride=2).times(record, 7, RNG(0))
     assert shown(ClipSampling(6, fps=12.0), record, 6)[0] == [0, 1, 2, 3, 4, 5]  # just enough
-    assert shown(ClipSampling(9, fps=12.0, short="hold"), record, 9)[0] == \
-        [0, 1, 2, 3, 4, 5, 5, 5, 5]
-    assert shown(ClipSampling(9, fps=12.0, short="loop"), record, 9)[0] == \
-        [0, 1, 2, 3, 4, 5, 0, 1, 2]
-    assert shown(ClipSampling(5, stride=2, short="hold"), record, 5) == ([0, 2, 4, 5, 5],
-                                                                         pytest.approx(6))
+    assert shown(ClipSampling(9, fps=12.0, short="hold"), record, 9)[0] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        5,
+        5,
+    ]
+    assert shown(ClipSampling(9, fps=12.0, short="loop"), record, 9)[0] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        0,
+        1,
+        2,
+    ]
+    assert shown(ClipSampling(5, stride=2, short="hold"), record, 5) == (
+        [0, 2, 4, 5, 5],
+        pytest.approx(6),
+    )
     assert shown(ClipSampling(5, stride=2, short="loop"), record, 5)[0] == [0, 2, 4, 0, 2]
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"fps": 8.0, "stride": 2}, {"fps": 0.0}, {"fps": ()}, {"stride": 0},
-    {"fps": 8.0, "start": "middle"}, {"fps": 8.0, "short": "pad"}, {"fps": 8.0, "num_frames": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"fps": 8.0, "stride": 2},
+        {"fps": 0.0},
+        {"fps": ()},
+        {"stride": 0},
+        {"fps": 8.0, "start": "middle"},
+        {"fps": 8.0, "short": "pad"},
+        {"fps": 8.0, "num_frames": 0},
+    ],
+)
 def test_a_sampling_that_cannot_be_meant_is_refused(fields):
     with pytest.raises(ValueError):
         ClipSampling(**{"num_frames": 8, **fields})
@@ -135,8 +169,9 @@ def test_resize_keeps_the_centre_and_the_shape():
     frames[:, :, 20:60] = (200, 100, 50)  # the central square
     small = resize(frames, 10, 10)
     assert small.shape == (2, 10, 10, 3) and small.dtype == np.uint8
-    np.testing.assert_allclose(small[:, 2:8, 2:8].astype(int),
-                               np.broadcast_to([200, 100, 50], (2, 6, 6, 3)), atol=1)
+    np.testing.assert_allclose(
+        small[:, 2:8, 2:8].astype(int), np.broadcast_to([200, 100, 50], (2, 6, 6, 3)), atol=1
+    )
     assert resize(frames, 40, 80) is frames
     assert resize(frames.swapaxes(1, 2), 12, 20).shape == (2, 12, 20, 3)
     stripes = np.zeros((1, 64, 64, 3), np.uint8)
@@ -147,17 +182,36 @@ def test_resize_keeps_the_centre_and_the_shape():
 def test_an_example_has_the_fields_of_a_batch():
     def tokenize(caption):
         return np.array([len(caption), 7], np.int32), np.array([1, 0])
-    made = to_example(footage(), clip=ClipSampling(8, fps=6.0), height=4, width=6,
-                      tokenize=tokenize, num_frames=8, rng=RNG(0))
+
+    made = to_example(
+        footage(),
+        clip=ClipSampling(8, fps=6.0),
+        height=4,
+        width=6,
+        tokenize=tokenize,
+        num_frames=8,
+        rng=RNG(0),
+    )
     kinds = {k: (v.dtype, v.shape) for k, v in made.items() if k != "key"}
-    assert kinds == {"video": (np.uint8, (8, 4, 6, 3)), "text": (np.int32, (2,)),
-                     "text_mask": (bool, (2,)), "fps": (np.float32, ()),
-                     "num_frames": (np.int32, ())}
+    assert kinds == {
+        "video": (np.uint8, (8, 4, 6, 3)),
+        "text": (np.int32, (2,)),
+        "text_mask": (bool, (2,)),
+        "fps": (np.float32, ()),
+        "num_frames": (np.int32, ()),
+    }
     assert made["key"] == "clip" and made["text"][0] == len("a red ball")
 
 
 def test_frames_of_another_kind_are_a_bad_record():
     wrong = Record("grey", "", 2.0, None, lambda t: np.zeros((len(t), 8, 8), np.uint8))
     with pytest.raises(BadRecord, match="grey: gave frames uint8"):
-        to_example(wrong, clip=ClipSampling(8, fps=8.0), height=8, width=8,
-                   tokenize=lambda c: ([0], [True]), num_frames=8, rng=RNG(0))
+        to_example(
+            wrong,
+            clip=ClipSampling(8, fps=8.0),
+            height=8,
+            width=8,
+            tokenize=lambda c: ([0], [True]),
+            num_frames=8,
+            rng=RNG(0),
+        )

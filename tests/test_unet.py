@@ -17,37 +17,72 @@ from vdx.types import Ports
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-TINY = {"block_out_channels": [16, 32], "norm_num_groups": 8, "cross_attention_dim": 12,
-        "layers_per_block": 1, "sample_size": 8}
+TINY = {
+    "block_out_channels": [16, 32],
+    "norm_num_groups": 8,
+    "cross_attention_dim": 12,
+    "layers_per_block": 1,
+    "sample_size": 8,
+}
 
 
 def levels(kind: str) -> dict:
-    return {"down_block_types": [f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"],
-            "up_block_types": [f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"]}
+    return {
+        "down_block_types": [f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"],
+        "up_block_types": [f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"],
+    }
 
 
-CONTROL = {key: value for key, value in {**TINY, **levels("2D")}.items()
-           if key not in ("sample_size", "up_block_types")}
+CONTROL = {
+    key: value
+    for key, value in {**TINY, **levels("2D")}.items()
+    if key not in ("sample_size", "up_block_types")
+}
 CONTROLS = {
-    "image": ("ControlNetModel", {**CONTROL, "attention_head_dim": 2,
-                                  "conditioning_embedding_out_channels": [4, 6]}),
-    "sparse": ("SparseControlNetModel", {
-        **CONTROL, "attention_head_dim": 2, "motion_num_attention_heads": 2,
-        "down_block_types": levels("Motion")["down_block_types"], "conditioning_channels": 3,
-        "conditioning_embedding_out_channels": [4, 6],
-        "use_simplified_condition_embedding": False}),
-    "sparse_latents": ("SparseControlNetModel", {
-        **CONTROL, "attention_head_dim": 2, "motion_num_attention_heads": 2,
-        "down_block_types": levels("Motion")["down_block_types"]}),
+    "image": (
+        "ControlNetModel",
+        {**CONTROL, "attention_head_dim": 2, "conditioning_embedding_out_channels": [4, 6]},
+    ),
+    "sparse": (
+        "SparseControlNetModel",
+        {
+            **CONTROL,
+            "attention_head_dim": 2,
+            "motion_num_attention_heads": 2,
+            "down_block_types": levels("Motion")["down_block_types"],
+            "conditioning_channels": 3,
+            "conditioning_embedding_out_channels": [4, 6],
+            "use_simplified_condition_embedding": False,
+        },
+    ),
+    "sparse_latents": (
+        "SparseControlNetModel",
+        {
+            **CONTROL,
+            "attention_head_dim": 2,
+            "motion_num_attention_heads": 2,
+            "down_block_types": levels("Motion")["down_block_types"],
+        },
+    ),
 }
 CLASSES = {
     "image": ("UNet2DConditionModel", {**TINY, **levels("2D"), "attention_head_dim": 2}),
-    "motion": ("UNetMotionModel", {**TINY, **levels("Motion"), "num_attention_heads": 2,
-                                   "motion_num_attention_heads": 2}),
+    "motion": (
+        "UNetMotionModel",
+        {**TINY, **levels("Motion"), "num_attention_heads": 2, "motion_num_attention_heads": 2},
+    ),
     "3d": ("UNet3DConditionModel", {**TINY, **levels("3D"), "attention_head_dim": 8}),
     # Stable Diffusion 2's layout, with channels beside the clip.
-    "image_2": ("UNet2DConditionModel", {**TINY, **levels("2D"), "attention_head_dim": [2, 4],
-                                         "use_linear_projection": True, "in_channels": 7}),
+    "image_2": (
+        "UNet2DConditionModel",
+        {
+            **TINY,
+            **levels("2D"),
+            "attention_head_dim": [2, 4],
+            "use_linear_projection": True,
+            "in_channels": 7,
+        },
+    ),
 }
 SLOW = pytest.mark.slow
 B, T, H, W = 2, 3, 4, 6
@@ -60,8 +95,11 @@ def randomised(model, seed=0):
     for name, value in model.named_parameters():
         noise = torch.randn_like(value)
         scale = 0.2 if value.ndim == 1 else value[0].numel() ** -0.5
-        value.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight")
-                    and value.ndim == 1 else scale * noise)
+        value.copy_(
+            1 + 0.1 * noise
+            if "norm" in name and name.endswith("weight") and value.ndim == 1
+            else scale * noise
+        )
     return model
 
 
@@ -83,25 +121,32 @@ class Case:
 
     def inputs(self, seed=0):
         rng = np.random.default_rng(seed)
-        return (rng.normal(size=(B, T, H, W, self.torch.config.in_channels)).astype(np.float32),
-                np.array([7.0, 801.0], np.float32),
-                rng.normal(size=(B, 5, 12)).astype(np.float32))
+        return (
+            rng.normal(size=(B, T, H, W, self.torch.config.in_channels)).astype(np.float32),
+            np.array([7.0, 801.0], np.float32),
+            rng.normal(size=(B, 5, 12)).astype(np.float32),
+        )
 
     def reference(self, x, time, tokens) -> np.ndarray:
         x, time, tokens = map(torch.from_numpy, (x, time, tokens))
         if self.name == "3d":
             y = self.torch(x.movedim(-1, 1), time, tokens).sample
-        elif self.name == "motion":        # as the pipeline does: one text for each frame
+        elif self.name == "motion":  # as the pipeline does: one text for each frame
             y = self.torch(x.movedim(-1, 1), time, tokens.repeat_interleave(T, 0)).sample
         else:
-            y = self.torch(x.flatten(0, 1).movedim(-1, 1), time.repeat_interleave(T),
-                           tokens.repeat_interleave(T, 0)).sample
+            y = self.torch(
+                x.flatten(0, 1).movedim(-1, 1),
+                time.repeat_interleave(T),
+                tokens.repeat_interleave(T, 0),
+            ).sample
             return y.movedim(1, -1).reshape(*x.shape[:-1], 4).numpy()
         return y.movedim(1, -1).numpy()
 
 
-@pytest.fixture(scope="module", params=[
-    "motion", *(pytest.param(name, marks=SLOW) for name in CLASSES if name != "motion")])
+@pytest.fixture(
+    scope="module",
+    params=["motion", *(pytest.param(name, marks=SLOW) for name in CLASSES if name != "motion")],
+)
 def case(request, tmp_path_factory, mesh):
     return Case(request.param, tmp_path_factory.mktemp("unet"), mesh)
 
@@ -123,16 +168,19 @@ def test_it_is_the_reference(case, quick):
 
 def test_every_key_goes_there_and_back(case, tmp_path):
     save_unet(case.params, case.model, tmp_path / "back")
-    if case.name == "image_2":             # its projections come back as convolutions
+    if case.name == "image_2":  # its projections come back as convolutions
         again = load_unet(tmp_path / "back", case.model, case.mesh)
         jax.tree.map(np.testing.assert_array_equal, again, case.params)
         return
-    there, back = (load_file(f / "diffusion_pytorch_model.safetensors")
-                   for f in (case.folder, tmp_path / "back"))
+    there, back = (
+        load_file(f / "diffusion_pytorch_model.safetensors")
+        for f in (case.folder, tmp_path / "back")
+    )
     assert set(back) == set(there)
     for key, value in there.items():
-        same = np.testing.assert_array_equal if "pos_embed" not in key else \
-            np.testing.assert_allclose
+        same = (
+            np.testing.assert_array_equal if "pos_embed" not in key else np.testing.assert_allclose
+        )
         same(back[key], value, **({} if "pos_embed" not in key else {"atol": 1e-6}), err_msg=key)
     with warnings.catch_warnings(action="ignore"):
         again = type(case.torch).from_pretrained(tmp_path / "back")
@@ -148,46 +196,74 @@ class Controlled:
         self.torch = saved(*CONTROLS[kind], folder, seed=1)
         config = json.loads((folder / "config.json").read_text())
         fields, signal = control_from_config(config)
-        self.model = Denoiser({**unet.model.backbone, **fields},
-                              {**unet.model.signals, "control": signal})
+        self.model = Denoiser(
+            {**unet.model.backbone, **fields}, {**unet.model.signals, "control": signal}
+        )
         self.params = load_unet([unet.folder, folder], self.model, unet.mesh)
         rng, side = np.random.default_rng(2), signal["side"]
         self.control = rng.normal(size=(B, T, side * H, side * W, signal["channels"])).astype(
-            np.float32)
+            np.float32
+        )
 
     def reference(self, x, time, tokens, scale) -> np.ndarray:
         control, x0, time0, tokens0 = map(torch.from_numpy, (self.control, x, time, tokens))
         frames = tokens0.repeat_interleave(T, 0)
         if self.kind == "image":
             more, deepest = self.torch(
-                x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames,
-                control.flatten(0, 1).movedim(-1, 1), return_dict=False)
+                x0.flatten(0, 1).movedim(-1, 1),
+                time0.repeat_interleave(T),
+                frames,
+                control.flatten(0, 1).movedim(-1, 1),
+                return_dict=False,
+            )
         else:
             maps = control.movedim(-1, 1)
-            more, deepest = self.torch(x0.movedim(-1, 1), time0, frames, maps[:, :-1],
-                                       conditioning_mask=maps[:, -1:], return_dict=False)
+            more, deepest = self.torch(
+                x0.movedim(-1, 1),
+                time0,
+                frames,
+                maps[:, :-1],
+                conditioning_mask=maps[:, -1:],
+                return_dict=False,
+            )
         weight = torch.from_numpy(scale).repeat_interleave(T).reshape(-1, 1, 1, 1)
-        added = {"down_block_additional_residuals": [weight * y for y in more],
-                 "mid_block_additional_residual": weight * deepest}
+        added = {
+            "down_block_additional_residuals": [weight * y for y in more],
+            "mid_block_additional_residual": weight * deepest,
+        }
         if self.unet.name == "image":
-            y = self.unet.torch(x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames,
-                                **added).sample
+            y = self.unet.torch(
+                x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames, **added
+            ).sample
             return y.movedim(1, -1).reshape(x.shape).numpy()
         y = self.unet.torch(x0.movedim(-1, 1), time0, frames, **added).sample
         return y.movedim(1, -1).numpy()
 
 
 @SLOW
-@pytest.mark.parametrize(("kind", "case"), [("image", "image"), ("sparse", "motion"),
-                                            ("sparse_latents", "motion")], indirect=["case"])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("image", "image"), ("sparse", "motion"), ("sparse_latents", "motion")],
+    indirect=["case"],
+)
 def test_control_is_the_reference(kind, case, quick, tmp_path):
     both = Controlled(kind, case, tmp_path / "control")
     x, time, tokens = case.inputs()
     scale = np.array([0.0, 0.7], np.float32)
     want, plain = both.reference(x, time, tokens, scale), case.reference(x, time, tokens)
-    got = run(case, quick, both.params, x, time, Ports(
-        tokens=jnp.asarray(tokens), control=jnp.asarray(both.control),
-        control_scale=jnp.asarray(scale)), both.model)
+    got = run(
+        case,
+        quick,
+        both.params,
+        x,
+        time,
+        Ports(
+            tokens=jnp.asarray(tokens),
+            control=jnp.asarray(both.control),
+            control_scale=jnp.asarray(scale),
+        ),
+        both.model,
+    )
     assert np.abs(want[1] - plain[1]).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     np.testing.assert_allclose(got[0], plain[0], atol=1e-4, rtol=0)

@@ -28,8 +28,15 @@ def clip(height=32, width=48, frames=6):
     return np.broadcast_to(flat[:, None, None], (frames, height, width, 3)).copy()
 
 
-@pytest.mark.parametrize("fps, rate", [(12, Fraction(12)), (8.5, Fraction(17, 2)),
-                                       (24000 / 1001, Fraction(24000, 1001)), (1, Fraction(1))])
+@pytest.mark.parametrize(
+    "fps, rate",
+    [
+        (12, Fraction(12)),
+        (8.5, Fraction(17, 2)),
+        (24000 / 1001, Fraction(24000, 1001)),
+        (1, Fraction(1)),
+    ],
+)
 def test_the_rate_is_exact(tmp_path, fps, rate):
     write_video(tmp_path / "a.mp4", clip(), fps)
     with av.open(str(tmp_path / "a.mp4")) as video:
@@ -50,11 +57,20 @@ def test_colours_survive_and_the_file_says_which_matrix(tmp_path):
     assert data.index(b"moov") < data.index(b"mdat")  # a browser may begin before the end
 
 
-@pytest.mark.parametrize("size, min_side, written", [
-    ((32, 48), 128, (128, 192)), ((64, 64), 128, (128, 128)), ((50, 70), 128, (150, 210)),
-    ((31, 45), 1, (32, 46)), ((160, 128), 128, (160, 128)), ((1, 3), 16, (16, 48))])
+@pytest.mark.parametrize(
+    "size, min_side, written",
+    [
+        ((32, 48), 128, (128, 192)),
+        ((64, 64), 128, (128, 128)),
+        ((50, 70), 128, (150, 210)),
+        ((31, 45), 1, (32, 46)),
+        ((160, 128), 128, (160, 128)),
+        ((1, 3), 16, (16, 48)),
+    ],
+)
 def test_small_clips_are_enlarged_by_whole_factors_and_odd_sizes_fit(
-        tmp_path, size, min_side, written):
+    tmp_path, size, min_side, written
+):
     write_video(tmp_path / "a.mp4", clip(*size), 12, min_side)
     assert read_video(tmp_path / "a.mp4")[0].shape == (6, *written, 3)
 
@@ -107,7 +123,7 @@ def test_to_uint8_rounds_and_clips():
 def test_to_uint8_inside_a_program_has_the_same_bits():
     """Also beside the places where rounding turns, where one rounding less would be seen."""
     middle = ((np.arange(255) + 0.5) / 127.5 - 1).astype(np.float32)
-    x = np.concatenate([middle, np.random.default_rng(0).uniform(-1.1, 1.1, 10 ** 6)])
+    x = np.concatenate([middle, np.random.default_rng(0).uniform(-1.1, 1.1, 10**6)])
     x = x.astype(np.float32)
     x = np.concatenate([x, *(np.nextafter(x[:255], np.float32(to)) for to in (-2, 2))])
     np.testing.assert_array_equal(jax.jit(to_uint8_there)(x), to_uint8(x))
@@ -130,9 +146,11 @@ def test_json_round_trip(tmp_path):
 
 
 def test_importing_the_data_side_brings_no_heavy_library():
-    code = ("import sys, vdx.data.sources, vdx.data.pipeline, vdx.data.transforms, "
-            "vdx.generate.video_io; "
-            "print({'torch', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))")
+    code = (
+        "import sys, vdx.data.sources, vdx.data.pipeline, vdx.data.transforms, "
+        "vdx.generate.video_io; "
+        "print({'torch', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))"
+    )
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert said.stdout.strip() == "set()"
 

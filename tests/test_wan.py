@@ -33,9 +33,19 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 from diffusers.loaders import single_file_utils  # noqa: E402
 
-TINY = dict(patch_size=[1, 2, 2], num_attention_heads=2, attention_head_dim=24, in_channels=4,
-            out_channels=4, text_dim=16, freq_dim=256, ffn_dim=64, num_layers=2,
-            cross_attn_norm=True, rope_max_seq_len=1024)
+TINY = dict(
+    patch_size=[1, 2, 2],
+    num_attention_heads=2,
+    attention_head_dim=24,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=256,
+    ffn_dim=64,
+    num_layers=2,
+    cross_attn_norm=True,
+    rope_max_seq_len=1024,
+)
 IMAGE = dict(in_channels=12, image_dim=20, added_kv_proj_dim=48)
 # Tiny configs. Wan 2.2 TI2V is the network of `t2v` with a time for each frame.
 KINDS: dict[str, dict[str, Any]] = {
@@ -48,12 +58,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "vace": TINY | dict(num_layers=4, vace_layers=[0, 2], vace_in_channels=12),
 }
 B, T, H, W = 2, 4, 4, 6
-WEAK = 0.7               # of the control
+WEAK = 0.7  # of the control
 
 
 def config_class(config):
-    name = "WanVACETransformer3DModel" if "vace_layers" in config else \
-        SKYREELS if "inject_sample_info" in config else "WanTransformer3DModel"
+    name = (
+        "WanVACETransformer3DModel"
+        if "vace_layers" in config
+        else SKYREELS
+        if "inject_sample_info" in config
+        else "WanTransformer3DModel"
+    )
     return getattr(diffusers, name)
 
 
@@ -69,8 +84,8 @@ class Case:
     batch: dict
     x: np.ndarray
     time: np.ndarray
-    ask: Any                 # of a reference: its prediction
-    want: np.ndarray         # what it was
+    ask: Any  # of a reference: its prediction
+    want: np.ndarray  # what it was
     reference: Any
     model: Denoiser
     params: Any
@@ -82,11 +97,17 @@ class Case:
         keep = self.model.drop_masks(B, False)
         if "control" in self.batch:
             call = lambda p, batch: self.model.run(
-                p, self.x, self.time, self.model.run(p, batch, keep, method="condition").replace(
-                    control_scale=jnp.full(B, WEAK)))
+                p,
+                self.x,
+                self.time,
+                self.model.run(p, batch, keep, method="condition").replace(
+                    control_scale=jnp.full(B, WEAK)
+                ),
+            )
         else:
-            call = lambda p, batch: self.model.run(p, self.x, self.time, batch, keep,
-                                                   method="train_view")
+            call = lambda p, batch: self.model.run(
+                p, self.x, self.time, batch, keep, method="train_view"
+            )
         return jax.jit(call, compiler_options=self.options)
 
     def error(self, params=None) -> float:
@@ -124,6 +145,7 @@ def randomised(config):
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory, quick):
     """kind -> Case, each made once."""
+
     @functools.cache
     def make(kind: str) -> Case:
         config, rng = KINDS[kind], np.random.default_rng(1)
@@ -153,17 +175,24 @@ def cases(tmp_path_factory, quick):
             batch["image_tokens"] = tokens.reshape(B, -1, 20)
         if "vace_layers" in config:
             batch["control"] = rng.normal(size=(B, T, H, W, 12)).astype(np.float32)
-            given |= {"control_hidden_states": theirs_of(batch["control"]),
-                      "control_hidden_states_scale": torch.full((2,), WEAK)}
+            given |= {
+                "control_hidden_states": theirs_of(batch["control"]),
+                "control_hidden_states_scale": torch.full((2,), WEAK),
+            }
         reference = randomised(config)
 
         @torch.no_grad()
         def ask(reference):
             told = theirs_of(noisy), their_time, torch.from_numpy(padded)
-            if "fps" in batch:      # clip by clip: it cannot add one rate to each of several clips
-                out = torch.cat([reference(*(a[i:i + 1] for a in told), **given,
-                                           fps=[int(batch["fps"][i] != 16)]).sample
-                                 for i in range(B)])
+            if "fps" in batch:  # clip by clip: it cannot add one rate to each of several clips
+                out = torch.cat(
+                    [
+                        reference(
+                            *(a[i : i + 1] for a in told), **given, fps=[int(batch["fps"][i] != 16)]
+                        ).sample
+                        for i in range(B)
+                    ]
+                )
             else:
                 out = reference(*told, **given).sample
             return np.moveaxis(out.numpy(), 1, -1)
@@ -171,6 +200,7 @@ def cases(tmp_path_factory, quick):
         folder = tmp_path_factory.mktemp(kind)
         reference.save_pretrained(folder)
         return Case(folder, batch, x, time, ask, ask(reference), reference, *load(folder), quick)
+
     return make
 
 
@@ -194,8 +224,9 @@ def test_blocks_and_rates_of_skyreels_are_seen(cases):
     swapped = {**case.batch, "fps": np.array([24, 16], np.float32)}
     assert np.abs(case.run(case.params, swapped) - case.want).max() > 1e-3
     case.reference._set_ar_attention(2)
-    blocks = Denoiser({**case.model.backbone, "pattern": ({"name": "full", "block": 2},)},
-                      case.model.signals)
+    blocks = Denoiser(
+        {**case.model.backbone, "pattern": ({"name": "full", "block": 2},)}, case.model.signals
+    )
     params = load_wan(case.folder, blocks, MeshSpec().make(jax.devices()[:1]))
     got = dataclasses.replace(case, model=blocks, want=case.ask(case.reference))
     case.reference._set_ar_attention(1)
@@ -205,8 +236,9 @@ def test_blocks_and_rates_of_skyreels_are_seen(cases):
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
 def test_the_embeddings_of_the_conditions_are_theirs(kind, cases):
     case = cases(kind)
-    ports = jax.jit(lambda p: case.model.run(p, case.batch, case.model.drop_masks(B, False),
-                                             method="condition"))(case.params)
+    ports = jax.jit(
+        lambda p: case.model.run(p, case.batch, case.model.drop_masks(B, False), method="condition")
+    )(case.params)
     embedder = case.reference.condition_embedder
     padded = np.zeros((B, 512, 16), np.float32)
     padded[:, :5] = case.batch["text"] * case.batch["text_mask"][..., None]
@@ -298,8 +330,10 @@ def test_on_eight_devices_it_is_that_of_one(kind, cases, quick):
     np.testing.assert_allclose(got, case.run(case.params, case.batch), atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("t2v", 10**9), ("vace", 99_000), ("flf2v", 99_000),
-                                            ("skyreels_rate", 10**9)])
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [("t2v", 10**9), ("vace", 99_000), ("flf2v", 99_000), ("skyreels_rate", 10**9)],
+)
 def test_diffusers_reads_what_is_written(kind, most, cases, tmp_path, monkeypatch):
     case = cases(kind)
     # With this list it wants `accelerate`, to read in another type than that of the file.
@@ -322,12 +356,14 @@ def test_diffusers_reads_what_is_written(kind, most, cases, tmp_path, monkeypatc
 
 def original_names(keys):
     """key of diffusers -> key of the original, from the table read backwards."""
+
     def one(key):
         in_block = key.startswith(("blocks.", "vace_blocks."))
         head = ".".join(key.split(".")[:2]) + "." if in_block else ""
         layer = key.removeprefix(head).removesuffix(".weight").removesuffix(".bias")
         old = {new: old for old, new in (IN_BLOCKS if in_block else OUTSIDE).items()}[layer]
         return head + old + key.removeprefix(head + layer)
+
     return {key: one(key) for key in keys}
 
 
@@ -337,8 +373,9 @@ def test_original_files_hold_the_same(kind, cases, tmp_path, monkeypatch):
     arrays = {k: v.numpy() for k, v in case.reference.state_dict().items()}
     names = original_names(arrays)
     # Their own renaming agrees; it knows no positions of images.
-    there = single_file_utils.convert_wan_transformer_to_diffusers({
-        old: torch.from_numpy(arrays[new]) for new, old in names.items() if "emb_pos" not in old})
+    there = single_file_utils.convert_wan_transformer_to_diffusers(
+        {old: torch.from_numpy(arrays[new]) for new, old in names.items() if "emb_pos" not in old}
+    )
     assert set(there) == {key for key in arrays if "pos_embed" not in key}
     assert all(np.array_equal(value, arrays[key]) for key, value in there.items())
 
@@ -346,8 +383,11 @@ def test_original_files_hold_the_same(kind, cases, tmp_path, monkeypatch):
     monkeypatch.setattr("vdx.interop.wan.HEAD_WIDTH", 24)
     for prefix in ("", "model.diffusion_model.", "diffusion_model."):
         save = {prefix + old: arrays[new] for new, old in names.items()}
-        write(tmp_path / "model.safetensors", {k: (v.shape, v.dtype) for k, v in save.items()},
-              save.items())
+        write(
+            tmp_path / "model.safetensors",
+            {k: (v.shape, v.dtype) for k, v in save.items()},
+            save.items(),
+        )
         model, params = load(tmp_path / "model.safetensors")
         assert model.backbone == case.model.backbone and model.signals == case.model.signals
         jax.tree.map(np.testing.assert_array_equal, params, case.params)
@@ -362,8 +402,10 @@ def test_files_of_self_forcing_hold_averaged_weights(prefix, cases, tmp_path, mo
     saved = {prefix + old: arrays[new] for new, old in original_names(arrays).items()}
     other = {key: value + 1 for key, value in saved.items()}
     monkeypatch.setattr("vdx.interop.wan.HEAD_WIDTH", 24)
-    for parts in ({"generator_ema": saved, "generator": other, "critic": other},
-                  {"generator": saved, "critic": other}):
+    for parts in (
+        {"generator_ema": saved, "generator": other, "critic": other},
+        {"generator": saved, "critic": other},
+    ):
         torch.save(parts, tmp_path / "model.pt")
         model, params = load(tmp_path / "model.pt")
         assert model.backbone == case.model.backbone and model.signals == case.model.signals
@@ -371,18 +413,36 @@ def test_files_of_self_forcing_hold_averaged_weights(prefix, cases, tmp_path, mo
 
 
 # The public models: the size in billions, and what differs from the first.
-T2V = dict(patch_size=[1, 2, 2], num_attention_heads=12, attention_head_dim=128, in_channels=16,
-           out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30,
-           cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None,
-           added_kv_proj_dim=None, rope_max_seq_len=1024, pos_embed_seq_len=None)
+T2V = dict(
+    patch_size=[1, 2, 2],
+    num_attention_heads=12,
+    attention_head_dim=128,
+    in_channels=16,
+    out_channels=16,
+    text_dim=4096,
+    freq_dim=256,
+    ffn_dim=8960,
+    num_layers=30,
+    cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads",
+    eps=1e-6,
+    image_dim=None,
+    added_kv_proj_dim=None,
+    rope_max_seq_len=1024,
+    pos_embed_seq_len=None,
+)
 BIG = T2V | dict(num_attention_heads=40, num_layers=40, ffn_dim=13824)
 I2V = BIG | dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 PUBLIC = {
-    "T2V 1.3B": (1.42, T2V), "T2V 14B": (14.3, BIG), "I2V 14B": (16.4, I2V),
+    "T2V 1.3B": (1.42, T2V),
+    "T2V 14B": (14.3, BIG),
+    "I2V 14B": (16.4, I2V),
     "FLF2V 14B": (16.4, I2V | dict(pos_embed_seq_len=514)),
     "I2V A14B": (14.3, BIG | dict(in_channels=36)),
-    "TI2V 5B": (5.0, T2V | dict(num_attention_heads=24, in_channels=48, out_channels=48,
-                                ffn_dim=14336)),
+    "TI2V 5B": (
+        5.0,
+        T2V | dict(num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336),
+    ),
     "SkyReels DF 1.3B": (1.43, T2V | dict(inject_sample_info=True)),
     "VACE 1.3B": (2.15, T2V | dict(vace_layers=list(range(0, 30, 2)), vace_in_channels=96)),
     "VACE 14B": (17.3, BIG | dict(vace_layers=list(range(0, 40, 5)), vace_in_channels=96)),
@@ -409,19 +469,25 @@ def test_presets_are_the_public_sizes():
     for size, name in {"wan_1p3b": "T2V 1.3B", "wan_14b": "T2V 14B", "wan_5b": "TI2V 5B"}.items():
         net = transformer.Transformer(size=size)
         config = PUBLIC[name][1]
-        assert net.dims()[:3] == (config["num_attention_heads"] * 128, config["num_layers"],
-                                  config["num_attention_heads"])
+        assert net.dims()[:3] == (
+            config["num_attention_heads"] * 128,
+            config["num_layers"],
+            config["num_attention_heads"],
+        )
         assert net.hidden() == config["ffn_dim"]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"eps": 1e-5}, r"eps = 1e-05, not 1e-06"),
-    ({"cross_attn_norm": False}, "cross_attn_norm = False, not True"),
-    ({"_class_name": "WanAnimateTransformer3DModel"}, "not 'WanTransformer3DModel'"),
-    ({"vace_layers": [0, 1, 8], "vace_in_channels": 96}, "not evenly spaced from 0 over 30"),
-    ({"num_layers": None, "ffn_dim": None}, r"ffn_dim: is missing\n  num_layers: is missing"),
-    ({"in_channels": 4}, "in_channels is less than out_channels"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": 1e-5}, r"eps = 1e-05, not 1e-06"),
+        ({"cross_attn_norm": False}, "cross_attn_norm = False, not True"),
+        ({"_class_name": "WanAnimateTransformer3DModel"}, "not 'WanTransformer3DModel'"),
+        ({"vace_layers": [0, 1, 8], "vace_in_channels": 96}, "not evenly spaced from 0 over 30"),
+        ({"num_layers": None, "ffn_dim": None}, r"ffn_dim: is missing\n  num_layers: is missing"),
+        ({"in_channels": 4}, "in_channels is less than out_channels"),
+    ],
+)
 def test_configs_that_are_another_network(changes, message):
     with pytest.raises(WeightsError, match=message):
         wan_from_config(T2V | changes)
@@ -429,12 +495,19 @@ def test_configs_that_are_another_network(changes, message):
 
 def test_a_config_that_disagrees_with_the_weights(cases, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(
-        cases("i2v").folder / "diffusion_pytorch_model.safetensors")
+        cases("i2v").folder / "diffusion_pytorch_model.safetensors"
+    )
     text = (cases("i2v").folder / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"ffn_dim": 64', '"ffn_dim": 65')
-                                          .replace('"image_dim": 20', '"image_dim": null'))
-    with pytest.raises(WeightsError, match=r"\n  ffn_dim = 65, but the weights have 64"
-                                           r"\n  image_dim = None, but the weights have 20"):
+    (tmp_path / "config.json").write_text(
+        text.replace('"ffn_dim": 64', '"ffn_dim": 65').replace(
+            '"image_dim": 20', '"image_dim": null'
+        )
+    )
+    with pytest.raises(
+        WeightsError,
+        match=r"\n  ffn_dim = 65, but the weights have 64"
+        r"\n  image_dim = None, but the weights have 20",
+    ):
         open_wan(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"48 wide, which is no number of heads of 128"):
@@ -442,8 +515,11 @@ def test_a_config_that_disagrees_with_the_weights(cases, tmp_path):
 
 
 def test_weights_of_something_else(tmp_path):
-    write(tmp_path / "vae.safetensors", {"encoder.conv_in.weight": ((2,), np.dtype("f4"))},
-          [("encoder.conv_in.weight", np.zeros(2, np.float32))])
+    write(
+        tmp_path / "vae.safetensors",
+        {"encoder.conv_in.weight": ((2,), np.dtype("f4"))},
+        [("encoder.conv_in.weight", np.zeros(2, np.float32))],
+    )
     with pytest.raises(WeightsError, match=r"not .* a Wan transformer\. They begin with encoder"):
         open_wan(tmp_path)
 
@@ -453,6 +529,7 @@ def test_an_array_of_older_files_is_not_read(cases):
     wan, rows = open_wan(case.folder), wan_transformer_rows(case.model)
     extra = Stored(case.folder / "nowhere", np.dtype("f4"), (48,), 0)
     source = wan.source | {"blocks.1.attn2.norm_added_q.weight": extra}
-    jax.tree.map(np.testing.assert_array_equal,
-                 load_params(source, abstract(case.model), rows), case.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_params(source, abstract(case.model), rows), case.params
+    )
     assert not any("norm_added_q" in key for key, _ in export(case.params, rows))

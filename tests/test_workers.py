@@ -29,8 +29,11 @@ FAULTS = {
     "hang": lambda: time.sleep(1e6),
     "hang, holding the interpreter": lambda: ctypes.PyDLL(None).sleep(1000),
 }
-WORDS = {"killed": "was killed by SIGKILL", "segfault": "was killed by SIGSEGV",
-         "sys.exit": "left with code 3"}
+WORDS = {
+    "killed": "was killed by SIGKILL",
+    "segfault": "was killed by SIGSEGV",
+    "sys.exit": "left with code 3",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,14 @@ class Faulty:
 
 
 def loader(*fields, **settings):
-    settings = {"global_batch": 4, "workers": 2, "threads": 1, "prefetch": 1, "shuffle": False,
-                **settings}
+    settings = {
+        "global_batch": 4,
+        "workers": 2,
+        "threads": 1,
+        "prefetch": 1,
+        "shuffle": False,
+        **settings,
+    }
     return make_loader(Faulty(*fields), **settings)
 
 
@@ -86,7 +95,7 @@ def test_a_worker_that_dies_is_an_error_in_time_and_loses_no_batch(tmp_path, fau
     assert since(once) < SOON
     assert f"{WORDS[fault]} before batch {batches.position} was whole" in str(stop.value)
     assert not multiprocessing.active_children()
-    if fault == "segfault":        # where it happened
+    if fault == "segfault":  # where it happened
         assert "__getitem__" in capfd.readouterr().err
     position = batches.position
     assert read_on(batches, 3) == read_on_from(position, 3)
@@ -110,6 +119,7 @@ def test_workers_that_hang_show_where_and_are_killed_from_another_thread(tmp_pat
         workers.dump_workers()
         time.sleep(0.5)
         workers.kill_workers()
+
     thread = threading.Thread(target=watchdog)
     thread.start()
     with pytest.raises(workers.WorkerDied, match="SIGKILL"):
@@ -174,9 +184,15 @@ def started(tmp_path, mode):
     """The program in a process group of its own, by which its descendants are found."""
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
-    with subprocess.Popen([sys.executable, path, mode, tmp_path / "once"], text=True, cwd=ROOT,
-                          start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as program:
+    with subprocess.Popen(
+        [sys.executable, path, mode, tmp_path / "once"],
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as program:
         yield program
         with contextlib.suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
@@ -204,8 +220,9 @@ def all_gone(group):
 
 @on_linux
 @pytest.mark.faults
-@pytest.mark.parametrize("mode, code", [
-    ("exit", 0), ("error", 1), ("watchdog", 75), ("killed parent", -9), ("files", 0)])
+@pytest.mark.parametrize(
+    "mode, code", [("exit", 0), ("error", 1), ("watchdog", 75), ("killed parent", -9), ("files", 0)]
+)
 def test_a_program_ends_in_time_and_leaves_no_process(tmp_path, mode, code):
     with started(tmp_path, mode) as program:
         out, err = program.communicate(timeout=90)  # the pipes end with the last descendant

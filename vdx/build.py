@@ -28,8 +28,11 @@ def nearest(name: str, known) -> str:
 def _fields(cls) -> dict[str, Any]:
     """Configurable fields of a dataclass or flax module, with their annotations."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)
-            if f.init and f.name not in _FLAX_FIELDS}
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(cls)
+        if f.init and f.name not in _FLAX_FIELDS
+    }
 
 
 def _convert(value, hint, where: str):
@@ -48,15 +51,17 @@ def _convert(value, hint, where: str):
             args = args[:1] * len(value)
         if len(args) == len(value):
             return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
-    elif isinstance(value, bool):          # a bool is an int to Python, not to a config
+    elif isinstance(value, bool):  # a bool is an int to Python, not to a config
         if hint is bool:
             return value
     elif hint is float and isinstance(value, int | float):
         return float(value)
     elif isinstance(value, origin or hint):
         return dict(value) if isinstance(value, Mapping) else value
-    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected "
-                      f"{getattr(hint, '__name__', hint) if origin is None else hint}.")
+    raise ConfigError(
+        f"{where} = {value!r} is {type(value).__name__}, expected "
+        f"{getattr(hint, '__name__', hint) if origin is None else hint}."
+    )
 
 
 def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given) -> T:
@@ -70,11 +75,16 @@ def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given) ->
     values = {}
     for key, value in spec.items():
         if key not in allowed:
-            raise ConfigError(f"Unknown key {where}.{key}.{nearest(key, allowed)} "
-                              f"Known keys: {', '.join(allowed) or 'none'}.")
+            raise ConfigError(
+                f"Unknown key {where}.{key}.{nearest(key, allowed)} "
+                f"Known keys: {', '.join(allowed) or 'none'}."
+            )
         values[key] = _convert(value, hints[key], f"{where}.{key}")
-    required = {f.name for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     missing = [k for k in allowed if k in required and k not in values]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}.")
@@ -84,13 +94,14 @@ def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given) ->
 def lookup(name: str, table: Mapping[str, T], where: str) -> T:
     """The row `name` of a table; raises ConfigError that lists the rows."""
     if name not in table:
-        raise ConfigError(f"{where}: unknown name {name!r}.{nearest(name, table)} "
-                          f"Known: {', '.join(map(str, table))}.")
+        raise ConfigError(
+            f"{where}: unknown name {name!r}.{nearest(name, table)} "
+            f"Known: {', '.join(map(str, table))}."
+        )
     return table[name]
 
 
-def build(spec: Mapping[str, Any], table: Mapping[str, Callable[..., T]], where: str,
-          **given) -> T:
+def build(spec: Mapping[str, Any], table: Mapping[str, Callable[..., T]], where: str, **given) -> T:
     """The object that a spec `{"name": ..., **fields}` names in a table."""
     if "name" not in spec:
         raise ConfigError(f"{where} lacks a name. Known: {', '.join(table)}.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-LEAST = 0.5      # seconds to compile, of what is worth a file
+LEAST = 0.5  # seconds to compile, of what is worth a file
 
 
 def keep_compiled() -> None:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vdx.build import ConfigError
 
-WORDS = {"true": True, "false": False, "null": None}   # "none" is a name in several tables
+WORDS = {"true": True, "false": False, "null": None}  # "none" is a name in several tables
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -31,7 +31,7 @@ def load_config(spec: str) -> ConfigDict:
     if found is None or found.loader is None:
         raise ConfigError(f"{name} is not a Python file.")
     module = importlib.util.module_from_spec(found)
-    sys.path.insert(0, str(path.resolve().parent.parent))   # `from configs import another`
+    sys.path.insert(0, str(path.resolve().parent.parent))  # `from configs import another`
     try:
         found.loader.exec_module(module)
     finally:
@@ -60,7 +60,7 @@ def override(config: ConfigDict, key: str, value: Any) -> None:
         config = config[section]
         if not isinstance(config, ConfigDict):
             raise ConfigError(f"--config.{key}: {section!r} is a value, not a section.")
-    with config.ignore_type():       # `vdx.build.fill` says what type it must be
+    with config.ignore_type():  # `vdx.build.fill` says what type it must be
         config[last] = value
 
 

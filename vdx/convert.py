@@ -31,8 +31,9 @@ def open_source(source: Path, given: dict[str, str]) -> PublicModel:
     if not (source / INDEX).exists():
         return open_original(source, given)
     if given:
-        raise WeightsError(f"{source} is a whole model; --{', --'.join(given)} cannot be given "
-                           "besides.")
+        raise WeightsError(
+            f"{source} is a whole model; --{', --'.join(given)} cannot be given besides."
+        )
     return open_public(source)
 
 

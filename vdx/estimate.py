@@ -31,13 +31,23 @@ from vdx.models.video_vae import VideoVAE
 from vdx.parallel import AXES, MeshSpec, replicated
 from vdx.train.program import abstract_batch, train_program, with_text
 
-TWICE = {"all-reduce": 2.0}      # what others send once is sent there, and the sum sent back
+TWICE = {"all-reduce": 2.0}  # what others send once is sent there, and the sum sent back
 # The VAEs whose latents have so many channels: Stable Diffusion's, that of Wan 2.1, of Wan 2.2.
 VAES: dict[int, Callable[..., Any]] = {
-    4: ImageVAE, 16: VideoVAE,
-    48: functools.partial(VideoVAE, base_dim=160, decoder_base_dim=256, z_dim=48,
-                          is_residual=True, patch_size=2, in_channels=12, out_channels=12)}
-PIXELS = 2**20                   # of a frame, times the latent frames decoded at once
+    4: ImageVAE,
+    16: VideoVAE,
+    48: functools.partial(
+        VideoVAE,
+        base_dim=160,
+        decoder_base_dim=256,
+        z_dim=48,
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+    ),
+}
+PIXELS = 2**20  # of a frame, times the latent frames decoded at once
 
 
 def abstract_mesh(spec: MeshSpec, devices: int) -> AbstractMesh:
@@ -64,8 +74,10 @@ class Slice:
         """Raises ConfigError for what is not a slice."""
         sizes = self.name.partition(":")[2]
         if not re.fullmatch(r"\d+(x\d+)*" if self.compiles else r"\d+", sizes):
-            raise ConfigError(f"--topology={self.name} is not like v5e:4x4 or h100:8. Known chips: "
-                              f"{', '.join(CHIPS)}.")
+            raise ConfigError(
+                f"--topology={self.name} is not like v5e:4x4 or h100:8. Known chips: "
+                f"{', '.join(CHIPS)}."
+            )
         return math.prod(map(int, sizes.split("x"))) * self.chip.per_chip
 
     def mesh(self, spec: MeshSpec) -> Mesh | AbstractMesh:
@@ -73,9 +85,11 @@ class Slice:
         if not self.compiles:
             return abstract_mesh(spec, self.devices)
         if importlib.util.find_spec("libtpu") is None:
-            raise ConfigError("Planning for a TPU runs its compiler, libtpu, which is not here. No "
-                              "TPU is needed for it: pip install 'vdx[tpu]'")
-        assert self.devices                             # or it says what is wrong with the name
+            raise ConfigError(
+                "Planning for a TPU runs its compiler, libtpu, which is not here. No "
+                "TPU is needed for it: pip install 'vdx[tpu]'"
+            )
+        assert self.devices  # or it says what is wrong with the name
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices
         except Exception as error:
@@ -104,8 +118,9 @@ class Job:
     def clips(self) -> int:
         """Of one call."""
         e = self.experiment
-        return {"train": e.data.loader["global_batch"], "sample": e.sampling.batch,
-                "decode": 1}[self.what]
+        return {"train": e.data.loader["global_batch"], "sample": e.sampling.batch, "decode": 1}[
+            self.what
+        ]
 
     @functools.cached_property
     def model_flops(self) -> float:
@@ -153,10 +168,14 @@ def _train(job: Job, mesh: Any) -> tuple[Any, tuple]:
 def _conditions(job: Job, rows: int) -> dict[str, Any]:
     """What a generator is told, as shapes that lie on every device."""
     conditioning = job.experiment.model.parts()[1]
-    shapes = {k: (v.shape[1:], v.dtype) for k, v in jax.eval_shape(
-        lambda: conditioning.example(job.clip)).items()}
-    return {k: jax.ShapeDtypeStruct((rows, *shape), dtype)
-            for k, (shape, dtype) in with_text(job.experiment, shapes, job.text).items()}
+    shapes = {
+        k: (v.shape[1:], v.dtype)
+        for k, v in jax.eval_shape(lambda: conditioning.example(job.clip)).items()
+    }
+    return {
+        k: jax.ShapeDtypeStruct((rows, *shape), dtype)
+        for k, (shape, dtype) in with_text(job.experiment, shapes, job.text).items()
+    }
 
 
 def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
@@ -165,8 +184,11 @@ def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
     # All inside eval_shape: no operation can run on chips that are not here.
     trained = abstract_params(jax.eval_shape(lambda: e.new_params(jax.random.key(0))), mesh)
     params = e.objective.whole(trained, e.abstract_frozen(mesh))
-    draw = jax.jit(lambda params, batch, seeds: generator.from_seeds(params, batch, seeds,
-                                                                     None, None, job.clip)[0])
+    draw = jax.jit(
+        lambda params, batch, seeds: generator.from_seeds(
+            params, batch, seeds, None, None, job.clip
+        )[0]
+    )
     rows = generator.at_once(job.clips)
     return draw, (params, _conditions(job, rows), jax.ShapeDtypeStruct((rows,), jnp.int32))
 
@@ -175,30 +197,39 @@ def _decode(job: Job, mesh: Any) -> tuple[Any, tuple]:
     """As vdx.generate.public decodes a clip."""
     network = job.experiment.model.parts()[0]
     if (make := VAES.get(network.channels)) is None:
-        raise ConfigError(f"--what=decode: latents of {network.channels} channels are of no VAE "
-                          f"that is known; those of {', '.join(map(str, VAES))} channels are.")
+        raise ConfigError(
+            f"--what=decode: latents of {network.channels} channels are of no VAE "
+            f"that is known; those of {', '.join(map(str, VAES))} channels are."
+        )
     vae, latents = make(dtype=network.dtype), jax.ShapeDtypeStruct((1, *job.clip), jnp.float32)
     chunk: tuple[int, ...] = ()
     if isinstance(vae, VideoVAE):
         sides = job.clip[1] * job.clip[2] * vae.rates[1] ** 2
         chunk = (max(1, PIXELS // sides),)
     shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3))))
-    function = jax.jit(lambda params, z: vae.apply({"params": params}, z, *chunk, method="decode"),
-                       out_shardings=replicated(mesh))
+    function = jax.jit(
+        lambda params, z: vae.apply({"params": params}, z, *chunk, method="decode"),
+        out_shardings=replicated(mesh),
+    )
     return function, (abstract_params(shapes["params"], mesh, network.dtype), latents)
 
 
 PROGRAMS: dict[str, Callable[[Job, Any], tuple[Any, tuple]]] = {
-    "train": _train, "sample": _sample, "decode": _decode}
+    "train": _train,
+    "sample": _sample,
+    "decode": _decode,
+}
 
 
 def bytes_held(args: Any) -> float:
     """Of one device, by shapes and where they lie."""
+
     def one(leaf: Any) -> float:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return 0.0                                                    # a key
+            return 0.0  # a key
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
         return float(math.prod(shape) * leaf.dtype.itemsize)
+
     return sum(map(one, jax.tree.leaves(args)))
 
 
@@ -212,8 +243,9 @@ def _arguments(job: Job, mesh: Any) -> tuple:
 KEPT = {"none": 16, "dots": 11}
 
 
-def least_memory(job: Job, mesh: Any, clips: int | None = None,
-                 remat: str | None = None) -> dict[str, float]:
+def least_memory(
+    job: Job, mesh: Any, clips: int | None = None, remat: str | None = None
+) -> dict[str, float]:
     """About the bytes of one device that no compiler can do without: arguments, and to train
     gradients and what the backward pass begins from. clips: of a call, and remat, if others than
     the job's."""
@@ -221,22 +253,32 @@ def least_memory(job: Job, mesh: Any, clips: int | None = None,
     if job.what != "train":
         return {"arguments": bytes_held(args)}
     state, batch, frozen = args
-    least = {"arguments": bytes_held((state, frozen)) + bytes_held(batch) * clips / job.clips,
-             "gradients": bytes_held(state.params), "kept": 0.0}
+    least = {
+        "arguments": bytes_held((state, frozen)) + bytes_held(batch) * clips / job.clips,
+        "gradients": bytes_held(state.params),
+        "kept": 0.0,
+    }
     network = job.experiment.model.parts()[0]
     if isinstance(network, Transformer):
         depth, periods = network.dims()[1], network.dims()[1] // len(network.dims()[3])
-        least["kept"] = (_token_bytes(job, mesh, clips) / job.experiment.optimizer.accumulate
-                         * (periods + depth * KEPT.get(remat or network.remat, 0)))
+        least["kept"] = (
+            _token_bytes(job, mesh, clips)
+            / job.experiment.optimizer.accumulate
+            * (periods + depth * KEPT.get(remat or network.remat, 0))
+        )
     return least
 
 
 def _token_bytes(job: Job, mesh: Any, clips: int) -> float:
     """Of all tokens of one device, once."""
     network, parts = job.experiment.model.parts()[0], dict(mesh.shape)
-    return (math.prod(network.grid(job.clip)) * network.dims()[0]
-            * jnp.dtype(network.dtype).itemsize * clips
-            / (parts["context"] * parts["data"] * parts["fsdp"]))
+    return (
+        math.prod(network.grid(job.clip))
+        * network.dims()[0]
+        * jnp.dtype(network.dtype).itemsize
+        * clips
+        / (parts["context"] * parts["data"] * parts["fsdp"])
+    )
 
 
 def sent(job: Job, mesh: Any, clips: int | None = None) -> float:
@@ -268,20 +310,29 @@ def compile_for(job: Job, mesh: Any) -> dict[str, Any]:
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(str(error)):
                 raise
-            return {"fits": False, "memory": out_of_memory(str(error)),
-                    "compile_seconds": time.perf_counter() - begin}
+            return {
+                "fits": False,
+                "memory": out_of_memory(str(error)),
+                "compile_seconds": time.perf_counter() - begin,
+            }
     memory, text = program.memory_analysis(), program.as_text()
     counted = Program(text)
     collectives = counted.collectives
     return {
-        "fits": True, "compile_seconds": time.perf_counter() - begin,
-        "memory": {"arguments": memory.argument_size_in_bytes,
-                   "temporaries": memory.temp_size_in_bytes,
-                   "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                   "program": memory.generated_code_size_in_bytes},
-        "flops": counted.flops, "traffic": counted.traffic, "kernels": counted.kernels,
+        "fits": True,
+        "compile_seconds": time.perf_counter() - begin,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+        "flops": counted.flops,
+        "traffic": counted.traffic,
+        "kernels": counted.kernels,
         "sent": sum(TWICE.get(c.kind, 1.0) * c.bytes * c.times for c in collectives),
-        "collectives": by_kind(collectives)}
+        "collectives": by_kind(collectives),
+    }
 
 
 def estimated(job: Job, mesh: Any) -> dict[str, Any]:
@@ -292,17 +343,23 @@ def estimated(job: Job, mesh: Any) -> dict[str, Any]:
     bytes to and from memory, bytes to other devices, in one call. collectives: see `by_kind`.
     """
     args, least = _arguments(job, mesh), least_memory(job, mesh)
-    return {"fits": True, "memory": least, "flops": job.stated_flops / mesh.size,
-            "traffic": 2.0 * bytes_held(args), "collectives": {},
-            "sent": sent(job, mesh) if job.what == "train" else 0.0}
+    return {
+        "fits": True,
+        "memory": least,
+        "flops": job.stated_flops / mesh.size,
+        "traffic": 2.0 * bytes_held(args),
+        "collectives": {},
+        "sent": sent(job, mesh) if job.what == "train" else 0.0,
+    }
 
 
 def out_of_memory(message: str) -> dict[str, float]:
     """Bytes that a program needs and that there are, as the compiler says them; none if it does
     not."""
     size = r"\(?([\d.]+)([KMGT]?)\)?"
-    used = (re.search(rf"Used {size} of {size} hbm", message)
-            or re.search(rf"temporaries {size} exceeds available HBM {size}", message))
+    used = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+        rf"temporaries {size} exceeds available HBM {size}", message
+    )
     if used is None:
         return {}
     needs, needs_unit, has, has_unit = used.groups()
@@ -322,15 +379,28 @@ def plan(job: Job, slice_: Slice) -> dict[str, Any]:
     if facts["fits"] or "flops" in facts:
         # What kernels do is stated, and not in the compiled text.
         hidden = job.stated_flops / mesh.size if facts.get("kernels") else 0.0
-        facts["bounds"] = {"arithmetic": max(facts["flops"], hidden) / chip.flops,
-                           "memory": facts["traffic"] / chip.bandwidth,
-                           "interconnect": facts["sent"] / chip.interconnect}
+        facts["bounds"] = {
+            "arithmetic": max(facts["flops"], hidden) / chip.flops,
+            "memory": facts["traffic"] / chip.bandwidth,
+            "interconnect": facts["sent"] / chip.interconnect,
+        }
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     trained = count(jax.eval_shape(e.new_params, jax.random.key(0)))
-    return {"what": job.what, "topology": slice_.name, "devices": mesh.size,
-            "mesh": dict(mesh.shape), "compiled": slice_.compiles, "clip": list(job.clip),
-            "text": job.text, "clips": job.clips, "tokens": e.model.num_tokens((1, *job.clip)),
-            "remat": e.config["model"]["backbone"].get("remat", "none"),
-            "parameters": count(e.shapes), "trained": trained,
-            "model_flops": job.model_flops, "stated_flops": job.stated_flops,
-            "memory_has": has, **facts}
+    return {
+        "what": job.what,
+        "topology": slice_.name,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "compiled": slice_.compiles,
+        "clip": list(job.clip),
+        "text": job.text,
+        "clips": job.clips,
+        "tokens": e.model.num_tokens((1, *job.clip)),
+        "remat": e.config["model"]["backbone"].get("remat", "none"),
+        "parameters": count(e.shapes),
+        "trained": trained,
+        "model_flops": job.model_flops,
+        "stated_flops": job.stated_flops,
+        "memory_has": has,
+        **facts,
+    }

@@ -32,16 +32,18 @@ from vdx.models.steering import KnownFrames
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
-WORDLESS = ("reference", "flow", "camera")     # drawn with no words, which tell the same
-SEED = 10_000     # of the first judged clip; training's wall uses 0, 1, ...
+WORDLESS = ("reference", "flow", "camera")  # drawn with no words, which tell the same
+SEED = 10_000  # of the first judged clip; training's wall uses 0, 1, ...
 
 
 def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> dict:
     """Judges as `config.judge` says; returns what `eval.json` says."""
     # Asked before it is made: a stranger's config could point it at any folder.
     if SOURCES.get(str(experiment.data.source.get("name"))) is not Scenes:
-        raise ConfigError("Judging needs data whose truth is known (source 'scenes'). Set "
-                          "config.judge.prompts = 0 and steering = 0 for other data.")
+        raise ConfigError(
+            "Judging needs data whose truth is known (source 'scenes'). Set "
+            "config.judge.prompts = 0 and steering = 0 for other data."
+        )
     result: dict = {"step": step}
     if experiment.judging.prompts:
         result |= prompt_following(experiment, params, workdir)
@@ -65,13 +67,21 @@ def prompt_following(experiment: Experiment, params: Params, workdir: Path) -> d
     times = np.arange(frames) / fps
     drawn = score(videos, truth, fps, **vocabulary)
     true = score([r.read(times) for r in records], truth, fps, **vocabulary)
-    rows = [{"prompt": p, "seed": s, "truth": t, "read": r, "ok": t == r} for p, s, t, r in
-            zip(prompts, seeds, truth, drawn["readings"], strict=True)]
+    rows = [
+        {"prompt": p, "seed": s, "truth": t, "read": r, "ok": t == r}
+        for p, s, t, r in zip(prompts, seeds, truth, drawn["readings"], strict=True)
+    ]
     sampling = experiment.sampling
-    result = {"prompts": count, "sampler": sampling.sampler,
-              "steps": sampling.steps, "guidance": sampling.guidance,
-              "scores": drawn["accuracy"], "chance": drawn["chance"],
-              "true_renders": true["accuracy"], "confusion": confusion(truth, drawn["readings"])}
+    result = {
+        "prompts": count,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "scores": drawn["accuracy"],
+        "chance": drawn["chance"],
+        "true_renders": true["accuracy"],
+        "confusion": confusion(truth, drawn["readings"]),
+    }
     if jax.process_index() == 0:
         rows = write_clips(workdir / "eval", videos, fps, rows)
         write_sheet(workdir / "eval" / "wall.webp", videos[:12], prompts[:12], fps)
@@ -85,8 +95,10 @@ class Drawing:
     def __init__(self, experiment: Experiment, params: Params, source: Scenes, count: int):
         self.experiment, self.params = experiment, params
         self.frames, self.fps = experiment.clip_default()
-        self.generator, self.size = experiment.generator(), (experiment.data.height,
-                                                             experiment.data.width)
+        self.generator, self.size = (
+            experiment.generator(),
+            (experiment.data.height, experiment.data.width),
+        )
         self.scenes = [source.scene(i) for i in range(count)]
         self.records = [source[i] for i in range(count)]
         self.seeds = [SEED + i for i in range(count)]
@@ -99,15 +111,28 @@ class Drawing:
         """Entries of the batch for a signal, as the scenes have it."""
         times, rng = np.arange(self.frames) / self.fps, np.random.default_rng(SEED)
         points = self.experiment.clip.flow_points if self.experiment.clip else 0
-        rows = [read_signals((name,), Clip(record, times, self.fps, record.read(times), self.size,
-                                           points, rng)) for record in self.records]
+        rows = [
+            read_signals(
+                (name,), Clip(record, times, self.fps, record.read(times), self.size, points, rng)
+            )
+            for record in self.records
+        ]
         return {name: np.stack([row[name] for row in rows])}
 
-    def draw(self, steer: Mapping[str, np.ndarray], fps: float | None = None,
-             words: bool = True) -> np.ndarray:
+    def draw(
+        self, steer: Mapping[str, np.ndarray], fps: float | None = None, words: bool = True
+    ) -> np.ndarray:
         prompts = [record.caption if words else "" for record in self.records]
-        return to_uint8(self.generator(self.params, prompts, self.seeds, num_frames=self.frames,
-                                       fps=fps or self.fps, steer=steer))
+        return to_uint8(
+            self.generator(
+                self.params,
+                prompts,
+                self.seeds,
+                num_frames=self.frames,
+                fps=fps or self.fps,
+                steer=steer,
+            )
+        )
 
 
 def steering(experiment: Experiment, params: Params) -> list[dict]:
@@ -120,8 +145,9 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
 
     def add(kind: str, videos: np.ndarray, without: np.ndarray, asked: Sequence[Mapping]) -> None:
         score = steering_scores(kind, list(videos), asked, drawing.fps)
-        rows.append(score | {
-            "without": steering_scores(kind, list(without), asked, drawing.fps)["model"]})
+        rows.append(
+            score | {"without": steering_scores(kind, list(without), asked, drawing.fps)["model"]}
+        )
 
     if "known_frames" in signals:
         pixels = np.stack([truth["video"] for truth in truths])
@@ -132,18 +158,24 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
         for name, places in kinds.items():
             mask = np.zeros(pixels.shape[:2], np.float32)
             mask[:, places] = 1.0
-            videos = drawing.draw({"known": known * mask[..., None, None, None],
-                                   "known_mask": mask})
+            videos = drawing.draw(
+                {"known": known * mask[..., None, None, None], "known_mask": mask}
+            )
             for kind in measures(name):
                 add(kind, videos, plain, truths)
-    if "motion" in signals:               # not what the words mean, but any strength there is
+    if "motion" in signals:  # not what the words mean, but any strength there is
         usual = sorted(truth["motion"] for truth in truths)
         asked = np.random.default_rng(SEED).permutation(usual)
-        add("motion", drawing.draw({"motion": asked.astype(np.float32)}), plain,
-            [{**truth, "motion": value} for truth, value in zip(truths, asked, strict=True)])
+        add(
+            "motion",
+            drawing.draw({"motion": asked.astype(np.float32)}),
+            plain,
+            [{**truth, "motion": value} for truth, value in zip(truths, asked, strict=True)],
+        )
     silent = drawing.draw({}, words=False) if signals & set(WORDLESS) else plain
-    for name in sorted(signals & {metric.signal for metric in STEERING.values()} & set(SIGNALS)
-                       - {"motion"}):
+    for name in sorted(
+        signals & {metric.signal for metric in STEERING.values()} & set(SIGNALS) - {"motion"}
+    ):
         words = name not in WORDLESS
         videos = drawing.draw(drawing.signal(name), words=words)
         for kind in measures(name):
@@ -158,16 +190,18 @@ def measures(signal: str) -> list[str]:
     return [kind for kind, metric in STEERING.items() if metric.signal == signal]
 
 
-def frame_rate(experiment: Experiment, params: Params, source: Scenes,
-               rates: tuple[float, float]) -> dict:
+def frame_rate(
+    experiment: Experiment, params: Params, source: Scenes, rates: tuple[float, float]
+) -> dict:
     """The row of the frame rate, of objects that go one way: the same words and noise at both."""
     ways = tuple(motion for motion in source.motions if motion in VELOCITIES)
-    drawing = Drawing(experiment, params, dataclasses.replace(source, motions=ways),
-                      experiment.judging.steering)
+    drawing = Drawing(
+        experiment, params, dataclasses.replace(source, motions=ways), experiment.judging.steering
+    )
     clips, truths = [drawing.draw({}, rate) for rate in rates], [drawing.truths(r) for r in rates]
     pairs = lambda two: [one for pair in zip(*two, strict=True) for one in pair]
     score = steering_scores("fps", pairs(clips), pairs(truths), list(rates) * len(clips[0]))
-    return score | {"without": math.log2(rates[1] / rates[0])}       # a model that does not listen
+    return score | {"without": math.log2(rates[1] / rates[0])}  # a model that does not listen
 
 
 def confusion(truth: list[dict], read: list[dict]) -> dict[str, dict[str, dict[str, int]]]:
@@ -182,27 +216,44 @@ def confusion(truth: list[dict], read: list[dict]) -> dict[str, dict[str, dict[s
 
 def table(result: dict) -> str:
     """The scores as lines of text."""
-    return "\n\n".join([*([following_table(result)] if "scores" in result else []),
-                        *([steering_table(result["steering"])] if "steering" in result else [])])
+    return "\n\n".join(
+        [
+            *([following_table(result)] if "scores" in result else []),
+            *([steering_table(result["steering"])] if "steering" in result else []),
+        ]
+    )
 
 
 def steering_table(rows: list[dict]) -> str:
-    lines = [f"{'signal':14}{'measure':34}{'unit':10}{'model':>9}{'without':>9}{'other':>9}"
-             f"{'true':>9}{'goal':>9}"]
+    lines = [
+        f"{'signal':14}{'measure':34}{'unit':10}{'model':>9}{'without':>9}{'other':>9}"
+        f"{'true':>9}{'goal':>9}"
+    ]
     for row in rows:
         numbers = "".join(f"{row[k]:9.3g}" for k in ("model", "without", "control", "true", "goal"))
-        lines.append(f"{row['signal']:14}{row['measure']:34}{row['unit']:10}{numbers}"
-                     f"  {'reached' if row['reached'] else 'not reached'}")
-    return "\n".join([*lines, "without: the signal; other: against what other clips asked; true: "
-                      "the reader on true renders"])
+        lines.append(
+            f"{row['signal']:14}{row['measure']:34}{row['unit']:10}{numbers}"
+            f"  {'reached' if row['reached'] else 'not reached'}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "without: the signal; other: against what other clips asked; true: "
+            "the reader on true renders",
+        ]
+    )
 
 
 def following_table(result: dict) -> str:
-    lines = [f"{result['prompts']} held-out prompts, step {result['step']}, {result['sampler']} "
-             f"{result['steps']} steps, guidance {result['guidance']:g}",
-             f"{'':8} {'model':>8} {'chance':>8} {'reader on true renders':>24}"]
-    lines += [f"{name:8} {value:8.1%} {result['chance'][name]:8.1%} "
-              f"{result['true_renders'][name]:24.1%}" for name, value in result["scores"].items()]
+    lines = [
+        f"{result['prompts']} held-out prompts, step {result['step']}, {result['sampler']} "
+        f"{result['steps']} steps, guidance {result['guidance']:g}",
+        f"{'':8} {'model':>8} {'chance':>8} {'reader on true renders':>24}",
+    ]
+    lines += [
+        f"{name:8} {value:8.1%} {result['chance'][name]:8.1%} {result['true_renders'][name]:24.1%}"
+        for name, value in result["scores"].items()
+    ]
     return "\n".join(lines)
 
 

@@ -46,8 +46,8 @@ from vdx.types import Params, PRNGKeyArray
 Spec = Mapping[str, Any]
 # Of config.weights, by backbone.
 READERS: dict[str, Callable[..., Params]] = {"transformer": load_transformer, "unet": load_unet}
-MEAN_OF = 64      # clips over which the mean of the pixels is measured
-WALL, WALL_OF = 8, 64     # captions of the wall, and clips that are looked at for them
+MEAN_OF = 64  # clips over which the mean of the pixels is measured
+WALL, WALL_OF = 8, 64  # captions of the wall, and clips that are looked at for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Data:
     clip: Spec | None = None
     height: int = 32
     width: int = 32
-    mean: float | None = None    # of the pixels in [-1, 1]; subtracted, as from a VAE's latents.
+    mean: float | None = None  # of the pixels in [-1, 1]; subtracted, as from a VAE's latents.
     #                              None: `settled` finds it
-    path: str | None = None      # where configs let `source` point, for a short command line
+    path: str | None = None  # where configs let `source` point, for a short command line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,15 @@ class Training:
 
     def __post_init__(self):
         if self.keep < 1 or self.bad_in_row < 1:
-            raise ConfigError(f"config.train.keep = {self.keep} and bad_in_row = "
-                              f"{self.bad_in_row} must be at least 1.")
+            raise ConfigError(
+                f"config.train.keep = {self.keep} and bad_in_row = "
+                f"{self.bad_in_row} must be at least 1."
+            )
         if self.best and not (self.eval_every and self.save_every % self.eval_every == 0):
             raise ConfigError(
                 f"config.train.best = {self.best!r} needs a measurement at every save: save_every "
-                f"= {self.save_every} must be a multiple of eval_every = {self.eval_every}.")
+                f"= {self.save_every} must be a multiple of eval_every = {self.eval_every}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +178,11 @@ class Experiment:
         self.optimizer = fill(Optimizer, top.optim, "config.optim")
         self.mesh_spec = fill(MeshSpec, top.mesh, "config.mesh")
         self.sampling = fill(Sampling, top.sample, "config.sample")
-        self.clip = None if self.data.clip is None else \
-            fill(ClipSampling, self.data.clip, "config.data.clip")
+        self.clip = (
+            None
+            if self.data.clip is None
+            else fill(ClipSampling, self.data.clip, "config.data.clip")
+        )
         fill(Loader, {"seed": self.seed, **self.data.loader}, "config.data.loader")
         model = fill(Model, top.model, "config.model")
         self.model = Denoiser(model.backbone, model.signals)
@@ -193,15 +199,24 @@ class Experiment:
             self.part = Part(top.trainable)
             self.part.check(self.shapes)
         if top.first_frame and (frames := self.model.parts()[0].patch[0]) > 1:
-            raise ConfigError(f"config.first_frame = {top.first_frame} gives the first frame a "
-                              f"time of its own, but a token of this model is {frames} frames long "
-                              "(config.model.backbone.patch). The signal known_frames works with "
-                              "any.")
+            raise ConfigError(
+                f"config.first_frame = {top.first_frame} gives the first frame a "
+                f"time of its own, but a token of this model is {frames} frames long "
+                "(config.model.backbone.patch). The signal known_frames works with "
+                "any."
+            )
         self.process = build(top.process, PROCESSES, "config.process")
-        self.objective = Objective(self.model, self.process,
-                                   build(top.time, TIMES, "config.time"),
-                                   build(top.loss, WEIGHTS, "config.loss"), self.training.bins,
-                                   self.data.mean or 0.0, self.part, top.first_frame, top.forcing)
+        self.objective = Objective(
+            self.model,
+            self.process,
+            build(top.time, TIMES, "config.time"),
+            build(top.loss, WEIGHTS, "config.loss"),
+            self.training.bins,
+            self.data.mean or 0.0,
+            self.part,
+            top.first_frame,
+            top.forcing,
+        )
         if isinstance(generator := self.generator(), Streamer) and self.clip is not None:
             generator.check((self.clip_default()[0], *generator.frame_shape))
 
@@ -213,21 +228,36 @@ class Experiment:
         spec = {**self.data.source, **(self.data.heldout if heldout else {})}
         return build(spec, SOURCES, "config.data.source")
 
-    def batches(self, *, heldout: bool = False, seed: int | None = None,
-                workdir: Path | None = None, **settings) -> Batches:
+    def batches(
+        self,
+        *,
+        heldout: bool = False,
+        seed: int | None = None,
+        workdir: Path | None = None,
+        **settings,
+    ) -> Batches:
         """This process's share of the batches; `settings` override fields of the loader."""
         make = lengths = None
         if self.clip is not None:
             lengths = self.clip.lengths
             make = functools.partial(
-                to_example, clip=self.clip, height=self.data.height, width=self.data.width,
+                to_example,
+                clip=self.clip,
+                height=self.data.height,
+                width=self.data.width,
                 tokenize=self.model.tokenizer(),
-                signals=tuple(name for name in self.model.signals if name in SIGNALS))
+                signals=tuple(name for name in self.model.signals if name in SIGNALS),
+            )
         log = None if workdir is None else workdir / "bad_records.jsonl"
         return make_loader(
-            self.source(heldout), to_example=make, num_frames=lengths,
-            host_index=jax.process_index(), host_count=jax.process_count(), bad_log=log,
-            **{"seed": self.seed if seed is None else seed, **self.data.loader, **settings})
+            self.source(heldout),
+            to_example=make,
+            num_frames=lengths,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+            bad_log=log,
+            **{"seed": self.seed if seed is None else seed, **self.data.loader, **settings},
+        )
 
     def new_params(self, key: PRNGKeyArray) -> Params:
         """What is trained, as it begins: the network's parameters, some of them, or adapters."""
@@ -251,12 +281,16 @@ class Experiment:
         Raises ConfigError, WeightsError, CheckpointError.
         """
         if not self.weights:
-            raise ConfigError("config.weights is not set: name the network whose weights stay as "
-                              "they are, a folder of public weights or a run.")
+            raise ConfigError(
+                "config.weights is not set: name the network whose weights stay as "
+                "they are, a folder of public weights or a run."
+            )
         dtype = "float32" if self.part is None else self.model.parts()[0].dtype
         trained = self.part.pattern if isinstance(self.part, Part) else None
-        if isinstance(self.weights, str) and (
-                (found := locate(self.weights))[0] / "checkpoints").is_dir():
+        if (
+            isinstance(self.weights, str)
+            and ((found := locate(self.weights))[0] / "checkpoints").is_dir()
+        ):
             with Checkpoints(found[0], read_only=True) as run:
                 params, *_ = run.restore_params(abstract_params(self.shapes, mesh), step=found[1])
             like = abstract_params(self.shapes, mesh, dtype, trained)
@@ -300,7 +334,8 @@ class Experiment:
             raise ConfigError(
                 f"config.model.signals.embeddings.dropout = {rate} drops captions, and the "
                 "metadata of the data does not say what stands for them (`null`, the encoding of "
-                "the empty caption; see vdx.data.cache). Write it there, or set the dropout to 0.")
+                "the empty caption; see vdx.data.cache). Write it there, or set the dropout to 0."
+            )
         return params
 
     @functools.cached_property
@@ -310,20 +345,25 @@ class Experiment:
             return self.training.wall
         source, captions = self.source(), []
         for i in range(min(WALL_OF, len(source))):
-            with contextlib.suppress(BadRecord):       # the pipeline counts and names it
+            with contextlib.suppress(BadRecord):  # the pipeline counts and names it
                 captions.append(source[i].caption)
             if len(captions) == WALL:
                 break
         return tuple(captions)
 
-    def generator(self, sampling: Sampling | None = None,
-                  size: tuple[int, int] | None = None) -> Generator:
+    def generator(
+        self, sampling: Sampling | None = None, size: tuple[int, int] | None = None
+    ) -> Generator:
         height, width = size or (self.data.height, self.data.width)
         by_block = self.objective.forcing and self.model.block
         return (Streamer if by_block else Generator)(
-            self.model, self.process, sampling or self.sampling,
-            (height, width, self.model.channels), self.objective.mean,
-            self.objective.first_frame > 0)
+            self.model,
+            self.process,
+            sampling or self.sampling,
+            (height, width, self.model.channels),
+            self.objective.mean,
+            self.objective.first_frame > 0,
+        )
 
     def clip_default(self) -> tuple[int, float]:
         """(frames, frames per second) of a clip when nobody says otherwise: the first length
@@ -349,12 +389,12 @@ def settled(config: Spec, workdir: Path) -> Experiment:
             return with_mean(mean)
     source, rng, means = experiment.source(), np.random.default_rng(experiment.seed), []
     for i in rng.permutation(len(source))[:MEAN_OF].tolist():
-        with contextlib.suppress(BadRecord):       # the pipeline counts and names it
+        with contextlib.suppress(BadRecord):  # the pipeline counts and names it
             record = source[i]
             times, _ = experiment.clip.times(record, experiment.clip.lengths[0], rng)
             means.append(record.read(times).mean() / 127.5 - 1.0)
     if not means:
-        return experiment                          # the pipeline says what is wrong
+        return experiment  # the pipeline says what is wrong
     return with_mean(round(float(np.mean(means)), 4))
 
 
@@ -362,13 +402,21 @@ def load(workdir: Path) -> Experiment:
     """The experiment that a workdir holds."""
     path = Path(workdir) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: {workdir} is not the workdir of a run. "
-                                "Train first: python -m vdx.main --config=... --workdir=...")
+        raise FileNotFoundError(
+            f"{path} is not there: {workdir} is not the workdir of a run. "
+            "Train first: python -m vdx.main --config=... --workdir=..."
+        )
     return Experiment(read_json(path))
 
 
-def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
-                step: int | str | None = None) -> tuple[Any, int, str]:
+def open_params(
+    experiment: Experiment,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    item: str = "ema",
+    step: int | str | None = None,
+) -> tuple[Any, int, str]:
     """(parameters, step, identity) of a checkpoint, laid out on the mesh; those of a run that
     trained adapters, or a part, beside those of its `config.weights`, which are read again.
 
@@ -382,18 +430,25 @@ def open_params(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str 
     base = whole_digest(frozen)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         check_base(checkpoints.facts(number)["progress"], base, f"step {number} of {workdir}")
-    if (kept := Path(workdir) / "null.npy").exists():    # the data, which told it, may not be here
+    if (kept := Path(workdir) / "null.npy").exists():  # the data, which told it, may not be here
         frozen = added(frozen, {NULL: np.load(kept, allow_pickle=False)})
     return experiment.objective.whole(trained, frozen), number, digest([identity, base])
 
 
-def open_trained(experiment: Experiment, workdir: Path, mesh: Mesh, *, item: str = "ema",
-                 step: int | str | None = None) -> tuple[Params, int, str]:
+def open_trained(
+    experiment: Experiment,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    item: str = "ema",
+    step: int | str | None = None,
+) -> tuple[Params, int, str]:
     """As `open_params`, of what was trained alone: the network's parameters, some, or adapters."""
     shapes = jax.eval_shape(experiment.new_params, jax.random.key(0))
     if item not in ("ema", "params"):
         raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")
     with Checkpoints(workdir, best=experiment.training.best, read_only=True) as checkpoints:
         number = checkpoints.best_step() if step == "best" else step
-        return checkpoints.restore_params(abstract_params(shapes, mesh), item,
-                                          None if number is None else int(number))
+        return checkpoints.restore_params(
+            abstract_params(shapes, mesh), item, None if number is None else int(number)
+        )

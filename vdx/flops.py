@@ -39,8 +39,11 @@ def _cost(eqn: Any) -> float:
         return 2.0 * eqn.outvars[0].aval.size * read / math.prod(params["lhs_dilation"])
     if name == "pallas_call":
         return float(getattr(params.get("cost_estimate"), "flops", 0))
-    inner = [counted(getattr(value, "jaxpr", value)) for value in jax.tree.leaves(
-        list(params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(value)]
+    inner = [
+        counted(getattr(value, "jaxpr", value))
+        for value in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)
+        if _is_jaxpr(value)
+    ]
     if name == "cond":
         return max(inner)
     times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}

@@ -16,24 +16,60 @@ from typing import Any
 
 import numpy as np
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-               "ragged-all-to-all")
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16,
-        "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
+BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "f16": 16,
+    "bf16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+}
 # Instructions that move nothing by themselves.
-STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-         "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
+STILL = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+}
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_CALLS = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)="
-                    r"(\{[^}]*\}|%[\w.\-]+)")
+_CALLS = re.compile(
+    r"(calls|body|condition|to_apply|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%[\w.\-]+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
     sizes: tuple[int, ...]
     bytes: float
-    here: bool           # in the chip's large memory, not in a small fast one
+    here: bool  # in the chip's large memory, not in a small fast one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +78,17 @@ class Instruction:
     opcode: str
     result: tuple[Array, ...]
     operands: tuple[str, ...]
-    attributes: str      # all that follows the opcode
-    root: bool           # its result is that of its computation
+    attributes: str  # all that follows the opcode
+    root: bool  # its result is that of its computation
 
     @property
     def callees(self) -> list[tuple[str, str]]:
         """(role, name of a computation)"""
-        return [(role, name) for role, names in _CALLS.findall(self.attributes)
-                for name in re.findall(r"%([\w.\-]+)", names)]
+        return [
+            (role, name)
+            for role, names in _CALLS.findall(self.attributes)
+            for name in re.findall(r"%([\w.\-]+)", names)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +115,7 @@ class Program:
                 if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
                     current = self.computations.setdefault(head[2], {})
                     self.entry = head[2] if head[1] else self.entry
-            elif line.rstrip() == "}":     # a kernel's metadata have lines of their own
+            elif line.rstrip() == "}":  # a kernel's metadata have lines of their own
                 current = None
             elif (one := _parse(line)) is not None:
                 current[one.name] = one
@@ -92,10 +131,14 @@ class Program:
                 out.append((name, one, times, looped, fused))
                 for role, callee in one.callees:
                     if role == "to_apply" and one.opcode != "call":
-                        continue                         # an addition, or the like
+                        continue  # an addition, or the like
                     trips = self.trips(one) if role == "body" else 1
-                    walk(callee, times * trips, looped or role == "body",
-                         fused or one.opcode == "fusion")
+                    walk(
+                        callee,
+                        times * trips,
+                        looped or role == "body",
+                        fused or one.opcode == "fusion",
+                    )
 
         walk(self.entry, 1, False, False)
         return out
@@ -106,31 +149,41 @@ class Program:
         if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(found[1])
         condition = dict(loop.callees).get("condition", "")
-        limits = [int(found[1]) for one in self.computations.get(condition, {}).values()
-                  if one.opcode == "constant" and (found := re.match(r"\((\d+)\)", one.attributes))]
+        limits = [
+            int(found[1])
+            for one in self.computations.get(condition, {}).values()
+            if one.opcode == "constant" and (found := re.match(r"\((\d+)\)", one.attributes))
+        ]
         return limits[0] if len(limits) == 1 else 1
 
     @property
     def flops(self) -> float:
         """Operations of products and convolutions, of one device, two to a multiply-add."""
-        return float(sum(times * self._products(name, one)
-                         for name, one, times, _, _ in self.visits))
+        return float(
+            sum(times * self._products(name, one) for name, one, times, _, _ in self.visits)
+        )
 
     @property
     def traffic(self) -> float:
         """Bytes to and from a device's memory, if every instruction reads its operands and writes
         its result once, a fusion being one instruction: the slices of an operand, where it takes
         no more, and of a result, where the rest stays what it is."""
-        return float(sum(times * self._moved(name, one)
-                         for name, one, times, _, fused in self.visits
-                         if not fused and one.opcode not in STILL
-                         and not one.opcode.endswith(("-done", "-update"))))
+        return float(
+            sum(
+                times * self._moved(name, one)
+                for name, one, times, _, fused in self.visits
+                if not fused
+                and one.opcode not in STILL
+                and not one.opcode.endswith(("-done", "-update"))
+            )
+        )
 
     @property
     def kernels(self) -> int:
         """How often a kernel runs, of which nothing is counted."""
-        return sum(times for _, one, times, _, _ in self.visits
-                   if "tpu_custom_call" in one.attributes)
+        return sum(
+            times for _, one, times, _, _ in self.visits if "tpu_custom_call" in one.attributes
+        )
 
     @property
     def collectives(self) -> list[Collective]:
@@ -145,8 +198,10 @@ class Program:
                 both = kind != one.opcode and len(made) > len(given)
                 moved = max(sum(given), sum(made) - both * sum(given))
                 channel = re.search(r"channel_id=\d+", one.attributes)
-                out.setdefault(channel[0] if channel else f"{name}/{one.name}",
-                               Collective(kind, moved, max(given + made), times, looped))
+                out.setdefault(
+                    channel[0] if channel else f"{name}/{one.name}",
+                    Collective(kind, moved, max(given + made), times, looped),
+                )
         return list(out.values())
 
     def _operands(self, name: str, one: Instruction) -> list[Array]:
@@ -155,29 +210,38 @@ class Program:
 
     def _moved(self, name: str, one: Instruction) -> float:
         inside, known = self._inside(one), self.computations[name]
-        if one.opcode in ("copy-start", "slice-start"):    # -> (from, to, ...)
+        if one.opcode in ("copy-start", "slice-start"):  # -> (from, to, ...)
             start, end = one.result[:2]
             return end.bytes * (start.here + end.here)
         if one.opcode in ("slice", "dynamic-slice"):
             return 2.0 * _here(one.result)
         if one.opcode == "dynamic-update-slice":
             return 2.0 * _here(known[one.operands[1]].result)
-        read = sum(self._read(inside, i, _here(known[operand].result))
-                   for i, operand in enumerate(one.operands) if operand in known)
+        read = sum(
+            self._read(inside, i, _here(known[operand].result))
+            for i, operand in enumerate(one.operands)
+            if operand in known
+        )
         return read + self._written(inside, one.result)
 
     def _inside(self, one: Instruction) -> str:
         """The computation of a fusion, else nothing."""
-        return next((callee for role, callee in one.callees if role == "calls"), "") \
-            if one.opcode == "fusion" else ""
+        return (
+            next((callee for role, callee in one.callees if role == "calls"), "")
+            if one.opcode == "fusion"
+            else ""
+        )
 
     def _read(self, inside: str, index: int, size: float) -> float:
         """Of the `size` bytes of an operand, those that are read: of a fusion's perhaps slices."""
         if not inside:
             return size
         known = self.computations[inside]
-        parameter = next(one.name for one in known.values() if one.opcode == "parameter"
-                         and one.attributes.startswith(f"({index})"))
+        parameter = next(
+            one.name
+            for one in known.values()
+            if one.opcode == "parameter" and one.attributes.startswith(f"({index})")
+        )
 
         def taken(name: str) -> float:
             total = 0.0
@@ -191,8 +255,11 @@ class Program:
                         total += sum(a.bytes for a in one.result)
                     elif one.opcode == "fusion":
                         total += self._read(self._inside(one), i, size)
-                    elif not (one.opcode == "tuple" or one.opcode in COLLECTIVES
-                              or (one.opcode == "dynamic-update-slice" and i == 0)):
+                    elif not (
+                        one.opcode == "tuple"
+                        or one.opcode in COLLECTIVES
+                        or (one.opcode == "dynamic-update-slice" and i == 0)
+                    ):
                         return size
             return total
 
@@ -209,8 +276,10 @@ class Program:
             if one.opcode == "bitcast":
                 return made(known[one.operands[0]], results)
             if one.opcode == "tuple":
-                return sum(made(known[name], (result,))
-                           for name, result in zip(one.operands, results, strict=True))
+                return sum(
+                    made(known[name], (result,))
+                    for name, result in zip(one.operands, results, strict=True)
+                )
             if one.opcode == "dynamic-update-slice":
                 return _here(known[one.operands[1]].result) if _here(results) else 0.0
             if one.opcode == "fusion":
@@ -236,8 +305,9 @@ def by_kind(collectives: list[Collective]) -> dict[str, dict[str, Any]]:
     those of the largest array."""
     out: dict[str, dict[str, Any]] = defaultdict(dict)
     for one in collectives:
-        place = out[one.kind].setdefault("looped" if one.looped else "outside",
-                                         {"count": 0, "bytes": 0.0, "largest": 0.0})
+        place = out[one.kind].setdefault(
+            "looped" if one.looped else "outside", {"count": 0, "bytes": 0.0, "largest": 0.0}
+        )
         place["count"] += one.times
         place["bytes"] += one.times * one.bytes
         place["largest"] = max(place["largest"], one.largest)
@@ -266,9 +336,14 @@ def _parse(line: str) -> Instruction | None:
     kind, rest = rest[:end], rest[end:].lstrip()
     start = rest.find("(")
     stop = _closing(rest, start)
-    return Instruction(name.removeprefix("%"), rest[:start], _arrays(kind),
-                       tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])), rest[start:],
-                       line.lstrip().startswith("ROOT "))
+    return Instruction(
+        name.removeprefix("%"),
+        rest[:start],
+        _arrays(kind),
+        tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])),
+        rest[start:],
+        line.lstrip().startswith("ROOT "),
+    )
 
 
 def _arrays(kind: str) -> tuple[Array, ...]:
@@ -280,29 +355,41 @@ def _arrays(kind: str) -> tuple[Array, ...]:
     return tuple(out)
 
 
-def _convolution(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...],
-                 attributes: str) -> float:
+def _convolution(
+    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
+) -> float:
     """Two for every pair of an output and an entry of the kernel that reads no padding and no hole:
     batched products are convolutions with holes to XLA."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None, attributes
-    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", attributes)
-                                                 or ["", ""])[1]))
+    window = dict(
+        re.findall(
+            r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", attributes) or ["", ""])[1]
+        )
+    )
     at = lambda key, i, default: window[key].split("x")[i] if key in window else default
-    pairs = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[
-        labels[2].index("i")]
+    pairs = (
+        2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
+    )
     for i in range(len(labels[1]) - 2):
-        size, kernel, results = (sizes[label.index(str(i))] for sizes, label in
-                                 zip((left, right, out), labels.groups(), strict=True))
-        pairs *= _read(size, kernel, results, int(at("stride", i, 1)),
-                       int(at("pad", i, "0_0").split("_")[0]), int(at("lhs_dilate", i, 1)),
-                       int(at("rhs_dilate", i, 1)))
+        size, kernel, results = (
+            sizes[label.index(str(i))]
+            for sizes, label in zip((left, right, out), labels.groups(), strict=True)
+        )
+        pairs *= _read(
+            size,
+            kernel,
+            results,
+            int(at("stride", i, 1)),
+            int(at("pad", i, "0_0").split("_")[0]),
+            int(at("lhs_dilate", i, 1)),
+            int(at("rhs_dilate", i, 1)),
+        )
     return pairs
 
 
 @functools.cache
-def _read(size: int, kernel: int, results: int, step: int, low: int, hole: int,
-          apart: int) -> int:
+def _read(size: int, kernel: int, results: int, step: int, low: int, hole: int, apart: int) -> int:
     """Along one axis: pairs of a result and an entry of the kernel that read an entry."""
     place = np.arange(results)[:, None] * step + np.arange(kernel) * apart - low
     return int(((place >= 0) & (place <= (size - 1) * hole) & (place % hole == 0)).sum())

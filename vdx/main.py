@@ -14,16 +14,20 @@ def use_huge_pages() -> None:
     """Starts this command again with glibc's memory in huge pages that it keeps, which only its
     start can ask for: on a CPU a quarter of a training step goes into page faults."""
     accelerators = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*")
-    if ("GLIBC_TUNABLES" not in os.environ and sys.platform == "linux"
-            and not any(glob.glob(pattern) for pattern in accelerators)):
+    if (
+        "GLIBC_TUNABLES" not in os.environ
+        and sys.platform == "linux"
+        and not any(glob.glob(pattern) for pattern in accelerators)
+    ):
         os.environ["GLIBC_TUNABLES"] = (
             "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
-            "glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=500000000")
+            "glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=500000000"
+        )
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":
-    use_huge_pages()      # before the imports, which take seconds
+    use_huge_pages()  # before the imports, which take seconds
 
 import contextlib
 import datetime
@@ -58,8 +62,12 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
     keep_compiled()
     if FLAGS.coordinator:
-        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
-                                   heartbeat_timeout_seconds=FLAGS.heartbeat)
+        jax.distributed.initialize(
+            FLAGS.coordinator,
+            FLAGS.num_processes,
+            FLAGS.process_id,
+            heartbeat_timeout_seconds=FLAGS.heartbeat,
+        )
     elif FLAGS.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
     with explained(), peers(), Stop() as stop:
@@ -71,11 +79,22 @@ def explained():
     """Ends the program with a message instead of a stack trace where the message says it all."""
     try:
         yield
-    except (ConfigError, DataError, WorkerDied, WeightsError, CheckpointError, BadNumbers,
-            WorkdirInUse, OSError) as error:
+    except (
+        ConfigError,
+        DataError,
+        WorkerDied,
+        WeightsError,
+        CheckpointError,
+        BadNumbers,
+        WorkdirInUse,
+        OSError,
+    ) as error:
         code = STUCK if isinstance(error, WorkerDied) else 1
-        hint = ["What was saved before is whole: once this is mended, the same command goes on."
-                ] if isinstance(error, OSError) else []
+        hint = (
+            ["What was saved before is whole: once this is mended, the same command goes on."]
+            if isinstance(error, OSError)
+            else []
+        )
         leave(code, "\n".join([str(error), *getattr(error, "__notes__", []), *hint]))
 
 
@@ -97,8 +116,14 @@ def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> 
 
     def on_sample(step, params):
         frames, fps = experiment.clip_default()
-        draw_wall(generator, params, experiment.wall, workdir / "samples" / f"{step:08d}",
-                  num_frames=frames, fps=fps)
+        draw_wall(
+            generator,
+            params,
+            experiment.wall,
+            workdir / "samples" / f"{step:08d}",
+            num_frames=frames,
+            fps=fps,
+        )
         if primary:
             write_report(workdir)
 
@@ -117,34 +142,60 @@ def run_facts(experiment: Experiment, mesh) -> dict:
     import numpy
     import optax
     import orbax.checkpoint
+
     commit = None
-    with contextlib.suppress(OSError):       # git may not be there
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                capture_output=True, check=False).stdout.strip() or None
+    with contextlib.suppress(OSError):  # git may not be there
+        commit = (
+            subprocess.run(
+                ["git", "rev-parse", "HEAD"],
+                cwd=Path(__file__).parent,
+                text=True,
+                capture_output=True,
+                check=False,
+            ).stdout.strip()
+            or None
+        )
     return {
         "command": " ".join(["python -m vdx.main", *sys.argv[1:]]),
         "commit": commit,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "mesh": {k: v for k, v in mesh.shape.items()},
-        "versions": {"vdx": vdx.__version__, "python": platform.python_version()} | {
+        "versions": {"vdx": vdx.__version__, "python": platform.python_version()}
+        | {
             m.__name__: getattr(m, "__version__", "?")
-            for m in (jax, flax, optax, grain, orbax.checkpoint, numpy)},
+            for m in (jax, flax, optax, grain, orbax.checkpoint, numpy)
+        },
     }
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "The experiment, e.g. configs/t2v_tiny.py. Any value in "
-                        "it can be set: --config.train.steps=100", required=True)
-    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the report go.",
-                        required=True)
-    flags.DEFINE_bool("distributed", False, "This is one of several processes (hosts) of a run; "
-                      "its place among them is found by jax.distributed.initialize().")
-    flags.DEFINE_string("coordinator", None, "Where JAX cannot find them by itself: host:port of "
-                        "the first process,")
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The experiment, e.g. configs/t2v_tiny.py. Any value in "
+        "it can be set: --config.train.steps=100",
+        required=True,
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Where checkpoints, logs and the report go.", required=True
+    )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "This is one of several processes (hosts) of a run; "
+        "its place among them is found by jax.distributed.initialize().",
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "Where JAX cannot find them by itself: host:port of the first process,"
+    )
     flags.DEFINE_integer("num_processes", None, "how many processes there are,")
     flags.DEFINE_integer("process_id", None, "and which of them this is.")
-    flags.DEFINE_integer("heartbeat", 100, "Seconds after which a silent process counts as dead, "
-                         "and the others end.", lower_bound=1)
+    flags.DEFINE_integer(
+        "heartbeat",
+        100,
+        "Seconds after which a silent process counts as dead, and the others end.",
+        lower_bound=1,
+    )
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

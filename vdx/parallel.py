@@ -31,15 +31,15 @@ BATCH = ("data", "fsdp")
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # From the few channels of pixels or latents.
     (r"(conv_in|quant_conv|hint/conv_\d+)/kernel$", ()),
-    (r"depthwise\w*/kernel$", ()),             # a few numbers a feature
-    (r"/(control_)?patch/kernel$", (None, "fsdp")),    # from few channels as well
+    (r"depthwise\w*/kernel$", ()),  # a few numbers a feature
+    (r"/(control_)?patch/kernel$", (None, "fsdp")),  # from few channels as well
     (r"/skip/kernel$", ()),
-    (r"conv\w*/kernel$", ("fsdp", None)),      # before the rules below: "conv" ends in "v"
+    (r"conv\w*/kernel$", ("fsdp", None)),  # before the rules below: "conv" ends in "v"
     (r"conv\w*/bias$", ()),
     (r"(q|k|v|up|decay)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(q|k|v|up|decay)/bias$", ("tensor",)),
-    (r"(q|k|v|up|decay)/lora_a$", ("fsdp", None)),   # factors lie as the kernel they stand beside
+    (r"(q|k|v|up|decay)/lora_a$", ("fsdp", None)),  # factors lie as the kernel they stand beside
     (r"(q|k|v|up|decay)/lora_b$", (None, "tensor")),
     (r"(out|down)/lora_a$", ("tensor", None)),
     (r"(out|down)/lora_b$", (None, "fsdp")),
@@ -62,8 +62,9 @@ class MeshSpec:
     def make(self, devices=None) -> Mesh:
         """The mesh over `devices` (default: all). Raises ConfigError if the sizes do not fit."""
         devices = jax.devices() if devices is None else devices
-        return jax.make_mesh(self.shape(len(devices)), AXES, axis_types=(AxisType.Auto,) * 4,
-                             devices=devices)
+        return jax.make_mesh(
+            self.shape(len(devices)), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+        )
 
     def shape(self, count: int) -> tuple[int, ...]:
         """Devices along each axis, of `count`. Raises ConfigError if the sizes do not fit."""
@@ -72,9 +73,11 @@ class MeshSpec:
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise ConfigError(f"mesh {self}: sizes are positive, and at most one is -1.")
         if count % fixed or (-1 not in sizes and fixed != count):
-            raise ConfigError(f"mesh {self} needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
-                              f"devices, and {count} are here. Set --config.mesh.<axis>, or "
-                              "--mesh of vdx.sample.")
+            raise ConfigError(
+                f"mesh {self} needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
+                f"devices, and {count} are here. Set --config.mesh.<axis>, or "
+                "--mesh of vdx.sample."
+            )
         return tuple(count // fixed if s == -1 else s for s in sizes)
 
 
@@ -90,13 +93,17 @@ def constrain(x: Array, axes: str, context: str = "") -> Array:
     if mesh.empty:
         return x
     rule = {"b": BATCH, "n": ("tensor",), "f": ("tensor",), context: ("context",)}
-    spec = [rule.get(letter) if size > 1 else None     # one entry is never split
-            for letter, size in zip(axes.split(), x.shape, strict=True)]
+    spec = [
+        rule.get(letter) if size > 1 else None  # one entry is never split
+        for letter, size in zip(axes.split(), x.shape, strict=True)
+    ]
     for letter, size, names in zip(axes.split(), x.shape, spec, strict=True):
         parts = math.prod(mesh.shape[n] for n in names or ())
         if size % parts:
-            raise ValueError(f"Axis {letter!r} of {axes!r} {x.shape} has {size} entries, which do "
-                             f"not divide over mesh axes {names} = {parts}.")
+            raise ValueError(
+                f"Axis {letter!r} of {axes!r} {x.shape} has {size} entries, which do "
+                f"not divide over mesh axes {names} = {parts}."
+            )
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
@@ -140,8 +147,10 @@ def param_shardings(mesh: Mesh, params, rules=PARAM_RULES):
                 full = (None,) * (leaf.ndim - len(spec)) + tuple(spec)
                 for size, axis in zip(leaf.shape, full, strict=True):
                     if axis and size % mesh.shape[axis]:
-                        problems.append(f"{name} {leaf.shape}: {size} is not a multiple of "
-                                        f"mesh axis {axis} = {mesh.shape[axis]}")
+                        problems.append(
+                            f"{name} {leaf.shape}: {size} is not a multiple of "
+                            f"mesh axis {axis} = {mesh.shape[axis]}"
+                        )
                 return NamedSharding(mesh, P(*full))
         problems.append(f"{name} {leaf.shape}: no sharding rule matches")
 
@@ -156,8 +165,9 @@ def opt_shardings(mesh: Mesh, opt_state, params_shardings):
 
     A moment is known by its path, which ends in that of its parameter.
     """
-    known = {path_str(path): s for path, s in
-             jax.tree_util.tree_flatten_with_path(params_shardings)[0]}
+    known = {
+        path_str(path): s for path, s in jax.tree_util.tree_flatten_with_path(params_shardings)[0]
+    }
 
     def one(path, _):
         parts = path_str(path).split("/")
@@ -178,20 +188,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
     """This process's share of a batch as global arrays; text such as keys stays on the host."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v)
-            for k, v in _numbers(batch).items()}
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v) for k, v in _numbers(batch).items()
+    }
 
 
-def like_batch(mesh: Mesh, example: Mapping[str, np.ndarray],
-               local: int) -> dict[str, jax.ShapeDtypeStruct]:
+def like_batch(
+    mesh: Mesh, example: Mapping[str, np.ndarray], local: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Abstract: what `put_batch` makes of `local` such examples (without an axis b) a process."""
-    return {k: jax.ShapeDtypeStruct((local * jax.process_count(), *v.shape),
-                                    jax.dtypes.canonicalize_dtype(v.dtype),
-                                    sharding=batch_sharding(mesh))
-            for k, v in _numbers(example).items()}
+    return {
+        k: jax.ShapeDtypeStruct(
+            (local * jax.process_count(), *v.shape),
+            jax.dtypes.canonicalize_dtype(v.dtype),
+            sharding=batch_sharding(mesh),
+        )
+        for k, v in _numbers(example).items()
+    }
 
 
 def _numbers(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     arrays = {k: np.asarray(v) for k, v in batch.items()}
-    return {k: v for k, v in arrays.items()
-            if v.dtype.kind in "biuf" or str(v.dtype) == "bfloat16"}
+    return {k: v for k, v in arrays.items() if v.dtype.kind in "biuf" or str(v.dtype) == "bfloat16"}

@@ -12,16 +12,25 @@ import os
 
 def compile_only() -> None:
     """What libtpu reads as it starts: that there is no TPU, and that others may use it too."""
-    os.environ.update({
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
-    for name, level in (("TPU_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3"),
-                        ("TF_CPP_MIN_LOG_LEVEL", "3")):
+    os.environ.update(
+        {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+    )
+    for name, level in (
+        ("TPU_MIN_LOG_LEVEL", "3"),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ):
         os.environ.setdefault(name, level)
 
 
 if __name__ == "__main__":
-    compile_only()        # before jax is imported
+    compile_only()  # before jax is imported
 
 import itertools
 import math
@@ -45,7 +54,7 @@ from vdx.parallel import AXES, MeshSpec
 from vdx.sample import mesh_spec
 
 FLAGS = flags.FLAGS
-MFU = 0.4       # of the peak, what a good run reaches; for chip-hours
+MFU = 0.4  # of the peak, what a good run reaches; for chip-hours
 
 
 def sizes(text: str | None) -> tuple[int, ...] | None:
@@ -55,8 +64,9 @@ def sizes(text: str | None) -> tuple[int, ...] | None:
         raise app.UsageError(f"--clip={text} is not like 16,32,32.") from error
 
 
-def shapes(experiment: Experiment, clip: tuple[int, ...] | None,
-           text: int | None) -> tuple[tuple[int, ...], int | None]:
+def shapes(
+    experiment: Experiment, clip: tuple[int, ...] | None, text: int | None
+) -> tuple[tuple[int, ...], int | None]:
     """([t h w c] of a clip of the model, tokens of cached text): as given, or as the data has it.
     Raises ConfigError if nobody says it."""
     channels = experiment.model.channels
@@ -77,7 +87,8 @@ def shapes(experiment: Experiment, clip: tuple[int, ...] | None,
             raise ConfigError(
                 "The metadata of config.data.path does not say what its clips are like, or no data "
                 "is there. Say the frames, height and width of the latents, and how many tokens a "
-                "caption has: --clip=16,32,32 --text=256")
+                "caption has: --clip=16,32,32 --text=256"
+            )
     return (*clip, channels), text
 
 
@@ -111,41 +122,70 @@ def table(row: dict[str, Any], steps: int, price: float | None) -> str:
     n, memory = row["devices"], row["memory"]
     mesh = ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) or "one"
     t, h, w, _ = row["clip"]
-    out = [("program", f"{row['what']} on {row['topology']}, {n} devices, mesh {mesh}, remat "
-                       f"{row['remat']}"
-            + ("" if row["compiled"] else " (estimated, not compiled)")),
-           ("parameters", short(row["parameters"])
-            + (f", trained {short(row['trained'])}" if row["trained"] < row["parameters"] else "")),
-           ("one call", f"{row['clips']} clips of {t}x{h}x{w}, {row['tokens']:,} tokens each"
-            + (f", text {row['text']}" if row["text"] else ""))]
+    out = [
+        (
+            "program",
+            f"{row['what']} on {row['topology']}, {n} devices, mesh {mesh}, remat "
+            f"{row['remat']}" + ("" if row["compiled"] else " (estimated, not compiled)"),
+        ),
+        (
+            "parameters",
+            short(row["parameters"])
+            + (f", trained {short(row['trained'])}" if row["trained"] < row["parameters"] else ""),
+        ),
+        (
+            "one call",
+            f"{row['clips']} clips of {t}x{h}x{w}, {row['tokens']:,} tokens each"
+            + (f", text {row['text']}" if row["text"] else ""),
+        ),
+    ]
     flops = f"model {short(row['model_flops'])}, stated {short(row['stated_flops'])}"
     if row["compiled"] and row["fits"]:
         total = row["flops"] * n
-        flops += (f", compiled {short(total)}: {total / row['stated_flops']:.3f} of stated"
-                  + (f"; {row['kernels']} calls of kernels not counted" if row["kernels"] else ""))
+        flops += f", compiled {short(total)}: {total / row['stated_flops']:.3f} of stated" + (
+            f"; {row['kernels']} calls of kernels not counted" if row["kernels"] else ""
+        )
     out.append(("FLOP", flops))
     if not row["fits"] and "needs" in memory:
         said = f"needs {gib(memory['needs'])} GiB of {gib(row['memory_has'])}"
     else:
         said = " + ".join(f"{k} {gib(v)}" for k, v in memory.items() if v)
         said += f" GiB of {gib(row['memory_has'])}" + ("" if row["compiled"] else ", at least")
-    out.append(("a device", said + (": fits" if row["fits"] else
-                                    f": does not fit. Try {advice(row)}")))
+    out.append(
+        ("a device", said + (": fits" if row["fits"] else f": does not fit. Try {advice(row)}"))
+    )
     for kind, places in row.get("collectives", {}).items():
-        out.append((kind, "; ".join(
-            f"{p['count']} {'in loops' if place == 'looped' else 'outside'}, {gib(p['bytes'])} GiB,"
-            f" the largest {p['largest'] / 2**20:.1f} MiB" for place, p in places.items())))
+        out.append(
+            (
+                kind,
+                "; ".join(
+                    f"{p['count']} {'in loops' if place == 'looped' else 'outside'}, {gib(p['bytes'])} GiB,"
+                    f" the largest {p['largest'] / 2**20:.1f} MiB"
+                    for place, p in places.items()
+                ),
+            )
+        )
     if "bounds" in row:
         bound, chip = max(row["bounds"].values()), Slice(row["topology"]).chip
         mfu = row["model_flops"] / n / chip.flops / bound
-        out.append(("at least", ", ".join(f"{k} {v:.3g} s" for k, v in row["bounds"].items())
-                    + f"; MFU at most {100 * mfu:.0f} %"))
+        out.append(
+            (
+                "at least",
+                ", ".join(f"{k} {v:.3g} s" for k, v in row["bounds"].items())
+                + f"; MFU at most {100 * mfu:.0f} %",
+            )
+        )
         if row["what"] == "train":
             hours = n / chip.per_chip * steps * bound / 3600
             usual = max(hours, hours * mfu / MFU)
-            out.append(("to train", f"{steps:,} steps: {hours:,.0f} chip-hours at least, "
-                        f"{usual:,.0f} at {100 * min(mfu, MFU):.0f} % MFU"
-                        + (f", {usual * price:,.0f} USD" if price else "")))
+            out.append(
+                (
+                    "to train",
+                    f"{steps:,} steps: {hours:,.0f} chip-hours at least, "
+                    f"{usual:,.0f} at {100 * min(mfu, MFU):.0f} % MFU"
+                    + (f", {usual * price:,.0f} USD" if price else ""),
+                )
+            )
     if row["compiled"]:
         out.append(("compiled in", f"{row['compile_seconds']:.0f} s"))
     return "\n".join(f"{name:<20}{text}" for name, text in out)
@@ -166,21 +206,33 @@ def variants(job: Job, slice_: Slice) -> Iterator[dict[str, Any]]:
     forward = e.model.flops(job.clip, job.text) / slice_.devices / chip.flops
     for mesh in tqdm(list(meshes(slice_.devices)), desc="meshes", unit="mesh"):
         shares = mesh["data"] * mesh["fsdp"]
-        loader = lambda clips: {"data": {**data, "loader": {**data["loader"],
-                                                            "global_batch": clips}}}
+        loader = lambda clips: {
+            "data": {**data, "loader": {**data["loader"], "global_batch": clips}}
+        }
         abstract = abstract_mesh(MeshSpec(**mesh), slice_.devices)
         try:
             one = job.changed(mesh=mesh, **loader(shares))
             fits_grid(one, mesh)
             for remat, clips in itertools.product(REMAT, (shares * 2**i for i in range(8))):
                 memory = sum(least_memory(one, abstract, clips, remat).values())
-                seconds = max((3 if remat == "none" else 4) * forward * clips,
-                              sent(one, abstract, clips) / chip.interconnect) / clips
+                seconds = (
+                    max(
+                        (3 if remat == "none" else 4) * forward * clips,
+                        sent(one, abstract, clips) / chip.interconnect,
+                    )
+                    / clips
+                )
                 backbone = {**e.config["model"]["backbone"], "remat": remat}
-                yield {"memory": memory, "seconds": seconds, "sections": {
-                    "mesh": mesh, "model": {**e.config["model"], "backbone": backbone},
-                    **loader(clips)}}
-        except ValueError:       # sizes that do not divide
+                yield {
+                    "memory": memory,
+                    "seconds": seconds,
+                    "sections": {
+                        "mesh": mesh,
+                        "model": {**e.config["model"], "backbone": backbone},
+                        **loader(clips),
+                    },
+                }
+        except ValueError:  # sizes that do not divide
             continue
 
 
@@ -201,10 +253,15 @@ def search(job: Job, slice_: Slice, most: int) -> list[dict[str, Any]]:
     has = slice_.chip.memory
     found = sorted(variants(job, slice_), key=lambda row: (round(row["seconds"], 6), row["memory"]))
     kept = [row for row in found if row["memory"] <= has][:most]
-    print(f"{len(found)} variants, of which {sum(r['memory'] > has for r in found)} need more than "
-          f"the memory of a chip; the {len(kept)} most promising are looked at.", flush=True)
-    rows = [plan(job.changed(**row["sections"]), slice_)
-            for row in tqdm(kept, desc="plans", unit="plan")]
+    print(
+        f"{len(found)} variants, of which {sum(r['memory'] > has for r in found)} need more than "
+        f"the memory of a chip; the {len(kept)} most promising are looked at.",
+        flush=True,
+    )
+    rows = [
+        plan(job.changed(**row["sections"]), slice_)
+        for row in tqdm(kept, desc="plans", unit="plan")
+    ]
     return sorted(rows, key=lambda row: (not row["fits"], _per_clip(row)))
 
 
@@ -217,8 +274,10 @@ def ranking(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         mesh = ", ".join(f"{k}={v}" for k, v in row["mesh"].items() if v > 1)
         used = row["memory"].get("needs", sum(row["memory"].values()))
-        lines.append(f"{_per_clip(row):>10.3g}  {gib(used):>12}  {row['clips']:>5}  "
-                     f"{row['remat']:<14}  {mesh}" + ("" if row["fits"] else "   does not fit"))
+        lines.append(
+            f"{_per_clip(row):>10.3g}  {gib(used):>12}  {row['clips']:>5}  "
+            f"{row['remat']:<14}  {mesh}" + ("" if row["fits"] else "   does not fit")
+        )
     return "\n".join(lines)
 
 
@@ -243,17 +302,28 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "The experiment, as vdx.main takes it, with any "
-                        "--config.KEY=VALUE.", required=True)
-    flags.DEFINE_string("topology", None, "Chips: v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8, ...",
-                        required=True)
-    flags.DEFINE_string("mesh", None, "Devices along the axes, such as fsdp=8,tensor=2; default: "
-                        "config.mesh.")
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The experiment, as vdx.main takes it, with any --config.KEY=VALUE.",
+        required=True,
+    )
+    flags.DEFINE_string(
+        "topology", None, "Chips: v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8, ...", required=True
+    )
+    flags.DEFINE_string(
+        "mesh", None, "Devices along the axes, such as fsdp=8,tensor=2; default: config.mesh."
+    )
     flags.DEFINE_string("what", "train", f"One of {', '.join(PROGRAMS)}.")
-    flags.DEFINE_string("clip", None, "Frames, height and width of a clip as the model sees it, "
-                        "such as 16,32,32; default: as the data has it.")
-    flags.DEFINE_integer("text", None, "Tokens of a cached caption; default: as the data has it.",
-                         lower_bound=1)
+    flags.DEFINE_string(
+        "clip",
+        None,
+        "Frames, height and width of a clip as the model sees it, "
+        "such as 16,32,32; default: as the data has it.",
+    )
+    flags.DEFINE_integer(
+        "text", None, "Tokens of a cached caption; default: as the data has it.", lower_bound=1
+    )
     flags.DEFINE_bool("search", False, "Try meshes, remat policies and batches.")
     flags.DEFINE_integer("most", 8, "With --search: so many are compiled.", lower_bound=1)
     flags.DEFINE_float("price", None, "US dollars a chip-hour.", lower_bound=0.0)

@@ -43,12 +43,21 @@ from vdx.types import Params
 FLAGS = flags.FLAGS
 # Each clip is pieces [t h w 3], uint8 or float32 in [-1, 1].
 Clips = Iterable[Iterable[np.ndarray]]
-CALIBRATED = 4          # prompts, if none are given
+CALIBRATED = 4  # prompts, if none are given
 # Flags of --workdir alone, and of --weights alone.
 STEER = ("flow", "camera", "actions", "motion")
 TRAINED = ("step", "averaged", "guide", "calibrate", "cached", *STEER)
-PUBLIC = ("negative_prompt", "control_mask", "init_noise", "lora", "lora_2", "height", "width",
-          "dtype", "mesh")
+PUBLIC = (
+    "negative_prompt",
+    "control_mask",
+    "init_noise",
+    "lora",
+    "lora_2",
+    "height",
+    "width",
+    "dtype",
+    "mesh",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,33 +69,48 @@ class Request:
     """
 
     prompts: tuple[str, ...]
-    seed: int            # clip i takes seed + i
+    seed: int  # clip i takes seed + i
     num_frames: int
     fps: float
     sampling: dict
     steer: dict = dataclasses.field(default_factory=dict)
     digests: dict = dataclasses.field(default_factory=dict)
 
-    def draw(self, experiment: Experiment, params: Params,
-             steer: dict[str, np.ndarray]) -> np.ndarray:
+    def draw(
+        self, experiment: Experiment, params: Params, steer: dict[str, np.ndarray]
+    ) -> np.ndarray:
         """float32 [n t h w c]. steer: what `steered` gives."""
         sampling = fill(Sampling, self.sampling, "sampling")
         n, generator = len(self.prompts), experiment.generator(sampling)
-        return generator(params, self.prompts, [self.seed + i for i in range(n)],
-                         num_frames=self.num_frames, fps=self.fps,
-                         steer={name: np.repeat(value, n, 0) for name, value in steer.items()})
+        return generator(
+            params,
+            self.prompts,
+            [self.seed + i for i in range(n)],
+            num_frames=self.num_frames,
+            fps=self.fps,
+            steer={name: np.repeat(value, n, 0) for name, value in steer.items()},
+        )
 
     def steered(self, experiment: Experiment) -> dict[str, np.ndarray]:
         """Entries of a batch of one clip. Raises ConfigError."""
         for name, path in files(self.steer).items():
             if file_digest(name, path) != self.digests.get(name):
                 raise ConfigError(f"--{name}={path} is not the file of the request any more.")
-        shape = (self.num_frames, experiment.data.height, experiment.data.width,
-                 experiment.model.channels)
-        return steered(self.steer, experiment.model.signals, shape, self.fps,
-                       experiment.objective.mean,
-                       experiment.clip.flow_points if experiment.clip else 0,
-                       experiment.objective.first_frame > 0)
+        shape = (
+            self.num_frames,
+            experiment.data.height,
+            experiment.data.width,
+            experiment.model.channels,
+        )
+        return steered(
+            self.steer,
+            experiment.model.signals,
+            shape,
+            self.fps,
+            experiment.objective.mean,
+            experiment.clip.flow_points if experiment.clip else 0,
+            experiment.objective.first_frame > 0,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +146,9 @@ def guidance() -> tuple[float, ...] | None:
     try:
         return FLAGS.guidance and tuple(float(g) for g in FLAGS.guidance.split(","))
     except ValueError as error:
-        raise app.UsageError(f"--guidance={FLAGS.guidance} is not a number, or two "
-                             "with a comma between them.") from error
+        raise app.UsageError(
+            f"--guidance={FLAGS.guidance} is not a number, or two with a comma between them."
+        ) from error
 
 
 def mesh_spec() -> dict[str, int] | None:
@@ -145,8 +170,11 @@ def controls() -> dict[str, str]:
 def scales() -> dict[str, float]:
     """The guidance scales of --guide."""
     try:
-        return {name: float(value) for part in FLAGS.guide.split(",")
-                for name, value in [part.split("=")]}
+        return {
+            name: float(value)
+            for part in FLAGS.guide.split(",")
+            for name, value in [part.split("=")]
+        }
     except ValueError as error:
         raise app.UsageError(f"--guide={FLAGS.guide} is not like depth=2,flow=1.5") from error
 
@@ -167,21 +195,30 @@ def from_flags(experiment: Experiment, words: tuple[str, ...] | None = None) -> 
         said["guide"] = scales()
     frames, fps = experiment.clip_default()
     asked = given("image", "last_image", "reference", *STEER) | controls()
-    return Request(words or prompts(), FLAGS.seed, FLAGS.num_frames or frames, FLAGS.fps or fps,
-                   {**dataclasses.asdict(experiment.sampling), **said}, asked,
-                   {name: file_digest(name, path) for name, path in files(asked).items()})
+    return Request(
+        words or prompts(),
+        FLAGS.seed,
+        FLAGS.num_frames or frames,
+        FLAGS.fps or fps,
+        {**dataclasses.asdict(experiment.sampling), **said},
+        asked,
+        {name: file_digest(name, path) for name, path in files(asked).items()},
+    )
 
 
 def one_file_or_folder(request: Request | PublicRequest) -> None:
     if len(request.prompts) > 1 and Path(FLAGS.out).suffix:
-        raise app.UsageError(f"{len(request.prompts)} prompts need a folder: "
-                             f"--out={Path(FLAGS.out).stem}")
+        raise app.UsageError(
+            f"{len(request.prompts)} prompts need a folder: --out={Path(FLAGS.out).stem}"
+        )
 
 
 def same_weights(made: Weights | PublicWeights | None, identity: str, where: str) -> None:
     if made and made.identity != identity:
-        raise app.UsageError(f"The weights in {where} are not those of the manifest; the clip "
-                             "cannot be made again from them.")
+        raise app.UsageError(
+            f"The weights in {where} are not those of the manifest; the clip "
+            "cannot be made again from them."
+        )
 
 
 def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
@@ -191,7 +228,7 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
     request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
     one_file_or_folder(request)
     lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
-    steer = request.steered(experiment)       # says what is wrong before anything large is read
+    steer = request.steered(experiment)  # says what is wrong before anything large is read
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
@@ -201,10 +238,17 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
         same_weights(made, identity, f"{workdir} at step {step}")
         if FLAGS.cached:
             proof = read_proof(workdir)
-            check_proof(proof, identity, request.sampling, request.num_frames, request.fps,
-                        f"{workdir / PROOF}")
+            check_proof(
+                proof,
+                identity,
+                request.sampling,
+                request.num_frames,
+                request.fps,
+                f"{workdir / PROOF}",
+            )
             request = dataclasses.replace(
-                request, sampling={**request.sampling, "reuse": proof.threshold})
+                request, sampling={**request.sampling, "reuse": proof.threshold}
+            )
         videos = request.draw(experiment, params, steer)
     return request, Weights(str(workdir), step, item, identity), ([video] for video in videos)
 
@@ -216,16 +260,26 @@ def calibrate_run() -> None:
     words = prompts() if FLAGS.prompt or FLAGS.prompts_file else experiment.wall[:CALIBRATED]
     asked, mesh = from_flags(experiment, words), experiment.mesh_spec.make()
     if asked.steer:
-        raise app.UsageError("--calibrate draws from words alone, not --"
-                             f"{', --'.join(asked.steer)}.")
+        raise app.UsageError(
+            f"--calibrate draws from words alone, not --{', --'.join(asked.steer)}."
+        )
     sampling = fill(Sampling, {**asked.sampling, "reuse": 0.0}, "sampling")
     with jax.set_mesh(mesh):
-        params, _, identity = open_params(experiment, workdir, mesh, step=FLAGS.step,
-                                          item="ema" if FLAGS.averaged else "params")
+        params, _, identity = open_params(
+            experiment, workdir, mesh, step=FLAGS.step, item="ema" if FLAGS.averaged else "params"
+        )
         say = print if jax.process_index() == 0 else lambda line: None
-        proof = calibrate(experiment.generator(sampling), params, words, seed=FLAGS.seed,
-                          num_frames=asked.num_frames, fps=asked.fps, floor=FLAGS.calibrate,
-                          weights=identity, say=say)
+        proof = calibrate(
+            experiment.generator(sampling),
+            params,
+            words,
+            seed=FLAGS.seed,
+            num_frames=asked.num_frames,
+            fps=asked.fps,
+            floor=FLAGS.calibrate,
+            weights=identity,
+            say=say,
+        )
     if jax.process_index() == 0:
         proof.save(workdir)
         print(f"{proof.said()}\nWrote {workdir / PROOF}; --cached uses it.")
@@ -234,12 +288,30 @@ def calibrate_run() -> None:
 def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Clips]:
     """With public weights. What cannot be is said before anything large is read, and clips are
     decoded as they are asked for."""
-    said = given("negative_prompt", "image", "last_image", "control", "control_mask", "init_noise",
-                 "height", "width", "num_frames", "fps", "seed", "sampler", "grid", "steps",
-                 "shift", "reuse", "dtype")
+    said = given(
+        "negative_prompt",
+        "image",
+        "last_image",
+        "control",
+        "control_mask",
+        "init_noise",
+        "height",
+        "width",
+        "num_frames",
+        "fps",
+        "seed",
+        "sampler",
+        "grid",
+        "steps",
+        "shift",
+        "reuse",
+        "dtype",
+    )
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
-    said |= {name: tuple(files.split(","))
-             for name, files in given("lora", "lora_2", "reference").items()}
+    said |= {
+        name: tuple(files.split(","))
+        for name, files in given("lora", "lora_2", "reference").items()
+    }
     made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
     if not manifest:
         said["prompts"] = prompts()
@@ -267,8 +339,9 @@ def frames(clip: Iterable[np.ndarray], digest) -> Iterator[np.ndarray]:
             yield frame
 
 
-def write(request: Request | PublicRequest, clips: Clips, out: Path,
-          weights: Weights | PublicWeights) -> None:
+def write(
+    request: Request | PublicRequest, clips: Clips, out: Path, weights: Weights | PublicWeights
+) -> None:
     """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
 
     Frames are written as they come, and no clip is held whole.
@@ -279,14 +352,25 @@ def write(request: Request | PublicRequest, clips: Clips, out: Path,
         write_video(out, next(videos), request.fps)
         path = out.with_suffix(".json")
     else:
-        rows = write_clips(out, videos, request.fps, [
-            {"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)])
+        rows = write_clips(
+            out,
+            videos,
+            request.fps,
+            [{"prompt": p, "seed": request.seed + i} for i, p in enumerate(request.prompts)],
+        )
         path = out / "manifest.json"
-    manifest = {"request": dataclasses.asdict(request), "weights": dataclasses.asdict(weights),
-                "versions": {"vdx": vdx.__version__, "jax": jax.__version__,
-                             "python": platform.python_version()},
-                "device": jax.devices()[0].device_kind,
-                "pixels_sha256": digest.hexdigest(), **({"clips": rows} if rows else {})}
+    manifest = {
+        "request": dataclasses.asdict(request),
+        "weights": dataclasses.asdict(weights),
+        "versions": {
+            "vdx": vdx.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "device": jax.devices()[0].device_kind,
+        "pixels_sha256": digest.hexdigest(),
+        **({"clips": rows} if rows else {}),
+    }
     write_json(path, manifest)
 
 
@@ -296,11 +380,14 @@ def main(argv):
     keep_compiled()
     # Also with a manifest: a stranger's could name any folder.
     if (FLAGS.workdir is None) == (FLAGS.weights is None):
-        raise app.UsageError("Give --workdir, the workdir of a run of vdx.main, or --weights, a "
-                             "folder of public weights.")
+        raise app.UsageError(
+            "Give --workdir, the workdir of a run of vdx.main, or --weights, a "
+            "folder of public weights."
+        )
     if wrong := [name for name in (PUBLIC if FLAGS.workdir else TRAINED) if FLAGS[name].present]:
-        raise app.UsageError(f"--{', --'.join(wrong)}: not with "
-                             f"--{'workdir' if FLAGS.workdir else 'weights'}.")
+        raise app.UsageError(
+            f"--{', --'.join(wrong)}: not with --{'workdir' if FLAGS.workdir else 'weights'}."
+        )
     if FLAGS.from_manifest and FLAGS.cached:
         raise app.UsageError("--cached: a manifest says itself what was reused.")
     manifest = read_json(FLAGS.from_manifest) if FLAGS.from_manifest else None
@@ -315,7 +402,7 @@ def main(argv):
             clips = kept(clips, floats)
         if jax.process_index() == 0:
             write(request, clips, Path(FLAGS.out), weights)
-        else:                                # decoding takes all processes
+        else:  # decoding takes all processes
             for clip in clips:
                 collections.deque(clip, maxlen=0)
     except (ConfigError, WeightsError, CheckpointError) as error:
@@ -328,8 +415,9 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir of a run of vdx.main.")
-    flags.DEFINE_string("weights", None, "A folder of public weights: of diffusers, or written "
-                        "by vdx.convert.")
+    flags.DEFINE_string(
+        "weights", None, "A folder of public weights: of diffusers, or written by vdx.convert."
+    )
     flags.DEFINE_string("prompt", None, "What to show.")
     flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
     flags.DEFINE_string("from_manifest", None, "Make the clips of this manifest again.")
@@ -339,53 +427,100 @@ if __name__ == "__main__":
     flags.DEFINE_string("save_array", None, "Also save float32 [n t h w c] in [-1, 1] as .npy.")
     flags.DEFINE_integer("seed", 0, "Clip i takes seed + i.")
     flags.DEFINE_string("sampler", None, f"One of {', '.join(SAMPLERS)}.")
-    flags.DEFINE_string("grid", None, f"Where the sampler stops: one of {', '.join(GRIDS)}. Of "
-                        "--weights the default is what the folder's scheduler means: UniPC "
-                        "diffusers_unipc, FlowMatchEuler diffusers_euler, DPMSolver "
-                        "diffusers_dpmpp.")
+    flags.DEFINE_string(
+        "grid",
+        None,
+        f"Where the sampler stops: one of {', '.join(GRIDS)}. Of "
+        "--weights the default is what the folder's scheduler means: UniPC "
+        "diffusers_unipc, FlowMatchEuler diffusers_euler, DPMSolver "
+        "diffusers_dpmpp.",
+    )
     flags.DEFINE_integer("steps", None, "Sampler steps.", lower_bound=1)
     flags.DEFINE_float("shift", None, "Time shift of the grid: above 1, more steps at high noise.")
-    flags.DEFINE_float("reuse", None, "The network is not asked while its answer would change by "
-                       "less than this share; 0 is exact.", lower_bound=0.0)
-    flags.DEFINE_float("calibrate", None, "Instead of drawing: find the largest --reuse whose "
-                       "clips have at least this SSIM to the exact ones, for --prompt, "
-                       "--prompts_file or the first prompts of the run's wall, and keep it with "
-                       f"its proof in the workdir ({PROOF}).")
+    flags.DEFINE_float(
+        "reuse",
+        None,
+        "The network is not asked while its answer would change by "
+        "less than this share; 0 is exact.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_float(
+        "calibrate",
+        None,
+        "Instead of drawing: find the largest --reuse whose "
+        "clips have at least this SSIM to the exact ones, for --prompt, "
+        "--prompts_file or the first prompts of the run's wall, and keep it with "
+        f"its proof in the workdir ({PROOF}).",
+    )
     flags.DEFINE_bool("cached", False, "Reuse as much as was calibrated.")
-    flags.DEFINE_string("guidance", None, "Scale of classifier-free guidance; 1 is none. Two "
-                        "numbers, as in 4,3: of the experts for high and for low noise.")
+    flags.DEFINE_string(
+        "guidance",
+        None,
+        "Scale of classifier-free guidance; 1 is none. Two "
+        "numbers, as in 4,3: of the experts for high and for low noise.",
+    )
     flags.DEFINE_integer("num_frames", None, "Frames of the clip.", lower_bound=1)
-    flags.DEFINE_float("fps", None, "Frames per second, also told to a trained model.",
-                       lower_bound=0.1)
+    flags.DEFINE_float(
+        "fps", None, "Frames per second, also told to a trained model.", lower_bound=0.1
+    )
     flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: empty.")
     flags.DEFINE_string("image", None, "A picture that the clip begins with.")
     flags.DEFINE_string("last_image", None, "A picture that it ends with.")
-    flags.DEFINE_string("reference", None, "A picture of what is to be seen; of --weights (VACE) "
-                        "also several, with commas between them.")
-    flags.DEFINE_string("control", None, "What leads every frame. Of --workdir depth=FILE or "
-                        "pose=FILE, a .npy or a video as vdx.data.track_files says; of --weights "
-                        "(VACE) a video: depth, pose, footage to be changed, of which the frames "
-                        "nearest in time at --fps are read.")
-    flags.DEFINE_string("control_mask", None, "A video or a picture, white where the control is "
-                        "drawn anew; default: all of it.")
+    flags.DEFINE_string(
+        "reference",
+        None,
+        "A picture of what is to be seen; of --weights (VACE) "
+        "also several, with commas between them.",
+    )
+    flags.DEFINE_string(
+        "control",
+        None,
+        "What leads every frame. Of --workdir depth=FILE or "
+        "pose=FILE, a .npy or a video as vdx.data.track_files says; of --weights "
+        "(VACE) a video: depth, pose, footage to be changed, of which the frames "
+        "nearest in time at --fps are read.",
+    )
+    flags.DEFINE_string(
+        "control_mask",
+        None,
+        "A video or a picture, white where the control is drawn anew; default: all of it.",
+    )
     flags.DEFINE_string("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
     flags.DEFINE_string("camera", None, "A .json file of cameras, as vdx.data.camera says.")
-    flags.DEFINE_string("actions", None, "One for each frame, with commas between them, or a "
-                        ".json file.")
-    flags.DEFINE_float("motion", None, "Strength of motion, as vdx.data.motion measures it.",
-                       lower_bound=0.0)
-    flags.DEFINE_string("guide", None, "Guidance scales of other signals than the text, such as "
-                        "depth=2,flow=1.5")
-    flags.DEFINE_string("init_noise", None, "A .npy file, float32 [b t h w c] of latents, to "
-                        "start from instead of noise from the seeds.")
-    flags.DEFINE_string("lora", None, "LoRA files with their weights, such as "
-                        "style.safetensors:0.8,other.safetensors")
+    flags.DEFINE_string(
+        "actions", None, "One for each frame, with commas between them, or a .json file."
+    )
+    flags.DEFINE_float(
+        "motion", None, "Strength of motion, as vdx.data.motion measures it.", lower_bound=0.0
+    )
+    flags.DEFINE_string(
+        "guide", None, "Guidance scales of other signals than the text, such as depth=2,flow=1.5"
+    )
+    flags.DEFINE_string(
+        "init_noise",
+        None,
+        "A .npy file, float32 [b t h w c] of latents, to "
+        "start from instead of noise from the seeds.",
+    )
+    flags.DEFINE_string(
+        "lora",
+        None,
+        "LoRA files with their weights, such as style.safetensors:0.8,other.safetensors",
+    )
     flags.DEFINE_string("lora_2", None, "The same for the second of two experts.")
     flags.DEFINE_integer("height", None, "Pixels.", lower_bound=1)
     flags.DEFINE_integer("width", None, "Pixels.", lower_bound=1)
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the text encoder and the "
-                      "transformer; default: float32 on a CPU, else bfloat16.")
-    flags.DEFINE_string("mesh", None, "Devices along each axis, such as fsdp=4,tensor=2; default: "
-                        "tensor as far as it divides the heads, the rest fsdp.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of the text encoder and the transformer; default: float32 on a CPU, else bfloat16.",
+    )
+    flags.DEFINE_string(
+        "mesh",
+        None,
+        "Devices along each axis, such as fsdp=4,tensor=2; default: "
+        "tensor as far as it divides the heads, the rest fsdp.",
+    )
     logging.set_verbosity(logging.WARNING)
     app.run(main)

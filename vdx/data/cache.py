@@ -16,11 +16,24 @@ import numpy as np
 from vdx.data.record import BadRecord
 from vdx.files import read_json
 
-__all__ = ["check_classes", "check_latents", "latent_features", "ready_example",
-           "video_features", "write_records"]
+__all__ = [
+    "check_classes",
+    "check_latents",
+    "latent_features",
+    "ready_example",
+    "video_features",
+    "write_records",
+]
 
-CLASSES = {f"tensorflow_datasets.core.features.{name}" for name in (
-    "features_dict.FeaturesDict", "scalar.Scalar", "tensor_feature.Tensor", "text_feature.Text")}
+CLASSES = {
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+        "features_dict.FeaturesDict",
+        "scalar.Scalar",
+        "tensor_feature.Tensor",
+        "text_feature.Text",
+    )
+}
 
 # Batch keys of signals that a record may hold: see vdx.models.conditioning and steering.
 SIGNALS = ("concat", "control", "image_tokens", "depth", "pose", "flow", "camera", "motion")
@@ -29,13 +42,19 @@ SIGNALS = ("concat", "control", "image_tokens", "depth", "pose", "flow", "camera
 def video_features():
     """Features of encoded videos: video (the bytes of an mp4), caption, key."""
     import tensorflow_datasets as tfds
-    return tfds.features.FeaturesDict({
-        "video": tfds.features.Tensor(shape=(), dtype=np.object_),
-        "caption": tfds.features.Text(), "key": tfds.features.Text()})
+
+    return tfds.features.FeaturesDict(
+        {
+            "video": tfds.features.Tensor(shape=(), dtype=np.object_),
+            "caption": tfds.features.Text(),
+            "key": tfds.features.Text(),
+        }
+    )
 
 
-def latent_features(latents: tuple[int | None, ...], text_dim: int,
-                    **signals: tuple[int | None, ...]):
+def latent_features(
+    latents: tuple[int | None, ...], text_dim: int, **signals: tuple[int | None, ...]
+):
     """Features of cached latents.
 
     latents: float16 of this shape [t h w c], normalised; None where it varies.
@@ -46,13 +65,21 @@ def latent_features(latents: tuple[int | None, ...], text_dim: int,
     `image_tokens` [m d], CLIP's features of the first frame; maps have the latents' size.
     """
     import tensorflow_datasets as tfds
-    return tfds.features.FeaturesDict({
-        "latents": tfds.features.Tensor(shape=tuple(latents), dtype=np.float16),
-        "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16),
-        "caption": tfds.features.Text(), "fps": np.float32, "num_frames": np.int32,
-        "key": tfds.features.Text(),
-        **{name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16)
-           for name, shape in signals.items()}})
+
+    return tfds.features.FeaturesDict(
+        {
+            "latents": tfds.features.Tensor(shape=tuple(latents), dtype=np.float16),
+            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16),
+            "caption": tfds.features.Text(),
+            "fps": np.float32,
+            "num_frames": np.int32,
+            "key": tfds.features.Text(),
+            **{
+                name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16)
+                for name, shape in signals.items()
+            },
+        }
+    )
 
 
 def check_classes(path: Path) -> None:
@@ -61,13 +88,17 @@ def check_classes(path: Path) -> None:
     TFDS imports the module of whatever class `features.json` or `dataset_info.json` names, which
     would run code that the author of the data chose. "type" is how older versions name one.
     """
-    for file, keys in (("features.json", {"pythonClassName", "python_class_name", "type"}),
-                       ("dataset_info.json", {"pythonClassName", "python_class_name"})):
+    for file, keys in (
+        ("features.json", {"pythonClassName", "python_class_name", "type"}),
+        ("dataset_info.json", {"pythonClassName", "python_class_name"}),
+    ):
         if (path / file).exists():
             unknown = set(_named(read_json(path / file), keys)) - CLASSES
             if unknown:
-                raise ValueError(f"{path / file} names the class {min(unknown)!r}; known are "
-                                 f"{', '.join(sorted(CLASSES))}.")
+                raise ValueError(
+                    f"{path / file} names the class {min(unknown)!r}; known are "
+                    f"{', '.join(sorted(CLASSES))}."
+                )
 
 
 def _named(value: Any, keys: set[str]) -> Iterator[str]:
@@ -93,7 +124,8 @@ def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
         axes = 4 if name == "latents" else len(found[name])
         shape = tuple(metadata.get(name) or (None,) * axes)
         if len(found[name]) != len(shape) or any(
-                want not in (None, have) for want, have in zip(shape, found[name], strict=True)):
+            want not in (None, have) for want, have in zip(shape, found[name], strict=True)
+        ):
             raise BadRecord(key, f"{name} have the shape {found[name]}, expected {shape}")
     if len(found["text"]) != 2 or width not in (None, found["text"][1]):
         raise BadRecord(key, f"text has the shape {found['text']}, expected (l, {width})")
@@ -103,8 +135,9 @@ def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
         if not np.isfinite(np.asarray(row[name], np.float16)).all():
             raise BadRecord(key, f"{name} hold NaN or infinity, in float16")
     if not (row["fps"] > 0 and row["num_frames"] > 0):
-        raise BadRecord(key, f"fps = {row['fps']} and num_frames = {row['num_frames']}; both "
-                             "must be positive")
+        raise BadRecord(
+            key, f"fps = {row['fps']} and num_frames = {row['num_frames']}; both must be positive"
+        )
 
 
 def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> dict:
@@ -116,15 +149,25 @@ def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
     check_latents(row, key, metadata)
     length = len(row["text"])
     longest = (metadata.get("text") or (length,))[0]
-    return {"latents": np.asarray(row["latents"]),
-            "text": np.pad(row["text"], ((0, longest - length), (0, 0))),
-            "text_mask": np.arange(longest) < length, "fps": np.float32(row["fps"]),
-            "num_frames": np.int32(row["num_frames"]), "key": key,
-            **{name: np.asarray(row[name]) for name in SIGNALS if name in row}}
+    return {
+        "latents": np.asarray(row["latents"]),
+        "text": np.pad(row["text"], ((0, longest - length), (0, 0))),
+        "text_mask": np.arange(longest) < length,
+        "fps": np.float32(row["fps"]),
+        "num_frames": np.int32(row["num_frames"]),
+        "key": key,
+        **{name: np.asarray(row[name]) for name in SIGNALS if name in row},
+    }
 
 
-def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, Any]]], features,
-                  *, shards: int | None = None, metadata: Mapping[str, Any] | None = None) -> Path:
+def write_records(
+    path: str | Path,
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    features,
+    *,
+    shards: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes a data set that `Records(path)` reads; it appears at `path` whole or not at all.
 
     splits: name -> examples, each a dict with the features' keys, kept in their order.
@@ -135,19 +178,26 @@ def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, A
     Raises ValueError if `path` exists or an example does not fit; nothing is left behind then.
     """
     import tensorflow_datasets as tfds
+
     path, facts = Path(path), dict(metadata or {})
     if path.exists():
         raise ValueError(f"{path} is already there: remove it, or write elsewhere.")
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    class Builder(tfds.core.GeneratorBasedBuilder,  # type: ignore[call-arg]
-                  skip_registration=True):
+    class Builder(
+        tfds.core.GeneratorBasedBuilder,  # type: ignore[call-arg]
+        skip_registration=True,
+    ):
         name, VERSION = "vdx", tfds.core.Version("1.0.0")
         code_path = None  # nothing to download; TFDS would look for checksums beside this file
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True,
-                                         metadata=tfds.core.MetadataDict(facts))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=features,
+                disable_shuffling=True,
+                metadata=tfds.core.MetadataDict(facts),
+            )
 
         def _split_generators(self, dl_manager):
             return {name: _numbered(examples, facts) for name, examples in splits.items()}
@@ -157,8 +207,9 @@ def write_records(path: str | Path, splits: Mapping[str, Iterable[Mapping[str, A
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         builder = Builder(data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
-            num_shards=shards, try_download_gcs=False))
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(num_shards=shards, try_download_gcs=False)
+        )
         shutil.move(builder.data_dir, path)
     return path
 
@@ -167,7 +218,10 @@ def _numbered(examples, metadata) -> Iterator[tuple[int, dict]]:
     for number, example in enumerate(examples):
         if "latents" in example:
             check_latents(example, str(example.get("key", number)), metadata)
-            example = {name: np.asarray(value, np.float16)
-                       if name in ("latents", "text", *SIGNALS) else value
-                       for name, value in example.items()}
+            example = {
+                name: np.asarray(value, np.float16)
+                if name in ("latents", "text", *SIGNALS)
+                else value
+                for name, value in example.items()
+            }
         yield number, dict(example)

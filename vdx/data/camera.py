@@ -26,8 +26,7 @@ __all__ = ["cropped", "plucker", "read_camera", "write_camera"]
 SLACK = 1e-3  # of a rotation matrix, which files round
 
 
-def plucker(intrinsics: np.ndarray, extrinsics: np.ndarray, height: int,
-            width: int) -> np.ndarray:
+def plucker(intrinsics: np.ndarray, extrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
     """float32 [t height width 6]: moment o x d and direction d of the ray of each pixel.
 
     intrinsics [t 3 3], extrinsics [t 3 4]: as the module says. d has length 1; o is the camera's
@@ -37,14 +36,15 @@ def plucker(intrinsics: np.ndarray, extrinsics: np.ndarray, height: int,
     # x_i = R_i x + t_i and x_0 = R_0 x + t_0, so x_i = R_i R_0' x_0 + t_i - R_i R_0' t_0.
     turn = turn @ turn[0].T
     move = move - turn @ move[0]
-    fx, fy, cx, cy = np.moveaxis(np.asarray(intrinsics, np.float64)[:, [0, 1, 0, 1],
-                                                                     [0, 1, 2, 2]], 1, 0)
+    fx, fy, cx, cy = np.moveaxis(
+        np.asarray(intrinsics, np.float64)[:, [0, 1, 0, 1], [0, 1, 2, 2]], 1, 0
+    )
     x = ((np.arange(width) + 0.5) / width - cx[:, None]) / fx[:, None]
     y = ((np.arange(height) + 0.5) / height - cy[:, None]) / fy[:, None]
     d = np.ones((len(turn), height, width, 3))
     d[..., 0], d[..., 1] = x[:, None], y[:, :, None]
     d /= np.linalg.norm(d, axis=-1, keepdims=True)
-    d = np.einsum("thwc,tcd->thwd", d, turn)           # R' d: R leads from the world
+    d = np.einsum("thwc,tcd->thwd", d, turn)  # R' d: R leads from the world
     o = -np.einsum("tcd,tc->td", turn, move)[:, None, None]
     return np.concatenate([np.cross(o, d), d], axis=-1).astype(np.float32)
 
@@ -63,8 +63,13 @@ def write_camera(path: str | Path, intrinsics: np.ndarray, extrinsics: np.ndarra
     """Writes intrinsics [t 3 3] and extrinsics [t 3 4] as the module says."""
     rows = np.asarray(intrinsics, np.float64)[:, [0, 1, 0, 1], [0, 1, 2, 2]]
     same = bool((rows == rows[0]).all())
-    write_json(path, {"intrinsics": (rows[0] if same else rows).tolist(),
-                      "frames": np.asarray(extrinsics, np.float64).tolist()})
+    write_json(
+        path,
+        {
+            "intrinsics": (rows[0] if same else rows).tolist(),
+            "frames": np.asarray(extrinsics, np.float64).tolist(),
+        },
+    )
 
 
 def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -74,12 +79,16 @@ def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray
     """
     found = read_json(path)
     if not isinstance(found, dict) or not {"intrinsics", "frames"} <= set(found):
-        raise ValueError(f'{path}: expected {{"intrinsics": [fx, fy, cx, cy], "frames": '
-                         "[3 x 4 matrix, ...]}; see vdx.data.camera.")
+        raise ValueError(
+            f'{path}: expected {{"intrinsics": [fx, fy, cx, cy], "frames": '
+            "[3 x 4 matrix, ...]}; see vdx.data.camera."
+        )
     extrinsics = _array(path, "frames", found["frames"])
     if extrinsics.ndim != 3 or extrinsics.shape[1:] != (3, 4):
-        raise ValueError(f'{path}: "frames" is {list(extrinsics.shape)}, expected one '
-                         "world-to-camera matrix of 3 rows and 4 columns for each frame.")
+        raise ValueError(
+            f'{path}: "frames" is {list(extrinsics.shape)}, expected one '
+            "world-to-camera matrix of 3 rows and 4 columns for each frame."
+        )
     if frames is not None and len(extrinsics) != frames:
         raise ValueError(f"{path} has {len(extrinsics)} cameras, and the clip has {frames} frames.")
     for i, turn in enumerate(extrinsics[..., :3]):
@@ -87,11 +96,15 @@ def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray
             raise ValueError(f"{path}: the first three columns of frame {i} are no rotation.")
     rows = _array(path, "intrinsics", found["intrinsics"])
     if rows.shape not in ((4,), (len(extrinsics), 4)):
-        raise ValueError(f'{path}: "intrinsics" is {list(rows.shape)}, expected [fx, fy, cx, cy], '
-                         f"or {len(extrinsics)} of them, one for each frame.")
+        raise ValueError(
+            f'{path}: "intrinsics" is {list(rows.shape)}, expected [fx, fy, cx, cy], '
+            f"or {len(extrinsics)} of them, one for each frame."
+        )
     if (rows[..., :2] <= 0).any() or (rows > 100).any():
-        raise ValueError(f'{path}: "intrinsics" {rows.reshape(-1, 4)[0].tolist()} are not in units '
-                         "of the frame: divide fx and cx by its width, fy and cy by its height.")
+        raise ValueError(
+            f'{path}: "intrinsics" {rows.reshape(-1, 4)[0].tolist()} are not in units '
+            "of the frame: divide fx and cx by its width, fy and cy by its height."
+        )
     matrices = np.zeros((len(extrinsics), 3, 3))
     matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]] = rows
     matrices[:, 2, 2] = 1.0
@@ -102,8 +115,9 @@ def _array(path: str | Path, name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f'{path}: "{name}" is not a list of equally long lists of '
-                         "numbers.") from None
+        raise ValueError(
+            f'{path}: "{name}" is not a list of equally long lists of numbers.'
+        ) from None
     if not array.size or not np.isfinite(array).all():
         raise ValueError(f'{path}: "{name}" is empty or not finite.')
     return array

@@ -38,8 +38,10 @@ def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
         kind = "new" if before is None else "same" if before == row["sha256"] else "changed"
         found[kind].append(name)
     if found["changed"] and not update:
-        raise ValueError(f"{_some(found['changed'])} changed since their checksums were written. "
-                         "Restore them, or accept them by --update. Nothing was written.")
+        raise ValueError(
+            f"{_some(found['changed'])} changed since their checksums were written. "
+            "Restore them, or accept them by --update. Nothing was written."
+        )
     with whole_or_not(path) as part:
         append_rows(part, rows)
     return found

@@ -14,8 +14,9 @@ def motion_score(video: np.ndarray, fps: float) -> float:
     score; noise counts as motion; one frame gives 0. Raises ValueError for another dtype or shape.
     """
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
-        raise ValueError(f"motion_score takes uint8 [t h w 3], not {video.dtype} "
-                         f"{list(video.shape)}.")
+        raise ValueError(
+            f"motion_score takes uint8 [t h w 3], not {video.dtype} {list(video.shape)}."
+        )
     if len(video) == 1:
         return 0.0
     grey = video.astype(np.float32) @ LUMA / np.float32(255.0)

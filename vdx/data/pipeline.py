@@ -26,10 +26,10 @@ from vdx.data.bad_records import read_bad_records
 from vdx.data.record import BadRecord
 from vdx.files import append_rows, host_file
 
-ATTEMPTS = 9      # a record and up to 8 substitutes
-MIN_SEEN = 50     # records before the share of bad ones is judged
+ATTEMPTS = 9  # a record and up to 8 substitutes
+MIN_SEEN = 50  # records before the share of bad ones is judged
 _ENDLESS = 1 << 48
-_SMALL = 1 << 16   # records whose permutation is kept in memory
+_SMALL = 1 << 16  # records whose permutation is kept in memory
 _SHUFFLE, _EXAMPLE = 1, 2  # keep the two random streams of one seed apart
 
 Example = dict[str, Any]
@@ -168,8 +168,10 @@ class _Stream:
             size = dict(zip(("height", "width"), bucket.size, strict=False))
             return self.to_example(item, num_frames=frames, rng=rng, **size)
         if frames and "num_frames" in item and int(item["num_frames"]) != frames:
-            raise BadRecord(str(item.get("key", index)),
-                            f"holds {int(item['num_frames'])} frames, this batch needs {frames}")
+            raise BadRecord(
+                str(item.get("key", index)),
+                f"holds {int(item['num_frames'])} frames, this batch needs {frames}",
+            )
         return dict(item)
 
 
@@ -265,8 +267,13 @@ class Batches:
             batch = stream.holds(place)
             return (place - stream.first(batch)) // stream.share(batch)
 
-        return [row for row in rows if isinstance(place := row.get("position"), int)
-                and place < stream.first(self.position) and host(place) == stream.host_index]
+        return [
+            row
+            for row in rows
+            if isinstance(place := row.get("position"), int)
+            and place < stream.first(self.position)
+            and host(place) == stream.host_index
+        ]
 
     def _take(self) -> tuple[Example, int]:
         """(the next batch, records refused on its way)."""
@@ -279,8 +286,10 @@ class Batches:
             refused += bad
             if example is None:
                 self._report(refused)
-                raise DataError(f"No usable record in {len(bad)} tries at position "
-                                f"{bad[0].position}:{_names({b.key: b.reason for b in bad})}")
+                raise DataError(
+                    f"No usable record in {len(bad)} tries at position "
+                    f"{bad[0].position}:{_names({b.key: b.reason for b in bad})}"
+                )
             examples.append(example)
         self._report(refused)
         self._judge(self.seen + len(examples) + len(refused), self.bad + len(refused))
@@ -291,9 +300,11 @@ class Batches:
         # Three standard deviations of grace: one bad record among the first 50 is not a rate.
         allowed = rate * seen + 3 * math.sqrt(rate * seen)
         if (seen >= MIN_SEEN or rate == 0) and bad > allowed:
-            raise DataError(f"{bad} of {seen} records are bad, more than "
-                            f"max_bad_rate = {rate} allows. Mend or remove them, or raise "
-                            f"max_bad_rate:{_names(self._named)}")
+            raise DataError(
+                f"{bad} of {seen} records are bad, more than "
+                f"max_bad_rate = {rate} allows. Mend or remove them, or raise "
+                f"max_bad_rate:{_names(self._named)}"
+            )
 
     def _report(self, refused: list[_Bad]) -> None:
         for one in refused:
@@ -302,13 +313,22 @@ class Batches:
             self._named[one.key] = one.reason
         if self._bad_log is not None and refused:
             host = self._stream.host_index
-            append_rows(host_file(self._bad_log, host),
-                        [dataclasses.asdict(one) | {"host": host} for one in refused])
+            append_rows(
+                host_file(self._bad_log, host),
+                [dataclasses.asdict(one) | {"host": host} for one in refused],
+            )
 
 
-def make_loader(source: Source, *, to_example: Callable[..., Example] | None = None,
-                num_frames: tuple[int, ...] | None = None, host_index: int = 0, host_count: int = 1,
-                bad_log: str | Path | None = None, **settings) -> Batches:
+def make_loader(
+    source: Source,
+    *,
+    to_example: Callable[..., Example] | None = None,
+    num_frames: tuple[int, ...] | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    bad_log: str | Path | None = None,
+    **settings,
+) -> Batches:
     """Batches of this host's share of every global batch.
 
     to_example: `to_example(record, num_frames=, rng=)` -> dict of arrays of one example, with
@@ -327,24 +347,29 @@ def make_loader(source: Source, *, to_example: Callable[..., Example] | None = N
     if (num_frames or to_example) and min(num_frames or (0,)) < 1:
         raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
     if any(min(bucket) < 1 for bucket in loader.buckets) or (loader.buckets and not to_example):
-        raise ValueError(f"buckets = {loader.buckets}: positive frames, height, width and examples "
-                         "of clips that are cut from footage; ready examples keep their shape.")
-    buckets = tuple(_Bucket(batch, frames, (height, width))
-                    for frames, height, width, batch in loader.buckets) or tuple(
-                        _Bucket(loader.global_batch, frames) for frames in num_frames or (None,))
+        raise ValueError(
+            f"buckets = {loader.buckets}: positive frames, height, width and examples "
+            "of clips that are cut from footage; ready examples keep their shape."
+        )
+    buckets = tuple(
+        _Bucket(batch, frames, (height, width)) for frames, height, width, batch in loader.buckets
+    ) or tuple(_Bucket(loader.global_batch, frames) for frames in num_frames or (None,))
     for batch in (bucket.batch for bucket in buckets):
         if batch < 1 or batch % host_count:
             name = "batch of a bucket" if loader.buckets else "global_batch"
-            raise ValueError(f"{name} = {batch} cannot be shared by {host_count} hosts; make it a "
-                             f"multiple of {host_count}.")
+            raise ValueError(
+                f"{name} = {batch} cannot be shared by {host_count} hosts; make it a "
+                f"multiple of {host_count}."
+            )
     if not 0 <= host_index < host_count:
         raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
     if min(loader.seed, loader.workers, loader.threads, loader.prefetch) < 0:
         raise ValueError(f"seed, workers, threads and prefetch cannot be negative: {loader}.")
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
-    stream = _Stream(source, to_example or _not_ready, loader, buckets, host_index,
-                     host_count, start=0)
+    stream = _Stream(
+        source, to_example or _not_ready, loader, buckets, host_index, host_count, start=0
+    )
     return Batches(stream, Path(bad_log) if bad_log is not None else None)
 
 
@@ -369,8 +394,10 @@ def _stack(examples: list[Example]) -> Example:
     shapes = [{k: np.shape(v) for k, v in e.items()} for e in examples]
     for example, shape in zip(examples, shapes, strict=True):
         if shape != shapes[0]:
-            raise DataError(f"Examples of one batch differ: {examples[0].get('key')} is "
-                            f"{shapes[0]}, {example.get('key')} is {shape}.")
+            raise DataError(
+                f"Examples of one batch differ: {examples[0].get('key')} is "
+                f"{shapes[0]}, {example.get('key')} is {shape}."
+            )
     return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 

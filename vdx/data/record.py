@@ -44,7 +44,8 @@ class Record:
     read: Callable[[np.ndarray], np.ndarray]
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tracks: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(
-        default_factory=dict)
+        default_factory=dict
+    )
 
 
 def shown(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -26,8 +26,27 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
         return frames
     box, _ = covering(frames.shape[1:3], height, width)
     if frames.dtype == np.uint8:
-        return np.stack([np.asarray(Image.fromarray(frame).resize(
-            (width, height), Image.Resampling.BICUBIC, box)) for frame in frames])
-    return np.stack([np.stack([np.asarray(Image.fromarray(np.ascontiguousarray(channel)).resize(
-        (width, height), Image.Resampling.BILINEAR, box)) for channel in np.moveaxis(frame, -1, 0)],
-        axis=-1) for frame in frames])
+        return np.stack(
+            [
+                np.asarray(
+                    Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box)
+                )
+                for frame in frames
+            ]
+        )
+    return np.stack(
+        [
+            np.stack(
+                [
+                    np.asarray(
+                        Image.fromarray(np.ascontiguousarray(channel)).resize(
+                            (width, height), Image.Resampling.BILINEAR, box
+                        )
+                    )
+                    for channel in np.moveaxis(frame, -1, 0)
+                ],
+                axis=-1,
+            )
+            for frame in frames
+        ]
+    )

@@ -18,25 +18,53 @@ BYTES_PER_OBJECT = 64
 
 # (finite verb, participle): "a red circle moves right", "a red circle moving right".
 MOTION_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "left": (("moves left", "moving left"), ("slides to the left", "sliding to the left"),
-             ("drifts towards the left", "drifting towards the left"),
-             ("travels left", "travelling left")),
-    "right": (("moves right", "moving right"), ("slides to the right", "sliding to the right"),
-              ("drifts towards the right", "drifting towards the right"),
-              ("travels right", "travelling right")),
-    "up": (("moves up", "moving up"), ("rises", "rising"), ("floats upwards", "floating upwards"),
-           ("climbs", "climbing")),
-    "down": (("moves down", "moving down"), ("sinks", "sinking"), ("descends", "descending"),
-             ("slides downwards", "sliding downwards")),
+    "left": (
+        ("moves left", "moving left"),
+        ("slides to the left", "sliding to the left"),
+        ("drifts towards the left", "drifting towards the left"),
+        ("travels left", "travelling left"),
+    ),
+    "right": (
+        ("moves right", "moving right"),
+        ("slides to the right", "sliding to the right"),
+        ("drifts towards the right", "drifting towards the right"),
+        ("travels right", "travelling right"),
+    ),
+    "up": (
+        ("moves up", "moving up"),
+        ("rises", "rising"),
+        ("floats upwards", "floating upwards"),
+        ("climbs", "climbing"),
+    ),
+    "down": (
+        ("moves down", "moving down"),
+        ("sinks", "sinking"),
+        ("descends", "descending"),
+        ("slides downwards", "sliding downwards"),
+    ),
     "grow": (("grows", "growing"), ("gets bigger", "getting bigger"), ("expands", "expanding")),
-    "shrink": (("shrinks", "shrinking"), ("gets smaller", "getting smaller"),
-               ("contracts", "contracting")),
-    "turn": (("turns", "turning"), ("spins", "spinning"), ("rotates", "rotating"),
-             ("turns clockwise", "turning clockwise"), ("spins in place", "spinning in place")),
-    "bounce": (("bounces", "bouncing"), ("bounces up and down", "bouncing up and down"),
-               ("bounces off the floor", "bouncing off the floor")),
-    "steered": (("is steered", "being steered"), ("is steered around", "being steered around"),
-                ("is driven around", "being driven around")),
+    "shrink": (
+        ("shrinks", "shrinking"),
+        ("gets smaller", "getting smaller"),
+        ("contracts", "contracting"),
+    ),
+    "turn": (
+        ("turns", "turning"),
+        ("spins", "spinning"),
+        ("rotates", "rotating"),
+        ("turns clockwise", "turning clockwise"),
+        ("spins in place", "spinning in place"),
+    ),
+    "bounce": (
+        ("bounces", "bouncing"),
+        ("bounces up and down", "bouncing up and down"),
+        ("bounces off the floor", "bouncing off the floor"),
+    ),
+    "steered": (
+        ("is steered", "being steered"),
+        ("is steered around", "being steered around"),
+        ("is driven around", "being driven around"),
+    ),
 }
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 SPEED_WORDS = {"slow": ("slowly", "gently"), "fast": ("quickly", "fast")}
@@ -67,7 +95,7 @@ def _pick(rng: np.random.Generator, options: Sequence):
 
 
 def _noun(item: "Object", rng: np.random.Generator) -> str:
-    """"a small red circle", "a red circle" or "a red circle, small,"."""
+    """ "a small red circle", "a red circle" or "a red circle, small,"."""
     words, after = f"{item.colour} {item.shape}", ""
     if rng.random() < 0.4:
         size = _pick(rng, SIZE_WORDS[item.size])

@@ -9,26 +9,45 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BACKGROUNDS", "COLOURS", "FILL", "REACH", "SHAPES", "STYLES", "background", "draw",
-           "paint", "still"]
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "FILL",
+    "REACH",
+    "SHAPES",
+    "STYLES",
+    "background",
+    "draw",
+    "paint",
+    "still",
+]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLOURS = {"red": (228, 32, 40), "green": (40, 176, 56), "blue": (48, 92, 246),
-           "yellow": (250, 226, 50), "purple": (170, 60, 222), "cyan": (50, 216, 226),
-           "orange": (250, 132, 24), "white": (246, 246, 246)}
+COLOURS = {
+    "red": (228, 32, 40),
+    "green": (40, 176, 56),
+    "blue": (48, 92, 246),
+    "yellow": (250, 226, 50),
+    "purple": (170, 60, 222),
+    "cyan": (50, 216, 226),
+    "orange": (250, 132, 24),
+    "white": (246, 246, 246),
+}
 STYLES = ("flat", "outlined", "soft")
 # Two tones and the pattern that mixes them; tones stay dark so that every object stands out.
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
-    "black": ((0, 0, 0), (0, 0, 0), ""), "grey": ((74, 74, 78), (74, 74, 78), ""),
-    "dark blue": ((16, 22, 64), (16, 22, 64), ""), "brown": ((60, 40, 28), (60, 40, 28), ""),
+    "black": ((0, 0, 0), (0, 0, 0), ""),
+    "grey": ((74, 74, 78), (74, 74, 78), ""),
+    "dark blue": ((16, 22, 64), (16, 22, 64), ""),
+    "brown": ((60, 40, 28), (60, 40, 28), ""),
     "stripes": ((22, 26, 34), (54, 60, 72), "stripes"),
     "dots": ((28, 24, 36), (70, 64, 84), "dots"),
     "checks": ((24, 30, 28), (56, 66, 62), "checks"),
 }
-PERIOD = 0.25             # of the background patterns
+PERIOD = 0.25  # of the background patterns
 OUTLINE, FILL = 0.2, 0.55  # width of an outline in radii; brightness inside it
-SOFT = 0.22               # half width of a soft edge in radii
-REACH = 1.2               # no shape or style is seen farther than this many radii from its centre
+SOFT = 0.22  # half width of a soft edge in radii
+REACH = 1.2  # no shape or style is seen farther than this many radii from its centre
 
 
 def _star(x, y, points: int, outer: float, inner: float):
@@ -105,8 +124,9 @@ def background(name: str, shift: np.ndarray, height: int, width: int) -> np.ndar
     return low + mix.astype(np.float32)[..., None] * (high - low)
 
 
-def draw(canvas: np.ndarray, shape: str, colour: str, style: str,
-         state: dict[str, np.ndarray]) -> None:
+def draw(
+    canvas: np.ndarray, shape: str, colour: str, style: str, state: dict[str, np.ndarray]
+) -> None:
     """Paint one object over the canvas [t h w 3], only where it can be seen."""
     height, width = canvas.shape[1:3]
     radius = state["size"] * min(height, width)
@@ -118,11 +138,17 @@ def draw(canvas: np.ndarray, shape: str, colour: str, style: str,
     top = np.clip(np.rint(centre[:, 1] - kh / 2), 0, height - kh).astype(int)
     dx = (left - centre[:, 0] + 0.5)[:, None, None] + np.arange(kw)
     dy = (top - centre[:, 1] + 0.5)[:, None, None] + np.arange(kh)[:, None]
-    cover, shade = paint(shape, style, dx.astype(np.float32), dy.astype(np.float32),
-                         radius[:, None, None], state["angle"][:, None, None])
+    cover, shade = paint(
+        shape,
+        style,
+        dx.astype(np.float32),
+        dy.astype(np.float32),
+        radius[:, None, None],
+        state["angle"][:, None, None],
+    )
     paints = (cover * shade)[..., None] * np.array(COLOURS[colour], np.float32)
     keep = 1.0 - cover[..., None]
     for i, (x, y) in enumerate(zip(left.tolist(), top.tolist(), strict=True)):
-        window = canvas[i, y:y + kh, x:x + kw]
+        window = canvas[i, y : y + kh, x : x + kw]
         window *= keep[i]
         window += paints[i]

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["actions", "camera", "depth", "flow", "pose", "reference", "tracks"]
 
-NEARNESS = (1.0, 0.5)        # of the main object, and of the one behind it
+NEARNESS = (1.0, 0.5)  # of the main object, and of the one behind it
 REFERENCE_RADIUS = 0.25
-DOT, LINE = 0.25, 0.08       # radius of a skeleton's joint and half width of its bone, in radii
+DOT, LINE = 0.25, 0.08  # radius of a skeleton's joint and half width of its bone, in radii
 
 
 def _pixels(scene: "Scene", times: np.ndarray, height: int, width: int) -> list[dict[str, Any]]:
@@ -24,19 +24,25 @@ def _pixels(scene: "Scene", times: np.ndarray, height: int, width: int) -> list[
     for item, state in zip(scene.objects, scene.state(times), strict=True):
         x, y = (state["center"] * (width, height)).T[..., None, None]
         size, angle = (state[k][:, None, None] for k in ("size", "angle"))
-        one = {"x": (np.arange(width) + 0.5 - x).astype(np.float32),
-               "y": (np.arange(height)[:, None] + 0.5 - y).astype(np.float32),
-               "size": size * min(height, width), "angle": angle, "state": state}
-        found.append({**one, "cover": paint(item.shape, "flat", one["x"], one["y"], one["size"],
-                                            angle)[0]})
+        one = {
+            "x": (np.arange(width) + 0.5 - x).astype(np.float32),
+            "y": (np.arange(height)[:, None] + 0.5 - y).astype(np.float32),
+            "size": size * min(height, width),
+            "angle": angle,
+            "state": state,
+        }
+        found.append(
+            {**one, "cover": paint(item.shape, "flat", one["x"], one["y"], one["size"], angle)[0]}
+        )
     return found
 
 
 def depth(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarray:
     """float32 [t h w 1]: 1 in the main object, 0.5 in the one behind it, 0 outside."""
     near = np.zeros((len(times), height, width), np.float32)
-    for item, value in reversed(list(zip(_pixels(scene, times, height, width), NEARNESS,
-                                         strict=False))):
+    for item, value in reversed(
+        list(zip(_pixels(scene, times, height, width), NEARNESS, strict=False))
+    ):
         near += item["cover"] * (value - near)
     return near[..., None]
 
@@ -101,9 +107,17 @@ def reference(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.
     """uint8 [1 h w 3]: the main object alone, upright and large, before plain black."""
     item = scene.objects[0]
     canvas = still("black", height, width).copy()
-    draw(canvas, item.shape, item.colour, scene.style,
-         {"center": np.full((1, 2), 0.5), "size": np.full(1, REFERENCE_RADIUS),
-          "angle": np.zeros(1)})
+    draw(
+        canvas,
+        item.shape,
+        item.colour,
+        scene.style,
+        {
+            "center": np.full((1, 2), 0.5),
+            "size": np.full(1, REFERENCE_RADIUS),
+            "angle": np.zeros(1),
+        },
+    )
     return (canvas + 0.5).astype(np.uint8)
 
 
@@ -112,4 +126,5 @@ def tracks(scene: "Scene", height: int, width: int) -> Mapping[str, Callable]:
     sized = {"depth": depth, "pose": pose, "flow": flow, "camera": camera, "reference": reference}
     return {"actions": functools.partial(actions, scene)} | {
         name: functools.partial(read, scene, height=height, width=width)
-        for name, read in sized.items()}
+        for name, read in sized.items()
+    }

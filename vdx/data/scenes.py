@@ -34,8 +34,20 @@ from vdx.data.scene_drawing import (
 from vdx.data.scene_signals import tracks
 from vdx.data.signals import ACTIONS
 
-__all__ = ["BACKGROUNDS", "CAMERAS", "COLOURS", "MOTIONS", "SHAPES", "STEERED", "STYLES", "Object",
-           "Scene", "Scenes", "describe", "is_heldout"]
+__all__ = [
+    "BACKGROUNDS",
+    "CAMERAS",
+    "COLOURS",
+    "MOTIONS",
+    "SHAPES",
+    "STEERED",
+    "STYLES",
+    "Object",
+    "Scene",
+    "Scenes",
+    "describe",
+    "is_heldout",
+]
 
 # The velocity of each motion in units of the object's speed.
 VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -45,19 +57,25 @@ MOTIONS = (*VELOCITIES, "grow", "shrink", "turn", "bounce")
 # the start "first", a frame then never falls into the middle of an action.
 STEERED = "steered"
 HOLDS = (0.25, 0.5)
-STEER = 2.5                                # times the object's speed
-SIZES = {"small": 0.15, "large": 0.25}     # radius
-SHARED = 0.7                               # of the radius where two objects share the frame
-SPEEDS = {"slow": 0.12, "fast": 0.2}       # widths per second
+STEER = 2.5  # times the object's speed
+SIZES = {"small": 0.15, "large": 0.25}  # radius
+SHARED = 0.7  # of the radius where two objects share the frame
+SPEEDS = {"slow": 0.12, "fast": 0.2}  # widths per second
 CAMERAS = {"static": 0.0, "pan left": 0.1, "pan right": -0.1}  # how fast the world goes right
-STAY = 2.0                # seconds that a moving object stays wholly inside the frame
-GROWTH = 1.7              # relative growth per second, for each width per second of speed
-SHRINK_FROM = 1.5         # a shrinking object starts larger, so that it is still seen at the end
-RADII = (0.05, 0.5)       # growth and shrinkage end here
-TURN = 12.5               # radians per second, for each width per second of speed
+STAY = 2.0  # seconds that a moving object stays wholly inside the frame
+GROWTH = 1.7  # relative growth per second, for each width per second of speed
+SHRINK_FROM = 1.5  # a shrinking object starts larger, so that it is still seen at the end
+RADII = (0.05, 0.5)  # growth and shrinkage end here
+TURN = 12.5  # radians per second, for each width per second of speed
 BOUNCE_PERIOD = {"slow": 1.2, "fast": 0.8}  # seconds from floor to floor
-BOTTOM = {"circle": 1.0, "ring": 1.0, "square": 0.84, "cross": 1.0, "triangle": 0.56,
-          "star": 1.12 * math.cos(math.pi / 5)}  # lowest point of an upright shape, in radii
+BOTTOM = {
+    "circle": 1.0,
+    "ring": 1.0,
+    "square": 0.84,
+    "cross": 1.0,
+    "triangle": 0.56,
+    "star": 1.12 * math.cos(math.pi / 5),
+}  # lowest point of an upright shape, in radii
 HELDOUT_ONE_IN = 5
 
 
@@ -70,19 +88,25 @@ def is_heldout(colour: str, shape: str, motion: str) -> bool:
 def _triples(shapes, colours, motions, split: str) -> tuple[tuple[str, str, str], ...]:
     """The (colour, shape, motion) combinations of a split; what is round cannot visibly turn."""
     wanted = {"train": (False,), "heldout": (True,), "all": (False, True)}[split]
-    return tuple((c, s, m) for c, s, m in itertools.product(colours, shapes, motions)
-                 if not (m == "turn" and s in ("circle", "ring"))
-                 and is_heldout(c, s, m) in wanted)
+    return tuple(
+        (c, s, m)
+        for c, s, m in itertools.product(colours, shapes, motions)
+        if not (m == "turn" and s in ("circle", "ring")) and is_heldout(c, s, m) in wanted
+    )
 
 
 @functools.lru_cache
 def _settings(backgrounds, cameras) -> tuple[tuple[str, str], ...]:
     """The (background, camera) pairs; over a plain background a pan could not be seen."""
-    return tuple((b, c) for b, c in itertools.product(backgrounds, cameras)
-                 if c == "static" or BACKGROUNDS[b][2])
+    return tuple(
+        (b, c)
+        for b, c in itertools.product(backgrounds, cameras)
+        if c == "static" or BACKGROUNDS[b][2]
+    )
 
 
 # Scenes -------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class Object:
@@ -124,10 +148,11 @@ class Object:
             since = np.array([begin for begin, _ in self.commands])
             steps = np.array([VELOCITIES.get(what, (0, 0)) for _, what in self.commands[:-1]])
             path = np.cumsum(STEER * rate * steps * np.diff(since)[:, None], axis=0)
-            x, y = (start + np.interp(times, since, [0.0, *way]) for start, way in
-                    zip((self.x, self.y), path.T, strict=True))
+            x, y = (
+                start + np.interp(times, since, [0.0, *way])
+                for start, way in zip((self.x, self.y), path.T, strict=True)
+            )
         return {"center": np.stack([x, y], -1), "size": size, "angle": angle}
-
 
     def actions(self, times: np.ndarray) -> np.ndarray:
         """int32 [t], rows of ACTIONS: what is done from each instant to the next; the last one
@@ -180,8 +205,11 @@ class Scene:
         """uint8 [t h w 3] at times [t] seconds, edges antialiased over one pixel."""
         times = np.asarray(times, np.float64)
         shift = self.shift(times)
-        back = background(self.background, shift, height, width) if shift.any() else \
-            still(self.background, height, width)
+        back = (
+            background(self.background, shift, height, width)
+            if shift.any()
+            else still(self.background, height, width)
+        )
         canvas = np.empty((len(times), height, width, 3), np.float32)
         canvas[:] = back
         for item, state in reversed(list(zip(self.objects, self.state(times), strict=True))):
@@ -192,10 +220,17 @@ class Scene:
     @property
     def attributes(self) -> dict[str, Any]:
         """The words of the main object and the scene, and of every object under "objects"."""
-        words = [{k: getattr(o, k) for k in ("shape", "colour", "motion", "size", "speed")}
-                 for o in self.objects]
-        return {**words[0], "background": self.background, "camera": self.camera,
-                "style": self.style, "objects": words}
+        words = [
+            {k: getattr(o, k) for k in ("shape", "colour", "motion", "size", "speed")}
+            for o in self.objects
+        ]
+        return {
+            **words[0],
+            "background": self.background,
+            "camera": self.camera,
+            "style": self.style,
+            "objects": words,
+        }
 
 
 def _between(rng: np.random.Generator, low: float, high: float) -> float:
@@ -203,8 +238,15 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random()) if low < high else (low + high) / 2
 
 
-def _steer(x: float, y: float, rate: float, camera: str, margin: float, duration: float,
-           rng: np.random.Generator) -> tuple[tuple[float, str], ...]:
+def _steer(
+    x: float,
+    y: float,
+    rate: float,
+    camera: str,
+    margin: float,
+    duration: float,
+    rng: np.random.Generator,
+) -> tuple[tuple[float, str], ...]:
     """Commands for `duration` seconds that keep a centre as far as `margin` from the border."""
     commands: list[tuple[float, str]] = []
     now, place = 0.0, (x, y)
@@ -213,20 +255,31 @@ def _steer(x: float, y: float, rate: float, camera: str, margin: float, duration
         outside = {}
         for action in ACTIONS:
             vx, vy = VELOCITIES.get(action, (0, 0))
-            to = (place[0] + (STEER * rate * vx + CAMERAS[camera]) * hold,
-                  place[1] + STEER * rate * vy * hold)
+            to = (
+                place[0] + (STEER * rate * vx + CAMERAS[camera]) * hold,
+                place[1] + STEER * rate * vy * hold,
+            )
             outside[action] = max(0.0, *(max(margin - v, v + margin - 1.0) for v in to)), to
         least = min(far for far, _ in outside.values()) + 1e-9
-        fit = [action for action, (far, _) in outside.items()
-               if far <= least and [action] != [what for _, what in commands[-1:]]]
+        fit = [
+            action
+            for action, (far, _) in outside.items()
+            if far <= least and [action] != [what for _, what in commands[-1:]]
+        ]
         fit = fit or [action for action, (far, _) in outside.items() if far <= least]
         commands.append((now, fit[int(rng.random() * len(fit))]))
         now, place = now + hold, outside[commands[-1][1]][1]
     return (*commands, (now, "stay"))
 
 
-def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
-           scale: float, duration: float, rng: np.random.Generator) -> Object:
+def _place(
+    words: tuple[str, str, str],
+    camera: str,
+    sizes: tuple[str, ...],
+    scale: float,
+    duration: float,
+    rng: np.random.Generator,
+) -> Object:
     """An object of that colour, shape and motion, wholly in the frame for STAY seconds."""
     colour, shape, motion = words
     size = sizes[int(rng.random() * len(sizes))]
@@ -237,8 +290,11 @@ def _place(words: tuple[str, str, str], camera: str, sizes: tuple[str, ...],
     margin = REACH * largest
     vx, vy = VELOCITIES.get(motion, (0, 0))
     # A steered object comes back by itself.
-    dx, dy = ((rate * vx + CAMERAS[camera]) * STAY, rate * vy * STAY) if motion != STEERED else \
-        (0.0, 0.0)
+    dx, dy = (
+        ((rate * vx + CAMERAS[camera]) * STAY, rate * vy * STAY)
+        if motion != STEERED
+        else (0.0, 0.0)
+    )
     x = _between(rng, margin - min(dx, 0.0), 1.0 - margin - max(dx, 0.0))
     y = _between(rng, margin - min(dy, 0.0), 1.0 - margin - max(dy, 0.0))
     angle = rise = phase = 0.0
@@ -283,14 +339,23 @@ class Scenes:
     duration: float = STAY
 
     def __post_init__(self):
-        known = {"shapes": SHAPES, "colours": COLOURS, "motions": (*MOTIONS, STEERED),
-                 "styles": STYLES, "backgrounds": BACKGROUNDS, "cameras": CAMERAS, "sizes": SIZES}
+        known = {
+            "shapes": SHAPES,
+            "colours": COLOURS,
+            "motions": (*MOTIONS, STEERED),
+            "styles": STYLES,
+            "backgrounds": BACKGROUNDS,
+            "cameras": CAMERAS,
+            "sizes": SIZES,
+        }
         for field, words in known.items():
             chosen = getattr(self, field)
             for word in chosen:
                 if word not in words:
-                    raise ConfigError(f"Scenes.{field}: unknown word {word!r}."
-                                      f"{nearest(word, words)} Known: {', '.join(words)}.")
+                    raise ConfigError(
+                        f"Scenes.{field}: unknown word {word!r}."
+                        f"{nearest(word, words)} Known: {', '.join(words)}."
+                    )
             if not chosen:
                 raise ConfigError(f"Scenes.{field} is empty. Known: {', '.join(words)}.")
         if self.split not in ("train", "heldout", "all"):
@@ -298,19 +363,27 @@ class Scenes:
         if self.max_objects not in (1, 2):
             raise ConfigError(f"Scenes.max_objects is {self.max_objects}, expected 1 or 2.")
         if min(self.height, self.width, self.size) < 1 or self.seed < 0 or self.duration <= 0:
-            raise ConfigError("Scenes.height, width, size and duration must be positive, seed "
-                              f"not negative: {self}.")
+            raise ConfigError(
+                "Scenes.height, width, size and duration must be positive, seed "
+                f"not negative: {self}."
+            )
         triples = _triples(self.shapes, self.colours, self.motions, self.split)
         if not triples:
-            raise ConfigError(f"Scenes: no {self.split!r} combination of {self.colours}, "
-                              f"{self.shapes} and {self.motions}. Choose more words, split "
-                              "'all', or for 'turn' a shape that is not round.")
+            raise ConfigError(
+                f"Scenes: no {self.split!r} combination of {self.colours}, "
+                f"{self.shapes} and {self.motions}. Choose more words, split "
+                "'all', or for 'turn' a shape that is not round."
+            )
         if self.max_objects > len({colour for colour, _, _ in triples}):
-            raise ConfigError("Scenes.max_objects is 2: two objects need two colours, and the "
-                              f"{self.split!r} combinations have only {triples[0][0]!r}.")
+            raise ConfigError(
+                "Scenes.max_objects is 2: two objects need two colours, and the "
+                f"{self.split!r} combinations have only {triples[0][0]!r}."
+            )
         if not _settings(self.backgrounds, self.cameras):
-            raise ConfigError(f"Scenes: a pan needs a patterned background, and {self.backgrounds}"
-                              " are plain. Add stripes, dots or checks, or camera 'static'.")
+            raise ConfigError(
+                f"Scenes: a pan needs a patterned background, and {self.backgrounds}"
+                " are plain. Add stripes, dots or checks, or camera 'static'."
+            )
 
     def scene(self, index: int) -> Scene:
         """Scene `index`, the same in every process. Raises IndexError outside [0, size)."""
@@ -329,8 +402,10 @@ class Scenes:
             words.append(others[int(rng.random() * len(others))])
         # Of a few arrangements of two objects the one with the most room between them.
         scale = SHARED if words[1:] else 1.0
-        tries = [[_place(w, camera, self.sizes, scale, self.duration, rng) for w in words]
-                 for _ in range(8 if words[1:] else 1)]
+        tries = [
+            [_place(w, camera, self.sizes, scale, self.duration, rng) for w in words]
+            for _ in range(8 if words[1:] else 1)
+        ]
         objects = max(tries, key=_gap)
         bare = Scene(tuple(objects), place, camera, style)
         return dataclasses.replace(bare, caption=describe(bare, rng))
@@ -341,5 +416,12 @@ class Scenes:
     def __getitem__(self, index: int) -> Record:
         scene = self.scene(index)
         read = functools.partial(scene.render, height=self.height, width=self.width)
-        return Record(f"scenes/{self.split}/{self.seed}/{index}", scene.caption, self.duration,
-                      None, read, scene.attributes, tracks(scene, self.height, self.width))
+        return Record(
+            f"scenes/{self.split}/{self.seed}/{index}",
+            scene.caption,
+            self.duration,
+            None,
+            read,
+            scene.attributes,
+            tracks(scene, self.height, self.width),
+        )

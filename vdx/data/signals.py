@@ -48,14 +48,22 @@ class Clip:
     def track(self, name: str, kind: type, *shape: int | None) -> np.ndarray:
         """The track as an array whose shape after the time axis is `shape`, None for any."""
         if name not in self.record.tracks:
-            raise BadRecord(self.record.key, f"has no {name}; it has "
-                            f"{', '.join(self.record.tracks) or 'no tracks'}")
+            raise BadRecord(
+                self.record.key,
+                f"has no {name}; it has {', '.join(self.record.tracks) or 'no tracks'}",
+            )
         found = self.record.tracks[name](self.times)
         expected = (1 if name == "reference" else len(self.times), *shape)
-        if found.dtype != kind or found.ndim != len(expected) or any(
-                n not in (None, m) for n, m in zip(expected, found.shape, strict=True)):
-            raise BadRecord(self.record.key, f"gave {name} {found.dtype} {list(found.shape)}, "
-                            f"expected {np.dtype(kind)} {[n or 'any' for n in expected]}")
+        if (
+            found.dtype != kind
+            or found.ndim != len(expected)
+            or any(n not in (None, m) for n, m in zip(expected, found.shape, strict=True))
+        ):
+            raise BadRecord(
+                self.record.key,
+                f"gave {name} {found.dtype} {list(found.shape)}, "
+                f"expected {np.dtype(kind)} {[n or 'any' for n in expected]}",
+            )
         return found
 
     def map(self, name: str, channels: int) -> tuple[np.ndarray, float]:
@@ -63,8 +71,10 @@ class Clip:
         found = self.track(name, np.float32, None, None, channels)
         (h, w), (height, width) = found.shape[1:3], self.size
         if abs(h * width - w * height) > ASPECT * h * width:
-            raise BadRecord(self.record.key, f"{name} is {h}x{w}, which is not the shape of the "
-                                             f"frames, {height}x{width}")
+            raise BadRecord(
+                self.record.key,
+                f"{name} is {h}x{w}, which is not the shape of the frames, {height}x{width}",
+            )
         size = self.video.shape[1:3]
         return resize(found, *size), covering((h, w), *size)[1]
 
@@ -142,5 +152,11 @@ def read_signals(names: Iterable[str], clip: Clip) -> dict[str, np.ndarray]:
 # depth float32 [t h w 1], pose float32 [t h w 3], flow float32 [t h w 3], camera float32 [t h w 6],
 # actions int32 [t], motion float32 [], reference uint8 [h w 3]; h and w are those of the clip.
 SIGNALS: dict[str, Callable[[Clip], np.ndarray]] = {
-    "depth": _depth, "pose": _pose, "flow": _flow, "camera": _camera, "actions": _actions,
-    "motion": _motion, "reference": _reference}
+    "depth": _depth,
+    "pose": _pose,
+    "flow": _flow,
+    "camera": _camera,
+    "actions": _actions,
+    "motion": _motion,
+    "reference": _reference,
+}

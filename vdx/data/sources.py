@@ -25,8 +25,17 @@ from vdx.data.record import BadRecord, Record, shown
 from vdx.data.scenes import Scenes
 from vdx.data.track_files import TRACK_FILES, VIDEOS
 
-__all__ = ["SOURCES", "Records", "VideoFolder", "decode", "list_videos", "open_video", "pixels",
-           "read_metadata", "video_record"]
+__all__ = [
+    "SOURCES",
+    "Records",
+    "VideoFolder",
+    "decode",
+    "list_videos",
+    "open_video",
+    "pixels",
+    "read_metadata",
+    "video_record",
+]
 
 CONTAINERS = "avi,matroska,mp4"  # as FFmpeg calls those of VIDEOS
 MOST_PIXELS = 1 << 26  # of a frame; a damaged or hostile header may ask for all memory
@@ -43,8 +52,9 @@ def open_video(file: str | io.BytesIO):
     the file says it is must be one of the containers of VIDEOS.
     """
     try:
-        container = av.open(file, options={"format_whitelist": CONTAINERS,
-                                           "protocol_whitelist": "file"})
+        container = av.open(
+            file, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        )
     except av.error.ArgumentError as error:
         raise ValueError(f"not one of the containers {CONTAINERS}") from error
     try:
@@ -138,8 +148,12 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
     Timestamps count from the first frame. Raises BadRecord, at once or in `read`.
     """
     if not isinstance(caption, str):
-        raise BadRecord(key, "the caption is missing" if caption is None else
-                        f"the caption is {type(caption).__name__}, expected text")
+        raise BadRecord(
+            key,
+            "the caption is missing"
+            if caption is None
+            else f"the caption is {type(caption).__name__}, expected text",
+        )
     ticks, tick, duration = _guard(key, lambda: _probe(opener()))
     stamps = (ticks - ticks[0]) * tick
 
@@ -148,8 +162,11 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
         found = _guard(key, lambda: decode(opener(), wanted))
         sizes = {frame.shape[:2] for frame in found.values()}
         if len(sizes) > 1:
-            raise BadRecord(key, "the frames change size: " + " then ".join(
-                f"{height}x{width}" for height, width in sorted(sizes)))
+            raise BadRecord(
+                key,
+                "the frames change size: "
+                + " then ".join(f"{height}x{width}" for height, width in sorted(sizes)),
+            )
         return np.stack([found[int(stamp)] for stamp in wanted])
 
     return Record(key, caption, duration, stamps, read)
@@ -198,13 +215,21 @@ class VideoFolder:
             raise ValueError(f"split = {self.split!r} is none of {', '.join(SPLITS)}.")
         rows = list_videos(root)
         if not rows:
-            raise ValueError(f"No videos in {root.resolve()}: looked for rows in metadata.jsonl, "
-                             f"then for {' '.join(VIDEOS)} files with a .txt of the same name.")
-        kept = [row for row in rows if self.split == "all" or
-                _is_heldout(row.name, self.heldout) == (self.split == "heldout")]
+            raise ValueError(
+                f"No videos in {root.resolve()}: looked for rows in metadata.jsonl, "
+                f"then for {' '.join(VIDEOS)} files with a .txt of the same name."
+            )
+        kept = [
+            row
+            for row in rows
+            if self.split == "all"
+            or _is_heldout(row.name, self.heldout) == (self.split == "heldout")
+        ]
         if not kept:
-            raise ValueError(f"None of the {len(rows)} videos of {root} is in the split "
-                             f"{self.split!r} with heldout = {self.heldout}.")
+            raise ValueError(
+                f"None of the {len(rows)} videos of {root} is in the split "
+                f"{self.split!r} with heldout = {self.heldout}."
+            )
         object.__setattr__(self, "rows", tuple(kept))
 
     def __len__(self) -> int:
@@ -221,11 +246,16 @@ class VideoFolder:
             data = _guard(name, _verified, path, sha256)
             opener = lambda: io.BytesIO(data)
         record = video_record(name, caption, opener)
-        return dataclasses.replace(record, tracks={
-            track: functools.partial(self._read, record, track, file) for track, file in beside})
+        return dataclasses.replace(
+            record,
+            tracks={
+                track: functools.partial(self._read, record, track, file) for track, file in beside
+            },
+        )
 
     def _read(self, record: Record, track: str, file: Any, times: np.ndarray) -> np.ndarray:
         """A track, from its file; its faults are the record's, and name the file."""
+
         def read() -> np.ndarray:
             if not isinstance(file, str) or not _stays_inside(file):
                 raise ValueError("expected the name of a file inside the folder, / between folders")
@@ -260,15 +290,23 @@ def list_videos(root: Path) -> list[Listed]:
     if not root.is_dir():
         raise ValueError(f"There is no folder {root.resolve()}.")
     if (root / "metadata.jsonl").exists():
-        return [Listed(row["file_name"], row.get("caption"), row.get("sha256"),
-                       tuple((k, row[k]) for k in TRACK_FILES if row.get(k) is not None))
-                for row in read_metadata(root / "metadata.jsonl")]
+        return [
+            Listed(
+                row["file_name"],
+                row.get("caption"),
+                row.get("sha256"),
+                tuple((k, row[k]) for k in TRACK_FILES if row.get(k) is not None),
+            )
+            for row in read_metadata(root / "metadata.jsonl")
+        ]
     videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEOS)
     texts = [p.with_suffix(".txt") for p in videos]
     if not any(t.exists() for t in texts):
         return []
-    return [Listed(v.relative_to(root).as_posix(), t if t.exists() else None)
-            for v, t in zip(videos, texts, strict=True)]
+    return [
+        Listed(v.relative_to(root).as_posix(), t if t.exists() else None)
+        for v, t in zip(videos, texts, strict=True)
+    ]
 
 
 def read_metadata(path: Path) -> list[dict[str, Any]]:
@@ -284,23 +322,34 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where} is not JSON: {error}. The line is {line[:80]!r}.") from None
         name = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name:
-            raise ValueError(f'{where} has no "file_name": {line[:80]!r}. A row reads '
-                             '{"file_name": "clip.mp4", "caption": "what it shows"}.')
+            raise ValueError(
+                f'{where} has no "file_name": {line[:80]!r}. A row reads '
+                '{"file_name": "clip.mp4", "caption": "what it shows"}.'
+            )
         if not _stays_inside(name):
-            raise ValueError(f"{where}: {name!r} leaves the folder; name files inside it, with / "
-                             "between folders.")
+            raise ValueError(
+                f"{where}: {name!r} leaves the folder; name files inside it, with / "
+                "between folders."
+            )
         sha256 = row.get("sha256")
         if sha256 is not None and not (isinstance(sha256, str) and SHA256.fullmatch(sha256)):
-            raise ValueError(f'{where}: "sha256" is {sha256!r}, expected 64 of 0-9 a-f. Remove it, '
-                             "and let `python -m vdx.data.checksums` write it.")
+            raise ValueError(
+                f'{where}: "sha256" is {sha256!r}, expected 64 of 0-9 a-f. Remove it, '
+                "and let `python -m vdx.data.checksums` write it."
+            )
         rows.append(row)
     return rows
 
 
 def _stays_inside(name: str) -> bool:
     """On every system: what is a plain name here may be a path or a drive elsewhere."""
-    return not (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
-                or "\\" in name or "\0" in name or PureWindowsPath(name).drive)
+    return not (
+        PurePosixPath(name).is_absolute()
+        or ".." in PurePosixPath(name).parts
+        or "\\" in name
+        or "\0" in name
+        or PureWindowsPath(name).drive
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,18 +367,24 @@ class Records:
 
     def __post_init__(self):
         if not (Path(self.path) / "features.json").exists():
-            raise ValueError(f"{Path(self.path).resolve()} holds no features.json: it is not a "
-                             "directory prepared by `python -m vdx.prepare` or TFDS.")
+            raise ValueError(
+                f"{Path(self.path).resolve()} holds no features.json: it is not a "
+                "directory prepared by `python -m vdx.prepare` or TFDS."
+            )
         check_classes(Path(self.path))
         import tensorflow_datasets as tfds  # a second of import, which other sources spare
+
         builder = tfds.builder_from_directory(self.path)
         if self.split not in builder.info.splits:
-            raise ValueError(f"{self.path} has no split {self.split!r}; it has "
-                             f"{', '.join(builder.info.splits)}.")
+            raise ValueError(
+                f"{self.path} has no split {self.split!r}; it has {', '.join(builder.info.splits)}."
+            )
         known = set(builder.info.features)
         if not known >= {"video", "caption"} and not known >= {"latents", "text"}:
-            raise ValueError(f"{self.path} has the features {', '.join(sorted(known))}; expected "
-                             "video and caption, or latents and text (see vdx.data.cache).")
+            raise ValueError(
+                f"{self.path} has the features {', '.join(sorted(known))}; expected "
+                "video and caption, or latents and text (see vdx.data.cache)."
+            )
         object.__setattr__(self, "rows", builder.as_data_source(self.split))
         object.__setattr__(self, "metadata", dict(builder.info.metadata or {}))
 
@@ -349,4 +404,7 @@ class Records:
 
 
 SOURCES: dict[str, Callable[..., Any]] = {
-    "scenes": Scenes, "folder": VideoFolder, "records": Records}
+    "scenes": Scenes,
+    "folder": VideoFolder,
+    "records": Records,
+}

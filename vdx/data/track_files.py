@@ -45,8 +45,9 @@ def _array(path: Path, at: np.ndarray, frames: int, channels: int | None = None)
     _expect(path, (".npy",))
     whole = np.load(path, mmap_mode="r", allow_pickle=False)  # frames that are not shown stay out
     if (whole.ndim, *whole.shape[3:]) != ((4, channels) if channels else (3,)):
-        raise ValueError(f"holds {list(whole.shape)}, expected "
-                         f"[frames h w{f' {channels}' if channels else ''}]")
+        raise ValueError(
+            f"holds {list(whole.shape)}, expected [frames h w{f' {channels}' if channels else ''}]"
+        )
     if whole.dtype.kind not in "fu":
         raise ValueError(f"holds {whole.dtype}, expected floats or uint8")
     rows = _rows(whole, at, frames)
@@ -111,5 +112,10 @@ def _reference(path: Path, at: np.ndarray, frames: int, video: Video) -> np.ndar
 # read(file, frames of the clip that are shown [t], how many the clip has, video) -> the track in
 # the format of `vdx.data.signals`. Raises ValueError, OSError and what decoders raise.
 TRACK_FILES: dict[str, Callable[[Path, np.ndarray, int, Video], np.ndarray]] = {
-    "depth": _depth, "pose": _pose, "flow": _flow, "camera": _camera, "actions": _actions,
-    "reference": _reference}
+    "depth": _depth,
+    "pose": _pose,
+    "flow": _flow,
+    "camera": _camera,
+    "actions": _actions,
+    "reference": _reference,
+}

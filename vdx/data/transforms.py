@@ -50,8 +50,10 @@ class ClipSampling:
 
     def __post_init__(self):
         if (self.fps is None) == (self.stride is None):
-            raise ValueError("ClipSampling needs either fps or stride: "
-                             f"fps = {self.fps}, stride = {self.stride}.")
+            raise ValueError(
+                "ClipSampling needs either fps or stride: "
+                f"fps = {self.fps}, stride = {self.stride}."
+            )
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"num_frames = {self.num_frames}: give positive lengths.")
         if min(self.rates, default=1.0) <= 0 or (self.stride is not None and self.stride < 1):
@@ -60,8 +62,11 @@ class ClipSampling:
             raise ValueError(f"flow_points = {self.flow_points} cannot be negative.")
         if self.fps is not None and not self.rates:
             raise ValueError("fps is empty: give one or more rates.")
-        for name, value, known in (("start", self.start, STARTS), ("short", self.short, SHORT),
-                                   ("small", self.small, SMALL)):
+        for name, value, known in (
+            ("start", self.start, STARTS),
+            ("short", self.short, SHORT),
+            ("small", self.small, SMALL),
+        ):
             if value not in known:
                 raise ValueError(f"{name} = {value!r} is none of {', '.join(known)}.")
 
@@ -76,8 +81,9 @@ class ClipSampling:
             return ()
         return (self.fps,) if isinstance(self.fps, int | float) else tuple(self.fps)
 
-    def times(self, record: Record, num_frames: int,
-              rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    def times(
+        self, record: Record, num_frames: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float]:
         """(float64 seconds [t], frames per second); raises BadRecord if the record is short."""
         if self.stride is None:
             return self._at_rate(record, num_frames, rng)
@@ -109,8 +115,10 @@ class ClipSampling:
             most = 1 / np.mean(np.diff(record.timestamps))
             rates = tuple(r for r in rates if r <= most * _RATE_SLACK)
             if not rates:
-                raise BadRecord(record.key, f"too slow: needs {min(self.rates):g} frames per "
-                                            f"second, has {most:.4g}")
+                raise BadRecord(
+                    record.key,
+                    f"too slow: needs {min(self.rates):g} frames per second, has {most:.4g}",
+                )
         filled = tuple(r for r in rates if num_frames / r <= record.duration + _ROUNDING)
         rates = filled or rates
         return float(rates[rng.integers(len(rates))])
@@ -125,8 +133,11 @@ class ClipSampling:
             interval = self.stride * record.duration / len(stamps)
         else:
             index += self._pick(len(stamps) - need + 1, rng)
-            interval = (np.mean(np.diff(stamps[index])) if num_frames > 1
-                        else self.stride * record.duration / len(stamps))
+            interval = (
+                np.mean(np.diff(stamps[index]))
+                if num_frames > 1
+                else self.stride * record.duration / len(stamps)
+            )
         return stamps[index], float(1 / interval)
 
     def _refuse(self, record, needs: str, has: str) -> None:
@@ -141,8 +152,17 @@ class ClipSampling:
         return {"random": rng.random(), "first": 0.0, "centre": 0.5}[self.start]
 
 
-def to_example(record: Record, *, clip: ClipSampling, height: int, width: int, tokenize: Tokenize,
-               num_frames: int, rng: np.random.Generator, signals: tuple[str, ...] = ()) -> dict:
+def to_example(
+    record: Record,
+    *,
+    clip: ClipSampling,
+    height: int,
+    width: int,
+    tokenize: Tokenize,
+    num_frames: int,
+    rng: np.random.Generator,
+    signals: tuple[str, ...] = (),
+) -> dict:
     """One example, without the batch axis; `functools.partial` of it is for `make_loader`.
 
     tokenize: caption -> (ids int32 [l], mask bool [l]). signals: rows of
@@ -154,15 +174,26 @@ def to_example(record: Record, *, clip: ClipSampling, height: int, width: int, t
     times, fps = clip.times(record, num_frames, rng)
     frames = record.read(times)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (num_frames, 3):
-        raise BadRecord(record.key, f"gave frames {frames.dtype} {frames.shape}, expected uint8 "
-                                    f"({num_frames}, h, w, 3)")
+        raise BadRecord(
+            record.key,
+            f"gave frames {frames.dtype} {frames.shape}, expected uint8 ({num_frames}, h, w, 3)",
+        )
     if clip.small == "error" and max(height / frames.shape[1], width / frames.shape[2]) > 1:
-        raise BadRecord(record.key, f"too small: {frames.shape[1]}x{frames.shape[2]} would be "
-                                    f"enlarged to cover {height}x{width}")
+        raise BadRecord(
+            record.key,
+            f"too small: {frames.shape[1]}x{frames.shape[2]} would be "
+            f"enlarged to cover {height}x{width}",
+        )
     text, mask = tokenize(record.caption)
     video = resize(frames, height, width)
-    return {"video": video, "text": np.asarray(text),
-            "text_mask": np.asarray(mask, bool), "fps": np.float32(fps),
-            "num_frames": np.int32(num_frames), "key": record.key,
-            **read_signals(signals, Clip(record, times, fps, video, frames.shape[1:3],
-                                         clip.flow_points, rng))}
+    return {
+        "video": video,
+        "text": np.asarray(text),
+        "text_mask": np.asarray(mask, bool),
+        "fps": np.float32(fps),
+        "num_frames": np.int32(num_frames),
+        "key": record.key,
+        **read_signals(
+            signals, Clip(record, times, fps, video, frames.shape[1:3], clip.flow_points, rng)
+        ),
+    }

@@ -24,7 +24,7 @@ from absl import flags
 
 __all__ = ["WorkerDied", "close", "died", "dump_workers", "kill_workers", "with_workers"]
 
-PATIENCE = 5.0   # seconds in which a worker may finish what it reads, before it is killed
+PATIENCE = 5.0  # seconds in which a worker may finish what it reads, before it is killed
 FILES = 1 << 16  # open at most; every array that a worker hands over is one, until it is used
 _open: weakref.WeakSet = weakref.WeakSet()
 
@@ -41,8 +41,12 @@ def with_workers(dataset: grain.IterDataset, workers: int, buffer: int) -> Any:
     if not flags.FLAGS.is_parsed():  # grain's workers inherit flags and hang without
         flags.FLAGS.mark_as_parsed()
     _allow_open_files()
-    items = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(workers, buffer),
-                                     worker_init_fn=functools.partial(_begin, os.getpid())))
+    items = iter(
+        dataset.mp_prefetch(
+            grain.MultiprocessingOptions(workers, buffer),
+            worker_init_fn=functools.partial(_begin, os.getpid()),
+        )
+    )
     _open.add(items)
     return items
 
@@ -86,7 +90,8 @@ def died(error: BaseException, position: int) -> WorkerDied | None:
         f"A process that reads data {how} before batch {position} was whole. If it crashed, its "
         "stack is in the log above; SIGKILL without one is most often the kernel's, for want of "
         "memory: then lower workers, threads or prefetch in config.data.loader. workers = 0 reads "
-        "in the main process, where the cause is easier to see. Resuming loses nothing.")
+        "in the main process, where the cause is easier to see. Resuming loses nothing."
+    )
 
 
 def _begin(parent: int, index: int, count: int) -> None:
@@ -113,6 +118,7 @@ def _killed_with_parent() -> None:
     decoder that hangs holds the interpreter. (PR_SET_PDEATHSIG would kill at the end of the
     thread that started this process, which is grain's.)"""
     import fcntl
+
     process = multiprocessing.parent_process()
     assert process is not None
     pipe = process.sentinel
@@ -127,6 +133,7 @@ def _workers() -> list:
 
 def _allow_open_files() -> None:
     import resource  # not on Windows, where workers = 0 still reads
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
     if soft != resource.RLIM_INFINITY and soft < most:

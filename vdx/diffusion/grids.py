@@ -46,8 +46,11 @@ class Grid:
         a jax array, for anything else float64 numpy, which is exact on the grid."""
         xp, dtype = (jnp, jnp.float32) if isinstance(t, jax.Array) else (np, np.float64)
         known = np.append(self.network, 0.0)
-        return xp.interp(xp.asarray(t, dtype), xp.asarray(self.times[::-1], dtype),
-                         xp.asarray(known[::-1], dtype))
+        return xp.interp(
+            xp.asarray(t, dtype),
+            xp.asarray(self.times[::-1], dtype),
+            xp.asarray(known[::-1], dtype),
+        )
 
 
 def _plain(steps: int, shift: float) -> np.ndarray:
@@ -74,8 +77,9 @@ def _diffusers_dpmpp(steps: int, shift: float) -> np.ndarray:
     return shift_time(1 - np.linspace(1, 0.001, steps + 1), shift)[:0:-1]
 
 
-def _grid(before_zero: Callable[[int, float], np.ndarray], whole: bool, steps: int,
-          shift: float) -> Grid:
+def _grid(
+    before_zero: Callable[[int, float], np.ndarray], whole: bool, steps: int, shift: float
+) -> Grid:
     if steps < 1 or shift <= 0:
         raise ConfigError(f"grid: steps = {steps} and shift = {shift} must be positive.")
     times = before_zero(steps, shift)

@@ -37,8 +37,10 @@ class Guidance:
     def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= self.rescale <= 1 or not low <= high:
-            raise ConfigError(f"guidance: rescale = {self.rescale} must be in [0, 1] and "
-                              f"interval = {self.interval} must be (low, high).")
+            raise ConfigError(
+                f"guidance: rescale = {self.rescale} must be in [0, 1] and "
+                f"interval = {self.interval} must be (low, high)."
+            )
 
     @property
     def answers(self) -> int:
@@ -56,17 +58,21 @@ def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
     if guidance.answers == 1:
         return conditions[-1]
     if len(conditions) != guidance.answers:
-        raise ValueError(f"{len(guidance.scales)} guidance scales lead from one answer to the "
-                         f"next of {guidance.answers}, but there are {len(conditions)}.")
+        raise ValueError(
+            f"{len(guidance.scales)} guidance scales lead from one answer to the "
+            f"next of {guidance.answers}, but there are {len(conditions)}."
+        )
     structures = [str(jax.tree.structure(c)) for c in conditions]
     if len(set(structures)) > 1:
         raise ValueError(f"Guidance needs the same signals in all its conditions: {structures}.")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]),
-                        *conditions)
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *conditions
+    )
 
 
-def guided(network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any],
-           guidance: Guidance) -> Callable[[Array, Array], Array]:
+def guided(
+    network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any], guidance: Guidance
+) -> Callable[[Array, Array], Array]:
     """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction; for
     conditions see `questions`."""
     ports, n = questions(conditions, guidance), guidance.answers

@@ -60,8 +60,9 @@ class VelocityWeight:
 WEIGHTS = {"none": NoWeight, "min_snr": MinSNR, "velocity": VelocityWeight}
 
 
-def denoising_error(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
-                    t: Array) -> Array:
+def denoising_error(
+    process: Process, weight: Any, prediction: Array, x0: Array, noise: Array, t: Array
+) -> Array:
     """Weighted squared error, float32 [b t h w c].
 
     `prediction`, `x0` and `noise` are [b t h w c] in any float type, t is [b] or [b t].
@@ -71,8 +72,15 @@ def denoising_error(process: Process, weight: Any, prediction: Array, x0: Array,
     return expand(weight(process, t), error) * error
 
 
-def denoising_loss(process: Process, weight: Any, prediction: Array, x0: Array, noise: Array,
-                   t: Array, learnt: Array | None = None) -> Array:
+def denoising_loss(
+    process: Process,
+    weight: Any,
+    prediction: Array,
+    x0: Array,
+    noise: Array,
+    t: Array,
+    learnt: Array | None = None,
+) -> Array:
     """The mean of `denoising_error` over t h w c, float32 [b]; over the frames alone that
     `learnt`, bool [b t], says."""
     error = denoising_error(process, weight, prediction, x0, noise, t)

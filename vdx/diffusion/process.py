@@ -57,8 +57,9 @@ class Prediction:
     def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
         raise NotImplementedError
 
-    def decode(self, prediction: Array, x_t: Array, alpha: Array,
-               sigma: Array) -> tuple[Array, Array]:
+    def decode(
+        self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
+    ) -> tuple[Array, Array]:
         raise NotImplementedError
 
     def determinant(self, alpha: Any, sigma: Any) -> Any:
@@ -100,8 +101,10 @@ class VPrediction(Prediction):
 
     def decode(self, prediction, x_t, alpha, sigma):
         norm = self.determinant(alpha, sigma)
-        return ((alpha * x_t - sigma * prediction) / norm,
-                (sigma * x_t + alpha * prediction) / norm)
+        return (
+            (alpha * x_t - sigma * prediction) / norm,
+            (sigma * x_t + alpha * prediction) / norm,
+        )
 
     def determinant(self, alpha, sigma):
         return alpha**2 + sigma**2
@@ -122,8 +125,11 @@ class VelocityPrediction(Prediction):
 
 
 PREDICTIONS: dict[str, Prediction] = {
-    "noise": NoisePrediction(), "x0": X0Prediction(), "v": VPrediction(),
-    "velocity": VelocityPrediction()}
+    "noise": NoisePrediction(),
+    "x0": X0Prediction(),
+    "v": VPrediction(),
+    "velocity": VelocityPrediction(),
+}
 
 
 class Process:
@@ -228,10 +234,13 @@ class VariancePreserving(Process):
         if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ConfigError(
                 f"process: steps = {self.steps}, beta_start = {self.beta_start}, beta_end = "
-                f"{self.beta_end}; expected steps >= 2 and 0 < beta_start <= beta_end < 1.")
+                f"{self.beta_end}; expected steps >= 2 and 0 < beta_start <= beta_end < 1."
+            )
         if self.zero_terminal_snr and self.prediction == "noise":
-            raise ConfigError("process: with zero_terminal_snr the noise does not determine x0 "
-                              "at t = 1; set prediction to v, x0 or velocity.")
+            raise ConfigError(
+                "process: with zero_terminal_snr the noise does not determine x0 "
+                "at t = 1; set prediction to v, x0 or velocity."
+            )
 
     @functools.cached_property
     def _log_alpha_bar(self) -> np.ndarray:
@@ -247,8 +256,7 @@ class VariancePreserving(Process):
 
     def _log_alpha_bar_at(self, t: Any) -> Any:
         xp, t = _numpy_for(t)
-        return xp.interp(t * self.steps, xp.arange(self.steps + 1),
-                         xp.asarray(self._log_alpha_bar))
+        return xp.interp(t * self.steps, xp.arange(self.steps + 1), xp.asarray(self._log_alpha_bar))
 
     def alpha(self, t: Any) -> Any:
         xp, t = _numpy_for(t)
@@ -318,8 +326,10 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.shift <= 0 or (self.base_tokens is not None and self.base_tokens <= 0):
-            raise ConfigError(f"times: shift = {self.shift}, base_tokens = {self.base_tokens}; "
-                              "both must be positive.")
+            raise ConfigError(
+                f"times: shift = {self.shift}, base_tokens = {self.base_tokens}; "
+                "both must be positive."
+            )
 
     def shift_for(self, num_tokens: int) -> float:
         """The s of `shift_time` for a video of that many tokens."""

@@ -49,12 +49,18 @@ class Reuse:
     def start(self, x: Array) -> Memory:
         return Memory(jnp.zeros_like(x), jnp.zeros_like(x), jnp.full(len(x), jnp.inf))
 
-    def __call__(self, denoise: Callable[[Array, Array], Array], x: Array, t: Array, must: Array,
-                 memory: Memory) -> tuple[Array, Memory, Array]:
+    def __call__(
+        self,
+        denoise: Callable[[Array, Array], Array],
+        x: Array,
+        t: Array,
+        must: Array,
+        memory: Memory,
+    ) -> tuple[Array, Memory, Array]:
         """(prediction, memory, whether the network was asked)"""
         moved = x - memory.x
         change = memory.rate * _size(moved) / _size(memory.answer)
-        ask = must | ~jnp.all(change < self.threshold)          # also where it is no number
+        ask = must | ~jnp.all(change < self.threshold)  # also where it is no number
 
         def asked() -> tuple[Array, Memory]:
             answer = denoise(x, t)

@@ -35,13 +35,21 @@ def time_grid(process: Process, steps: int, shift: float = 1.0) -> np.ndarray:
         raise ConfigError(f"sampler: steps = {steps} and shift = {shift} must be positive.")
     times = process.nearest_time(shift_time(np.linspace(1.0, 0.0, steps + 1), shift))
     if np.any(np.diff(times) >= 0):
-        raise ConfigError(f"sampler: {steps} steps with shift {shift} are finer than the times "
-                          f"of {process}; use fewer steps.")
+        raise ConfigError(
+            f"sampler: {steps} steps with shift {shift} are finer than the times "
+            f"of {process}; use fewer steps."
+        )
     return times
 
 
-def sample(denoise: Callable[[Array, Array], Array], process: Process, sampler: Any, x: Array,
-           times: np.ndarray, key: PRNGKeyArray | None = None) -> Array:
+def sample(
+    denoise: Callable[[Array, Array], Array],
+    process: Process,
+    sampler: Any,
+    x: Array,
+    times: np.ndarray,
+    key: PRNGKeyArray | None = None,
+) -> Array:
     """The video at times[-1], float32 [b t h w c], from `x` at times[0].
 
     denoise(x_t, t [b]) -> prediction of the kind that the process says. `times` is a concrete
@@ -63,9 +71,15 @@ def evaluations(process: Process, sampler: Any, times: np.ndarray) -> Rows:
     return rows | {"index": np.arange(len(rows["t"]), dtype=np.int32)}
 
 
-def advance(denoise: Callable[[Array, Array], Array], process: Process, sampler: Any,
-            carry: Carry, rows: Rows, key: PRNGKeyArray | None = None,
-            reuse: Reuse | None = None) -> tuple[Carry, Array]:
+def advance(
+    denoise: Callable[[Array, Array], Array],
+    process: Process,
+    sampler: Any,
+    carry: Carry,
+    rows: Rows,
+    key: PRNGKeyArray | None = None,
+    reuse: Reuse | None = None,
+) -> tuple[Carry, Array]:
     """(`carry` after some consecutive `rows` of `evaluations`, bool [rows]: which of them asked
     `denoise`), so that several networks can take turns.
 
@@ -95,10 +109,12 @@ def advance(denoise: Callable[[Array, Array], Array], process: Process, sampler:
     return carry, asked
 
 
-def hold(denoise: Callable[[Array, Array], Array], known: Array,
-         free: Array) -> Callable[[Array, Array], Array]:
+def hold(
+    denoise: Callable[[Array, Array], Array], known: Array, free: Array
+) -> Callable[[Array, Array], Array]:
     """A `denoise` whose network sees some frames as `known` [b t h w c], at time 0: those where
     `free` [b t] is 0, elsewhere 1 (Wan 2.2 TI2V, whose first frame is given)."""
+
     def held(x: Array, t: Array) -> Array:
         return denoise(jnp.where(free[..., None, None, None] > 0, x, known), t[:, None] * free)
 
@@ -107,12 +123,18 @@ def hold(denoise: Callable[[Array, Array], Array], known: Array,
 
 def _checked(process: Process, times) -> np.ndarray:
     times = np.asarray(times, np.float64)
-    if times.ndim != 1 or len(times) < 2 or np.any(np.diff(times) >= 0) or (
-            times[0] > 1 or times[-1] < 0):
+    if (
+        times.ndim != 1
+        or len(times) < 2
+        or np.any(np.diff(times) >= 0)
+        or (times[0] > 1 or times[-1] < 0)
+    ):
         raise ValueError(f"times must be [n + 1], decreasing within [0, 1], not {times}.")
     if process.prediction == "noise" and process.alpha(times[0]) < FLOOR:
-        raise ValueError(f"times start at {times[0]}, where x_t is noise alone and a noise "
-                         "prediction does not say x0; take the times from time_grid.")
+        raise ValueError(
+            f"times start at {times[0]}, where x_t is noise alone and a noise "
+            "prediction does not say x0; take the times from time_grid."
+        )
     return times
 
 
@@ -142,8 +164,12 @@ class DDIM:
         h = np.diff(_log_ratio(process, times))
         sigma = process.sigma(times[1:])
         fresh = self.eta * sigma * np.sqrt(-np.expm1(-2 * h))
-        return {"t": times[:-1], "x0": process.alpha(times[1:]),
-                "noise": np.sqrt(np.maximum(sigma**2 - fresh**2, 0)), "fresh": fresh}
+        return {
+            "t": times[:-1],
+            "x0": process.alpha(times[1:]),
+            "noise": np.sqrt(np.maximum(sigma**2 - fresh**2, 0)),
+            "fresh": fresh,
+        }
 
     def start(self, x: Array) -> Carry:
         return (x,)
@@ -189,9 +215,13 @@ class Heun:
         scale = process.alpha(times) + process.sigma(times)
         u = process.sigma(times) / scale
         twice = lambda a: np.repeat(a, 2)
-        return {"t": twice(times[:-1])[1:], "scale_in": twice(scale[:-1])[1:],
-                "scale_out": twice(scale[1:])[:-1], "du": twice(np.diff(u))[:-1],
-                "first": np.arange(2 * len(times) - 3) % 2 == 0}
+        return {
+            "t": twice(times[:-1])[1:],
+            "scale_in": twice(scale[:-1])[1:],
+            "scale_out": twice(scale[1:])[:-1],
+            "du": twice(np.diff(u))[:-1],
+            "first": np.arange(2 * len(times) - 3) % 2 == 0,
+        }
 
     def start(self, x: Array) -> Carry:
         return x, jnp.zeros_like(x), jnp.zeros_like(x)
@@ -214,8 +244,13 @@ def _exponential(process: Process, times: np.ndarray) -> Rows:
     # The first step knows no trend, and one to lambda = inf cannot be extrapolated.
     known = np.isfinite(h[1:])
     trend[1:][known] = h[1:][known] / (2 * h[:-1][known])
-    return {"t": times[:-1], "keep": sigma[1:] / sigma[:-1],
-            "gain": alpha[1:] * -np.expm1(-h), "trend": trend, "h": h}
+    return {
+        "t": times[:-1],
+        "keep": sigma[1:] / sigma[:-1],
+        "gain": alpha[1:] * -np.expm1(-h),
+        "trend": trend,
+        "h": h,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +299,13 @@ class UniPC:
         # Evaluation i corrects step i - 1; there is none before the first.
         late = lambda a: np.concatenate([[0.0], a[:-1]])
         correct = (np.arange(len(h)) > 0) & self.corrector
-        return rows | {"last_keep": late(rows["keep"]), "last_gain": late(rows["gain"]),
-                       "old": late(old), "new": late(new), "correct": correct}
+        return rows | {
+            "last_keep": late(rows["keep"]),
+            "last_gain": late(rows["gain"]),
+            "old": late(old),
+            "new": late(new),
+            "correct": correct,
+        }
 
     def start(self, x: Array) -> Carry:
         return x, x, jnp.zeros_like(x), jnp.zeros_like(x)
@@ -292,5 +332,11 @@ def _correction(h: np.ndarray, h_before: np.ndarray) -> tuple[np.ndarray, np.nda
     return rho / r, first - rho
 
 
-SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "euler": Euler, "heun": Heun,
-            "dpmpp_2m": DPMSolverPP2M, "unipc": UniPC}
+SAMPLERS = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "dpmpp_2m": DPMSolverPP2M,
+    "unipc": UniPC,
+}

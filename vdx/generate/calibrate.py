@@ -21,7 +21,7 @@ from vdx.metrics.ssim import ssim
 from vdx.types import Params
 
 FILE = "reuse.json"
-LEAST, MOST, HALVINGS = 3e-3, 3.0, 8     # thresholds between which is searched, in ratios
+LEAST, MOST, HALVINGS = 3e-3, 3.0, 8  # thresholds between which is searched, in ratios
 TIMED = 3
 Say = Callable[[str], None]
 
@@ -51,17 +51,21 @@ class Proof:
 
     def said(self) -> str:
         skipped = 1 - np.mean(self.evaluations) / self.full
-        return (f"reuse = {self.threshold:.4g}: SSIM {min(self.ssim):.4f} to "
-                f"{max(self.ssim):.4f} (floor {self.floor}), {100 * skipped:.0f} % of "
-                f"{self.full} evaluations skipped, {self.seconds['full']:.3f} s -> "
-                f"{self.seconds['reused']:.3f} s a clip")
+        return (
+            f"reuse = {self.threshold:.4g}: SSIM {min(self.ssim):.4f} to "
+            f"{max(self.ssim):.4f} (floor {self.floor}), {100 * skipped:.0f} % of "
+            f"{self.full} evaluations skipped, {self.seconds['full']:.3f} s -> "
+            f"{self.seconds['reused']:.3f} s a clip"
+        )
 
 
 def read_proof(workdir: Path) -> Proof:
     """Raises ConfigError if there is none."""
     if not (workdir / FILE).is_file():
-        raise ConfigError(f"{workdir} has no {FILE}: find a threshold first, "
-                          f"python -m vdx.sample --workdir={workdir} --calibrate=0.95")
+        raise ConfigError(
+            f"{workdir} has no {FILE}: find a threshold first, "
+            f"python -m vdx.sample --workdir={workdir} --calibrate=0.95"
+        )
     return fill(Proof, read_json(workdir / FILE), FILE)
 
 
@@ -71,20 +75,29 @@ def what_matters(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in sampling.items() if k not in ("reuse", "batch")}
 
 
-def check_proof(proof: Proof, weights: str, sampling: Mapping[str, Any], num_frames: int,
-                fps: float, where: str) -> None:
+def check_proof(
+    proof: Proof, weights: str, sampling: Mapping[str, Any], num_frames: int, fps: float, where: str
+) -> None:
     """Raises ConfigError if it was found with other weights, another sampling, or clips of
     another length or rate."""
     # Through JSON tuples have become lists.
     listed = lambda tree: {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items()}
     asked = what_matters(sampling) | {"num_frames": num_frames, "fps": fps, "weights": weights}
-    known = dict(proof.sampling) | {"num_frames": proof.num_frames, "fps": proof.fps,
-                                    "weights": proof.weights}
+    known = dict(proof.sampling) | {
+        "num_frames": proof.num_frames,
+        "fps": proof.fps,
+        "weights": proof.weights,
+    }
     asked, known = listed(asked), listed(known)
-    if other := [f"{k} = {asked.get(k)!r}, not {known.get(k)!r}"
-                 for k in asked | known if asked.get(k) != known.get(k)]:
-        raise ConfigError(f"{where} was found for something else: {'; '.join(other)}. Calibrate "
-                          "again with --calibrate and the same flags, or leave --cached away.")
+    if other := [
+        f"{k} = {asked.get(k)!r}, not {known.get(k)!r}"
+        for k in asked | known
+        if asked.get(k) != known.get(k)
+    ]:
+        raise ConfigError(
+            f"{where} was found for something else: {'; '.join(other)}. Calibrate "
+            "again with --calibrate and the same flags, or leave --cached away."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,21 +113,44 @@ class _Clips:
 
     def plain(self, i: int) -> np.ndarray:
         g = self.generator
-        return to_uint8(g(self.params, [self.prompts[i]], [self.seeds[i]],
-                          num_frames=self.num_frames, fps=self.fps)[0])
+        return to_uint8(
+            g(
+                self.params,
+                [self.prompts[i]],
+                [self.seeds[i]],
+                num_frames=self.num_frames,
+                fps=self.fps,
+            )[0]
+        )
 
     def reused(self, i: int, threshold: float) -> tuple[np.ndarray, int]:
         """(clip, evaluations made)"""
         g = self.generator
         n = g.at_once(1)
         batch = g.batch([self.prompts[i]] * n, self.num_frames, self.fps)
-        x0, made = g.from_seeds(self.params, batch, np.full(n, self.seeds[i]), None,
-                                np.float32(threshold), (self.num_frames, *g.frame_shape))
+        x0, made = g.from_seeds(
+            self.params,
+            batch,
+            np.full(n, self.seeds[i]),
+            None,
+            np.float32(threshold),
+            (self.num_frames, *g.frame_shape),
+        )
         return to_uint8(x0[0]), int(np.sum(made))
 
 
-def calibrate(generator: Generator, params: Params, prompts: Sequence[str], *, seed: int,
-              num_frames: int, fps: float, floor: float, weights: str, say: Say = print) -> Proof:
+def calibrate(
+    generator: Generator,
+    params: Params,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_frames: int,
+    fps: float,
+    floor: float,
+    weights: str,
+    say: Say = print,
+) -> Proof:
     """The proof of the largest threshold, by bisection, at which the SSIM of every clip to that
     of all evaluations is at least `floor`; 0 if there is none. Clip i has seed + i.
 
@@ -122,8 +158,9 @@ def calibrate(generator: Generator, params: Params, prompts: Sequence[str], *, s
     """
     if not 0 < floor <= 1:
         raise ConfigError(f"--calibrate={floor} is an SSIM, above 0 and at most 1.")
-    clips = _Clips(generator, params, prompts, [seed + i for i in range(len(prompts))],
-                   num_frames, fps)
+    clips = _Clips(
+        generator, params, prompts, [seed + i for i in range(len(prompts))], num_frames, fps
+    )
     full = len(generator.rows()["t"])
     want = [clips.plain(i) for i in range(len(prompts))]
 
@@ -137,8 +174,10 @@ def calibrate(generator: Generator, params: Params, prompts: Sequence[str], *, s
             if found[-1] < floor:
                 say(f"reuse = {threshold:.4g}: SSIM {found[-1]:.4f} is below the floor, {prompt!r}")
                 return None
-        say(f"reuse = {threshold:.4g}: SSIM at least {min(found):.4f}, {np.mean(counts):.1f} "
-            f"evaluations of {full}")
+        say(
+            f"reuse = {threshold:.4g}: SSIM at least {min(found):.4f}, {np.mean(counts):.1f} "
+            f"evaluations of {full}"
+        )
         return found, counts
 
     best, result = 0.0, ([1.0] * len(prompts), [full] * len(prompts))
@@ -149,12 +188,23 @@ def calibrate(generator: Generator, params: Params, prompts: Sequence[str], *, s
             high = middle
         else:
             low, best, result = middle, threshold, found
-    return Proof(best, floor, tuple(prompts), tuple(clips.seeds), tuple(result[0]),
-                 tuple(result[1]), full,
-                 {"full": _seconds(lambda: clips.plain(0)),
-                  "reused": _seconds(lambda: clips.reused(0, best) if best else clips.plain(0))},
-                 num_frames, fps, weights,
-                 what_matters(dataclasses.asdict(generator.sampling)))
+    return Proof(
+        best,
+        floor,
+        tuple(prompts),
+        tuple(clips.seeds),
+        tuple(result[0]),
+        tuple(result[1]),
+        full,
+        {
+            "full": _seconds(lambda: clips.plain(0)),
+            "reused": _seconds(lambda: clips.reused(0, best) if best else clips.plain(0)),
+        },
+        num_frames,
+        fps,
+        weights,
+        what_matters(dataclasses.asdict(generator.sampling)),
+    )
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -22,17 +22,25 @@ class Decoder:
 
     def __init__(self, vae: VideoVAE, params: Params, chunk: int, exact: bool = False):
         def piece(params, history, latents, first):
-            pixels, state = vae.apply({"params": params, "history": history}, latents, first,
-                                      method="decode_piece", mutable=["history"])
+            pixels, state = vae.apply(
+                {"params": params, "history": history},
+                latents,
+                first,
+                method="decode_piece",
+                mutable=["history"],
+            )
             pixels = jnp.clip(pixels, -1, 1) if exact else to_uint8_there(pixels)
             return pixels, state["history"]
 
         self.params, self.chunk, self.rate = params, chunk, vae.rates[0]
         whole = None if jax.sharding.get_abstract_mesh().empty else (P(), None)
-        self.first = jax.jit(lambda params, latents: piece(params, {}, latents, True),
-                             out_shardings=whole)
-        self.later = jax.jit(lambda params, history, latents: piece(params, history, latents,
-                                                                    False), out_shardings=whole)
+        self.first = jax.jit(
+            lambda params, latents: piece(params, {}, latents, True), out_shardings=whole
+        )
+        self.later = jax.jit(
+            lambda params, history, latents: piece(params, history, latents, False),
+            out_shardings=whole,
+        )
 
     def __call__(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """The pieces. The next one is under way when one is given."""
@@ -40,7 +48,8 @@ class Decoder:
         ahead, history = self.first(self.params, latents[None, :head])
         for start in range(head, len(latents), self.chunk):
             done = ahead
-            ahead, history = self.later(self.params, history,
-                                        latents[None, start:start + self.chunk])
+            ahead, history = self.later(
+                self.params, history, latents[None, start : start + self.chunk]
+            )
             yield np.asarray(done)[0]
         yield np.asarray(ahead)[0]

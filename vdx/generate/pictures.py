@@ -12,7 +12,7 @@ from vdx.build import ConfigError
 from vdx.data.sources import VIDEOS
 from vdx.generate.video_io import frames_at
 
-CUT = 8                  # a reference's sides are first made multiples of this
+CUT = 8  # a reference's sides are first made multiples of this
 
 
 def open_picture(name: str, path: str) -> Image.Image:
@@ -55,7 +55,7 @@ def on_white(picture: Image.Image, height: int, width: int) -> np.ndarray:
         part = np.float32(at - low).reshape(-1, *[1] * (2 - axis))
         x = x.take(low, axis) * (1 - part) + x.take(np.ceil(at).astype(int), axis) * part
     out = np.ones((height, width, 3), np.float32)
-    out[top:top + inner[0], left:left + inner[1]] = x
+    out[top : top + inner[0], left : left + inner[1]] = x
     return out
 
 

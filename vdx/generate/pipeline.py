@@ -56,8 +56,9 @@ class Sampling:
         if self.grid:
             lookup(self.grid, GRIDS, "config.sample.grid")
         if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"sample.steps = {self.steps} and sample.batch = {self.batch} "
-                             "must be positive.")
+            raise ValueError(
+                f"sample.steps = {self.steps} and sample.batch = {self.batch} must be positive."
+            )
         if self.reuse < 0:
             raise ValueError(f"sample.reuse = {self.reuse} must not be negative.")
 
@@ -79,9 +80,17 @@ class Generator:
         for name in self.sampling.guide:
             lookup(name, self.model.signals, "config.sample.guide")
 
-    def __call__(self, params: Params, prompts: Sequence[str], seeds: Sequence[int], *,
-                 num_frames: int, fps: float, noise: np.ndarray | None = None,
-                 steer: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_frames: int,
+        fps: float,
+        noise: np.ndarray | None = None,
+        steer: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """float32 [n t h w c], one clip a prompt, at most `sampling.batch` at a time.
 
         Clip i starts from noise drawn from seeds[i] alone, or from noise[i] if given
@@ -91,8 +100,10 @@ class Generator:
         """
         shape = (num_frames, *self.frame_shape)
         if noise is not None and noise.shape != (len(prompts), *shape):
-            raise ValueError(f"noise is {noise.shape}; {len(prompts)} clips need "
-                             f"{(len(prompts), *shape)} [b t h w c].")
+            raise ValueError(
+                f"noise is {noise.shape}; {len(prompts)} clips need "
+                f"{(len(prompts), *shape)} [b t h w c]."
+            )
         self.check(shape)
         self.check_steering(steer := steer or {})
         chunk, out = self.at_once(len(prompts)), []
@@ -102,9 +113,10 @@ class Generator:
             batch = self.batch([prompts[i] for i in rows], num_frames, fps)
             batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
             given = None if noise is None else noise[np.asarray(rows)]
-            x0, _ = self.from_seeds(params, batch, np.asarray([seeds[i] for i in rows]), given,
-                                    None, shape)
-            out.append(np.asarray(x0)[:len(prompts) - start])
+            x0, _ = self.from_seeds(
+                params, batch, np.asarray([seeds[i] for i in rows]), given, None, shape
+            )
+            out.append(np.asarray(x0)[: len(prompts) - start])
         return np.concatenate(out)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -120,9 +132,12 @@ class Generator:
     def batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
         """What the conditions of these clips are made of, besides `steer`."""
         ids, mask = zip(*map(self.model.tokenizer(), prompts), strict=True)
-        return {"text": np.stack(ids), "text_mask": np.stack(mask),
-                "fps": np.full(len(prompts), fps, np.float32),
-                "num_frames": np.full(len(prompts), num_frames, np.int32)}
+        return {
+            "text": np.stack(ids),
+            "text_mask": np.stack(mask),
+            "fps": np.full(len(prompts), fps, np.float32),
+            "num_frames": np.full(len(prompts), num_frames, np.int32),
+        }
 
     def at_once(self, clips: int) -> int:
         """Clips at once: what is asked for, up to `batch`, rounded up to fill the mesh."""
@@ -148,15 +163,23 @@ class Generator:
         """What a clip of shape [t h w c] starts from."""
         return jax.random.normal(key, shape)
 
-    def draw(self, params: Params, batch: Batch, noise: Array, key: PRNGKeyArray,
-             threshold: float | Array | None = None) -> tuple[Array, Array]:
+    def draw(
+        self,
+        params: Params,
+        batch: Batch,
+        noise: Array,
+        key: PRNGKeyArray,
+        threshold: float | Array | None = None,
+    ) -> tuple[Array, Array]:
         """(x0 [b t h w c] for a batch of conditions from noise [b t h w c], which evaluations
         asked the network); threshold: as of `advance`. Pure."""
         carry, known, batch = self.start(noise), None, dict(batch)
         if (first := batch.pop("held", None)) is not None:
             free = (jnp.arange(noise.shape[1]) > 0).astype(jnp.float32)
-            known = (jnp.zeros_like(noise).at[:, 0].set(first),
-                     jnp.broadcast_to(free, noise.shape[:2]))
+            known = (
+                jnp.zeros_like(noise).at[:, 0].set(first),
+                jnp.broadcast_to(free, noise.shape[:2]),
+            )
         carry, asked = self.advance(params, batch, None, carry, self.rows(), key, known, threshold)
         x0 = carry[0] if first is None else carry[0].at[:, 0].set(first)
         return x0 + self.mean, asked
@@ -175,10 +198,17 @@ class Generator:
     def start(self, noise: Array) -> Carry:
         return SAMPLERS[self.sampling.sampler]().start(jnp.asarray(noise, jnp.float32))
 
-    def advance(self, params: Params, batch: Batch, negative: Batch | None, carry: Carry,
-                rows: Rows, key: PRNGKeyArray,
-                known: tuple[Array, Array] | None = None,
-                threshold: float | Array | None = None) -> tuple[Carry, Array]:
+    def advance(
+        self,
+        params: Params,
+        batch: Batch,
+        negative: Batch | None,
+        carry: Carry,
+        rows: Rows,
+        key: PRNGKeyArray,
+        known: tuple[Array, Array] | None = None,
+        threshold: float | Array | None = None,
+    ) -> tuple[Carry, Array]:
         """(`carry` after the evaluations `rows`, which of them asked the network); the clip is
         the first array of the carry. Pure.
 
@@ -192,13 +222,22 @@ class Generator:
         told = self.model.told(params, x, jnp.zeros(len(x)), ports)
         denoise = guided(
             lambda x, t, ports: self.model.run(params, x, self.tell(t), ports, told=told),
-            conditions, guidance)
+            conditions,
+            guidance,
+        )
         if known is not None:
             denoise = hold(denoise, *known)
         threshold = self.sampling.reuse if threshold is None else threshold
         plain = isinstance(threshold, int | float) and threshold == 0
-        return advance(denoise, self.process, SAMPLERS[self.sampling.sampler](), carry, rows, key,
-                       None if plain else Reuse(threshold, self.sampling.interval))
+        return advance(
+            denoise,
+            self.process,
+            SAMPLERS[self.sampling.sampler](),
+            carry,
+            rows,
+            key,
+            None if plain else Reuse(threshold, self.sampling.interval),
+        )
 
     def guides(self, batch: Batch) -> list[tuple[set[str], float]]:
         """(signals, scale) of what guidance strengthens one after the other, the text last."""
@@ -212,15 +251,18 @@ class Generator:
         scales = [s.guidance] if negative else [scale for _, scale in self.guides(batch)]
         return Guidance(tuple(scales), s.rescale, s.interval)
 
-    def conditions(self, params: Params, batch: Batch, negative: Batch | None,
-                   shape: tuple[int, ...]) -> list[Ports]:
+    def conditions(
+        self, params: Params, batch: Batch, negative: Batch | None, shape: tuple[int, ...]
+    ) -> list[Ports]:
         """What the network is told of clips of `shape` [b t h w c], from the fewest conditions to
         all."""
         absent, whole = self.model.absent(batch), self.model.completed(batch, shape)
 
         def ports(batch: Batch, untold: set[str]) -> Ports:
-            drop = {name: mask | (name in absent | untold)
-                    for name, mask in self.model.drop_masks(shape[0], False).items()}
+            drop = {
+                name: mask | (name in absent | untold)
+                for name, mask in self.model.drop_masks(shape[0], False).items()
+            }
             return self.model.run(params, batch, drop, method="condition")
 
         if negative:
@@ -234,4 +276,4 @@ class Generator:
 
 
 def laid_out(batch: Batch) -> Batch:
-    return {k: constrain(v, " ".join("bthwc"[:v.ndim])) for k, v in batch.items()}
+    return {k: constrain(v, " ".join("bthwc"[: v.ndim])) for k, v in batch.items()}

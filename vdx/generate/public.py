@@ -37,8 +37,8 @@ from vdx.types import Array, Params
 
 Say = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
-PROMPTS = 8                  # encoded at once
-PIXELS = 2 ** 20             # of a frame, times the latent frames that the VAE computes at once
+PROMPTS = 8  # encoded at once
+PIXELS = 2**20  # of a frame, times the latent frames that the VAE computes at once
 
 
 class PublicGenerator:
@@ -46,7 +46,7 @@ class PublicGenerator:
 
     def __init__(self, model: PublicModel, request: PublicRequest, mesh: Mesh, say: Say = print):
         self.model, self.request, self.mesh, self.say = model, request, mesh, say
-        self.parts = mesh.shape["data"] * mesh.shape["fsdp"]      # clips drawn at once
+        self.parts = mesh.shape["data"] * mesh.shape["fsdp"]  # clips drawn at once
         self.chunk = max(1, PIXELS // (request.height * request.width))
 
     def __call__(self) -> np.ndarray:
@@ -58,11 +58,17 @@ class PublicGenerator:
         process: uint8, or, `exact`, float32 in [-1, 1]. Each must be used up before the next."""
         with jax.set_mesh(self.mesh):
             text = self.text()
-            shown = self.control() if self.model.reads_control else \
-                self.pictures() if self.request.image else {}
+            shown = (
+                self.control()
+                if self.model.reads_control
+                else self.pictures()
+                if self.request.image
+                else {}
+            )
             latents = self.denoise(text, shown)
-            decoder = Decoder(self.model.components["vae"].module, self.load("vae"), self.chunk,
-                              exact)
+            decoder = Decoder(
+                self.model.components["vae"].module, self.load("vae"), self.chunk, exact
+            )
         for number in range(len(latents)):
             yield self.decode(decoder, latents, number)
 
@@ -82,6 +88,7 @@ class PublicGenerator:
         def run(params, *args):
             def apply(*args, **how):
                 return module.apply({"params": params}, *args, **how)
+
             return call(apply, *args)
 
         return self.jitted(run)
@@ -97,17 +104,21 @@ class PublicGenerator:
         params, start = self.load("text_encoder"), time.perf_counter()
         encode = self.compiled("text_encoder", lambda apply, ids, mask: apply(ids, mask))
         size = -(-min(len(ids), PROMPTS) // self.parts) * self.parts
-        features = [np.asarray(encode(params, ids[rows], mask[rows]))
-                    for rows in _chunks(len(ids), size)]
+        features = [
+            np.asarray(encode(params, ids[rows], mask[rows])) for rows in _chunks(len(ids), size)
+        ]
         self.done(f"{len(ids)} prompts encoded", start)
-        return {"text": np.concatenate(features)[:len(ids)], "text_mask": mask}
+        return {"text": np.concatenate(features)[: len(ids)], "text_mask": mask}
 
     def pictures(self) -> Arrays:
         """What the transformer is told of the pictures, b = 1: `image_tokens` and `concat`, or
         `known`, the latents of the first frame."""
         r, held = self.request, self.model.first_frame_is_held
-        given = [open_picture(name, path) for name, path in
-                 (("image", r.image), ("last_image", r.last_image)) if path]
+        given = [
+            open_picture(name, path)
+            for name, path in (("image", r.image), ("last_image", r.last_image))
+            if path
+        ]
         out = self.image_tokens(given) if "image_tokens" in self.model.signals else {}
 
         video = np.zeros((1, 1 if held else r.num_frames, r.height, r.width, 3), np.float32)
@@ -115,7 +126,7 @@ class PublicGenerator:
         for place, picture in zip((0, -1), given, strict=False):
             video[0, place] = fitted(picture, r.height, r.width)
             shown[place] = True
-        latents, = self.encode(video)
+        (latents,) = self.encode(video)
         if held:
             return out | {"known": latents}
         mask = shown_mask(shown, latents.shape[1:4], self.model.components["vae"].module.rates[0])
@@ -125,10 +136,13 @@ class PublicGenerator:
         """Features of the last layer but one, those of both pictures in a row."""
         params = self.load("image_encoder")
         see = self.compiled("image_encoder", lambda apply, x: apply(x).penultimate)
-        pixels = preprocess([np.asarray(picture) for picture in pictures],
-                            self.model.components["image_encoder"].module.image)
-        return {"image_tokens": np.concatenate([np.asarray(see(params, x[None])) for x in pixels],
-                                               1)}
+        pixels = preprocess(
+            [np.asarray(picture) for picture in pictures],
+            self.model.components["image_encoder"].module.image,
+        )
+        return {
+            "image_tokens": np.concatenate([np.asarray(see(params, x[None])) for x in pixels], 1)
+        }
 
     def encode(self, *videos: np.ndarray) -> list[np.ndarray]:
         """Latents of each [b t h w 3]."""
@@ -149,13 +163,19 @@ class PublicGenerator:
 
         shape = r.num_frames, r.height, r.width
         clip = read("control", r.control, "RGB") if r.control else np.zeros((*shape, 3), np.float32)
-        mask = (read("control_mask", r.control_mask, "L") + 1) / 2 if r.control_mask else \
-            np.ones(shape, np.float32)
+        mask = (
+            (read("control_mask", r.control_mask, "L") + 1) / 2
+            if r.control_mask
+            else np.ones(shape, np.float32)
+        )
         anew = mask[..., None] > 0.5
-        references = [on_white(open_picture("reference", path), r.height, r.width)[None]
-                      for path in reversed(r.reference)]
+        references = [
+            on_white(open_picture("reference", path), r.height, r.width)[None]
+            for path in reversed(r.reference)
+        ]
         stays, changes, *seen = self.encode(
-            *(x[None] for x in (clip * ~anew, clip * anew, *references)))
+            *(x[None] for x in (clip * ~anew, clip * anew, *references))
+        )
         mask = mask_channels(mask, stays.shape[1], self.model.components["vae"].module.rates[1])
         told = np.concatenate([stays, changes, mask[None]], -1)
         # A reference stays as it is, and its mask is black.
@@ -178,40 +198,64 @@ class PublicGenerator:
         negative = conditions(np.full(self.parts, -1))
         carries: list[Carry] = []
         for number, expert in enumerate(experts):
-            generator = Generator(expert.module, RectifiedFlow(), r.sampling(number),
-                                  noise.shape[2:])
+            generator = Generator(
+                expert.module, RectifiedFlow(), r.sampling(number), noise.shape[2:]
+            )
             # numpy: on a mesh of several processes an array of one device would be a stranger.
-            carries = carries or [jax.tree.map(np.asarray, generator.start(noise[rows]))
-                                  for rows in chunks]
+            carries = carries or [
+                jax.tree.map(np.asarray, generator.start(noise[rows])) for rows in chunks
+            ]
             plan = generator.rows()
-            last = len(plan["t"]) if expert is experts[-1] else \
-                int(np.sum(r.network_time(plan["t"]) >= 1000 * self.model.boundary))
+            last = (
+                len(plan["t"])
+                if expert is experts[-1]
+                else int(np.sum(r.network_time(plan["t"]) >= 1000 * self.model.boundary))
+            )
             if first == last:
                 continue
             params: Params | Adapted = self.load(EXPERTS[number])
-            if adapters := r.adapters(number):     # beside the kernels: nothing of their size
-                params = adapt(params, *(dataclasses.replace(
-                    open_lora(path, expert.module, EXPERTS[number]), weight=weight)
-                    for path, weight in adapters))
+            if adapters := r.adapters(number):  # beside the kernels: nothing of their size
+                params = adapt(
+                    params,
+                    *(
+                        dataclasses.replace(
+                            open_lora(path, expert.module, EXPERTS[number]), weight=weight
+                        )
+                        for path, weight in adapters
+                    ),
+                )
             advance = self.jitted(functools.partial(_advance, generator))
             for i, rows in enumerate(chunks):
                 start = time.perf_counter()
-                carries[i], asked = jax.block_until_ready(advance(
-                    params, conditions(rows), negative, carries[i],
-                    {name: values[first:last] for name, values in plan.items()},
-                    r.seed + int(rows[0]), known))
-                self.done(f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(r.prompts)}: "
-                          f"evaluations {first + 1} to {last} of {len(plan['t'])}"
-                          f"{f', {asked.sum()} made' if r.reuse else ''}", start)
+                carries[i], asked = jax.block_until_ready(
+                    advance(
+                        params,
+                        conditions(rows),
+                        negative,
+                        carries[i],
+                        {name: values[first:last] for name, values in plan.items()},
+                        r.seed + int(rows[0]),
+                        known,
+                    )
+                )
+                self.done(
+                    f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(r.prompts)}: "
+                    f"evaluations {first + 1} to {last} of {len(plan['t'])}"
+                    f"{f', {asked.sum()} made' if r.reuse else ''}",
+                    start,
+                )
             first = last
             del params
-        latents = np.concatenate([np.asarray(carry[0]) for carry in carries])[:len(r.prompts)]
-        return latents if known is None else np.where(
-            known[1][:1, :, None, None, None] > 0, latents, known[0][:1])
+        latents = np.concatenate([np.asarray(carry[0]) for carry in carries])[: len(r.prompts)]
+        return (
+            latents
+            if known is None
+            else np.where(known[1][:1, :, None, None, None] > 0, latents, known[0][:1])
+        )
 
     def decode(self, decoder: Decoder, latents: np.ndarray, number: int) -> Iterator[np.ndarray]:
         """The pieces of a clip, without the references before it."""
-        pieces, shown = decoder(latents[number, len(self.request.reference):]), 0
+        pieces, shown = decoder(latents[number, len(self.request.reference) :]), 0
         while True:
             start = time.perf_counter()
             with jax.set_mesh(self.mesh):
@@ -219,13 +263,17 @@ class PublicGenerator:
             if piece is None:
                 return
             shown += len(piece)
-            self.done(f"clip {number + 1} of {len(latents)}: {shown} of {self.request.num_frames} "
-                      "frames decoded", start)
+            self.done(
+                f"clip {number + 1} of {len(latents)}: {shown} of {self.request.num_frames} "
+                "frames decoded",
+                start,
+            )
             yield piece
 
 
-def _advance(generator: Generator, params, batch, negative, carry, rows, seed,
-             known) -> tuple[Carry, Array]:
+def _advance(
+    generator: Generator, params, batch, negative, carry, rows, seed, known
+) -> tuple[Carry, Array]:
     return generator.advance(params, batch, negative, carry, rows, jax.random.key(seed), known)
 
 
@@ -238,5 +286,6 @@ def shown_mask(shown: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:
 
 def _chunks(count: int, size: int) -> list[np.ndarray]:
     """Indices 0 .. count - 1, `size` at a time; the last are filled up by repetition."""
-    return [np.minimum(np.arange(start, start + size), count - 1)
-            for start in range(0, count, size)]
+    return [
+        np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
+    ]

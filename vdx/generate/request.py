@@ -66,9 +66,15 @@ class PublicRequest:
     digests: dict = dataclasses.field(default_factory=dict)
 
     def sampling(self, expert: int = 0) -> Sampling:
-        return Sampling(sampler=self.sampler, grid=self.grid, steps=self.steps, shift=self.shift,
-                        guidance=self.guidance[expert % len(self.guidance)], batch=1,
-                        reuse=self.reuse)
+        return Sampling(
+            sampler=self.sampler,
+            grid=self.grid,
+            steps=self.steps,
+            shift=self.shift,
+            guidance=self.guidance[expert % len(self.guidance)],
+            batch=1,
+            reuse=self.reuse,
+        )
 
     def adapters(self, expert: int) -> list[tuple[str, float]]:
         """(LoRA file, weight) of those of an expert."""
@@ -78,8 +84,11 @@ class PublicRequest:
         """{name: path} of the files that it reads."""
         out = {name: path for name in FILES if (path := getattr(self, name))}
         out |= {f"reference {i}": path for i, path in enumerate(self.reference)}
-        return out | {f"{name} {i}": weighted(text)[0] for name in LORAS
-                      for i, text in enumerate(getattr(self, name))}
+        return out | {
+            f"{name} {i}": weighted(text)[0]
+            for name in LORAS
+            for i, text in enumerate(getattr(self, name))
+        }
 
     def network_time(self, t: np.ndarray) -> np.ndarray:
         """What the network is fed at times of the grid."""
@@ -89,8 +98,12 @@ class PublicRequest:
         """(t, h, w, c) of a clip's latents; those of the references are before it."""
         vae = model.components["vae"].module
         frames, side = vae.rates
-        return (len(self.reference) + (self.num_frames - 1) // frames + 1, self.height // side,
-                self.width // side, vae.z_dim)
+        return (
+            len(self.reference) + (self.num_frames - 1) // frames + 1,
+            self.height // side,
+            self.width // side,
+            vae.z_dim,
+        )
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -98,14 +111,20 @@ def weighted(text: str) -> tuple[str, float]:
     path, _, weight = text.rpartition(":")
     try:
         return (path, float(weight)) if path else (text, 1.0)
-    except ValueError:           # a colon of the path
+    except ValueError:  # a colon of the path
         return text, 1.0
 
 
 def recommended(model: PublicModel) -> dict[str, Any]:
     """What those who released the model draw it with, as far as the folder does not say it."""
-    wan: dict[str, Any] = {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0,
-                           "steps": 50, "guidance": (5.0,)}
+    wan: dict[str, Any] = {
+        "height": 480,
+        "width": 832,
+        "num_frames": 81,
+        "fps": 16.0,
+        "steps": 50,
+        "guidance": (5.0,),
+    }
     if model.first_frame_is_held:
         wan |= {"height": 704, "width": 1280, "num_frames": 121, "fps": 24.0}
     elif model.boundary:
@@ -143,19 +162,23 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
     if shown and not {"height", "width"} & given.keys():
         first = next(moving_pictures(shown, given[shown], 1.0))
         fields["height"], fields["width"] = shape_for(
-            fields["height"] * fields["width"], _unit(model), *first.size)
+            fields["height"] * fields["width"], _unit(model), *first.size
+        )
     if "control" in given and "num_frames" not in given:
-        length = _length("control", given["control"], given.get("fps") or fields["fps"],
-                         fields["num_frames"])
+        length = _length(
+            "control", given["control"], given.get("fps") or fields["fps"], fields["num_frames"]
+        )
         rate = model.components["vae"].module.rates[0]
         fields["num_frames"] = 1 + (length - 1) // rate * rate
     request = fill(PublicRequest, fields | given, "request")
     return dataclasses.replace(
-        request, digests={name: file_digest(name, path) for name, path in request.files().items()})
+        request, digests={name: file_digest(name, path) for name, path in request.files().items()}
+    )
 
 
-def prepare(folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
-            ) -> tuple[PublicModel, PublicRequest, Mesh]:
+def prepare(
+    folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
+) -> tuple[PublicModel, PublicRequest, Mesh]:
     """(model, request, mesh), checked in all that can be without reading anything large.
 
     given: what the command line says. made: the request of a manifest, of which it can replace
@@ -176,8 +199,11 @@ def prepare(folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | Non
 def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PublicRequest:
     """The request of a manifest; files and the mesh may lie elsewhere now."""
     request = fill(PublicRequest, fields, "manifest.request")
-    moved = {k: v for k, v in given.items()
-             if v is not None and k in (*FILES, *LORAS, "reference", "mesh")}
+    moved = {
+        k: v
+        for k, v in given.items()
+        if v is not None and k in (*FILES, *LORAS, "reference", "mesh")
+    }
     if new := [k for k in moved if k != "mesh" and not getattr(request, k)]:
         raise ConfigError(f"The manifest's clip has no {', '.join(new)}.")
     return dataclasses.replace(request, **moved)
@@ -197,8 +223,9 @@ def _length(name: str, path: str, fps: float, most: int) -> int:
 
 def _unit(model: PublicModel) -> int:
     """Heights and widths are multiples of this."""
-    return model.components["vae"].module.rates[1] * \
-        max(model.experts[0].module.backbone["patch"][1:])
+    return model.components["vae"].module.rates[1] * max(
+        model.experts[0].module.backbone["patch"][1:]
+    )
 
 
 def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
@@ -207,45 +234,77 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
     low = 1 + max(0, (request.num_frames - 1) // frames) * frames
     positions = model.signals.get("image_tokens", {}).get("positions")
     t = request.latents(model)[0]
-    problems = [message for wrong, message in (
-        (request.num_frames < 1 or (request.num_frames - 1) % frames,
-         f"num_frames = {request.num_frames} is not 1 + {frames}n: take {low} or {low + frames}"),
-        *((size < unit or size % unit,
-           f"{name} = {size} is not a multiple of {unit}: take {max(1, size // unit) * unit} or "
-           f"{(size // unit + 1) * unit}") for name, size in
-          (("height", request.height), ("width", request.width))),
-        (request.image and not model.reads_images,
-         f"image = {request.image}: this model reads " + (
-             "a control and references" if model.reads_control else "text alone")),
-        ((request.control or request.control_mask or request.reference)
-         and not model.reads_control,
-         "this model has no control blocks (VACE) that read a control, its mask or a reference"),
-        (request.control_mask and not request.control, "a control_mask needs a control"),
-        (not request.image and "concat" in model.signals,
-         "this model begins with a picture: give an image"),
-        (request.last_image and not request.image, "a last_image needs an image"),
-        (request.last_image and model.reads_images and
-         (model.first_frame_is_held or ("image_tokens" in model.signals and not positions)),
-         f"last_image = {request.last_image}: this model reads a first one alone"),
-        (positions and not request.last_image,
-         "this model also ends with a picture: give a last_image"),
-        (request.last_image and t < 2, f"a last_image needs num_frames of at least {1 + frames}"),
-        (len(request.guidance) not in (1, len(model.experts)),
-         f"guidance = {request.guidance}: this model has {len(model.experts)} transformer(s)"),
-        (request.lora_2 and len(model.experts) < 2, "lora_2 needs a model with two experts"),
-        (t % mesh.shape["context"],
-         f"{request.num_frames} frames{' and the references' * bool(request.reference)} are {t} "
-         f"latent ones, which do not divide over the mesh axis context = "
-         f"{mesh.shape['context']}"),
-    ) if wrong]
+    problems = [
+        message
+        for wrong, message in (
+            (
+                request.num_frames < 1 or (request.num_frames - 1) % frames,
+                f"num_frames = {request.num_frames} is not 1 + {frames}n: take {low} or {low + frames}",
+            ),
+            *(
+                (
+                    size < unit or size % unit,
+                    f"{name} = {size} is not a multiple of {unit}: take {max(1, size // unit) * unit} or "
+                    f"{(size // unit + 1) * unit}",
+                )
+                for name, size in (("height", request.height), ("width", request.width))
+            ),
+            (
+                request.image and not model.reads_images,
+                f"image = {request.image}: this model reads "
+                + ("a control and references" if model.reads_control else "text alone"),
+            ),
+            (
+                (request.control or request.control_mask or request.reference)
+                and not model.reads_control,
+                "this model has no control blocks (VACE) that read a control, its mask or a reference",
+            ),
+            (request.control_mask and not request.control, "a control_mask needs a control"),
+            (
+                not request.image and "concat" in model.signals,
+                "this model begins with a picture: give an image",
+            ),
+            (request.last_image and not request.image, "a last_image needs an image"),
+            (
+                request.last_image
+                and model.reads_images
+                and (
+                    model.first_frame_is_held or ("image_tokens" in model.signals and not positions)
+                ),
+                f"last_image = {request.last_image}: this model reads a first one alone",
+            ),
+            (
+                positions and not request.last_image,
+                "this model also ends with a picture: give a last_image",
+            ),
+            (
+                request.last_image and t < 2,
+                f"a last_image needs num_frames of at least {1 + frames}",
+            ),
+            (
+                len(request.guidance) not in (1, len(model.experts)),
+                f"guidance = {request.guidance}: this model has {len(model.experts)} transformer(s)",
+            ),
+            (request.lora_2 and len(model.experts) < 2, "lora_2 needs a model with two experts"),
+            (
+                t % mesh.shape["context"],
+                f"{request.num_frames} frames{' and the references' * bool(request.reference)} are {t} "
+                f"latent ones, which do not divide over the mesh axis context = "
+                f"{mesh.shape['context']}",
+            ),
+        )
+        if wrong
+    ]
     if problems:
         raise ConfigError("\n  ".join([f"{model.path} cannot draw this:", *problems]))
     lookup(request.sampler, SAMPLERS, "sampler")
     lookup(request.grid, GRIDS, "grid")(request.steps, request.shift)
     for name, path in request.files().items():
         if file_digest(name, path) != request.digests.get(name):
-            raise ConfigError(f"{name} = {path} is not the file of the request; give the right "
-                              f"one by --{name.split()[0]}.")
+            raise ConfigError(
+                f"{name} = {path} is not the file of the request; give the right "
+                f"one by --{name.split()[0]}."
+            )
     for number, expert in enumerate(model.experts):
         for path, _ in request.adapters(number):
             open_lora(path, expert.module, EXPERTS[number])
@@ -255,9 +314,11 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
         elif kind in ("control", "control_mask"):
             length = _length(kind, path, request.fps, request.num_frames)
             if length < request.num_frames:
-                raise ConfigError(f"--{kind}={path} shows {length} frames at fps = {request.fps}; "
-                                  f"num_frames = {request.num_frames} is more: take "
-                                  f"{1 + (length - 1) // frames * frames}.")
+                raise ConfigError(
+                    f"--{kind}={path} shows {length} frames at fps = {request.fps}; "
+                    f"num_frames = {request.num_frames} is more: take "
+                    f"{1 + (length - 1) // frames * frames}."
+                )
     start_noise(request, model)
 
 
@@ -265,14 +326,18 @@ def start_noise(request: PublicRequest, model: PublicModel) -> np.ndarray:
     """Noise float32 [n t h w c]. Raises ConfigError for init_noise of another shape or type."""
     shape, count = request.latents(model), len(request.prompts)
     if request.init_noise is None:
-        return np.stack([jax.random.normal(jax.random.key(request.seed + i), shape)
-                         for i in range(count)])
+        return np.stack(
+            [jax.random.normal(jax.random.key(request.seed + i), shape) for i in range(count)]
+        )
     try:
         noise = np.load(request.init_noise, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"init_noise = {request.init_noise} is not a .npy file: "
-                         f"{error}.") from error
+        raise ConfigError(
+            f"init_noise = {request.init_noise} is not a .npy file: {error}."
+        ) from error
     if noise.shape != (count, *shape) or noise.dtype != np.float32:
-        raise ConfigError(f"init_noise = {request.init_noise} is {noise.dtype} {noise.shape}; this "
-                         f"needs float32 {(count, *shape)} [b t h w c].")
+        raise ConfigError(
+            f"init_noise = {request.init_noise} is {noise.dtype} {noise.shape}; this "
+            f"needs float32 {(count, *shape)} [b t h w c]."
+        )
     return np.asarray(noise)

@@ -16,8 +16,8 @@ from vdx.types import Array
 
 __all__ = ["frames_at", "read_video", "to_uint8", "to_uint8_there", "write_video", "write_webp"]
 
-BT709 = 1          # the number of this colour matrix, its primaries and its curve in H.264
-LIMITED = 1        # the range of luma in H.264 that every player expects: 16 to 235
+BT709 = 1  # the number of this colour matrix, its primaries and its curve in H.264
+LIMITED = 1  # the range of luma in H.264 that every player expects: 16 to 235
 
 
 def to_uint8(x) -> np.ndarray:
@@ -41,8 +41,9 @@ def _check(frames: np.ndarray, fps: float) -> None:
         raise ValueError(f"fps = {fps} must be positive.")
 
 
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float,
-                min_side: int = 128) -> None:
+def write_video(
+    path: str | Path, frames: Iterable[np.ndarray], fps: float, min_side: int = 128
+) -> None:
     """uint8 [t h w 3], or its frames as they come -> an H.264 mp4 that any player shows, at
     exactly `fps`. Holds one frame, besides those that the encoder looks ahead.
 
@@ -57,11 +58,14 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float,
     factor = -(-min_side // min(first.shape[:2]))
     height, width = (factor * n for n in first.shape[:2])
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
-    with whole_or_not(path) as part, \
-            av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out:
+    with (
+        whole_or_not(path) as part,
+        av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out,
+    ):
         # x264's macroblock tree makes other bytes of the same frames from time to time.
-        stream = out.add_stream("libx264", rate=rate, options={
-            "crf": "12", "preset": "medium", "mbtree": "0"})
+        stream = out.add_stream(
+            "libx264", rate=rate, options={"crf": "12", "preset": "medium", "mbtree": "0"}
+        )
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
@@ -72,8 +76,9 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float,
             picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
             picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709",
-                                   dst_color_range="MPEG")
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            )
             frame.pts, frame.time_base = number, 1 / rate
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
@@ -121,8 +126,9 @@ def _decoded(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
                 first = frame.pts if first is None else first
                 yield (frame.pts - first) * float(stream.time_base), pixels(frame)
     except (av.error.FFmpegError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable video: "
-                         f"{getattr(error, 'strerror', None) or error}.") from error
+        raise ValueError(
+            f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
+        ) from error
     if first is None:
         raise ValueError(f"{path} holds no frames.")
 
@@ -133,5 +139,13 @@ def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
     ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)  # milliseconds, no drift
     images = [Image.fromarray(frame) for frame in frames]
     with whole_or_not(path) as part:
-        images[0].save(part, format="WEBP", save_all=True, append_images=images[1:],
-                       duration=np.diff(ends).tolist(), loop=0, lossless=True, quality=100)
+        images[0].save(
+            part,
+            format="WEBP",
+            save_all=True,
+            append_images=images[1:],
+            duration=np.diff(ends).tolist(),
+            loop=0,
+            lossless=True,
+            quality=100,
+        )

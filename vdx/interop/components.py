@@ -79,14 +79,17 @@ class Component:
         """The same arrays in vdx's layout or in that of diffusers and transformers, in the types
         that the files have; one array at a time."""
         layouts = {key: (stored, layout) for key, stored, layout in self._renamed(own)}
-        plan = {key: (laid_out(layout, stored.shape), stored.dtype)
-                for key, (stored, layout) in layouts.items()}
+        plan = {
+            key: (laid_out(layout, stored.shape), stored.dtype)
+            for key, (stored, layout) in layouts.items()
+        }
         arrays = ((key, layout(stored.read())) for key, (stored, layout) in layouts.items())
         write_parts(folder, "model" if own else self.stem, plan, arrays)
         write_json(folder / "config.json", self.config)
 
-    def _renamed(self, own: bool
-                 ) -> Iterator[tuple[str, Stored, Callable[[np.ndarray], np.ndarray]]]:
+    def _renamed(
+        self, own: bool
+    ) -> Iterator[tuple[str, Stored, Callable[[np.ndarray], np.ndarray]]]:
         name = naming(self.public)
         for key, place in assign(self.source, self.shapes, self.rows).items():
             known: tuple[str, Layout] | None = (place.slot, KEEP) if own else name(place.slot)
@@ -106,9 +109,14 @@ def is_own(source: Mapping[str, Stored]) -> bool:
 def _component(source: Mapping[str, Stored], rows: Rows, **fields) -> Component:
     """`rows` are those of the file, unless it is in vdx's own layout."""
     if is_own(source):
-        rows = (*(row for path in flat(fields["shapes"])
-                  for row in (Row(path, path), Row(f"{path}[{{i}}]", f"{path}[{{i}}]"))),
-                *(row for row in fields["public"] if not row.source))       # ours, and zero
+        rows = (
+            *(
+                row
+                for path in flat(fields["shapes"])
+                for row in (Row(path, path), Row(f"{path}[{{i}}]", f"{path}[{{i}}]"))
+            ),
+            *(row for row in fields["public"] if not row.source),
+        )  # ours, and zero
     return Component(source=source, rows=rows, **fields)
 
 
@@ -127,26 +135,47 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
         config, source, backbone, signals = wan.config, wan.source, wan.backbone, wan.signals
     module = Denoiser({**backbone, "dtype": dtype}, signals)
     rows = tuple(wan_transformer_rows(module))
-    return _component(source, rows, config=config, module=module, public=rows, dtype=dtype,
-                      shapes=jax.eval_shape(module.new_params, jax.random.key(0)))
+    return _component(
+        source,
+        rows,
+        config=config,
+        module=module,
+        public=rows,
+        dtype=dtype,
+        shapes=jax.eval_shape(module.new_params, jax.random.key(0)),
+    )
 
 
 def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
     source = open_weights(path)
     config = config or read_json(path / "config.json")
     module = t5_from_config(config, dtype)
-    return _component(source, t5_rows(source, module), config=config, module=module, dtype=dtype,
-                      public=t5_rows(("shared.weight",), module), stem="model",
-                      shapes=_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)))
+    return _component(
+        source,
+        t5_rows(source, module),
+        config=config,
+        module=module,
+        dtype=dtype,
+        public=t5_rows(("shared.weight",), module),
+        stem="model",
+        shapes=_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)),
+    )
 
 
 def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
     source = clip_names(open_weights(path))
     config = config or read_json(path / "config.json")
     module = clip_vision_from_config(config, dtype)
-    return _component(source, clip_rows(source, module), config=config, module=module,
-                      dtype=dtype, stem="model", public=clip_rows(("vision_model.",), module),
-                      shapes=_shapes(module, jnp.zeros((1, module.image, module.image, 3))))
+    return _component(
+        source,
+        clip_rows(source, module),
+        config=config,
+        module=module,
+        dtype=dtype,
+        stem="model",
+        public=clip_rows(("vision_model.",), module),
+        shapes=_shapes(module, jnp.zeros((1, module.image, module.image, 3))),
+    )
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
@@ -156,8 +185,15 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
     public = video_vae_rows(module)
     rows = video_vae_rows(module, original=True) if "conv1.weight" in source else public
     side = module.rates[1]
-    return _component(source, rows, config=config, module=module, public=public, dtype=dtype,
-                      shapes=_shapes(module, jnp.zeros((1, 1, side, side, 3))))
+    return _component(
+        source,
+        rows,
+        config=config,
+        module=module,
+        public=public,
+        dtype=dtype,
+        shapes=_shapes(module, jnp.zeros((1, 1, side, side, 3))),
+    )
 
 
 # (opens it, in float32 whatever is asked for: as the makers run it, and they are small)
@@ -170,8 +206,9 @@ COMPONENTS: dict[str, tuple[Callable[[Path, Mapping[str, Any] | None, str], Comp
 }
 
 
-def open_component(name: str, path: str | Path, dtype: str,
-                   config: Mapping[str, Any] | None = None) -> Component:
+def open_component(
+    name: str, path: str | Path, dtype: str, config: Mapping[str, Any] | None = None
+) -> Component:
     """A row of COMPONENTS in a file or folder. config: for files that come without one.
 
     Reads headers. Raises ValueError for what is not such a network.

@@ -16,8 +16,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vdx.types import Params
 
-__all__ = ["CONV", "KEEP", "LINEAR", "Layout", "Place", "Row", "WeightsError", "assign", "export",
-           "gather", "naming", "patches", "place_of"]
+__all__ = [
+    "CONV",
+    "KEEP",
+    "LINEAR",
+    "Layout",
+    "Place",
+    "Row",
+    "WeightsError",
+    "assign",
+    "export",
+    "gather",
+    "naming",
+    "patches",
+    "place_of",
+]
 
 
 class WeightsError(ValueError):
@@ -33,16 +46,20 @@ class Layout:
 
 
 KEEP = Layout(lambda x: x, lambda x: x)
-LINEAR = Layout(np.transpose, np.transpose)                  # torch [out in] -> [in out]
-CONV = Layout(lambda x: np.moveaxis(x, (0, 1), (-1, -2)),    # torch [out in *k] -> [*k in out]
-              lambda x: np.moveaxis(x, (-1, -2), (0, 1)))
+LINEAR = Layout(np.transpose, np.transpose)  # torch [out in] -> [in out]
+CONV = Layout(
+    lambda x: np.moveaxis(x, (0, 1), (-1, -2)),  # torch [out in *k] -> [*k in out]
+    lambda x: np.moveaxis(x, (-1, -2), (0, 1)),
+)
 
 
 def patches(patch: Sequence[int]) -> Layout:
     """A convolution whose stride is its size, torch [out in *patch], as our dense layer over
     flattened patches [(*patch in) out]."""
-    return Layout(lambda x: CONV.ours(x).reshape(-1, len(x)),
-                  lambda x: CONV.theirs(x.reshape(*patch, -1, x.shape[-1])))
+    return Layout(
+        lambda x: CONV.ours(x).reshape(-1, len(x)),
+        lambda x: CONV.theirs(x.reshape(*patch, -1, x.shape[-1])),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +87,9 @@ class Place:
 
 def _pattern(template: str) -> re.Pattern:
     parts = re.split(r"\{(\w+)\}", template)
-    return re.compile("".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p)
-                              for i, p in enumerate(parts)))
+    return re.compile(
+        "".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts))
+    )
 
 
 def _finder(rows: Sequence[Row], template: Callable[[Row], str | None]):
@@ -148,8 +166,13 @@ def assign(keys: Iterable[str], like: Params, rows: Sequence[Row]) -> dict[str, 
             found[key], filled[slot] = place, key
     whole = {path for path, index in filled if index is None} | set(absent(leaves, rows))
     for path, leaf in leaves.items():
-        holes = [] if path in whole else \
-            [i for i in range(leaf.shape[0]) if (path, i) not in filled] if leaf.shape else [0]
+        holes = (
+            []
+            if path in whole
+            else [i for i in range(leaf.shape[0]) if (path, i) not in filled]
+            if leaf.shape
+            else [0]
+        )
         if holes and (path, 0) not in filled and len(holes) == (leaf.shape or (1,))[0]:
             problems.append(f"{path} {leaf.shape}: not in the file")
         elif holes:
@@ -165,15 +188,15 @@ def absent(leaves: Iterable[str], rows: Sequence[Row]) -> list[str]:
     return [path for path in leaves if find(path)]
 
 
-def gather(read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params,
-           rows: Sequence[Row]) -> Params:
+def gather(
+    read: Callable[[str], np.ndarray], keys: Iterable[str], like: Params, rows: Sequence[Row]
+) -> Params:
     """Our parameters (numpy, of the dtypes of `like`) from `read(key) -> array`.
 
     Raises WeightsError as `assign` does, and for shapes that differ.
     """
     leaves = flat(like)
-    out = {path: np.zeros(leaves[path].shape, leaves[path].dtype)
-           for path in absent(leaves, rows)}
+    out = {path: np.zeros(leaves[path].shape, leaves[path].dtype) for path in absent(leaves, rows)}
     problems = []
     for key, place in assign(keys, like, rows).items():
         leaf, value = leaves[place.path], place.layout.ours(read(key))

@@ -39,12 +39,16 @@ from vdx.parallel import param_shardings, path_str
 from vdx.types import Params
 
 READERS: dict[str, Callable[[Path], dict[str, Stored]]] = {
-    ".safetensors": read_header, ".pth": read_pth, ".pt": read_pth, ".bin": read_pth,
-    ".ckpt": read_pth}
+    ".safetensors": read_header,
+    ".pth": read_pth,
+    ".pt": read_pth,
+    ".bin": read_pth,
+    ".ckpt": read_pth,
+}
 # Kept in float32 whatever is asked for: norms, modulation, the embedding of time (as diffusers'
 # `_keep_in_fp32_modules` of Wan). They are small.
 FLOAT32 = re.compile(r"(bias|scale|table|null)$|^network/time/")
-BLOCKWISE = ("block", "window", "sink")      # fields of mixers
+BLOCKWISE = ("block", "window", "sink")  # fields of mixers
 
 
 def open_weights(path: str | Path) -> dict[str, Stored]:
@@ -69,9 +73,11 @@ def open_weights(path: str | Path) -> dict[str, Stored]:
         return read_header(files[0])
     found = [p.name for p in indices or files]
     below = sorted({p.parent.name for p in path.glob("*/*.safetensors")})
-    raise WeightsError(f"{path} should hold one model and holds "
-                       f"{'several: ' + ', '.join(found) if found else 'no .safetensors file'}."
-                       + (f" Name one of its folders: {', '.join(below)}." if below else ""))
+    raise WeightsError(
+        f"{path} should hold one model and holds "
+        f"{'several: ' + ', '.join(found) if found else 'no .safetensors file'}."
+        + (f" Name one of its folders: {', '.join(below)}." if below else "")
+    )
 
 
 def _parts(index: Path) -> dict[str, Stored]:
@@ -82,8 +88,13 @@ def _parts(index: Path) -> dict[str, Stored]:
     names = sorted(set(where.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise WeightsError(listed(f"{index.parent} lacks {len(missing)} of the {len(names)} files "
-                                  "that its index names. Download them:", missing))
+        raise WeightsError(
+            listed(
+                f"{index.parent} lacks {len(missing)} of the {len(names)} files "
+                "that its index names. Download them:",
+                missing,
+            )
+        )
     parts = {name: read_header(index.parent / name) for name in names}
     lost = [f"{key}: not in {name}" for key, name in where.items() if key not in parts[name]]
     if lost:
@@ -91,17 +102,20 @@ def _parts(index: Path) -> dict[str, Stored]:
     return {key: parts[name][key] for key, name in where.items()}
 
 
-def abstract_params(shapes: Params, mesh: Mesh, dtype: str = "float32",
-                    trained: str | None = None) -> Params:
+def abstract_params(
+    shapes: Params, mesh: Mesh, dtype: str = "float32", trained: str | None = None
+) -> Params:
     """What `load_params` fills: `shapes`, laid out on the mesh by the rules of vdx.parallel.
 
     dtype: of the kernels; what FLOAT32 names, or the regex `trained`, stays float32.
     """
+
     def one(path, leaf, sharding):
         name = path_str(path)
         kept = FLOAT32.search(name) or (trained and re.search(trained, name))
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if kept else jnp.dtype(dtype),
-                                    sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32 if kept else jnp.dtype(dtype), sharding=sharding
+        )
 
     return jax.tree_util.tree_map_with_path(one, shapes, param_shardings(mesh, shapes))
 
@@ -131,8 +145,9 @@ def laid_out(layout: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -
     return layout(np.broadcast_to(np.uint8(0), shape)).shape
 
 
-def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row],
-                optional: str | None = None) -> Params:
+def load_params(
+    source: Mapping[str, Stored], like: Params, rows: Sequence[Row], optional: str | None = None
+) -> Params:
     """Our parameters from files, of the shapes, types and shardings of `like`.
 
     optional: a regex of paths; what it finds and no file has is left out. Raises WeightsError as
@@ -142,12 +157,23 @@ def load_params(source: Mapping[str, Stored], like: Params, rows: Sequence[Row],
         place = place_of(rows)
         filled = {found.path for key in source if (found := place(key))}
         filled |= set(absent(flat(like), rows))
-        like = unflatten_dict({path: leaf for path, leaf in flat(like).items()
-                               if path in filled or not re.search(optional, path)}, sep="/")
+        like = unflatten_dict(
+            {
+                path: leaf
+                for path, leaf in flat(like).items()
+                if path in filled or not re.search(optional, path)
+            },
+            sep="/",
+        )
     parts = match(source, like, rows)
     # Waiting for each lets go of its copy on the host before the next is read.
-    return unflatten_dict({path: _load(leaf, parts.get(path, ())).block_until_ready()
-                           for path, leaf in flat(like).items()}, sep="/")
+    return unflatten_dict(
+        {
+            path: _load(leaf, parts.get(path, ())).block_until_ready()
+            for path, leaf in flat(like).items()
+        },
+        sep="/",
+    )
 
 
 def _dims(network: Transformer) -> tuple[int, int, int, tuple[Any, ...]]:
@@ -157,9 +183,16 @@ def _dims(network: Transformer) -> tuple[int, int, int, tuple[Any, ...]]:
     return width, depth, heads, tuple(s["name"] if len(s) == 1 else s for s in specs)
 
 
-def load_model(model: Denoiser, theirs: Denoiser, source: Mapping[str, Stored],
-               rows: Sequence[Row], path: str | Path, mesh: Mesh, dtype: str,
-               trained: str | None) -> Params:
+def load_model(
+    model: Denoiser,
+    theirs: Denoiser,
+    source: Mapping[str, Stored],
+    rows: Sequence[Row],
+    path: str | Path,
+    mesh: Mesh,
+    dtype: str,
+    trained: str | None,
+) -> Params:
     """The parameters of `model` from the files of `theirs`, on the mesh.
 
     dtype: of the kernels. trained: a regex of paths that stay float32; those of them that the file
@@ -169,19 +202,35 @@ def load_model(model: Denoiser, theirs: Denoiser, source: Mapping[str, Stored],
     """
     there, here = theirs.parts()[0], model.parts()[0]
     facts: dict[str, Callable] = {
-        "(width, depth, heads, pattern)": _dims, "hidden features": Transformer.hidden,
-        **{name: operator.attrgetter(name) for name in (
-            "channels", "patch", "activation", "rope_theta", "absolute", "sincos", "cross",
-            "time_scale")}}
-    wrong = [f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
-             for name, of in facts.items() if of(here) != of(there)]
+        "(width, depth, heads, pattern)": _dims,
+        "hidden features": Transformer.hidden,
+        **{
+            name: operator.attrgetter(name)
+            for name in (
+                "channels",
+                "patch",
+                "activation",
+                "rope_theta",
+                "absolute",
+                "sincos",
+                "cross",
+                "time_scale",
+            )
+        },
+    }
+    wrong = [
+        f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
+        for name, of in facts.items()
+        if of(here) != of(there)
+    ]
     text = [m.get("embeddings", {}).get("length") for m in (model.signals, theirs.signals)]
     if text[0] != text[1]:
         wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
     if wrong:
         raise WeightsError(listed(f"The model is not that of {path}:", wrong))
-    like = abstract_params(jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype,
-                           trained)
+    like = abstract_params(
+        jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype, trained
+    )
     return load_params(source, like, rows, trained)
 
 
@@ -193,8 +242,10 @@ def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:
     def bounds(index) -> tuple[tuple[int, int], ...]:
         return tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
 
-    shares = {bounds(index): np.zeros([b - a for a, b in bounds(index)], leaf.dtype)
-              for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
+    shares = {
+        bounds(index): np.zeros([b - a for a, b in bounds(index)], leaf.dtype)
+        for index in sharding.addressable_devices_indices_map(leaf.shape).values()
+    }
     for stored, place in parts:
         value = place.layout.ours(stored.read())
         for ends, share in shares.items():
@@ -206,16 +257,26 @@ def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shares[bounds(index)])
 
 
-def save_folder(params: Params, rows: Sequence[Row], config: Mapping[str, Any], path: str | Path,
-                max_shard_bytes: int = 5_000_000_000) -> None:
+def save_folder(
+    params: Params,
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    path: str | Path,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """A folder in the layout of diffusers: `config.json` and the weights, in parts of at most
     `max_shard_bytes` (or of one array) with an index if they are larger than that.
 
     Raises WeightsError for a folder that is not empty and for parameters without a row.
     """
     empty_folder(path)
-    write_parts(path, "diffusion_pytorch_model", export_plan(params, rows), export(params, rows),
-                max_shard_bytes)
+    write_parts(
+        path,
+        "diffusion_pytorch_model",
+        export_plan(params, rows),
+        export(params, rows),
+        max_shard_bytes,
+    )
     write_json(Path(path) / "config.json", config)
 
 
@@ -225,9 +286,13 @@ def empty_folder(path: str | Path) -> None:
         raise WeightsError(f"{path} is not empty. Name a new folder, so that no old part stays.")
 
 
-def write_parts(path: str | Path, stem: str, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-                arrays: Iterable[tuple[str, np.ndarray]],
-                max_shard_bytes: int = 5_000_000_000) -> None:
+def write_parts(
+    path: str | Path,
+    stem: str,
+    plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """`stem`.safetensors in a folder, or parts of it with an index; the arrays come one by one,
     in the order of the plan (key -> shape, dtype)."""
     path, arrays = Path(path), iter(arrays)
@@ -240,15 +305,23 @@ def write_parts(path: str | Path, stem: str, plan: Mapping[str, tuple[tuple[int,
             size = 0
         parts[-1][key] = shape, dtype
         size, total = size + bytes_, total + bytes_
-    names = [f"{stem}.safetensors"] if len(parts) == 1 else [
-        f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    names = (
+        [f"{stem}.safetensors"]
+        if len(parts) == 1
+        else [f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    )
     for name, part in zip(names, parts, strict=True):
         write(path / name, part, itertools.islice(arrays, len(part)))
     if len(parts) > 1:
-        write_json(path / f"{stem}.safetensors.index.json", {
-            "metadata": {"total_size": total},
-            "weight_map": {key: name for name, part in zip(names, parts, strict=True)
-                           for key in part}})
+        write_json(
+            path / f"{stem}.safetensors.index.json",
+            {
+                "metadata": {"total_size": total},
+                "weight_map": {
+                    key: name for name, part in zip(names, parts, strict=True) for key in part
+                },
+            },
+        )
 
 
 def export_plan(params: Params, rows: Sequence[Row]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

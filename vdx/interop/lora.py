@@ -35,15 +35,20 @@ from vdx.types import Params
 
 __all__ = ["LAYOUTS", "open_lora", "write_lora"]
 
-PART = re.compile(r"^(?:base_model\.model\.)?(?:(?P<part>transformer(?:_2)?)\.|"
-                  r"(?:model\.)?diffusion_model\.|lora_unet_)?(?P<rest>.*)$")
-LEAF = re.compile(r"^(?P<layer>.+?)\.(?:lora_(?P<half>A|B|down|up)(?:\.\w+)?\.(?P<of>weight|bias)"
-                  r"|(?P<other>alpha|diff|diff_b))$")
+PART = re.compile(
+    r"^(?:base_model\.model\.)?(?:(?P<part>transformer(?:_2)?)\.|"
+    r"(?:model\.)?diffusion_model\.|lora_unet_)?(?P<rest>.*)$"
+)
+LEAF = re.compile(
+    r"^(?P<layer>.+?)\.(?:lora_(?P<half>A|B|down|up)(?:\.\w+)?\.(?P<of>weight|bias)"
+    r"|(?P<other>alpha|diff|diff_b))$"
+)
 HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 SETTINGS, SAFETENSORS = "lora_adapter_metadata", ".safetensors"
 LAYOUTS: dict[str, Callable[[str, str], str]] = {
     "diffusers": lambda layer, part: f"{part}.{layer}",
-    "comfyui": lambda layer, part: f"diffusion_model.{original_name(layer)}"}
+    "comfyui": lambda layer, part: f"diffusion_model.{original_name(layer)}",
+}
 
 
 def adapter_rows(rows: Sequence[Row], plan: Mapping[str, Any]) -> list[Row]:
@@ -53,17 +58,21 @@ def adapter_rows(rows: Sequence[Row], plan: Mapping[str, Any]) -> list[Row]:
     B's: A is transposed, and B is laid out like the weight. Of a convolution it is A that has
     the kernel's extent.
     """
+
     def outputs(extent: int) -> Layout:
-        return Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(
-            *x.shape[::-1], *[1] * extent))
+        return Layout(
+            lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(*x.shape[::-1], *[1] * extent)
+        )
 
     out = []
     for row in rows:
         if row.path is None or not row.source.endswith(".weight") or "/kernel" not in row.path:
             continue
         layer, extent = row.source.removesuffix(".weight"), len(plan[row.source][0]) - 2
-        for half, leaf, layout in (("A", A, row.layout if extent else LINEAR),
-                                   ("B", B, outputs(extent) if extent else row.layout)):
+        for half, leaf, layout in (
+            ("A", A, row.layout if extent else LINEAR),
+            ("B", B, outputs(extent) if extent else row.layout),
+        ):
             out.append(Row(f"{layer}.lora_{half}.weight", row.path.replace("kernel", leaf), layout))
     return out
 
@@ -88,23 +97,38 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> C
             scale = _scale(layer, len(pair[0]), arrays.get("alpha"), settings)
             factors.add(layer, *pair, scale)
         weight = f"{layer}.weight" if f"{layer}.weight" in plan else layer
-        for kind, key, times in (("diff", weight, 1.0), ("diff_b", f"{layer}.bias", 1.0),
-                                 ("bias", f"{layer}.bias", scale)):
+        for kind, key, times in (
+            ("diff", weight, 1.0),
+            ("diff_b", f"{layer}.bias", 1.0),
+            ("bias", f"{layer}.bias", scale),
+        ):
             if kind not in arrays:
                 continue
             if key not in plan or plan[key][0] != arrays[kind].shape:
-                problems.append(f"{layer}, {kind}: is {arrays[kind].shape} for {key} "
-                                f"{plan[key][0] if key in plan else 'which is not there'}")
+                problems.append(
+                    f"{layer}, {kind}: is {arrays[kind].shape} for {key} "
+                    f"{plan[key][0] if key in plan else 'which is not there'}"
+                )
             else:
                 deltas.add(key, times * _float32(arrays[kind]))
     if problems or not layers:
-        raise WeightsError(listed(f"{path} is not a LoRA of the {part} of this model:",
-                                  problems or ["it holds nothing for it"]))
+        raise WeightsError(
+            listed(
+                f"{path} is not a LoRA of the {part} of this model:",
+                problems or ["it holds nothing for it"],
+            )
+        )
     return Change(factors.stacked(), deltas.arrays)
 
 
-def write_lora(path: str | Path, factors: Params, model: Denoiser, scale: float = 1.0,
-               layout: str = "diffusers", part: str = "transformer") -> None:
+def write_lora(
+    path: str | Path,
+    factors: Params,
+    model: Denoiser,
+    scale: float = 1.0,
+    layout: str = "diffusers",
+    part: str = "transformer",
+) -> None:
     """A file of these factors, in a row of LAYOUTS. `scale` is multiplied into B, so that every
     reader agrees, whatever it makes of an alpha. Raises ConfigError, or WeightsError for factors
     of layers that the layout cannot name."""
@@ -112,15 +136,23 @@ def write_lora(path: str | Path, factors: Params, model: Denoiser, scale: float 
     rows = wan_transformer_rows(model)
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     mine = adapter_rows(rows, export_plan(shapes, rows))
-    scaled = unflatten_dict({key: np.asarray(value) * np.float32(scale if key.endswith(B) else 1)
-                             for key, value in flat(factors).items()}, sep="/")
+    scaled = unflatten_dict(
+        {
+            key: np.asarray(value) * np.float32(scale if key.endswith(B) else 1)
+            for key, value in flat(factors).items()
+        },
+        sep="/",
+    )
 
     def key(known: str) -> str:
         layer, _, leaf = known.partition(".lora_")
         return f"{name(layer, part)}.lora_{leaf}"
 
-    write(path, {key(k): planned for k, planned in export_plan(scaled, mine).items()},
-          ((key(k), value) for k, value in export(scaled, mine)))
+    write(
+        path,
+        {key(k): planned for k, planned in export_plan(scaled, mine).items()},
+        ((key(k), value) for k, value in export(scaled, mine)),
+    )
 
 
 def _open(path: Path, part: str) -> tuple[dict[str, Stored], dict[str, Any]]:
@@ -132,24 +164,33 @@ def _open(path: Path, part: str) -> tuple[dict[str, Stored], dict[str, Any]]:
         settings = read_json(beside)
     for file in {stored.file for stored in source.values() if stored.file.suffix == SAFETENSORS}:
         noted = json.loads(read_file(file)[1].get(SETTINGS, "{}"))
-        settings |= {key.removeprefix(f"{part}."): value for key, value in noted.items()
-                     if key.startswith(f"{part}.")}
+        settings |= {
+            key.removeprefix(f"{part}."): value
+            for key, value in noted.items()
+            if key.startswith(f"{part}.")
+        }
     if settings.get("use_dora"):
-        raise WeightsError(f"{path} is a DoRA, which also rescales the columns of the weights; "
-                           "vdx has only LoRA.")
+        raise WeightsError(
+            f"{path} is a DoRA, which also rescales the columns of the weights; vdx has only LoRA."
+        )
     return source, settings
 
 
-def _by_layer(source: Mapping[str, Stored], plan: Mapping[str, Any], part: str,
-              problems: list[str]) -> dict[str, dict[str, Stored]]:
+def _by_layer(
+    source: Mapping[str, Stored], plan: Mapping[str, Any], part: str, problems: list[str]
+) -> dict[str, dict[str, Stored]]:
     """{layer of diffusers: {"A", "B", "bias", "alpha", "diff" or "diff_b": array}}."""
     known = {key.removesuffix(".weight").removesuffix(".bias") for key in plan}
-    names = {name: layer for layer in known for dotted in (layer, original_name(layer))
-             for name in (dotted, dotted.replace(".", "_"))}
+    names = {
+        name: layer
+        for layer in known
+        for dotted in (layer, original_name(layer))
+        for name in (dotted, dotted.replace(".", "_"))
+    }
     out: dict[str, dict[str, Stored]] = defaultdict(dict)
     for key, stored in source.items():
         whole = PART.match(key)
-        assert whole, key                      # it matches anything
+        assert whole, key  # it matches anything
         if whole["part"] not in (None, part):
             continue
         leaf = LEAF.match(whole["rest"])
@@ -163,8 +204,9 @@ def _by_layer(source: Mapping[str, Stored], plan: Mapping[str, Any], part: str,
     return out
 
 
-def _pair(layer: str, arrays: Mapping[str, Stored], plan: Mapping[str, Any],
-          problems: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+def _pair(
+    layer: str, arrays: Mapping[str, Stored], plan: Mapping[str, Any], problems: list[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """float32 (A [r in ...], B [out r ...]) of a layer, if it has them and they fit."""
     found = arrays.keys() & {"A", "B", "alpha", "bias"}
     if not found:
@@ -173,8 +215,12 @@ def _pair(layer: str, arrays: Mapping[str, Stored], plan: Mapping[str, Any],
         problems.append(f"{layer}: has {', '.join(sorted(found))} without its partners")
         return None
     weight, (a, b) = plan.get(f"{layer}.weight", ((),))[0], (arrays[k].shape for k in "AB")
-    fits = len(weight) > 1 and a[1:] == weight[1:] and b[:1] == weight[:1] and (
-        b[1:] == (a[0], *[1] * (len(weight) - 2)))
+    fits = (
+        len(weight) > 1
+        and a[1:] == weight[1:]
+        and b[:1] == weight[:1]
+        and (b[1:] == (a[0], *[1] * (len(weight) - 2)))
+    )
     if not fits:
         problems.append(f"{layer}: lora_A is {a} and lora_B {b} for a weight {weight}")
         return None
@@ -191,8 +237,14 @@ def _scale(layer: str, rank: int, alpha: Stored | None, settings: Mapping[str, A
         return float(_float32(alpha).reshape(())) / rank
     if settings.get("lora_alpha") is None:
         return 1.0
-    value = next((v for pattern, v in (settings.get("alpha_pattern") or {}).items()
-                  if re.fullmatch(rf"(.*\.)?({pattern})", layer)), settings["lora_alpha"])
+    value = next(
+        (
+            v
+            for pattern, v in (settings.get("alpha_pattern") or {}).items()
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer)
+        ),
+        settings["lora_alpha"],
+    )
     return value / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -207,7 +259,9 @@ class _Factors:
     def add(self, layer: str, a: np.ndarray, b: np.ndarray, scale: float) -> None:
         to_a, to_b = (self.place(f"{layer}.lora_{half}.weight") for half in "AB")
         self.found[to_a.path.removesuffix(f"/{A}")][to_a.index] = (
-            to_a.layout.ours(a), scale * to_b.layout.ours(b))
+            to_a.layout.ours(a),
+            scale * to_b.layout.ours(b),
+        )
 
     def stacked(self) -> Params:
         out = {}
@@ -218,7 +272,7 @@ class _Factors:
             b = np.zeros((*layers, rank, fan_out), np.float32)
             for index, (one, other) in parts.items():
                 at = () if index is None else (index,)
-                a[at][:, :len(other)], b[at][:len(other)] = one, other
+                a[at][:, : len(other)], b[at][: len(other)] = one, other
             out[f"{path}/{A}"], out[f"{path}/{B}"] = a, b
         return unflatten_dict(out, sep="/")
 

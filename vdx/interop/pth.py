@@ -18,10 +18,21 @@ import numpy as np
 from vdx.interop.keymap import WeightsError
 from vdx.interop.safetensors import Stored
 
-STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in {
-    "Double": np.float64, "Float": np.float32, "Half": np.float16,
-    "BFloat16": ml_dtypes.bfloat16, "Long": np.int64, "Int": np.int32, "Short": np.int16,
-    "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}.items()}
+STORAGES = {
+    f"{name}Storage": np.dtype(dtype)
+    for name, dtype in {
+        "Double": np.float64,
+        "Float": np.float32,
+        "Half": np.float16,
+        "BFloat16": ml_dtypes.bfloat16,
+        "Long": np.int64,
+        "Int": np.int32,
+        "Short": np.int16,
+        "Char": np.int8,
+        "Byte": np.uint8,
+        "Bool": np.bool_,
+    }.items()
+}
 
 
 class _Dict(dict):
@@ -50,7 +61,8 @@ class _Names(pickle.Unpickler):
         ("collections", "OrderedDict"): _Dict,
         ("torch._utils", "_rebuild_tensor_v2"): lambda *fields: _Tensor(*fields[:4]),
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        **{("torch", name): dtype for name, dtype in STORAGES.items()}}
+        **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.KNOWN:
@@ -78,10 +90,11 @@ def read_pth(path: str | Path) -> dict[str, Stored]:
                 tensors = dict(_tensors(_Names(f).load(), ""))
             arrays = {key: _stored(path, archive, root, t) for key, t in tensors.items()}
     except zipfile.BadZipFile as error:
-        raise WeightsError(f"{path} is not one of PyTorch's zip files, or it is cut off ({error})."
-                           " Download it again; files from before torch 1.6 must be saved anew."
-                           ) from error
-    except Exception as error:      # a broken or hostile pickle can fail in any way
+        raise WeightsError(
+            f"{path} is not one of PyTorch's zip files, or it is cut off ({error})."
+            " Download it again; files from before torch 1.6 must be saved anew."
+        ) from error
+    except Exception as error:  # a broken or hostile pickle can fail in any way
         raise WeightsError(f"{path} is not read as weights: {error}.") from error
     if not arrays:
         raise WeightsError(f"{path} holds no arrays.")
@@ -104,8 +117,11 @@ def _stored(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Tensor) ->
         raise ValueError("a tensor lies over no storage")
     info, size = archive.getinfo(f"{root}data/{storage.key}"), storage.dtype.itemsize
     out = Stored(path, storage.dtype, shape, _begins(path, info) + offset * size, strides)
-    if info.compress_type or min((offset, *shape, *strides)) < 0 or \
-            (offset + out.extent()) * size > info.file_size:
+    if (
+        info.compress_type
+        or min((offset, *shape, *strides)) < 0
+        or (offset + out.extent()) * size > info.file_size
+    ):
         raise ValueError(f"a tensor {shape} reaches beyond its storage")
     return out
 
@@ -115,5 +131,5 @@ def _begins(path: Path, info: zipfile.ZipInfo) -> int:
     with path.open("rb") as f:
         f.seek(info.header_offset)
         header = f.read(30)
-    name, extra = (int.from_bytes(header[i:i + 2], "little") for i in (26, 28))
+    name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
     return info.header_offset + 30 + name + extra

@@ -28,21 +28,46 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE)
 INDEX = "model_index.json"
 # Scheduler of diffusers: (our sampler, its grid, its name for the shift, what ours takes for
 # granted).
-_MULTISTEP = {"solver_order": 2, "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-              "use_karras_sigmas": False, "use_exponential_sigmas": False,
-              "use_beta_sigmas": False, "num_train_timesteps": 1000}
-SCHEDULERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "UniPCMultistepScheduler": ("unipc", "diffusers_unipc", "flow_shift", {
-        **_MULTISTEP, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []}),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", "diffusers_dpmpp", "flow_shift", {
-        **_MULTISTEP, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
-    "FlowMatchEulerDiscreteScheduler": ("euler", "diffusers_euler", "shift", {
-        "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": False,
-        "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-        "use_beta_sigmas": False, "num_train_timesteps": 1000}),
+_MULTISTEP = {
+    "solver_order": 2,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "num_train_timesteps": 1000,
 }
-EXPERTS = ("transformer", "transformer_2")       # of high and of low noise, or of all
-SAMPLE = 1024             # bytes looked at in the beginning, middle and end of every array
+SCHEDULERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "UniPCMultistepScheduler": (
+        "unipc",
+        "diffusers_unipc",
+        "flow_shift",
+        {**_MULTISTEP, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
+    ),
+    "DPMSolverMultistepScheduler": (
+        "dpmpp_2m",
+        "diffusers_dpmpp",
+        "flow_shift",
+        {**_MULTISTEP, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    ),
+    "FlowMatchEulerDiscreteScheduler": (
+        "euler",
+        "diffusers_euler",
+        "shift",
+        {
+            "use_dynamic_shifting": False,
+            "shift_terminal": None,
+            "stochastic_sampling": False,
+            "invert_sigmas": False,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "num_train_timesteps": 1000,
+        },
+    ),
+}
+EXPERTS = ("transformer", "transformer_2")  # of high and of low noise, or of all
+SAMPLE = 1024  # bytes looked at in the beginning, middle and end of every array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +117,24 @@ class PublicModel:
         """
         name = str(self.scheduler.get("_class_name"))
         if name not in SCHEDULERS:
-            raise WeightsError(f"The scheduler of {self.path} is {name}; known are "
-                               f"{', '.join(SCHEDULERS)}. Say --sampler, --grid and --shift.")
+            raise WeightsError(
+                f"The scheduler of {self.path} is {name}; known are "
+                f"{', '.join(SCHEDULERS)}. Say --sampler, --grid and --shift."
+            )
         sampler, grid, shift, wanted = SCHEDULERS[name]
-        other = [f"{key} = {self.scheduler[key]!r}, not {value!r}" for key, value in wanted.items()
-                 if (self.scheduler.get(key, value) or None) != (value or None)]
+        other = [
+            f"{key} = {self.scheduler[key]!r}, not {value!r}"
+            for key, value in wanted.items()
+            if (self.scheduler.get(key, value) or None) != (value or None)
+        ]
         if other:
-            raise WeightsError(listed(f"The {name} of {self.path} is not one that vdx has; say "
-                                      "--sampler, --grid and --shift to go on without it:", other))
+            raise WeightsError(
+                listed(
+                    f"The {name} of {self.path} is not one that vdx has; say "
+                    "--sampler, --grid and --shift to go on without it:",
+                    other,
+                )
+            )
         return {"sampler": sampler, "grid": grid, "shift": float(self.scheduler.get(shift, 1.0))}
 
     def check(self, mesh: Mesh) -> None:
@@ -140,7 +175,7 @@ class PublicModel:
         if "image_encoder" in self.components:
             size = self.components["image_encoder"].module.image
             write_json(out / "image_processor" / "preprocessor_config.json", processor(size))
-        write_json(out / INDEX, self.index)      # last: without it the folder is no model
+        write_json(out / INDEX, self.index)  # last: without it the folder is no model
 
 
 def _pieces(stored: Stored) -> Iterator[bytes]:
@@ -164,12 +199,20 @@ def _of(folder: Path) -> Iterator[None]:
 
 def processor(size: int) -> dict[str, Any]:
     """The preprocessor_config.json of what vdx.models.clip.preprocess does."""
-    return {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": size, "width": size},
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": MEAN.astype(float).round(8).tolist(),
-            "image_std": STD.astype(float).round(8).tolist()}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN.astype(float).round(8).tolist(),
+        "image_std": STD.astype(float).round(8).tolist(),
+    }
 
 
 def open_public(path: str | Path, dtype: str = "float32") -> PublicModel:
@@ -184,25 +227,37 @@ def open_public(path: str | Path, dtype: str = "float32") -> PublicModel:
         raise WeightsError(
             f"{path} {'has no ' + INDEX if path.is_dir() else 'is not a folder'}: give the folder "
             "of a model as diffusers saves it, or as python -m vdx.convert writes it (which also "
-            "reads the original Wan's)." + (f" There are: {', '.join(there)}." if there else ""))
+            "reads the original Wan's)." + (f" There are: {', '.join(there)}." if there else "")
+        )
     index = read_json(path / INDEX)
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
         raise WeightsError(f"{path} is a {name}; vdx draws from {', '.join(PIPELINES)}.")
     wanted = ["text_encoder", "transformer", "vae"] + [
-        part for part in COMPONENTS if (index.get(part) or [None])[0]]
-    missing = [part for part in dict.fromkeys([*wanted, "tokenizer", "scheduler"])
-               if not (path / part).is_dir()]
+        part for part in COMPONENTS if (index.get(part) or [None])[0]
+    ]
+    missing = [
+        part
+        for part in dict.fromkeys([*wanted, "tokenizer", "scheduler"])
+        if not (path / part).is_dir()
+    ]
     if missing:
-        raise WeightsError(listed(f"{path} lacks folders that a {name} needs. Download them:",
-                                  missing))
+        raise WeightsError(
+            listed(f"{path} lacks folders that a {name} needs. Download them:", missing)
+        )
     components = {}
     for part in COMPONENTS:
         if part in wanted:
             with _of(path / part):
                 components[part] = open_component(part, path / part, dtype)
-    return assemble(path, dtype, index, read_json(path / "scheduler" / "scheduler_config.json"),
-                    path / "tokenizer", components)
+    return assemble(
+        path,
+        dtype,
+        index,
+        read_json(path / "scheduler" / "scheduler_config.json"),
+        path / "tokenizer",
+        components,
+    )
 
 
 def assemble(*fields: Any) -> PublicModel:
@@ -221,32 +276,51 @@ def _check(model: PublicModel) -> None:
     control = model.signals.get("control", {}).get("channels", 0)
     mask, side = parts["vae"].module.rates
     other = [e for e in model.experts[1:] if e.module.signals != first.module.signals]
-    problems = [message for wrong, message in (
-        (("transformer_2" in parts) != bool(model.boundary),
-         f"boundary_ratio = {model.boundary or None} goes with a transformer_2"),
-        (other, "transformer_2 reads other conditions than transformer"),
-        (model.reads_control != (model.index["_class_name"] == VACE),
-         f"control blocks in the transformer go with a {VACE}"),
-        (control not in (0, 2 * latents + side ** 2),
-         f"the control blocks read {control} channels, not {2 * latents + side ** 2}, latents of "
-         "what stays and what does not, and a mask"),
-        (first.module.channels != latents,
-         f"the transformer draws {first.module.channels} channels, the VAE has {latents}"),
-        (given not in (0, mask + latents),
-         f"the transformer reads {given} channels beside the clip, not {mask + latents}, a mask "
-         "and latents"),
-        (tokens and (encoder is None or encoder.module.width != tokens["features"]),
-         "the transformer reads features of an image_encoder of another width or none"),
-        (model.signals["embeddings"]["features"] != parts["text_encoder"].module.width,
-         "the transformer reads features of another text_encoder"),
-    ) if wrong]
+    problems = [
+        message
+        for wrong, message in (
+            (
+                ("transformer_2" in parts) != bool(model.boundary),
+                f"boundary_ratio = {model.boundary or None} goes with a transformer_2",
+            ),
+            (other, "transformer_2 reads other conditions than transformer"),
+            (
+                model.reads_control != (model.index["_class_name"] == VACE),
+                f"control blocks in the transformer go with a {VACE}",
+            ),
+            (
+                control not in (0, 2 * latents + side**2),
+                f"the control blocks read {control} channels, not {2 * latents + side**2}, latents of "
+                "what stays and what does not, and a mask",
+            ),
+            (
+                first.module.channels != latents,
+                f"the transformer draws {first.module.channels} channels, the VAE has {latents}",
+            ),
+            (
+                given not in (0, mask + latents),
+                f"the transformer reads {given} channels beside the clip, not {mask + latents}, a mask "
+                "and latents",
+            ),
+            (
+                tokens and (encoder is None or encoder.module.width != tokens["features"]),
+                "the transformer reads features of an image_encoder of another width or none",
+            ),
+            (
+                model.signals["embeddings"]["features"] != parts["text_encoder"].module.width,
+                "the transformer reads features of another text_encoder",
+            ),
+        )
+        if wrong
+    ]
     if encoder is not None:
         said = model.path / "image_processor" / "preprocessor_config.json"
         does = processor(encoder.module.image)
-        problems += [f"image_processor: {key} = {value!r}, not {does[key]!r}"
-                     for key, value in (read_json(said) if said.exists() else {}).items()
-                     if key in does and key != "image_processor_type" and not _alike(value,
-                                                                                     does[key])]
+        problems += [
+            f"image_processor: {key} = {value!r}, not {does[key]!r}"
+            for key, value in (read_json(said) if said.exists() else {}).items()
+            if key in does and key != "image_processor_type" and not _alike(value, does[key])
+        ]
     if problems:
         raise WeightsError(listed(f"{model.path} is not a model that vdx draws from:", problems))
 
@@ -254,7 +328,7 @@ def _check(model: PublicModel) -> None:
 def _alike(a: Any, b: Any) -> bool:
     if isinstance(b, float):
         return abs(a - b) < 1e-6
-    if isinstance(b, dict) and not isinstance(a, dict):         # of older files
+    if isinstance(b, dict) and not isinstance(a, dict):  # of older files
         return set(b.values()) == {a}
     if isinstance(b, list):
         return len(a) == len(b) and all(map(_alike, a, b))

@@ -17,14 +17,28 @@ import numpy as np
 from vdx.files import whole_or_not
 from vdx.interop.keymap import WeightsError
 
-DTYPES = {name: np.dtype(dtype) for name, dtype in {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
-}.items()}
+DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LARGEST_HEADER = 100_000_000       # bytes, the format's own limit
+LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +60,24 @@ class Stored:
             return flat.reshape(self.shape)
         flat = np.memmap(self.file, self.dtype, "r", self.offset, (self.extent(),))
         return np.lib.stride_tricks.as_strided(
-            flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False)
+            flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False
+        )
 
     def rows(self, start: int, stop: int) -> "Stored":
         """Where [start:stop] of it lies. Reads nothing."""
         step = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
-        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]),
-                                   offset=self.offset + start * step * self.dtype.itemsize)
+        return dataclasses.replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * step * self.dtype.itemsize,
+        )
 
     def squeezed(self) -> "Stored":
         """Without its leading axes of size one."""
         axes = next((i for i, n in enumerate(self.shape) if n != 1), 0)
-        return dataclasses.replace(self, shape=self.shape[axes:],
-                                   strides=self.strides and self.strides[axes:])
+        return dataclasses.replace(
+            self, shape=self.shape[axes:], strides=self.strides and self.strides[axes:]
+        )
 
     def extent(self) -> int:
         """Entries from the first to the last, ends included."""
@@ -84,35 +103,46 @@ def read_file(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     with path.open("rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
         if size < 8 or start - 8 > LARGEST_HEADER:
-            raise WeightsError(f"{path} is not a safetensors file: it does not begin with the "
-                               "length of a header.")
+            raise WeightsError(
+                f"{path} is not a safetensors file: it does not begin with the length of a header."
+            )
         text = f.read(start - 8)
     try:
         header = {} if len(text) < start - 8 else json.loads(text)
         notes = dict(header.pop("__metadata__", None) or {})
         arrays = {key: _stored(path, start, **entry) for key, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a safetensors file: its header cannot be read "
-                           f"({error}).") from error
+        raise WeightsError(
+            f"{path} is not a safetensors file: its header cannot be read ({error})."
+        ) from error
     end = max((a.offset + a.extent() * a.dtype.itemsize for a in arrays.values()), default=start)
     if len(text) < start - 8 or size < end:
-        raise WeightsError(f"{path} is cut off: it has {size:,} bytes, and its header says "
-                           f"{max(start, end):,}. Download it again.")
+        raise WeightsError(
+            f"{path} is cut off: it has {size:,} bytes, and its header says "
+            f"{max(start, end):,}. Download it again."
+        )
     return arrays, notes
 
 
-def _stored(path: Path, start: int, dtype: str, shape: list[int],
-            data_offsets: list[int]) -> Stored:
+def _stored(
+    path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Stored:
     first, last = data_offsets
     out = Stored(path, DTYPES[dtype], tuple(shape), start + first)
-    if first < 0 or min(shape, default=0) < 0 or \
-            last - first != math.prod(shape) * out.dtype.itemsize:
+    if (
+        first < 0
+        or min(shape, default=0) < 0
+        or last - first != math.prod(shape) * out.dtype.itemsize
+    ):
         raise ValueError(f"{dtype} {shape} does not fill bytes {first} to {last}")
     return out
 
 
-def write(path: str | Path, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-          arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+def write(
+    path: str | Path,
+    plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    arrays: Iterable[tuple[str, np.ndarray]],
+) -> None:
     """A file of the arrays that `plan` announces as key -> (shape, dtype), which come one by one
     and in any order. The file is whole or not there."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}

@@ -32,12 +32,14 @@ def halves(heads: int) -> Layout:
     Wan rotates neighbouring channels of a head against one another, we rotate the halves; the
     rows of the projection, its bias and the scale of its norm move alike, so nothing is lost.
     """
+
     def move(x, shape):
         return x.reshape(heads, *shape, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
     return Layout(lambda x: move(x, (-1, 2)).T, lambda x: move(x.T, (2, -1)))
 
 
-FIRST = Layout(lambda x: x[0], lambda x: x[None])             # [1 ...] -> [...]
+FIRST = Layout(lambda x: x[0], lambda x: x[None])  # [1 ...] -> [...]
 
 # Kinds of layers: (their array, ours, layout). None: depends on the sizes of the model.
 DENSE = (("weight", "kernel", LINEAR), ("bias", "bias", KEEP))
@@ -98,7 +100,7 @@ RATE: Layers = (
     ("project/down", "fps_projection.net.2", "fps_projection.2", DENSE),
 )
 CONTROL: Layers = (("control_patch", "vace_patch_embedding", "vace_patch_embedding", PATCH),)
-CONTROL_IN: Layers = (("control_in", "proj_in", "before_proj", DENSE),)     # of the first block
+CONTROL_IN: Layers = (("control_in", "proj_in", "before_proj", DENSE),)  # of the first block
 HINT: Layers = (("hint", "proj_out", "after_proj", DENSE),)
 
 # Names of the original -> of diffusers: in blocks and outside of them.
@@ -108,13 +110,13 @@ OUTSIDE = {old: new for _, new, old, _ in NETWORK + TEXT + IMAGE + RATE + CONTRO
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 SKYREELS = "SkyReelsV2Transformer3DModel"
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6}
-HEAD_WIDTH = 128          # of every public model
+HEAD_WIDTH = 128  # of every public model
 # What the weights do not tell.
 UNSEEN = {"_class_name", "rope_max_seq_len", "vace_layers", *FIXED}
 KEY = re.compile(r"^((?:vace_)?blocks\.\d+\.)?(.*?)(\.weight|\.bias)?$")
 # Of ComfyUI's files, and inside of those of CausVid and Self-Forcing, as saved from FSDP too.
 PREFIX = re.compile(r"^(model\.)?diffusion_model\.|^model\.(_fsdp_wrapped_module\.)?")
-TRAINED = ("generator_ema.", "generator.")    # of a file of theirs, the averaged weights first
+TRAINED = ("generator_ema.", "generator.")  # of a file of theirs, the averaged weights first
 
 
 def wan_transformer_rows(model: Denoiser) -> list[Row]:
@@ -130,12 +132,14 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
         for our, their, _, kind in layers:
             sized = patches(network.patch) if kind is PATCH else halves(heads)
             for their_leaf, our_leaf, layout in kind:
-                yield Row(f"{theirs}{their}.{their_leaf}".removesuffix("."),
-                          f"{ours}/{our}/{our_leaf}".removesuffix("/") + index, layout or sized)
+                yield Row(
+                    f"{theirs}{their}.{their_leaf}".removesuffix("."),
+                    f"{ours}/{our}/{our_leaf}".removesuffix("/") + index,
+                    layout or sized,
+                )
 
     block = BLOCK + (IMAGE_BLOCK if "image_tokens" in signals else ())
-    out = [*rows(NETWORK, "", "network"), *rows(TEXT, "", "conditioning/embeddings"),
-           Row("", NULL)]
+    out = [*rows(NETWORK, "", "network"), *rows(TEXT, "", "conditioning/embeddings"), Row("", NULL)]
     for i in range(depth):
         period, place = divmod(i, len(pattern))
         out += rows(block, f"blocks.{i}.", f"network/layers/block_{place}", f"[{period}]")
@@ -143,7 +147,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
         out += rows(RATE, "", "conditioning/fps_class")
     if "image_tokens" in signals:
         out += rows(IMAGE, "", "conditioning/image_tokens")
-        out.append(Row("blocks.{i}.attn2.norm_added_q.weight", None))    # older files; never read
+        out.append(Row("blocks.{i}.attn2.norm_added_q.weight", None))  # older files; never read
     if "control" in signals:
         out += [*rows(CONTROL, "", "network"), *rows(CONTROL_IN, "vace_blocks.0.", "network")]
         for i in range(depth // len(pattern)):
@@ -156,8 +160,11 @@ def diffusers_names(source: Mapping[str, Stored]) -> dict[str, Stored]:
     """The same arrays by the names of diffusers, whichever of the layouts they are in."""
     for part in TRAINED:
         if any(key.startswith(part) for key in source):
-            source = {key.removeprefix(part): stored for key, stored in source.items()
-                      if key.startswith(part)}
+            source = {
+                key.removeprefix(part): stored
+                for key, stored in source.items()
+                if key.startswith(part)
+            }
     source = {PREFIX.sub("", key): stored for key, stored in source.items()}
     if "head.modulation" not in source:
         return source
@@ -186,32 +193,57 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str
     """
     at = "condition_embedder"
     patch_key, out_key, text_key, time_key, mlp_key = needed = (
-        "patch_embedding.weight", "proj_out.weight", f"{at}.text_embedder.linear_1.weight",
-        f"{at}.time_embedder.linear_1.weight", "blocks.0.ffn.net.0.proj.weight")
+        "patch_embedding.weight",
+        "proj_out.weight",
+        f"{at}.text_embedder.linear_1.weight",
+        f"{at}.time_embedder.linear_1.weight",
+        "blocks.0.ffn.net.0.proj.weight",
+    )
     if missing := [key for key in needed if key not in shapes]:
-        raise WeightsError(listed("These are not the weights of a Wan transformer. They begin with "
-                                  f"{', '.join(list(shapes)[:3])} and lack:", missing))
+        raise WeightsError(
+            listed(
+                "These are not the weights of a Wan transformer. They begin with "
+                f"{', '.join(list(shapes)[:3])} and lack:",
+                missing,
+            )
+        )
     (width, channels, *patch), depth = shapes[patch_key], _count(shapes, "blocks")
     if width % head_width:
-        raise WeightsError(f"The weights are {width} wide, which is no number of heads of "
-                           f"{head_width}: attention_head_dim is another.")
+        raise WeightsError(
+            f"The weights are {width} wide, which is no number of heads of "
+            f"{head_width}: attention_head_dim is another."
+        )
     config: dict[str, Any] = {
-        "_class_name": CLASSES[0], "patch_size": patch,
-        "num_attention_heads": width // head_width, "attention_head_dim": head_width,
-        "in_channels": channels, "out_channels": shapes[out_key][0] // math.prod(patch),
-        "text_dim": shapes[text_key][1], "freq_dim": shapes[time_key][1],
-        "ffn_dim": shapes[mlp_key][0], "num_layers": depth, **FIXED, "rope_max_seq_len": 1024,
-        "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+        "_class_name": CLASSES[0],
+        "patch_size": patch,
+        "num_attention_heads": width // head_width,
+        "attention_head_dim": head_width,
+        "in_channels": channels,
+        "out_channels": shapes[out_key][0] // math.prod(patch),
+        "text_dim": shapes[text_key][1],
+        "freq_dim": shapes[time_key][1],
+        "ffn_dim": shapes[mlp_key][0],
+        "num_layers": depth,
+        **FIXED,
+        "rope_max_seq_len": 1024,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+    }
     if f"{at}.image_embedder.norm1.weight" in shapes:
-        config |= {"image_dim": shapes[f"{at}.image_embedder.norm1.weight"][0],
-                   "added_kv_proj_dim": width}
+        config |= {
+            "image_dim": shapes[f"{at}.image_embedder.norm1.weight"][0],
+            "added_kv_proj_dim": width,
+        }
     if f"{at}.image_embedder.pos_embed" in shapes:
         config["pos_embed_seq_len"] = shapes[f"{at}.image_embedder.pos_embed"][1]
     if "vace_patch_embedding.weight" in shapes:
         controls = _count(shapes, "vace_blocks")
-        config |= {"_class_name": CLASSES[1],
-                   "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
-                   "vace_layers": list(range(0, depth, -(-depth // controls)))}
+        config |= {
+            "_class_name": CLASSES[1],
+            "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
+            "vace_layers": list(range(0, depth, -(-depth // controls))),
+        }
     if "fps_embedding.weight" in shapes:
         config |= {"_class_name": SKYREELS, "inject_sample_info": True}
     return config
@@ -227,8 +259,16 @@ def wan_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     Raises WeightsError that lists what is missing and what our transformer cannot be.
     """
     get = config.get
-    sizes = ("patch_size", "num_attention_heads", "attention_head_dim", "in_channels",
-             "out_channels", "text_dim", "ffn_dim", "num_layers")
+    sizes = (
+        "patch_size",
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "text_dim",
+        "ffn_dim",
+        "num_layers",
+    )
     problems = [f"{key}: is missing" for key in sizes if get(key) is None]
     if problems:
         raise WeightsError(listed("This is not the config of a Wan transformer:", problems))
@@ -237,31 +277,46 @@ def wan_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     controls = get("vace_layers") or ()
     every = -(-depth // len(controls)) if controls else 1
     block = get("num_frame_per_block", 1)
-    wanted = {"_class_name": SKYREELS if get("_class_name") == SKYREELS else
-              CLASSES[bool(controls)], "freq_dim": 256, **FIXED,
-              "added_kv_proj_dim": width if get("image_dim") else None}
-    problems = [f"{key} = {config[key]!r}, not {value!r}" for key, value in wanted.items()
-                if key in config and config[key] != value]
+    wanted = {
+        "_class_name": SKYREELS if get("_class_name") == SKYREELS else CLASSES[bool(controls)],
+        "freq_dim": 256,
+        **FIXED,
+        "added_kv_proj_dim": width if get("image_dim") else None,
+    }
+    problems = [
+        f"{key} = {config[key]!r}, not {value!r}"
+        for key, value in wanted.items()
+        if key in config and config[key] != value
+    ]
     if controls and (depth % every or list(controls) != list(range(0, depth, every))):
-        problems.append(f"vace_layers = {list(controls)} are not evenly spaced from 0 over "
-                        f"{depth} layers")
+        problems.append(
+            f"vace_layers = {list(controls)} are not evenly spaced from 0 over {depth} layers"
+        )
     if extra < 0:
         problems.append("in_channels is less than out_channels")
     if problems:
         raise WeightsError(listed("A Wan transformer that vdx does not have:", problems))
-    mixer = {"name": "full", "block": block} if block > 1 else "full"    # theirs is no mask for 1
-    backbone = {"name": "transformer", "channels": config["out_channels"],
-                "patch": tuple(config["patch_size"]), "pattern": (mixer,) * every,
-                "width": width, "depth": depth, "heads": config["num_attention_heads"],
-                "mlp_ratio": config["ffn_dim"] / width}
+    mixer = {"name": "full", "block": block} if block > 1 else "full"  # theirs is no mask for 1
+    backbone = {
+        "name": "transformer",
+        "channels": config["out_channels"],
+        "patch": tuple(config["patch_size"]),
+        "pattern": (mixer,) * every,
+        "width": width,
+        "depth": depth,
+        "heads": config["num_attention_heads"],
+        "mlp_ratio": config["ffn_dim"] / width,
+    }
     signals: dict[str, Any] = {"embeddings": {"features": config["text_dim"], "length": 512}}
     if get("inject_sample_info"):
         signals["fps_class"] = {}
     if extra:
         signals["concat"] = {"channels": extra}
     if get("image_dim"):
-        signals["image_tokens"] = {"features": config["image_dim"],
-                                   "positions": get("pos_embed_seq_len") or 0}
+        signals["image_tokens"] = {
+            "features": config["image_dim"],
+            "positions": get("pos_embed_seq_len") or 0,
+        }
     if controls:
         signals["control"] = {"channels": config["vace_in_channels"]}
     return backbone, signals
@@ -288,20 +343,29 @@ def open_wan(path: str | Path) -> Wan:
     source = diffusers_names(open_weights(path))
     given = Path(path) / "config.json"
     said = read_json(given) if given.exists() else {}
-    if "attention_head_dim" not in said:        # the original's config has other names
+    if "attention_head_dim" not in said:  # the original's config has other names
         said = {}
-    config = wan_config({key: stored.shape for key, stored in source.items()},
-                        said.get("attention_head_dim", HEAD_WIDTH))
-    wrong = [f"{key} = {said[key]!r}, but the weights have {value!r}"
-             for key, value in config.items()
-             if key in said and said[key] != value and key not in UNSEEN]
+    config = wan_config(
+        {key: stored.shape for key, stored in source.items()},
+        said.get("attention_head_dim", HEAD_WIDTH),
+    )
+    wrong = [
+        f"{key} = {said[key]!r}, but the weights have {value!r}"
+        for key, value in config.items()
+        if key in said and said[key] != value and key not in UNSEEN
+    ]
     if wrong:
         raise WeightsError(listed(f"{given} disagrees with the weights beside it:", wrong))
     return Wan(config | said, source, *wan_from_config(config | said))
 
 
-def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float32",
-             trained: str | None = None) -> Params:
+def load_wan(
+    path: str | Path,
+    model: Denoiser,
+    mesh: Mesh,
+    dtype: str = "float32",
+    trained: str | None = None,
+) -> Params:
     """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
 
     dtype, trained: as of `load_model`. `null`, the dropped text, is zero: no file has it. The
@@ -310,5 +374,13 @@ def load_wan(path: str | Path, model: Denoiser, mesh: Mesh, dtype: str = "float3
     WeightsError for files as `open_wan`, and for a model that is another network than theirs.
     """
     wan = open_wan(path)
-    return load_model(model, Denoiser(wan.backbone, wan.signals), wan.source,
-                      wan_transformer_rows(model), path, mesh, dtype, trained)
+    return load_model(
+        model,
+        Denoiser(wan.backbone, wan.signals),
+        wan.source,
+        wan_transformer_rows(model),
+        path,
+        mesh,
+        dtype,
+        trained,
+    )

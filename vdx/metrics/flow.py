@@ -6,16 +6,16 @@ import numpy as np
 
 __all__ = ["lucas_kanade", "pan_speed", "warp"]
 
-WINDOW = 3.0      # standard deviation of the weights of a neighbourhood, in pixels
-SMOOTH = 0.7      # of the frames, which linear interpolation would otherwise favour at rest
-HALVE = 1.0       # pixels over which a level is smoothed before every second pixel is left out
-ROUNDS = 4        # of refinement on each level
-SMALLEST = 16     # side of the coarsest level
-PRIOR = 1e-3      # of the largest structure there is: plain places keep what they had
-WIDEST = 0.1      # of a frame's width that a camera may pan from one frame to the next
-CANDIDATES = 41   # speeds that are tried at a time
-TEXTURE = 1.5     # pixels over which the background is smoothed, against noise
-PLAIN = 12.0      # mean squared levels by which a wrong pan must show, or there is no texture
+WINDOW = 3.0  # standard deviation of the weights of a neighbourhood, in pixels
+SMOOTH = 0.7  # of the frames, which linear interpolation would otherwise favour at rest
+HALVE = 1.0  # pixels over which a level is smoothed before every second pixel is left out
+ROUNDS = 4  # of refinement on each level
+SMALLEST = 16  # side of the coarsest level
+PRIOR = 1e-3  # of the largest structure there is: plain places keep what they had
+WIDEST = 0.1  # of a frame's width that a camera may pan from one frame to the next
+CANDIDATES = 41  # speeds that are tried at a time
+TEXTURE = 1.5  # pixels over which the background is smoothed, against noise
+PLAIN = 12.0  # mean squared levels by which a wrong pan must show, or there is no texture
 
 
 @functools.lru_cache
@@ -56,8 +56,9 @@ def _refined(one: np.ndarray, two: np.ndarray, flow: np.ndarray) -> np.ndarray:
     gy, gx = np.gradient(0.5 * (one + seen), axis=(0, 1))
     # What is left to explain, plus what the flow of each pixel already does: one flow for all.
     gt = seen - one - gx * flow[..., :1] - gy * flow[..., 1:]
-    products = np.stack([(a * b).sum(-1) for a, b in
-                         ((gx, gx), (gx, gy), (gy, gy), (gx, gt), (gy, gt))], -1)
+    products = np.stack(
+        [(a * b).sum(-1) for a, b in ((gx, gx), (gx, gy), (gy, gy), (gx, gt), (gy, gt))], -1
+    )
     xx, xy, yy, xt, yt = np.moveaxis(_blur(products, WINDOW), -1, 0)
     prior, near = PRIOR * (xx + yy).max() + 1e-6, _blur(flow, WINDOW)
     xx, yy, xt, yt = xx + prior, yy + prior, prior * near[..., 0] - xt, prior * near[..., 1] - yt
@@ -84,8 +85,10 @@ def lucas_kanade(first: np.ndarray, second: np.ndarray) -> np.ndarray:
             flow = 2 * flow.repeat(2, 0).repeat(2, 1)[:h, :w]
         one, two = _blur(one, SMOOTH), _blur(two, SMOOTH)
         # A fine pattern misleads the coarse levels; where rest fits better, begin there.
-        moved, rest = (_blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
-                       for seen in (warp(two, flow), two))
+        moved, rest = (
+            _blur(((seen - one) ** 2).sum(-1, keepdims=True), WINDOW)
+            for seen in (warp(two, flow), two)
+        )
         flow = np.where(rest < 0.9 * moved, 0.0, flow)
         for _ in range(ROUNDS):
             flow = _refined(one, two, flow)
@@ -100,8 +103,12 @@ def pan_speed(video: np.ndarray, fps: float, still: np.ndarray) -> float:
     """
     count, _, width, _ = video.shape
     known = still[..., None].astype(np.float32)
-    frames = np.stack([_blur(np.concatenate([f * k, k], -1), TEXTURE)
-                       for f, k in zip(video.astype(np.float32), known, strict=True)])
+    frames = np.stack(
+        [
+            _blur(np.concatenate([f * k, k], -1), TEXTURE)
+            for f, k in zip(video.astype(np.float32), known, strict=True)
+        ]
+    )
     known = frames[..., 3:] * still[..., None]
     frames = frames[..., :3] / np.maximum(frames[..., 3:], 1e-3)
     best, reach = 0.0, WIDEST * width

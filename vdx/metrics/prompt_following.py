@@ -33,12 +33,12 @@ __all__ = ["ATTRIBUTES", "Track", "read_angles", "read_attributes", "score", "tr
 ATTRIBUTES = ("colour", "shape", "motion")
 NONE = "none"
 SYMMETRY = {"square": 4, "triangle": 3, "star": 5, "cross": 4}  # equal looks in a full turn
-DIFFERENT = 36.0    # of 441: how far a pixel's colour is from the background's to count
-MISFIT = 40.0       # a named colour explains the object's pixels to within this distance
-LIKENESS = 0.85     # cosine with its template below which a shape is not believed
-GRID = 32           # samples along a template's side; finer windows are subsampled
-SHAPE_FRAMES = 5    # frames that vote on the shape
-FINALISTS = 7       # looks (shape and style) that are compared at these sizes too
+DIFFERENT = 36.0  # of 441: how far a pixel's colour is from the background's to count
+MISFIT = 40.0  # a named colour explains the object's pixels to within this distance
+LIKENESS = 0.85  # cosine with its template below which a shape is not believed
+GRID = 32  # samples along a template's side; finer windows are subsampled
+SHAPE_FRAMES = 5  # frames that vote on the shape
+FINALISTS = 7  # looks (shape and style) that are compared at these sizes too
 SCALES = np.array([0.86, 0.93, 1.0, 1.08, 1.16], np.float32)
 
 
@@ -133,8 +133,15 @@ class Track:
         # Rounded so that the areas, which depend on it, are computed only a few times.
         self.contrast = round(float((own * (own - tone)).sum()) / max(reach, 1.0), 1)
 
-    def likeness(self, frame: int, shape: str, style: str, angles: np.ndarray,
-                 scales: np.ndarray | float = 1.0, loose: bool = False) -> np.ndarray:
+    def likeness(
+        self,
+        frame: int,
+        shape: str,
+        style: str,
+        angles: np.ndarray,
+        scales: np.ndarray | float = 1.0,
+        loose: bool = False,
+    ) -> np.ndarray:
         """Cosine [n] between the object in a frame and its template at n angles or scales.
 
         The template's radius is the one with the object's area, times the scale. loose: the
@@ -147,8 +154,15 @@ class Track:
         rows = np.arange(max(0, int(y - reach)), min(height, int(y + reach) + 1), step)
         dx, dy = (cols + 0.5 - x).astype(np.float32), (rows + 0.5 - y).astype(np.float32)
         amount = self.amount[frame][rows[:, None], cols]
-        drawn = _template(shape, style, dx, dy[:, None], np.reshape(radius, (-1, 1, 1)),
-                          angles[:, None, None], self.contrast).reshape(-1, *amount.shape)
+        drawn = _template(
+            shape,
+            style,
+            dx,
+            dy[:, None],
+            np.reshape(radius, (-1, 1, 1)),
+            angles[:, None, None],
+            self.contrast,
+        ).reshape(-1, *amount.shape)
         result = _cosine(drawn, amount)
         return np.maximum(result, _cosine(_blur(drawn), amount)) if loose else result
 
@@ -188,8 +202,10 @@ def _name_shape(track: Track, shapes: Sequence[str]) -> tuple[str, str]:
         marks[look], turns[look] = float(likeness.max(1).mean()), angles[likeness.argmax(1)]
     # The areas of imperfect clips mislead a little, so the best looks may be resized and blurred.
     for look in sorted(marks, key=marks.__getitem__)[-FINALISTS:]:
-        fits = [track.likeness(f, *look, turn[None], SCALES, loose=True).max()
-                for f, turn in zip(frames, turns[look], strict=True)]
+        fits = [
+            track.likeness(f, *look, turn[None], SCALES, loose=True).max()
+            for f, turn in zip(frames, turns[look], strict=True)
+        ]
         marks[look] = 1.0 + float(np.mean(fits))  # above all that were not finalists
     best = max(marks, key=marks.__getitem__)
     return best if marks[best] > 1.0 + LIKENESS else (NONE, best[1])
@@ -233,18 +249,28 @@ def _name_motion(track: Track, fps: float, shape: str, style: str, motions) -> s
     there_and_back = float(np.abs(np.diff(y)).sum() - abs(y[-1] - y[0]))
     off_line = float(np.std(y - np.polyval(np.polyfit(times, y, 1), times)))
     slow = SPEEDS["slow"]
-    strength = {"left": -dx / slow, "right": dx / slow, "up": -dy / slow, "down": dy / slow,
-                "grow": swell / (GROWTH * slow), "shrink": -swell / (GROWTH * slow),
-                "turn": spin / (TURN * slow)}
+    strength = {
+        "left": -dx / slow,
+        "right": dx / slow,
+        "up": -dy / slow,
+        "down": dy / slow,
+        "grow": swell / (GROWTH * slow),
+        "shrink": -swell / (GROWTH * slow),
+        "turn": spin / (TURN * slow),
+    }
     if there_and_back > 0.1 and off_line > 0.035:
         strength["bounce"] = 10.0  # a reversal, whatever the mean velocity says
     best = max(strength, key=strength.__getitem__)
     return best if strength[best] > 0.5 and best in motions else NONE
 
 
-def read_attributes(video: np.ndarray, fps: float = 8.0,
-                    colours: Sequence[str] = tuple(COLOURS), shapes: Sequence[str] = SHAPES,
-                    motions: Sequence[str] = MOTIONS) -> dict[str, str]:
+def read_attributes(
+    video: np.ndarray,
+    fps: float = 8.0,
+    colours: Sequence[str] = tuple(COLOURS),
+    shapes: Sequence[str] = SHAPES,
+    motions: Sequence[str] = MOTIONS,
+) -> dict[str, str]:
     """{"colour", "shape", "motion"} of the object in a clip, "none" for what is not readable.
 
     video: uint8 [t h w 3] of one object, static camera, 8 frames and 32 pixels or more;
@@ -257,22 +283,26 @@ def read_attributes(video: np.ndarray, fps: float = 8.0,
     if len(track.seen) < max(3, len(video) // 2):
         return {**nothing, "colour": track.colour}
     shape, style = _name_shape(track, shapes)
-    return {"colour": track.colour, "shape": shape,
-            "motion": _name_motion(track, fps, shape, style, motions)}
+    return {
+        "colour": track.colour,
+        "shape": shape,
+        "motion": _name_motion(track, fps, shape, style, motions),
+    }
 
 
 def track_object(video: np.ndarray, colours: Sequence[str] = tuple(COLOURS)) -> Track | None:
     """Follows the object of a clip that `read_attributes` can read; None where none is found."""
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
-        raise ValueError(f"read_attributes takes uint8 [t h w 3], not {video.dtype} "
-                         f"{list(video.shape)}.")
+        raise ValueError(
+            f"read_attributes takes uint8 [t h w 3], not {video.dtype} {list(video.shape)}."
+        )
     frames = video.astype(np.float32)
     back = _estimate_background(frames)
     differs = ((frames - back) ** 2).sum(-1) > _threshold(frames - back) ** 2
     where = np.argwhere(differs)
     if len(where) < 0.003 * differs.size:
         return None
-    t, h, w = where[::max(1, len(where) // 2000)].T
+    t, h, w = where[:: max(1, len(where) // 2000)].T
     colour = _name_colour(frames[t, h, w], back[h, w], colours)
     return None if colour == NONE else Track(frames, back, colour)
 
@@ -283,8 +313,12 @@ def _threshold(residual: np.ndarray) -> float:
     return max(DIFFERENT, min(4.5 * noise, 2.5 * DIFFERENT))
 
 
-def score(videos: Sequence[np.ndarray] | np.ndarray, attributes: Sequence[Mapping[str, Any]],
-          fps: float = 8.0, **vocabulary: Sequence[str]) -> dict[str, Any]:
+def score(
+    videos: Sequence[np.ndarray] | np.ndarray,
+    attributes: Sequence[Mapping[str, Any]],
+    fps: float = 8.0,
+    **vocabulary: Sequence[str],
+) -> dict[str, Any]:
     """How well clips show what was asked for.
 
     videos: n clips uint8 [t h w 3]; attributes: for each the wanted {"colour", "shape",
@@ -295,8 +329,10 @@ def score(videos: Sequence[np.ndarray] | np.ndarray, attributes: Sequence[Mappin
     Raises ValueError if the numbers of clips and prompts differ or there are none.
     """
     if len(videos) != len(attributes) or not len(videos):
-        raise ValueError(f"score needs one prompt for each clip, and at least one: got "
-                         f"{len(videos)} clips and {len(attributes)} prompts.")
+        raise ValueError(
+            f"score needs one prompt for each clip, and at least one: got "
+            f"{len(videos)} clips and {len(attributes)} prompts."
+        )
     readings = [read_attributes(video, fps, **vocabulary) for video in videos]
     count = len(readings)
     columns = {name: (name,) for name in ATTRIBUTES} | {"all": ATTRIBUTES}
@@ -307,9 +343,16 @@ def score(videos: Sequence[np.ndarray] | np.ndarray, attributes: Sequence[Mappin
         accuracy[name] = sum(w == r for w, r in zip(wanted, read, strict=True)) / count
         often = Counter(read)
         chance[name] = sum(n * often[w] for w, n in Counter(wanted).items()) / count**2
-    return {"count": count, "accuracy": accuracy, "chance": chance, "readings": readings,
-            "confusion": {name: _confusion([str(a[name]) for a in attributes],
-                                           [r[name] for r in readings]) for name in ATTRIBUTES}}
+    return {
+        "count": count,
+        "accuracy": accuracy,
+        "chance": chance,
+        "readings": readings,
+        "confusion": {
+            name: _confusion([str(a[name]) for a in attributes], [r[name] for r in readings])
+            for name in ATTRIBUTES
+        },
+    }
 
 
 def _confusion(wanted: list[str], read: list[str]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from vdx.files import read_rows, whole_or_not
 __all__ = ["write_report"]
 
 PLOTLY = "report/plotly.min.js"
-POINTS = 1500     # of one curve that are drawn
-COLUMNS = 6       # steps on the wall of samples
-EXAMPLES = 32     # judged clips that are not folded away
+POINTS = 1500  # of one curve that are drawn
+COLUMNS = 6  # steps on the wall of samples
+EXAMPLES = 32  # judged clips that are not folded away
 BAD_RECORDS = 20  # that are listed
 BLUE, ORANGE, GREEN, GREY = "#3b7dd8", "#e07b39", "#2c9c69", "#8a94a0"
 LEVELS = ["rgb(59,125,216)", "rgb(176,88,178)", "rgb(226,128,52)"]  # of noise, low to high
@@ -49,14 +49,20 @@ def write_report(workdir: Path) -> Path:
     run, result = (_read_object(workdir / name) for name in ("run.json", "eval.json"))
     rows = _read_metrics(workdir / "metrics.jsonl")
     page = Template(Path(__file__).with_name("report_template.html").read_text()).substitute(
-        title=escape(workdir.resolve().name), plotly=PLOTLY,
+        title=escape(workdir.resolve().name),
+        plotly=PLOTLY,
         subtitle=escape(f"step {max(rows, default=0):,} · {run.get('device', 'no device yet')}"),
-        numbers=_piece(_numbers, rows, run, result), samples=_piece(_samples, workdir),
-        following=_piece(_following, workdir, result), losses=_piece(_losses, rows),
-        noise_levels=_piece(_noise_levels, rows), bad_records=_piece(_bad_records, workdir),
-        optimization=_piece(_optimization, rows), throughput=_piece(_throughput, rows),
+        numbers=_piece(_numbers, rows, run, result),
+        samples=_piece(_samples, workdir),
+        following=_piece(_following, workdir, result),
+        losses=_piece(_losses, rows),
+        noise_levels=_piece(_noise_levels, rows),
+        bad_records=_piece(_bad_records, workdir),
+        optimization=_piece(_optimization, rows),
+        throughput=_piece(_throughput, rows),
         run=_piece(_facts, run),
-        config=escape(json.dumps(config, indent=2, ensure_ascii=False)))
+        config=escape(json.dumps(config, indent=2, ensure_ascii=False)),
+    )
     script, there = get_plotlyjs().encode(), workdir / PLOTLY
     if not there.is_file() or there.read_bytes() != script:  # a stranger's would run in the page
         _write(there, script)
@@ -105,21 +111,41 @@ def _read_metrics(path: Path) -> Rows:
 
 def _series(rows: Rows, key: str) -> dict[int, float]:
     """{step: value} where the value was logged."""
-    return {step: float(row[key]) for step, row in rows.items()
-            if isinstance(row.get(key), int | float)}
+    return {
+        step: float(row[key]) for step, row in rows.items() if isinstance(row.get(key), int | float)
+    }
 
 
-def _chart(title: str, traces: Sequence[Any], y: str, x: str = "training step",
-           log: bool = False, height: int = 330, **axes: Mapping[str, Any]) -> str:
+def _chart(
+    title: str,
+    traces: Sequence[Any],
+    y: str,
+    x: str = "training step",
+    log: bool = False,
+    height: int = 330,
+    **axes: Mapping[str, Any],
+) -> str:
     """A plotly figure as JSON, which the page's script draws; "" of no traces."""
     # Without a format, plotly labels 0.2 on a logarithmic axis as a bare small 2.
     scale = {"type": "log", "tickformat": ".3~g", "nticks": 3} if log else {}
-    figure = go.Figure(traces, go.Layout(
-        template="none", height=height, xaxis={"title": {"text": x}, **axes.get("xaxis", {})},
-        yaxis={"title": {"text": y}, **scale, **axes.get("yaxis", {})}))
+    figure = go.Figure(
+        traces,
+        go.Layout(
+            template="none",
+            height=height,
+            xaxis={"title": {"text": x}, **axes.get("xaxis", {})},
+            yaxis={"title": {"text": y}, **scale, **axes.get("yaxis", {})},
+        ),
+    )
     text = figure.to_json(engine="json").replace("<", "\\u003c")  # cannot end the script element
-    return (f'<figure class="chart"><h3>{escape(title)}</h3><div style="height:{height}px"></div>'
-            f'<script type="application/json">{text}</script></figure>') if traces else ""
+    return (
+        (
+            f'<figure class="chart"><h3>{escape(title)}</h3><div style="height:{height}px"></div>'
+            f'<script type="application/json">{text}</script></figure>'
+        )
+        if traces
+        else ""
+    )
 
 
 def _charts(*charts: str) -> str:
@@ -137,10 +163,21 @@ def _curve(rows: Rows, key: str, name: str, colour: str, smooth: bool = False, *
         count = np.convolve(finite, box, "same")
         values = np.where(finite, total / np.maximum(count, 1.0), np.nan)
     drawn = sorted({*range(0, len(steps), math.ceil(len(steps) / POINTS) or 1), len(steps) - 1})
-    return [go.Scatter(x=[steps[i] for i in drawn], y=[float(f"{values[i]:.5g}") for i in drawn],
-                       mode="lines+markers" if len(steps) < 25 else "lines", name=escape(name),
-                       line={"color": colour, "width": 2, **line}, marker={"size": 5},
-                       hovertemplate="%{y:.4g} at step %{x}")] if steps else []
+    return (
+        [
+            go.Scatter(
+                x=[steps[i] for i in drawn],
+                y=[float(f"{values[i]:.5g}") for i in drawn],
+                mode="lines+markers" if len(steps) < 25 else "lines",
+                name=escape(name),
+                line={"color": colour, "width": 2, **line},
+                marker={"size": 5},
+                hovertemplate="%{y:.4g} at step %{x}",
+            )
+        ]
+        if steps
+        else []
+    )
 
 
 def _losses(rows: Rows) -> str:
@@ -150,26 +187,41 @@ def _losses(rows: Rows) -> str:
     traces += _curve(rows, "train/loss", "training", BLUE, smooth=True)
     for split, name, colour in (("seen", "seen clips", GREEN), ("heldout", "held out", ORANGE)):
         traces += _curve(rows, f"{split}/loss", name, colour)
-        traces += _curve(rows, f"{split}/loss_null", f"{name}, captions dropped", colour,
-                         dash="dot")
+        traces += _curve(
+            rows, f"{split}/loss_null", f"{name}, captions dropped", colour, dash="dot"
+        )
     return _charts(_chart("", traces, "loss", log=True, height=430))
 
 
 def _noise_levels(rows: Rows) -> str:
     charts, latest = [], []
-    for split, name, colour in (("train", "training", BLUE), ("heldout", "held-out", ORANGE),
-                                ("seen", "seen clips", GREEN)):
+    for split, name, colour in (
+        ("train", "training", BLUE),
+        ("heldout", "held-out", ORANGE),
+        ("seen", "seen clips", GREEN),
+    ):
         start = f"{split}/loss_t"
         keys = sorted({k for r in rows.values() for k in r if re.fullmatch(start + r"[\d.-]+", k)})
         shades = sample_colorscale(LEVELS, np.linspace(0, 1, max(len(keys), 2)).tolist())
-        traces = [trace for key, shade in zip(keys, shades, strict=False) for trace in _curve(
-            rows, key, key.replace(start, "t = ").replace("-", "–"), shade, split == "train")]
+        traces = [
+            trace
+            for key, shade in zip(keys, shades, strict=False)
+            for trace in _curve(
+                rows, key, key.replace(start, "t = ").replace("-", "–"), shade, split == "train"
+            )
+        ]
         if split != "seen":
             charts.append(_chart(f"By noise level, {name}", traces, "loss", log=True))
         if split != "train" and traces:
-            latest.append(go.Scatter(x=[key.removeprefix(start) for key in keys],
-                                     y=[trace.y[-1] for trace in traces], name=name,
-                                     mode="lines+markers", line={"color": colour}))
+            latest.append(
+                go.Scatter(
+                    x=[key.removeprefix(start) for key in keys],
+                    y=[trace.y[-1] for trace in traces],
+                    name=name,
+                    mode="lines+markers",
+                    line={"color": colour},
+                )
+            )
     return _charts(*charts, _chart("Latest evaluation", latest, "loss", "noise level t", log=True))
 
 
@@ -182,7 +234,8 @@ def _single(rows: Rows, key: str, title: str, y: str, log: bool = False, form: s
 def _optimization(rows: Rows) -> str:
     return _charts(
         _single(rows, "train/learning_rate", "Learning rate", "learning rate", form="~e"),
-        _single(rows, "train/grad_norm", "Gradient norm", "global norm", log=True))
+        _single(rows, "train/grad_norm", "Gradient norm", "global norm", log=True),
+    )
 
 
 def _throughput(rows: Rows) -> str:
@@ -191,36 +244,54 @@ def _throughput(rows: Rows) -> str:
         _single(rows, "speed/data_wait", "Waiting for data", "share of time", form=".0%"),
         _single(rows, "speed/tokens_per_s", "Tokens", "tokens / s"),
         _single(rows, "speed/mfu", "Model FLOPs utilization", "share of the peak", form=".0%"),
-        _single(rows, "speed/peak_memory_gib", "Most memory used", "GiB of a device"))
+        _single(rows, "speed/peak_memory_gib", "Most memory used", "GiB of a device"),
+    )
 
 
 def _numbers(rows: Rows, run: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """The header's big numbers. Speeds are medians: the first rows hold the compilation."""
+
     def logged(key: str, form: str, pick=lambda values: values[-1]) -> str:
         values = list(_series(rows, key).values())
         return format(pick(values), form) if values else ""
 
-    right, chance = (f"{result[key]['all']:.1%}" if "all" in result.get(key, {}) else ""
-                     for key in ("scores", "chance"))
-    cells = [("prompt following", right, f"all attributes; chance {chance or '–'}"),
-             ("held-out loss", logged("heldout/loss", ".4g"),
-              f"{logged('heldout/loss_null', '.4g') or '–'} without captions"),
-             ("clips / s", logged("speed/clips_per_s", ",.1f", np.median), "median"),
-             ("waiting for data", logged("speed/data_wait", ".1%", np.median), "median of time"),
-             ("hours of training", logged("seconds", ".3g", lambda values: values[-1] / 3600), ""),
-             ("parameters", f"{run['params'] / 1e6:,.1f} M" if run.get("params") else "", "")]
-    return "\n".join(f'<div class="number"><span>{name}</span>' + (
-        f'<b>{value}</b><span class="muted">{note}</span></div>' if value else
-        '<b class="empty">not yet</b></div>') for name, value, note in cells)
+    right, chance = (
+        f"{result[key]['all']:.1%}" if "all" in result.get(key, {}) else ""
+        for key in ("scores", "chance")
+    )
+    cells = [
+        ("prompt following", right, f"all attributes; chance {chance or '–'}"),
+        (
+            "held-out loss",
+            logged("heldout/loss", ".4g"),
+            f"{logged('heldout/loss_null', '.4g') or '–'} without captions",
+        ),
+        ("clips / s", logged("speed/clips_per_s", ",.1f", np.median), "median"),
+        ("waiting for data", logged("speed/data_wait", ".1%", np.median), "median of time"),
+        ("hours of training", logged("seconds", ".3g", lambda values: values[-1] / 3600), ""),
+        ("parameters", f"{run['params'] / 1e6:,.1f} M" if run.get("params") else "", ""),
+    ]
+    return "\n".join(
+        f'<div class="number"><span>{name}</span>'
+        + (
+            f'<b>{value}</b><span class="muted">{note}</span></div>'
+            if value
+            else '<b class="empty">not yet</b></div>'
+        )
+        for name, value, note in cells
+    )
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
     """head, lines: the cells as HTML; kind: the CSS class."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>"
-                     for line in lines)
-    return (f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>\n'
-            f"<tbody>{body}</tbody></table></div>")
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines
+    )
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _video(workdir: Path, file: Any) -> str:
@@ -228,27 +299,44 @@ def _video(workdir: Path, file: Any) -> str:
     would be lost when it is copied, and a stranger's may lead anywhere."""
     path = PurePosixPath(str(file))
     try:
-        shown = not path.is_absolute() and ".." not in path.parts and (workdir / path).is_file() \
+        shown = (
+            not path.is_absolute()
+            and ".." not in path.parts
+            and (workdir / path).is_file()
             and (workdir / path).resolve().is_relative_to(workdir.resolve())
+        )
     except OSError:  # a name that no file can have
         shown = False
-    return (f'<video src="{quote(str(path))}" autoplay loop muted playsinline></video>' if shown
-            else '<div class="hole">–</div>')
+    return (
+        f'<video src="{quote(str(path))}" autoplay loop muted playsinline></video>'
+        if shown
+        else '<div class="hole">–</div>'
+    )
 
 
 def _samples(workdir: Path) -> str:
     """The wall: a row a prompt, a column a step, the latest step last and large."""
-    found = {d.name: _read_json(d / "samples.json")
-             for d in sorted(workdir.glob("samples/*")) if re.fullmatch("[0-9]{1,15}", d.name)}
-    taken = [(int(step), {(c["prompt"], c["seed"]): f"samples/{step}/{c['file']}" for c in clips})
-             for step, clips in found.items() if clips]
+    found = {
+        d.name: _read_json(d / "samples.json")
+        for d in sorted(workdir.glob("samples/*"))
+        if re.fullmatch("[0-9]{1,15}", d.name)
+    }
+    taken = [
+        (int(step), {(c["prompt"], c["seed"]): f"samples/{step}/{c['file']}" for c in clips})
+        for step, clips in found.items()
+        if clips
+    ]
     if not taken:
         return NOT_YET
     ends = np.linspace(0, len(taken) - 1, min(COLUMNS, len(taken)))
     shown = [taken[i] for i in np.rint(ends).astype(int)]
-    lines = ([f'{escape(prompt)}<br><span class="muted">seed {escape(str(seed))}</span>',
-              *(_video(workdir, files.get((prompt, seed), "")) for _, files in shown)]
-             for prompt, seed in shown[-1][1])
+    lines = (
+        [
+            f'{escape(prompt)}<br><span class="muted">seed {escape(str(seed))}</span>',
+            *(_video(workdir, files.get((prompt, seed), "")) for _, files in shown),
+        ]
+        for prompt, seed in shown[-1][1]
+    )
     return _table(["", *(f"step {step:,}" for step, _ in shown)], lines, "wall")
 
 
@@ -257,39 +345,98 @@ def _following(workdir: Path, result: Mapping[str, Any]) -> str:
     steered = _steering(result.get("steering", []))
     if not (scores := result.get("scores")):
         return steered or NOT_YET
-    setting = " · ".join(f"{name} {result[key]}" for key, name in (
-        ("step", "training step"), ("prompts", "prompts:"), ("sampler", "sampler"),
-        ("steps", "sampling steps:"), ("guidance", "guidance")) if key in result)
-    tag = ('<span class="tag wrong">not passed</span>' if not result.get("passed", True) else
-           '<span class="tag ok">passed</span>' if "passed" in result else "")
-    columns = {"generated clips": (scores, BLUE), "chance": (result.get("chance", {}), GREY),
-               "reader on true renders": (result.get("true_renders", {}), GREEN)}
-    table = _table(["attribute", *columns], (
-        [escape(k), *(f"{v.get(k, math.nan):.1%}" for v, _ in columns.values())] for k in scores),
-        "values")
-    bars = [go.Bar(x=[escape(k) for k in scores], y=[v.get(k) for k in scores], name=name,
-                   marker={"color": colour, "line": {"width": 0}}, hovertemplate="%{x}: %{y:.1%}")
-            for name, (v, colour) in columns.items()]
-    chart = _chart("", bars, "share of clips right", "attribute", height=280,
-                   yaxis={"range": [0, 1.04], "tickformat": ".0%"})
+    setting = " · ".join(
+        f"{name} {result[key]}"
+        for key, name in (
+            ("step", "training step"),
+            ("prompts", "prompts:"),
+            ("sampler", "sampler"),
+            ("steps", "sampling steps:"),
+            ("guidance", "guidance"),
+        )
+        if key in result
+    )
+    tag = (
+        '<span class="tag wrong">not passed</span>'
+        if not result.get("passed", True)
+        else '<span class="tag ok">passed</span>'
+        if "passed" in result
+        else ""
+    )
+    columns = {
+        "generated clips": (scores, BLUE),
+        "chance": (result.get("chance", {}), GREY),
+        "reader on true renders": (result.get("true_renders", {}), GREEN),
+    }
+    table = _table(
+        ["attribute", *columns],
+        ([escape(k), *(f"{v.get(k, math.nan):.1%}" for v, _ in columns.values())] for k in scores),
+        "values",
+    )
+    bars = [
+        go.Bar(
+            x=[escape(k) for k in scores],
+            y=[v.get(k) for k in scores],
+            name=name,
+            marker={"color": colour, "line": {"width": 0}},
+            hovertemplate="%{x}: %{y:.1%}",
+        )
+        for name, (v, colour) in columns.items()
+    ]
+    chart = _chart(
+        "",
+        bars,
+        "share of clips right",
+        "attribute",
+        height=280,
+        yaxis={"range": [0, 1.04], "tickformat": ".0%"},
+    )
     maps = [_confusion(name, counts) for name, counts in result.get("confusion", {}).items()]
-    return (f'<p class="muted">{escape(setting)}{tag}</p>\n' + _charts(table, chart)
-            + _charts(*maps) + _examples(workdir, result.get("examples", [])) + steered)
+    return (
+        f'<p class="muted">{escape(setting)}{tag}</p>\n'
+        + _charts(table, chart)
+        + _charts(*maps)
+        + _examples(workdir, result.get("examples", []))
+        + steered
+    )
 
 
 def _steering(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each measure of how a signal is obeyed."""
-    def line(row: Mapping[str, Any]) -> list[str]:
-        numbers = [f"{row.get(key, math.nan):.3g}" for key in
-                   ("model", "without", "control", "true", "goal")]
-        verdict = '<span class="ok">✓</span>' if row.get("reached") else \
-            '<span class="wrong">✗</span>'
-        return [escape(str(row.get(key, ""))) for key in ("signal", "measure", "unit")] + [
-            *numbers, verdict]
 
-    return "<h3>Steering</h3>" + _table(
-        ["signal", "measure", "unit", "model", "without the signal", "against other clips' signals",
-         "reader on true renders", "goal", ""], map(line, rows), "values") if rows else ""
+    def line(row: Mapping[str, Any]) -> list[str]:
+        numbers = [
+            f"{row.get(key, math.nan):.3g}"
+            for key in ("model", "without", "control", "true", "goal")
+        ]
+        verdict = (
+            '<span class="ok">✓</span>' if row.get("reached") else '<span class="wrong">✗</span>'
+        )
+        return [escape(str(row.get(key, ""))) for key in ("signal", "measure", "unit")] + [
+            *numbers,
+            verdict,
+        ]
+
+    return (
+        "<h3>Steering</h3>"
+        + _table(
+            [
+                "signal",
+                "measure",
+                "unit",
+                "model",
+                "without the signal",
+                "against other clips' signals",
+                "reader on true renders",
+                "goal",
+                "",
+            ],
+            map(line, rows),
+            "values",
+        )
+        if rows
+        else ""
+    )
 
 
 def _confusion(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -298,38 +445,89 @@ def _confusion(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
     table = [[line.get(read, 0) for read in reads] for line in counts.values()]
     trace = go.Heatmap(
         z=[[n / max(sum(line), 1) for n in line] for line in table],
-        x=[escape(k) for k in reads], y=[escape(k) for k in counts], zmin=0, zmax=1,
-        text=[[n or "" for n in line] for line in table], texttemplate="%{text}", xgap=2, ygap=2,
-        showscale=False, hovertemplate="asked %{y}, read %{x}: %{text}<extra></extra>")
-    return _chart(f"{name}: asked and read", [trace], "asked", "read in the clip",
-                  height=110 + 27 * len(table), yaxis={"autorange": "reversed"})
+        x=[escape(k) for k in reads],
+        y=[escape(k) for k in counts],
+        zmin=0,
+        zmax=1,
+        text=[[n or "" for n in line] for line in table],
+        texttemplate="%{text}",
+        xgap=2,
+        ygap=2,
+        showscale=False,
+        hovertemplate="asked %{y}, read %{x}: %{text}<extra></extra>",
+    )
+    return _chart(
+        f"{name}: asked and read",
+        [trace],
+        "asked",
+        "read in the clip",
+        height=110 + 27 * len(table),
+        yaxis={"autorange": "reversed"},
+    )
 
 
 def _examples(workdir: Path, examples: Sequence[Mapping[str, Any]]) -> str:
     tiles = []
     for example in examples:
         read = example.get("read", {})
-        wrong = "; ".join(f"{k}: {read.get(k)}" for k, asked in example.get("truth", {}).items()
-                          if read.get(k) != asked)
-        verdict = ('<span class="ok">✓</span>' if example.get("ok") else
-                   f'<span class="wrong">✗ {escape(wrong)}</span><br>')
-        tiles.append(f"<figure>{_video(workdir, example['file'])}<figcaption>{verdict} "
-                     f"{escape(example['prompt'])}</figcaption></figure>")
+        wrong = "; ".join(
+            f"{k}: {read.get(k)}"
+            for k, asked in example.get("truth", {}).items()
+            if read.get(k) != asked
+        )
+        verdict = (
+            '<span class="ok">✓</span>'
+            if example.get("ok")
+            else f'<span class="wrong">✗ {escape(wrong)}</span><br>'
+        )
+        tiles.append(
+            f"<figure>{_video(workdir, example['file'])}<figcaption>{verdict} "
+            f"{escape(example['prompt'])}</figcaption></figure>"
+        )
     more = len(tiles) - EXAMPLES
-    rest = (f'<details><summary>{more} more</summary><div class="examples">'
-            + "\n".join(tiles[EXAMPLES:]) + "</div></details>") if more > 0 else ""
-    return (f"<h3>{len(tiles)} judged clips: ✓ read as asked, ✗ what was read instead</h3>"
-            '<div class="examples">' + "\n".join(tiles[:EXAMPLES]) + f"</div>{rest}")
+    rest = (
+        (
+            f'<details><summary>{more} more</summary><div class="examples">'
+            + "\n".join(tiles[EXAMPLES:])
+            + "</div></details>"
+        )
+        if more > 0
+        else ""
+    )
+    return (
+        f"<h3>{len(tiles)} judged clips: ✓ read as asked, ✗ what was read instead</h3>"
+        '<div class="examples">' + "\n".join(tiles[:EXAMPLES]) + f"</div>{rest}"
+    )
 
 
 def _bad_records(workdir: Path) -> str:
     bad = read_bad_records(workdir / "bad_records.jsonl")
-    return f"<p>{len(bad):,} skipped. The first {min(BAD_RECORDS, len(bad))}:</p>" + _table(
-        ["record", "reason"], ([escape(str(row.get(key, ""))) for key in ("key", "reason")]
-                               for row in bad[:BAD_RECORDS])) if bad else "<p>None skipped.</p>"
+    return (
+        f"<p>{len(bad):,} skipped. The first {min(BAD_RECORDS, len(bad))}:</p>"
+        + _table(
+            ["record", "reason"],
+            (
+                [escape(str(row.get(key, ""))) for key in ("key", "reason")]
+                for row in bad[:BAD_RECORDS]
+            ),
+        )
+        if bad
+        else "<p>None skipped.</p>"
+    )
 
 
 def _facts(run: Mapping[str, Any]) -> str:
     facts = {**run, **{f"{name} version": v for name, v in run.get("versions", {}).items()}}
-    return _table([], ([escape(k), f"<code>{escape(str(v))}</code>"] for k, v in facts.items()
-                       if k != "versions"), "facts") if run else NOT_YET
+    return (
+        _table(
+            [],
+            (
+                [escape(k), f"<code>{escape(str(v))}</code>"]
+                for k, v in facts.items()
+                if k != "versions"
+            ),
+            "facts",
+        )
+        if run
+        else NOT_YET
+    )

@@ -13,14 +13,19 @@ from vdx.metrics.flow import lucas_kanade, warp
 
 __all__ = ["flicker", "identity_drift", "lab"]
 
-SIDE = 8                 # pixels of the blocks over which flicker is judged
-AGREE = 0.5              # pixels by which forward and backward flow may differ
-BINS = (4, 8, 8)         # of L, a and b
+SIDE = 8  # pixels of the blocks over which flicker is judged
+AGREE = 0.5  # pixels by which forward and backward flow may differ
+BINS = (4, 8, 8)  # of L, a and b
 RANGE = ((-100.0, 100.0), (-100.0, 100.0), (-100.0, 100.0))
-WHITE = np.array([0.95047, 1.0, 1.08883])            # D65
-XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
-                [0.0193339, 0.1191920, 0.9503041]])  # of linear sRGB (IEC 61966-2-1)
-LEAST = 12               # pixels of a subject that can be judged
+WHITE = np.array([0.95047, 1.0, 1.08883])  # D65
+XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+)  # of linear sRGB (IEC 61966-2-1)
+LEAST = 12  # pixels of a subject that can be judged
 
 
 def flicker(video: np.ndarray) -> tuple[float, float]:
@@ -29,21 +34,25 @@ def flicker(video: np.ndarray) -> tuple[float, float]:
     ways. video: uint8 [t h w 3] of three frames or more."""
     luma = video.astype(np.float32) @ LUMA
     pairs = list(itertools.pairwise(video))
-    ahead = [lucas_kanade(one, two) for one, two in pairs]      # from frame i to i + 1
-    behind = [lucas_kanade(two, one) for one, two in pairs]     # and from i + 1 to i
+    ahead = [lucas_kanade(one, two) for one, two in pairs]  # from frame i to i + 1
+    behind = [lucas_kanade(two, one) for one, two in pairs]  # and from i + 1 to i
     values, shares = [], []
     for i in range(1, len(video) - 1):
         total, known = -2 * luma[i], np.ones(luma.shape[1:], bool)
-        for other, there, back in ((luma[i - 1], behind[i - 1], ahead[i - 1]),
-                                   (luma[i + 1], ahead[i], behind[i])):
+        for other, there, back in (
+            (luma[i - 1], behind[i - 1], ahead[i - 1]),
+            (luma[i + 1], ahead[i], behind[i]),
+        ):
             total = total + warp(other[..., None], there)[..., 0]
             known &= np.linalg.norm(there + warp(back, there), axis=-1) < AGREE
         change = _blocks(total, known)
         if len(change):
             values.append(0.5 * np.abs(change).mean())
         shares.append(known.mean())
-    return (float(np.mean(values)) if values else float("nan"),
-            float(np.mean(shares)) if shares else 0.0)
+    return (
+        float(np.mean(values)) if values else float("nan"),
+        float(np.mean(shares)) if shares else 0.0,
+    )
 
 
 def _blocks(x: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -69,8 +78,11 @@ def identity_drift(video: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
     colour histograms in Lab, the median of L removed (light may change), half to the first frame
     and half to the one before. video: uint8 [t h w 3]; masks: bool [t h w], where the subject is;
     frames that hardly show it are left out."""
-    looks = [_histogram(frame[mask]) for frame, mask in zip(video, masks, strict=True)
-             if mask.sum() >= LEAST]
+    looks = [
+        _histogram(frame[mask])
+        for frame, mask in zip(video, masks, strict=True)
+        if mask.sum() >= LEAST
+    ]
     if len(looks) < 2:
         return float("nan"), len(looks) / len(video)
     unlike = lambda one, two: 1.0 - float(np.sqrt(one * two).sum())

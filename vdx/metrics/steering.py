@@ -28,13 +28,13 @@ Truth = Mapping[str, Any]
 Score = tuple[float, float]  # the value, and the share of clips (or frames) that could be read
 Scorer = Callable[[Sequence[Any], Sequence[Truth]], Score]
 
-BEST_PSNR = 99.0    # of equal pictures, so that means stay finite
-DARK = 92           # levels; backgrounds are darker in every channel
-COLOURED = 0.42     # of the object's colour in a pixel: it is the object's, even if only its fill
-INSIDE = 0.51       # nearness of the main object, and of no other
-LEAST_STEP = 0.1    # pixels a frame, below which a ratio of speeds is noise
-READ = 0.8          # of the clips must be readable before a goal counts as reached
-ROLLS = (1, 3, 5)   # by how many places the control shifts what was asked
+BEST_PSNR = 99.0  # of equal pictures, so that means stay finite
+DARK = 92  # levels; backgrounds are darker in every channel
+COLOURED = 0.42  # of the object's colour in a pixel: it is the object's, even if only its fill
+INSIDE = 0.51  # nearness of the main object, and of no other
+LEAST_STEP = 0.1  # pixels a frame, below which a ratio of speeds is noise
+READ = 0.8  # of the clips must be readable before a goal counts as reached
+ROLLS = (1, 3, 5)  # by how many places the control shifts what was asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +60,25 @@ def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dic
     times = np.asarray(times, np.float64)
     state, video = scene.state(times)[0], scene.render(times, height, width)
     fps = 1.0 / float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    return {"video": video, "centre": state["center"] * (width, height), "angle": state["angle"],
-            "depth": depth(scene, times, height, width), "pan": CAMERAS[scene.camera], "fps": fps,
-            "flow": told(flow(scene, times, height, width), 0, np.random.default_rng(0)),
-            "actions": scene.objects[0].actions(times), "motion": motion_score(video, fps),
-            "words": scene.objects[0].motion, "colour": scene.objects[0].colour,
-            "shape": scene.objects[0].shape}
+    return {
+        "video": video,
+        "centre": state["center"] * (width, height),
+        "angle": state["angle"],
+        "depth": depth(scene, times, height, width),
+        "pan": CAMERAS[scene.camera],
+        "fps": fps,
+        "flow": told(flow(scene, times, height, width), 0, np.random.default_rng(0)),
+        "actions": scene.objects[0].actions(times),
+        "motion": motion_score(video, fps),
+        "words": scene.objects[0].motion,
+        "colour": scene.objects[0].colour,
+        "shape": scene.objects[0].shape,
+    }
 
 
-def steering_scores(kind: str, videos: Sequence[np.ndarray], truths: Sequence[Truth],
-                    fps: float | Sequence[float]) -> dict[str, Any]:
+def steering_scores(
+    kind: str, videos: Sequence[np.ndarray], truths: Sequence[Truth], fps: float | Sequence[float]
+) -> dict[str, Any]:
     """A line of the report about one row of STEERING.
 
     videos: n clips uint8 [t h w 3]; truths: for each what it was asked for, and "video", the true
@@ -82,29 +91,46 @@ def steering_scores(kind: str, videos: Sequence[np.ndarray], truths: Sequence[Tr
     """
     metric = lookup(kind, STEERING, "steering")
     if len(videos) != len(truths) or not len(videos):
-        raise ValueError(f"steering_scores needs one truth for each clip, and at least one: got "
-                         f"{len(videos)} clips and {len(truths)} truths.")
+        raise ValueError(
+            f"steering_scores needs one truth for each clip, and at least one: got "
+            f"{len(videos)} clips and {len(truths)} truths."
+        )
     for i, (video, truth) in enumerate(zip(videos, truths, strict=True)):
         if video.dtype != np.uint8 or video.shape != truth["video"].shape:
-            raise ValueError(f"Clip {i} is {video.dtype} {list(video.shape)}, its true render "
-                             f"uint8 {list(truth['video'].shape)}; they must be alike.")
+            raise ValueError(
+                f"Clip {i} is {video.dtype} {list(video.shape)}, its true render "
+                f"uint8 {list(truth['video'].shape)}; they must be alike."
+            )
     rates = [fps] * len(videos) if isinstance(fps, int | float) else list(fps)
     read = lambda clips: [metric.read(v, r) for v, r in zip(clips, rates, strict=True)]
     readings, count = read(videos), len(videos)
     model, valid = metric.score(readings, truths)
     true, _ = metric.score(read([t["video"] for t in truths]), truths)
-    others = [metric.score(readings, [truths[(i + by) % count] for i in range(count)])[0]
-              for by in ROLLS if by < count]
+    others = [
+        metric.score(readings, [truths[(i + by) % count] for i in range(count)])[0]
+        for by in ROLLS
+        if by < count
+    ]
     control = float(np.mean(others)) if others else math.nan
     goal = metric.goal * (videos[0].shape[2] / 32 if metric.unit == "px" else 1)
     sign = 1 if metric.higher else -1
     reached = sign * model >= sign * goal and not sign * control >= sign * model and valid >= READ
-    return {"signal": metric.signal, "measure": metric.measure, "unit": metric.unit,
-            "higher": metric.higher, "goal": goal, "model": model, "true": true,
-            "control": control, "valid": valid, "reached": bool(reached)}
+    return {
+        "signal": metric.signal,
+        "measure": metric.measure,
+        "unit": metric.unit,
+        "higher": metric.higher,
+        "goal": goal,
+        "model": model,
+        "true": true,
+        "control": control,
+        "valid": valid,
+        "reached": bool(reached),
+    }
 
 
 # Readers: (video, fps) -> what is seen ----------------------------------------------------------
+
 
 def _path(video: np.ndarray, fps: float) -> np.ndarray:
     """[t 2] pixels: the object's centre, NaN in frames that do not show it."""
@@ -138,7 +164,7 @@ def _pan(video: np.ndarray, fps: float) -> float:
     """Widths per second by which the background goes right, objects and their edges left out."""
     bright = np.pad(video.max(-1) > DARK, ((0, 0), (2, 2), (2, 2)))
     height, width = video.shape[1:3]
-    near = np.any([bright[:, y:y + height, x:x + width] for y in range(5) for x in range(5)], 0)
+    near = np.any([bright[:, y : y + height, x : x + width] for y in range(5) for x in range(5)], 0)
     return pan_speed(video, fps, ~near)
 
 
@@ -164,6 +190,7 @@ def _step(video: np.ndarray, fps: float) -> float:
 
 # Scores: (readings, truths) -> (value, share that could be read) ---------------------------------
 
+
 def _mean(values: Sequence[float] | np.ndarray) -> Score:
     found = np.asarray(values, float)
     fine = found[np.isfinite(found)]
@@ -172,8 +199,9 @@ def _mean(values: Sequence[float] | np.ndarray) -> Score:
 
 def _each(measure: Callable[[Any, Truth], Any]) -> Scorer:
     """The mean of measure(reading, truth), a number or several, over all clips."""
-    return lambda readings, truths: _mean(np.concatenate(
-        [np.ravel(measure(r, t)) for r, t in zip(readings, truths, strict=True)]))
+    return lambda readings, truths: _mean(
+        np.concatenate([np.ravel(measure(r, t)) for r, t in zip(readings, truths, strict=True)])
+    )
 
 
 def psnr(one: np.ndarray, two: np.ndarray) -> float:
@@ -225,41 +253,77 @@ def _rates(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
     """Clips 0 and 1, 2 and 3, ... show the same at two rates: the object must go farther from
     frame to frame at the lower rate, in proportion. How far the mean of that proportion is off, by
     its log2."""
-    off = [math.log2(readings[i] / readings[i + 1] * truths[i]["fps"] / truths[i + 1]["fps"])
-           for i in range(0, len(readings) - 1, 2)]
+    off = [
+        math.log2(readings[i] / readings[i + 1] * truths[i]["fps"] / truths[i + 1]["fps"])
+        for i in range(0, len(readings) - 1, 2)
+    ]
     value, valid = _mean(off)
     return abs(value), valid
 
 
 def _still_picture(place: int) -> dict[str, Any]:
-    return {"read": lambda video, fps: video[place],
-            "score": _each(lambda picture, truth: psnr(picture, truth["video"][place]))}
+    return {
+        "read": lambda video, fps: video[place],
+        "score": _each(lambda picture, truth: psnr(picture, truth["video"][place])),
+    }
 
 
 STEERING: dict[str, Metric] = {
-    "first_frame": Metric("first_frame", "first frame as given", "dB", 30.0, True,
-                          **_still_picture(0)),
+    "first_frame": Metric(
+        "first_frame", "first frame as given", "dB", 30.0, True, **_still_picture(0)
+    ),
     "first_frame_motion": Metric(
-        "first_frame", "motion as the words say", "share", 0.9, True, read_attributes,
-        _each(lambda read, truth: read["motion"] == truth["words"])),
-    "last_frame": Metric("last_frame", "last frame as given", "dB", 30.0, True,
-                         **_still_picture(-1)),
+        "first_frame",
+        "motion as the words say",
+        "share",
+        0.9,
+        True,
+        read_attributes,
+        _each(lambda read, truth: read["motion"] == truth["words"]),
+    ),
+    "last_frame": Metric(
+        "last_frame", "last frame as given", "dB", 30.0, True, **_still_picture(-1)
+    ),
     "depth": Metric("depth", "position error", "px", 1.0, False, _path, _each(_distance)),
-    "depth_overlap": Metric("depth", "overlap of silhouettes", "share", 0.75, True, _silhouette,
-                            _each(_overlap)),
+    "depth_overlap": Metric(
+        "depth", "overlap of silhouettes", "share", 0.75, True, _silhouette, _each(_overlap)
+    ),
     "pose": Metric("pose", "position error", "px", 1.0, False, _path, _each(_distance)),
     "pose_angle": Metric("pose", "angle error", "degrees", 10.0, False, _angles, _each(_turn)),
-    "flow": Metric("flow", "end-point error on the object", "px", 0.5, False, _flows,
-                   _each(_end_point)),
-    "camera": Metric("camera", "error of the pan", "widths/s", 0.03, False, _pan,
-                     _each(lambda speed, truth: abs(speed - truth["pan"]))),
-    "actions": Metric("actions", "frames that obey", "share", 0.8, True, _moves,
-                      _each(lambda rows, truth: rows == truth["actions"][:-1])),
-    "motion": Metric("motion", "rank correlation of motion scores", "", 0.7, True, motion_score,
-                     _strength),
-    "reference": Metric("reference", "clips of that colour and shape", "share", 0.9, True,
-                        read_attributes, _each(lambda read, truth: all(
-                            read[k] == truth[k] for k in ("colour", "shape")))),
-    "fps": Metric("fps", "mean error of displacement / frame", "octaves", 0.26, False, _step,
-                  _rates),
+    "flow": Metric(
+        "flow", "end-point error on the object", "px", 0.5, False, _flows, _each(_end_point)
+    ),
+    "camera": Metric(
+        "camera",
+        "error of the pan",
+        "widths/s",
+        0.03,
+        False,
+        _pan,
+        _each(lambda speed, truth: abs(speed - truth["pan"])),
+    ),
+    "actions": Metric(
+        "actions",
+        "frames that obey",
+        "share",
+        0.8,
+        True,
+        _moves,
+        _each(lambda rows, truth: rows == truth["actions"][:-1]),
+    ),
+    "motion": Metric(
+        "motion", "rank correlation of motion scores", "", 0.7, True, motion_score, _strength
+    ),
+    "reference": Metric(
+        "reference",
+        "clips of that colour and shape",
+        "share",
+        0.9,
+        True,
+        read_attributes,
+        _each(lambda read, truth: all(read[k] == truth[k] for k in ("colour", "shape"))),
+    ),
+    "fps": Metric(
+        "fps", "mean error of displacement / frame", "octaves", 0.26, False, _step, _rates
+    ),
 }

@@ -19,9 +19,14 @@ from vdx.types import Array, Bool, Float
 AXIS = "context"
 
 
-def ulysses(run: Callable[..., Array], q: Float[Array, "b l n d"], k: Float[Array, "b l n d"],
-            v: Float[Array, "b l n d"], mask: Bool[Array, "b l"] | None,
-            scale: float) -> Float[Array, "b l n d"]:
+def ulysses(
+    run: Callable[..., Array],
+    q: Float[Array, "b l n d"],
+    k: Float[Array, "b l n d"],
+    v: Float[Array, "b l n d"],
+    mask: Bool[Array, "b l"] | None,
+    scale: float,
+) -> Float[Array, "b l n d"]:
     """Every device gives the others its tokens of their heads, attends with `run` for its heads
     between all tokens, and gives the answers back (Jacobs et al. 2023). Heads that do not divide
     are filled up with empty ones."""
@@ -37,9 +42,14 @@ def ulysses(run: Callable[..., Array], q: Float[Array, "b l n d"], k: Float[Arra
     return lax.all_to_all(y, AXIS, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
 
 
-def ring(run: Callable[..., Array], q: Float[Array, "b l n d"], k: Float[Array, "b l n d"],
-         v: Float[Array, "b l n d"], mask: Bool[Array, "b l"] | None,
-         scale: float) -> Float[Array, "b l n d"]:
+def ring(
+    run: Callable[..., Array],
+    q: Float[Array, "b l n d"],
+    k: Float[Array, "b l n d"],
+    v: Float[Array, "b l n d"],
+    mask: Bool[Array, "b l"] | None,
+    scale: float,
+) -> Float[Array, "b l n d"]:
     """Keys and values go round, so that no device ever holds all of them, and the answers to each
     share are put together by their sums (Liu et al. 2023). In the backward pass they go round
     again. What attends to a share is `blockwise`, whatever `run` is: it gives the sums."""
@@ -56,6 +66,7 @@ def _on(x: Any) -> Any:
 
 def _round(step: Callable[[Any, Any], Any], state: Any, share: Any) -> Any:
     """The state after step(state, share) for every device's share; the next travels meanwhile."""
+
     def turn(carry, _):
         state, share = carry
         return (step(state, share), _on(share)), None

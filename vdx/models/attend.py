@@ -24,16 +24,22 @@ from vdx.models.blockwise import SAVED, blockwise
 from vdx.parallel import BATCH, platform
 from vdx.types import Array, Bool, Float
 
-SMALL = 128 * 128      # queries x keys, up to which the scores are simply written out
+SMALL = 128 * 128  # queries x keys, up to which the scores are simply written out
 _CHOSEN: dict[str, None] = {}
 
 
-def attend(q: Float[Array, "b ... q n d"], k: Float[Array, "b ... s n d"],
-           v: Float[Array, "b ... s n d"],
-           mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None, *,
-           bias: Float[Array, "1 n q s"] | None = None, scale: float | None = None,
-           causal: bool = False, backend: str = "auto",
-           context: str = "gather") -> Float[Array, "b ... q n d"]:
+def attend(
+    q: Float[Array, "b ... q n d"],
+    k: Float[Array, "b ... s n d"],
+    v: Float[Array, "b ... s n d"],
+    mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None,
+    *,
+    bias: Float[Array, "1 n q s"] | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+    context: str = "gather",
+) -> Float[Array, "b ... q n d"]:
     """softmax(scale q k^T + bias) v; `mask` is True on keys that may be seen, by all queries
     or, [b q s] (b may be 1), by each. Each query sees one key or more.
 
@@ -45,8 +51,16 @@ def attend(q: Float[Array, "b ... q n d"], k: Float[Array, "b ... s n d"],
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if mask is None else jnp.asarray(mask)
-    ask = Ask(q.shape[-3], k.shape[-3], q.shape[-1], str(q.dtype), 0 if mask is None else mask.ndim,
-              bias is not None, causal, platform())
+    ask = Ask(
+        q.shape[-3],
+        k.shape[-3],
+        q.shape[-1],
+        str(q.dtype),
+        0 if mask is None else mask.ndim,
+        bias is not None,
+        causal,
+        platform(),
+    )
     name = choose(ask, backend)
     _note(ask, name)
 
@@ -63,10 +77,12 @@ def attend(q: Float[Array, "b ... q n d"], k: Float[Array, "b ... s n d"],
     meet = lookup(context, CONTEXTS, "model.context")
     if meet is not None and mesh.shape["context"] > 1:
         if q.ndim != 4 or q.shape[1] != k.shape[1] or causal or ask.bias or ask.mask == 3:
-            raise ConfigError(f"model.context = {context!r} is for tokens that all see the same, "
-                              f"one another. Here: {ask}. 'gather' can do it.")
+            raise ConfigError(
+                f"model.context = {context!r} is for tokens that all see the same, "
+                f"one another. Here: {ask}. 'gather' can do it."
+            )
         return _split(partial(meet, flat, scale=scale), q, k, v, mask)
-    if name == "xla":                   # which the compiler splits by itself
+    if name == "xla":  # which the compiler splits by itself
         return flat(q, k, v, mask)
     return _gather(flat, q, k, v, mask, causal)
 
@@ -90,13 +106,16 @@ def choose(ask: Ask, backend: str = "auto") -> str:
     if backend != "auto":
         why = lookup(backend, BACKENDS, "model.attention").lacks(ask)
         if why:
-            raise ConfigError(f"model.attention = {backend!r} {why}. Here: {ask}. 'auto' takes a "
-                              "backend that can.")
+            raise ConfigError(
+                f"model.attention = {backend!r} {why}. Here: {ask}. 'auto' takes a "
+                "backend that can."
+            )
         return backend
     if ask.queries * ask.keys <= SMALL:
         return "xla"
-    return next((name for name in PREFERRED.get(ask.platform, ()) if not BACKENDS[name].lacks(ask)),
-                "xla")
+    return next(
+        (name for name in PREFERRED.get(ask.platform, ()) if not BACKENDS[name].lacks(ask)), "xla"
+    )
 
 
 def chosen() -> list[str]:
@@ -117,33 +136,39 @@ def _over(size: int, *axes: str) -> tuple[str, ...] | None:
     return axes if parts > 1 and size % parts == 0 else None
 
 
-def _gather(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array | None,
-            causal: bool) -> Array:
+def _gather(
+    run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array | None, causal: bool
+) -> Array:
     """run(q, k, v, mask) on every device's clips, heads and queries, with all keys."""
-    queries = q.ndim == 4               # the axis after b is theirs
+    queries = q.ndim == 4  # the axis after b is theirs
     batch, heads = _over(len(q), *BATCH), _over(q.shape[-2], "tensor")
     along = None if queries and causal else _over(q.shape[1], "context")
     here = P(batch, along, *[None] * (q.ndim - 4), heads)
     there = P(batch, None, heads) if queries else here
-    hides = P() if mask is None else P(batch if len(mask) > 1 else None,
-                                       along if queries and mask.ndim == 3 else None)
-    return jax.shard_map(run, in_specs=(here, there, there, hides), out_specs=here,
-                         check_vma=False)(q, k, v, mask)
+    hides = (
+        P()
+        if mask is None
+        else P(batch if len(mask) > 1 else None, along if queries and mask.ndim == 3 else None)
+    )
+    return jax.shard_map(
+        run, in_specs=(here, there, there, hides), out_specs=here, check_vma=False
+    )(q, k, v, mask)
 
 
 def _split(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """run(q, k, v, mask) on every device's clips, heads and tokens, queries and keys alike."""
     tokens = q.shape[1]
     fill = -tokens % jax.sharding.get_abstract_mesh().shape["context"]
-    if fill:                            # keys that nobody sees
+    if fill:  # keys that nobody sees
         q, k, v = (jnp.pad(a, ((0, 0), (0, fill), (0, 0), (0, 0))) for a in (q, k, v))
         mask = jnp.ones((1, tokens), bool) if mask is None else mask
         mask = jnp.pad(mask, ((0, 0), (0, fill)))
     batch = _over(len(q), *BATCH)
     here = P(batch, "context", _over(q.shape[2], "tensor"))
     hides = P() if mask is None else P(batch if len(mask) > 1 else None, "context")
-    y = jax.shard_map(run, in_specs=(here, here, here, hides), out_specs=here,
-                      check_vma=False)(q, k, v, mask)
+    y = jax.shard_map(run, in_specs=(here, here, here, hides), out_specs=here, check_vma=False)(
+        q, k, v, mask
+    )
     return y[:, :tokens]
 
 
@@ -161,10 +186,13 @@ def _blockwise(q, k, v, mask, bias, scale, causal) -> Array:
 
 def _cudnn(q, k, v, mask, bias, scale, causal) -> Array:
     if mask is not None:
-        mask = jnp.broadcast_to(mask[:, None] if mask.ndim == 3 else mask[:, None, None],
-                                (len(mask), 1, q.shape[1], k.shape[1]))
-    return jax.nn.dot_product_attention(q, k, v, None, mask, scale=scale, is_causal=causal,
-                                        implementation="cudnn")
+        mask = jnp.broadcast_to(
+            mask[:, None] if mask.ndim == 3 else mask[:, None, None],
+            (len(mask), 1, q.shape[1], k.shape[1]),
+        )
+    return jax.nn.dot_product_attention(
+        q, k, v, None, mask, scale=scale, is_causal=causal, implementation="cudnn"
+    )
 
 
 def _cudnn_lacks(ask: Ask) -> str:
@@ -187,25 +215,37 @@ def _splash(q, k, v, mask, bias, scale, causal) -> Array:
     hides = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
     # Made anew in every trace: it holds arrays.
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([hides] * q.shape[2]), residual_checkpoint_name=SAVED,
-        interpret=platform() != "tpu", block_sizes=splash.BlockSizes(
-            block_q=block_q, block_kv=block_k, block_kv_compute=inner, block_q_dkv=block_q,
-            block_kv_dkv=block_k, block_kv_dkv_compute=inner, block_q_dq=block_q,
-            block_kv_dq=block_k))
+        splash.MultiHeadMask([hides] * q.shape[2]),
+        residual_checkpoint_name=SAVED,
+        interpret=platform() != "tpu",
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_kv_compute=inner,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_kv_dkv_compute=inner,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
+        ),
+    )
     segments = None
-    if mask is not None or keys != k.shape[1]:          # all that is seen is one segment
+    if mask is not None or keys != k.shape[1]:  # all that is seen is one segment
         seen = jnp.ones((1, k.shape[1]), bool) if mask is None else mask
         seen = jnp.pad(seen, ((0, 0), (0, keys - k.shape[1]))).astype(jnp.int32)
-        segments = splash.SegmentIds(jnp.ones((len(q), queries), jnp.int32),
-                                     jnp.broadcast_to(seen, (len(q), keys)))
+        segments = splash.SegmentIds(
+            jnp.ones((len(q), queries), jnp.int32), jnp.broadcast_to(seen, (len(q), keys))
+        )
 
     def tiled(x: Array, size: int) -> Array:
-        return jnp.pad(rearrange(x, "b s n d -> b n s d"),
-                       ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0)))
+        return jnp.pad(
+            rearrange(x, "b s n d -> b n s d"), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0))
+        )
 
-    y = jax.vmap(kernel)(tiled((q * scale).astype(q.dtype), queries), tiled(k, keys),
-                         tiled(v, keys), segments)
-    return rearrange(y[:, :, :q.shape[1]], "b n q d -> b q n d")
+    y = jax.vmap(kernel)(
+        tiled((q * scale).astype(q.dtype), queries), tiled(k, keys), tiled(v, keys), segments
+    )
+    return rearrange(y[:, :, : q.shape[1]], "b n q d -> b q n d")
 
 
 def _tiles(length: int, width: int) -> tuple[int, int]:
@@ -232,8 +272,12 @@ BACKENDS: dict[str, Backend] = {
     # A kernel for GPUs, of NVIDIA's library.
     "cudnn": Backend(_cudnn, _cudnn_lacks),
     # A Pallas kernel for TPUs; elsewhere interpreted, for tests.
-    "splash": Backend(_splash, lambda ask: "adds no bias and has one mask for all queries"
-                      if ask.bias or ask.mask == 3 else ""),
+    "splash": Backend(
+        _splash,
+        lambda ask: (
+            "adds no bias and has one mask for all queries" if ask.bias or ask.mask == 3 else ""
+        ),
+    ),
 }
 # What "auto" tries, in this order, where scores are not small.
 PREFERRED: Mapping[str, tuple[str, ...]] = {

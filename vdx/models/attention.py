@@ -27,8 +27,9 @@ class SelfAttention(nn.Module):
         return nn.Dense(d, name="out", dtype=self.dtype)(y)
 
 
-def encoder_layers(x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None, depth: int,
-                   heads: int) -> Float[Array, "b l d"]:
+def encoder_layers(
+    x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None, depth: int, heads: int
+) -> Float[Array, "b l d"]:
     """Pre-norm layers of self-attention and MLP and a last norm, in the calling module's scope."""
     for i in range(depth):
         x = x + SelfAttention(heads, name=f"attention_{i}")(LayerNorm(name=f"norm_a{i}")(x), mask)
@@ -52,9 +53,13 @@ class CrossAttention(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], tokens: Float[Array, "b l e"],
-                 mask: Bool[Array, "b l"] | None,
-                 image_tokens: Float[Array, "b m e"] | None = None) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w d"],
+        tokens: Float[Array, "b l e"],
+        mask: Bool[Array, "b l"] | None,
+        image_tokens: Float[Array, "b m e"] | None = None,
+    ) -> Float[Array, "b t h w d"]:
         width, (t, h, w) = x.shape[-1], x.shape[1:4]
 
         def keys_and_values(tokens: Array, prefix: str = "") -> tuple[Array, Array]:

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from vdx.parallel import platform
 
-BLOCK = 2**20          # scores of one row that are computed at a time
-SCORES = 2**25         # of all rows, on an accelerator
-HIDDEN = -1e30         # a score that is not seen: finite, so that no difference of two is NaN
-SAVED = "attention"    # the name of what a checkpoint policy may save: answers and their sums
+BLOCK = 2**20  # scores of one row that are computed at a time
+SCORES = 2**25  # of all rows, on an accelerator
+HIDDEN = -1e30  # a score that is not seen: finite, so that no difference of two is NaN
+SAVED = "attention"  # the name of what a checkpoint policy may save: answers and their sums
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -54,7 +54,7 @@ class _Row:
     def __init__(self, k: Array, seen: Array | None, which: Array, causal: bool, size: int):
         self.k, self.causal, self.size = k, causal, size
         self.seen = None if seen is None else seen[which]
-        self.each = self.seen is not None and len(self.seen) > 1      # each query sees others
+        self.each = self.seen is not None and len(self.seen) > 1  # each query sees others
 
     def blocks(self, *arrays: Array) -> tuple[Array, ...]:
         """What a scan takes: of each block its number, queries, other arrays [q ...] and mask."""
@@ -72,9 +72,14 @@ class _Row:
         return x if mask is None else jnp.where(mask, x, HIDDEN), mask
 
 
-def forward(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, "r s d"],
-            seen: Bool[Array, "m 1 s"] | Bool[Array, "m q s"] | None, scale: float,
-            causal: bool = False) -> tuple[Float[Array, "r q d"], Float[Array, "r q"]]:
+def forward(
+    q: Float[Array, "r q d"],
+    k: Float[Array, "r s d"],
+    v: Float[Array, "r s d"],
+    seen: Bool[Array, "m 1 s"] | Bool[Array, "m q s"] | None,
+    scale: float,
+    causal: bool = False,
+) -> tuple[Float[Array, "r q d"], Float[Array, "r q"]]:
     """Answers and the logarithms of the sums of exp(score), float32. m divides r: an entry of
     `seen` serves r / m rows."""
     queries, size = q.shape[1], _size(q.shape[1], k.shape[1])
@@ -98,10 +103,17 @@ def forward(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, 
     return _over_rows(row, (_which(q, seen), q, k, v), size)
 
 
-def backward(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, "r s d"],
-             seen: Array | None, y: Float[Array, "r q d"], sums: Float[Array, "r q"],
-             dy: Float[Array, "r q d"], scale: float,
-             causal: bool = False) -> tuple[Array, Array, Array]:
+def backward(
+    q: Float[Array, "r q d"],
+    k: Float[Array, "r s d"],
+    v: Float[Array, "r s d"],
+    seen: Array | None,
+    y: Float[Array, "r q d"],
+    sums: Float[Array, "r q"],
+    dy: Float[Array, "r q d"],
+    scale: float,
+    causal: bool = False,
+) -> tuple[Array, Array, Array]:
     """Float32 cotangents of q, k and v from that of y. `y` and `sums` may be those over more keys
     than k: then these are the shares of k's."""
     queries, size = q.shape[1], _size(q.shape[1], k.shape[1])
@@ -135,8 +147,14 @@ def _which(q: Array, seen: Array | None) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def blockwise(q: Float[Array, "r q d"], k: Float[Array, "r s d"], v: Float[Array, "r s d"],
-              seen: Array | None, scale: float, causal: bool) -> Float[Array, "r q d"]:
+def blockwise(
+    q: Float[Array, "r q d"],
+    k: Float[Array, "r s d"],
+    v: Float[Array, "r s d"],
+    seen: Array | None,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "r q d"]:
     """`forward` without the sums, with a backward pass that is as sparing."""
     return _forward(q, k, v, seen, scale, causal)[0]
 

@@ -47,9 +47,11 @@ class Layer(nn.Module):
     def __call__(self, carry: tuple[Array, Array], mask: Bool[Array, "b l"] | None):
         x = before = carry[0]
         x = x + SelfAttention(self.heads, self.causal, self.dtype, name="attention")(
-            LayerNorm(self.eps, name="norm_a")(x), mask)
+            LayerNorm(self.eps, name="norm_a")(x), mask
+        )
         x = x + MLP(self.hidden, self.activation, self.dtype, name="mlp")(
-            LayerNorm(self.eps, name="norm_b")(x))
+            LayerNorm(self.eps, name="norm_b")(x)
+        )
         return (constrain(x, "b l d"), before), None
 
 
@@ -61,8 +63,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Bool[Array, "b l"] | None) -> tuple[Array, Array]:
-        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True},
-                         in_axes=nn.broadcast, length=self.depth)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
         out, _ = layers(**self.layer, name="layers")((x, x), mask)
         return out
 
@@ -90,13 +97,24 @@ class CLIPTextModel(nn.Module):
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Features:
         length = ids.shape[1]
         if length > self.positions:
-            raise ValueError(f"{length} tokens, but this CLIP reads {self.positions}; cut the "
-                             "prompt.")
+            raise ValueError(
+                f"{length} tokens, but this CLIP reads {self.positions}; cut the prompt."
+            )
         x = nn.Embed(self.vocabulary, self.width, name="words")(ids).astype(jnp.float32)
-        places = self.param("position_table", nn.initializers.normal(0.02),
-                            (self.positions, self.width), jnp.float32)
-        layer = dict(heads=self.heads, hidden=self.hidden, activation=self.activation, causal=True,
-                     eps=self.eps, dtype=jnp.dtype(self.dtype))
+        places = self.param(
+            "position_table",
+            nn.initializers.normal(0.02),
+            (self.positions, self.width),
+            jnp.float32,
+        )
+        layer = dict(
+            heads=self.heads,
+            hidden=self.hidden,
+            activation=self.activation,
+            causal=True,
+            eps=self.eps,
+            dtype=jnp.dtype(self.dtype),
+        )
         x, before = Encoder(self.depth, layer, name="encoder")(x + places[:length], mask)
         x = LayerNorm(self.eps, name="norm")(x)
         end = (ids if self.eos == 2 else ids == self.eos).argmax(1)
@@ -125,18 +143,30 @@ class CLIPVisionModel(nn.Module):
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Features:
         if pixels.shape[1:] != (self.image, self.image, 3):
-            raise ValueError(f"pixels are {pixels.shape}; this CLIP reads [b {self.image} "
-                             f"{self.image} 3]. Pass frames through `preprocess`.")
+            raise ValueError(
+                f"pixels are {pixels.shape}; this CLIP reads [b {self.image} "
+                f"{self.image} 3]. Pass frames through `preprocess`."
+            )
         dtype, side = jnp.dtype(self.dtype), self.image // self.patch
         x = rearrange(pixels, "b (h i) (w j) c -> b (h w) (i j c)", h=side, w=side)
         x = nn.Dense(self.width, use_bias=False, name="patch", dtype=dtype)(x)
         whole = self.param("class_table", nn.initializers.normal(0.02), (self.width,), jnp.float32)
-        places = self.param("position_table", nn.initializers.normal(0.02),
-                            (side * side + 1, self.width), jnp.float32)
+        places = self.param(
+            "position_table",
+            nn.initializers.normal(0.02),
+            (side * side + 1, self.width),
+            jnp.float32,
+        )
         whole = jnp.broadcast_to(whole, (len(x), 1, self.width))
         x = LayerNorm(self.eps, name="norm_in")(jnp.concatenate([whole, x], 1) + places)
-        layer = dict(heads=self.heads, hidden=self.hidden, activation=self.activation,
-                     causal=False, eps=self.eps, dtype=dtype)
+        layer = dict(
+            heads=self.heads,
+            hidden=self.hidden,
+            activation=self.activation,
+            causal=False,
+            eps=self.eps,
+            dtype=dtype,
+        )
         x, before = Encoder(self.depth - (not self.use_last), layer, name="encoder")(x, None)
         if not self.use_last:
             return Features(None, x, None)
@@ -153,11 +183,12 @@ def preprocess(frames: Sequence[UInt8[np.ndarray, "h w 3"]], size: int = 224) ->
     out = []
     for frame in frames:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-            raise ValueError(f"A frame is {frame.dtype} {frame.shape}; CLIP's pictures are uint8 "
-                             "[h w 3].")
+            raise ValueError(
+                f"A frame is {frame.dtype} {frame.shape}; CLIP's pictures are uint8 [h w 3]."
+            )
         sides = frame.shape[:2]
         h, w = (size * n // min(sides) for n in sides)
         picture = np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC))
         top, left = (h - size) // 2, (w - size) // 2
-        out.append(picture[top:top + size, left:left + size] / np.float32(255))
+        out.append(picture[top : top + size, left : left + size] / np.float32(255))
     return (np.stack(out) - MEAN) / STD

@@ -51,7 +51,7 @@ class Text(nn.Module):
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
         ids, mask = batch["text"], batch["text_mask"]
         first = jnp.arange(ids.shape[1]) == 0
-        ids = jnp.where(drop[:, None], first.astype(ids.dtype), ids)    # the end token is 1
+        ids = jnp.where(drop[:, None], first.astype(ids.dtype), ids)  # the end token is 1
         mask = jnp.where(drop[:, None], first, mask)
         x, mask = self.net(name="encoder")(ids, mask)
         tokens = MLP(self.width, out=self.width, name="project")(x)
@@ -84,19 +84,23 @@ class Embeddings(nn.Module):
         """Raises ConfigError without an encoder, or with one of another width."""
         where = "config.model.signals.embeddings"
         if self.encoder is None:
-            raise ConfigError("The text of this model is cached embeddings, and nothing here "
-                              f"turns a caption into one. Set {where}.encoder.name to one of: "
-                              f"{', '.join(FROZEN)}.")
+            raise ConfigError(
+                "The text of this model is cached embeddings, and nothing here "
+                f"turns a caption into one. Set {where}.encoder.name to one of: "
+                f"{', '.join(FROZEN)}."
+            )
         encoder = build(self.encoder, FROZEN, f"{where}.encoder")
         if encoder.width != self.features:
-            raise ConfigError(f"{where}.features = {self.features}, but its encoder "
-                              f"{self.encoder['name']!r} gives {encoder.width}.")
+            raise ConfigError(
+                f"{where}.features = {self.features}, but its encoder "
+                f"{self.encoder['name']!r} gives {encoder.width}."
+            )
         return encoder.tokenizer()
 
     @nn.nowrap
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         if self.encoder is not None:
-            self.tokenizer()           # says now what is wrong with it
+            self.tokenizer()  # says now what is wrong with it
         n = self.null_tokens
         return {"text": jnp.zeros((1, n, self.features)), "text_mask": jnp.ones((1, n), bool)}
 
@@ -104,8 +108,10 @@ class Embeddings(nn.Module):
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
         x = batch["text"].astype(jnp.float32)
         if x.shape[-1] != self.features:
-            raise ConfigError(f"Cached text embeddings are {x.shape[-1]} wide; "
-                              f"config.model.signals.embeddings.features = {self.features}.")
+            raise ConfigError(
+                f"Cached text embeddings are {x.shape[-1]} wide; "
+                f"config.model.signals.embeddings.features = {self.features}."
+            )
         n = self.null_tokens
         shape = (self.features,) if n == 1 else (n, self.features)
         null = self.param("null", nn.initializers.normal(0.02), shape, jnp.float32)
@@ -114,14 +120,19 @@ class Embeddings(nn.Module):
         null = jnp.pad(null.reshape(n, -1), ((0, x.shape[1] - n), (0, 0)))
         x = jnp.where(drop[:, None, None], null, x)
         mask = jnp.where(drop[:, None], jnp.arange(x.shape[1]) < n, mask)
-        project: Callable[[Array], Array] = (lambda tokens: tokens) if not self.project else MLP(
-            self.width, out=self.width, name="project")
+        project: Callable[[Array], Array] = (
+            (lambda tokens: tokens)
+            if not self.project
+            else MLP(self.width, out=self.width, name="project")
+        )
         if self.length is None:
             return Ports(tokens=project(x), tokens_mask=mask)
         short = self.length - x.shape[1]
         if short < 0:
-            raise ConfigError(f"Text has {x.shape[1]} tokens; this model reads at most "
-                              f"config.model.signals.embeddings.length = {self.length}.")
+            raise ConfigError(
+                f"Text has {x.shape[1]} tokens; this model reads at most "
+                f"config.model.signals.embeddings.length = {self.length}."
+            )
         return Ports(tokens=project(jnp.pad(x * mask[..., None], ((0, 0), (0, short), (0, 0)))))
 
 
@@ -147,11 +158,17 @@ class ImageTokens(nn.Module):
         x = kept(batch["image_tokens"], drop)
         if self.positions:
             if x.shape[1] != self.positions:
-                raise ConfigError(f"image_tokens has {x.shape[1]} tokens a clip; this model reads "
-                                  f"config.model.signals.image_tokens.positions = "
-                                  f"{self.positions}.")
-            x = x + self.param("position_table", nn.initializers.zeros,
-                               (self.positions, self.features), jnp.float32)
+                raise ConfigError(
+                    f"image_tokens has {x.shape[1]} tokens a clip; this model reads "
+                    f"config.model.signals.image_tokens.positions = "
+                    f"{self.positions}."
+                )
+            x = x + self.param(
+                "position_table",
+                nn.initializers.zeros,
+                (self.positions, self.features),
+                jnp.float32,
+            )
         # The two norms have torch's default epsilon, unlike those of the blocks.
         x = LayerNorm(1e-5, name="norm_in")(x)
         x = MLP(self.features, "gelu_exact", out=self.width, name="project")(x)
@@ -193,8 +210,9 @@ class Control(nn.Module):
         return {"control": jnp.zeros((1, t, h * self.side, w * self.side, self.channels))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        return Ports(control=kept(batch["control"], drop),
-                     control_scale=1.0 - drop.astype(jnp.float32))
+        return Ports(
+            control=kept(batch["control"], drop), control_scale=1.0 - drop.astype(jnp.float32)
+        )
 
 
 SIGNALS: dict[str, Callable[..., nn.Module]] = {
@@ -205,8 +223,8 @@ SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "control": Control,
     **STEERING,
 }
-NULL = "conditioning/embeddings/null"     # the parameter that stands for a dropped caption
-TEXT = ("text", "embeddings")     # what captions become, and what plain guidance strengthens
+NULL = "conditioning/embeddings/null"  # the parameter that stands for a dropped caption
+TEXT = ("text", "embeddings")  # what captions become, and what plain guidance strengthens
 
 
 def _sum(values: list[Array]) -> Array:
@@ -219,18 +237,31 @@ def _sum(values: list[Array]) -> Array:
 def merge(ports: list[Ports]) -> Ports:
     """Several signals at one port: tokens and channels are concatenated, vector and add summed.
     Control blocks read the channels of all their signals, if there is one of these."""
+
     def gather(field, combine):
         values = [v for p in ports if (v := getattr(p, field)) is not None]
         return combine(values) if values else None
 
     tokens = [p for p in ports if p.tokens is not None]
-    if any(p.tokens_mask is not None for p in tokens):        # then each needs one
-        ports = [p if p.tokens is None or p.tokens_mask is not None else
-                 p.replace(tokens_mask=jnp.ones(p.tokens.shape[:2], bool)) for p in ports]
+    if any(p.tokens_mask is not None for p in tokens):  # then each needs one
+        ports = [
+            p
+            if p.tokens is None or p.tokens_mask is not None
+            else p.replace(tokens_mask=jnp.ones(p.tokens.shape[:2], bool))
+            for p in ports
+        ]
     along, channels = partial(jnp.concatenate, axis=1), partial(jnp.concatenate, axis=-1)
-    rules = {"tokens": along, "tokens_mask": along, "image_tokens": along, "vector": _sum,
-             "modulation": _sum, "concat": channels, "add": _sum, "control": channels,
-             "control_scale": partial(functools.reduce, jnp.maximum)}
+    rules = {
+        "tokens": along,
+        "tokens_mask": along,
+        "image_tokens": along,
+        "vector": _sum,
+        "modulation": _sum,
+        "concat": channels,
+        "add": _sum,
+        "control": channels,
+        "control_scale": partial(functools.reduce, jnp.maximum),
+    }
     return Ports(**{field: gather(field, combine) for field, combine in rules.items()})
 
 
@@ -247,15 +278,23 @@ class Conditioning(nn.Module):
     @nn.nowrap
     def row(self, signal: str, **given) -> Any:
         """The module of one signal; `parent=None` makes it free-standing."""
-        return build({"name": signal, **self.signals[signal]}, SIGNALS,
-                     f"config.model.signals.{signal}", width=self.width, **given)
+        return build(
+            {"name": signal, **self.signals[signal]},
+            SIGNALS,
+            f"config.model.signals.{signal}",
+            width=self.width,
+            **given,
+        )
 
     @nn.nowrap
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         """A batch of one with the keys, types and feature sizes that the signals read, for a clip
         of (t, h, w, c)."""
-        return {k: v for name in self.signals
-                for k, v in self.row(name, parent=None).example(clip).items()}
+        return {
+            k: v
+            for name in self.signals
+            for k, v in self.row(name, parent=None).example(clip).items()
+        }
 
     @nn.nowrap
     def derived(self, key: PRNGKeyArray, x0: Array) -> Batch:
@@ -275,21 +314,30 @@ class Conditioning(nn.Module):
         lost = {name for name, row in rows.items() if not set(row.example()) <= set(batch)}
         for name in lost:
             if not rows[name].dropout:
-                raise ConfigError(f"This model was never trained without {name!r} "
-                                  f"(config.model.signals.{name}.dropout = 0): give it.")
+                raise ConfigError(
+                    f"This model was never trained without {name!r} "
+                    f"(config.model.signals.{name}.dropout = 0): give it."
+                )
         return lost
 
     @nn.nowrap
     def completed(self, batch: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
         """A batch for clips of `shape` [b t h w c] with an entry for every signal."""
-        examples = {k: v for name in self.absent(batch)
-                    for k, v in self.row(name, parent=None).example(shape[1:]).items()}
-        return {**batch, **{k: jnp.broadcast_to(v, (shape[0], *v.shape[1:]))
-                            for k, v in examples.items()}}
+        examples = {
+            k: v
+            for name in self.absent(batch)
+            for k, v in self.row(name, parent=None).example(shape[1:]).items()
+        }
+        return {
+            **batch,
+            **{k: jnp.broadcast_to(v, (shape[0], *v.shape[1:])) for k, v in examples.items()},
+        }
 
     @nn.nowrap
     def random_drop(self, key: PRNGKeyArray, batch_size: int) -> dict[str, Array]:
         """Each signal of each clip is dropped independently, with the signal's `dropout`."""
         rates = [self.row(name, parent=None).dropout for name in self.signals]
-        return {name: jax.random.bernoulli(jax.random.fold_in(key, i), rate, (batch_size,))
-                for i, (name, rate) in enumerate(zip(self.signals, rates, strict=True))}
+        return {
+            name: jax.random.bernoulli(jax.random.fold_in(key, i), rate, (batch_size,))
+            for i, (name, rate) in enumerate(zip(self.signals, rates, strict=True))
+        }

@@ -33,8 +33,15 @@ class Hint(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t H W c"]) -> Float[Array, "b t h w d"]:
         def conv(features: int, name: str, stride: int = 1, init: Any = None) -> nn.Conv:
-            return nn.Conv(features, (3, 3), stride, 1, dtype=self.dtype, name=name,
-                           kernel_init=init or nn.initializers.lecun_normal())
+            return nn.Conv(
+                features,
+                (3, 3),
+                stride,
+                1,
+                dtype=self.dtype,
+                name=name,
+                kernel_init=init or nn.initializers.lecun_normal(),
+            )
 
         zeros = nn.initializers.zeros
         if not self.widths:
@@ -62,18 +69,27 @@ class ControlNet(nn.Module):
     common: Common
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"], time: Array, vector: Array | None,
-                 tokens: Array | None, mask: Array | None, control: Float[Array, "b t H W c"],
-                 scale: Float[Array, "b"]) -> tuple[list[Array], Array]:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        time: Array,
+        vector: Array | None,
+        tokens: Array | None,
+        mask: Array | None,
+        control: Float[Array, "b t H W c"],
+        scale: Float[Array, "b"],
+    ) -> tuple[list[Array], Array]:
         common = dataclasses.replace(self.common, temporal=CONTROLS[self.kind])
         hint = Hint(self.hint, self.widths[0], common.dtype, name="hint")(control)
         x = jnp.zeros_like(x) if self.kind == "sparse" else x
-        _, skips, deepest = Encoder(self.widths, self.layers, self.attention, False, self.remat,
-                                    common, name="encoder")(x, time, vector, tokens, mask, hint)
+        _, skips, deepest = Encoder(
+            self.widths, self.layers, self.attention, False, self.remat, common, name="encoder"
+        )(x, time, vector, tokens, mask, hint)
 
         def out(y: Array, name: str) -> Array:
-            y = nn.Dense(y.shape[-1], name=name, dtype=common.dtype,
-                         kernel_init=nn.initializers.zeros)(y)
+            y = nn.Dense(
+                y.shape[-1], name=name, dtype=common.dtype, kernel_init=nn.initializers.zeros
+            )(y)
             return y * scale.astype(y.dtype)[:, None, None, None, None]
 
         return [out(y, f"out_{i}") for i, y in enumerate(skips)], out(deepest, "out_middle")

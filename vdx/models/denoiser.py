@@ -34,8 +34,7 @@ class Denoiser(nn.Module):
         self.network, self.conditioning = self.parts()
 
     def __call__(self, x: Array, time: Array, ports: Ports, past: Past | None = None) -> Array:
-        return self.network(x, time, ports) if past is None else \
-            self.network(x, time, ports, past)
+        return self.network(x, time, ports) if past is None else self.network(x, time, ports, past)
 
     def condition(self, batch: Batch, drop: Drop) -> Ports:
         return self.conditioning(batch, drop)
@@ -73,8 +72,14 @@ class Denoiser(nn.Module):
         """
         network, conditioning = self.parts()
         x = jnp.zeros((1, *network.patch, network.channels))
-        return self.init(key, x, jnp.zeros(1), conditioning.example(x.shape[1:]),
-                         self.drop_masks(1, False), method="train_view")["params"]
+        return self.init(
+            key,
+            x,
+            jnp.zeros(1),
+            conditioning.example(x.shape[1:]),
+            self.drop_masks(1, False),
+            method="train_view",
+        )["params"]
 
     @property
     def channels(self) -> int:
@@ -99,8 +104,11 @@ class Denoiser(nn.Module):
         network, conditioning = self.parts()
         batch = jax.eval_shape(lambda: conditioning.example(shape))
         if text is not None and "embeddings" in self.signals:
-            batch |= {k: jax.ShapeDtypeStruct((1, text, *v.shape[2:]), v.dtype)
-                      for k, v in batch.items() if k in ("text", "text_mask")}
+            batch |= {
+                k: jax.ShapeDtypeStruct((1, text, *v.shape[2:]), v.dtype)
+                for k, v in batch.items()
+                if k in ("text", "text_mask")
+            }
         drop = jax.eval_shape(lambda: self.drop_masks(1, False))
         params = jax.eval_shape(conditioning.init, jax.random.key(0), batch, drop)
         ports = jax.eval_shape(conditioning.apply, params, batch, drop)
@@ -132,6 +140,8 @@ class Denoiser(nn.Module):
         rows = [self.parts()[1].row(name, parent=None) for name in self.signals]
         found = [row for row in rows if hasattr(row, "tokenizer")]
         if len(found) != 1:
-            raise ConfigError("config.model.signals needs one signal that reads captions, 'text' "
-                              f"or 'embeddings', and has: {', '.join(self.signals) or 'none'}.")
+            raise ConfigError(
+                "config.model.signals needs one signal that reads captions, 'text' "
+                f"or 'embeddings', and has: {', '.join(self.signals) or 'none'}."
+            )
         return found[0].tokenizer()

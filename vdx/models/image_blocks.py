@@ -17,10 +17,14 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... h w c"]) -> Array:
         # Not the fast variance E[x^2] - E[x]^2: it cancels where the mean is large.
-        return nn.GroupNorm(self.groups, epsilon=self.eps, dtype=jnp.float32,
-                            use_fast_variance=False, name="norm",
-                            reduction_axes=tuple(range(-4 if self.joint else -3, 0))
-                            )(x.astype(jnp.float32)).astype(x.dtype)
+        return nn.GroupNorm(
+            self.groups,
+            epsilon=self.eps,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            name="norm",
+            reduction_axes=tuple(range(-4 if self.joint else -3, 0)),
+        )(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class ImageResidual(nn.Module):
@@ -33,8 +37,9 @@ class ImageResidual(nn.Module):
     eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... h w c"],
-                 emb: Float[Array, "... 1 1 d"] | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "... h w c"], emb: Float[Array, "... 1 1 d"] | None = None
+    ) -> Array:
         y = x
         for i in (1, 2):
             y = nn.silu(GroupNorm(self.groups, self.eps, name=f"norm{i}")(y))

@@ -92,20 +92,37 @@ class ImageVAE(nn.Module):
 
     def setup(self):
         if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ConfigError(f"image VAE: block_out_channels {self.block_out_channels} must be "
-                              f"multiples of norm_num_groups {self.norm_num_groups}.")
+            raise ConfigError(
+                f"image VAE: block_out_channels {self.block_out_channels} must be "
+                f"multiples of norm_num_groups {self.norm_num_groups}."
+            )
         dtype, widths = jnp.dtype(self.dtype), self.block_out_channels
-        self.encoder = ImageCoder(widths, self.layers_per_block, 2 * self.latent_channels,
-                                  self.norm_num_groups, self.mid_block_add_attention, False, dtype)
-        self.decoder = ImageCoder(widths[::-1], self.layers_per_block + 1, self.out_channels,
-                                  self.norm_num_groups, self.mid_block_add_attention, True, dtype)
+        self.encoder = ImageCoder(
+            widths,
+            self.layers_per_block,
+            2 * self.latent_channels,
+            self.norm_num_groups,
+            self.mid_block_add_attention,
+            False,
+            dtype,
+        )
+        self.decoder = ImageCoder(
+            widths[::-1],
+            self.layers_per_block + 1,
+            self.out_channels,
+            self.norm_num_groups,
+            self.mid_block_add_attention,
+            True,
+            dtype,
+        )
         if self.use_quant_conv:
             self.quant_conv = nn.Dense(2 * self.latent_channels, dtype=dtype)
         if self.use_post_quant_conv:
             self.post_quant_conv = nn.Dense(self.latent_channels, dtype=dtype)
 
-    def __call__(self, pixels: Float[Array, "... h w 3"],
-                 key: PRNGKeyArray | None = None) -> tuple[Array, Posterior]:
+    def __call__(
+        self, pixels: Float[Array, "... h w 3"], key: PRNGKeyArray | None = None
+    ) -> tuple[Array, Posterior]:
         """(reconstruction, posterior) from a sample of the posterior, or its mode without key."""
         posterior = self.encode(pixels)
         return self.decode(posterior.mode() if key is None else posterior.sample(key)), posterior
@@ -115,12 +132,15 @@ class ImageVAE(nn.Module):
         *batch, h, w, c = pixels.shape
         side = 2 ** (len(self.block_out_channels) - 1)
         if h % side or w % side:
-            raise ValueError(f"Frames of {h} x {w} do not divide into latents: cut or resize "
-                             f"them to multiples of {side}.")
+            raise ValueError(
+                f"Frames of {h} x {w} do not divide into latents: cut or resize "
+                f"them to multiples of {side}."
+            )
         z = self.encoder(pixels.reshape(-1, h, w, c))
         z = self.quant_conv(z) if self.use_quant_conv else z
-        return Posterior.of(z.reshape(*batch, *z.shape[1:]), self.shift_factor or 0.0,
-                            1 / self.scaling_factor)
+        return Posterior.of(
+            z.reshape(*batch, *z.shape[1:]), self.shift_factor or 0.0, 1 / self.scaling_factor
+        )
 
     def decode(self, latents: Float[Array, "... h w z"]) -> Float[Array, "... H W 3"]:
         """float32 pixels of normalised latents; they may leave [-1, 1] a little."""

@@ -24,12 +24,12 @@ def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": nn.gelu,          # tanh form, as in Wan and T5
-    "gelu_exact": partial(nn.gelu, approximate=False),     # BERT, CLIP ViT-H
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),     # OpenAI's CLIP
+    "gelu": nn.gelu,  # tanh form, as in Wan and T5
+    "gelu_exact": partial(nn.gelu, approximate=False),  # BERT, CLIP ViT-H
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
     "silu": nn.silu,
-    "geglu": geglu,           # the U-Nets
-    "relu2": lambda x: jnp.square(nn.relu(x)),   # Primer (So et al. 2021); the cheapest on a CPU
+    "geglu": geglu,  # the U-Nets
+    "relu2": lambda x: jnp.square(nn.relu(x)),  # Primer (So et al. 2021); the cheapest on a CPU
 }
 
 
@@ -82,11 +82,12 @@ class EmbedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Array:
-        x = sinusoidal(x, self.sinusoid)   # float32: a bfloat16 time loses neighbouring steps
+        x = sinusoidal(x, self.sinusoid)  # float32: a bfloat16 time loses neighbouring steps
         x = nn.silu(nn.Dense(self.width, name="up", dtype=jnp.float32)(x))
         # Small at first (Peebles & Xie 2023), or it would modulate at random what it knows not.
-        return nn.Dense(self.width, name="down", dtype=jnp.float32,
-                        kernel_init=nn.initializers.normal(0.02))(x)
+        return nn.Dense(
+            self.width, name="down", dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02)
+        )(x)
 
 
 def told(emb: Array, vector: Array, t: int) -> Array:
@@ -122,9 +123,10 @@ def dct_basis(patch: tuple[int, int, int], channels: int, width: int) -> np.ndar
     beyond the patch's size are zero. Video is smooth and noise is white, so these are the
     directions in which a noisy patch says most: a projection to start training from.
     """
+
     def dct(n: int) -> np.ndarray:
         k, x = np.arange(n)[None], np.arange(n)[:, None] + 0.5
-        return np.cos(np.pi * k * x / n) * np.sqrt(np.where(k == 0, 1, 2) / n)   # [x k]
+        return np.cos(np.pi * k * x / n) * np.sqrt(np.where(k == 0, 1, 2) / n)  # [x k]
 
     basis = np.einsum("ta,hb,wc->thwabc", *(dct(n) for n in patch))
     frequency = sum(np.square(k / n) for k, n in zip(np.indices(patch), patch, strict=True))
@@ -132,21 +134,24 @@ def dct_basis(patch: tuple[int, int, int], channels: int, width: int) -> np.ndar
     basis = basis.reshape(math.prod(patch), -1)[:, order]
     every = np.einsum("pk,cd->pckd", basis, np.eye(channels)).reshape(len(basis) * channels, -1)
     out = np.zeros((len(every), width), np.float32)
-    out[:, :every.shape[1]] = every[:, :width]
+    out[:, : every.shape[1]] = every[:, :width]
     return out
 
 
 def low_frequencies(patch: tuple[int, int, int], out: bool = False):
     """An initializer for the projection of patches to features, or (`out`) back."""
+
     def init(key, shape, dtype=jnp.float32):
         pixels, width = shape[::-1] if out else shape
         basis = dct_basis(patch, pixels // math.prod(patch), width)
         return jnp.asarray(basis.T * 0.5 if out else basis, dtype)
+
     return init
 
 
-def _over_axes(grid: tuple[int, int, int], width: int,
-               rows: Callable[[int, int], np.ndarray]) -> np.ndarray:
+def _over_axes(
+    grid: tuple[int, int, int], width: int, rows: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
     """[t h w f], float64: rows(entries, features) of each axis, laid along it, side by side.
 
     The features are divided between the axes as in Wan: 2 * (width // 6) each for h and w, the
@@ -167,6 +172,7 @@ def place_table(grid: tuple[int, int, int], width: int) -> np.ndarray:
     The frequencies of an axis of n tokens run geometrically from half a period to n/4 periods
     over the whole axis.
     """
+
     def rows(n: int, features: int) -> np.ndarray:
         freqs = np.pi * np.geomspace(1.0, max(n / 2, 1.0), features // 2)
         angles = (np.arange(n)[:, None] + 0.5) / n * freqs
@@ -188,12 +194,14 @@ def plane_table(grid: tuple[int, int], width: int, base: int) -> np.ndarray:
     `base` places, whatever the grid."""
     rows, columns = (sincos_table(np.arange(n) * base / n, width // 2) for n in grid)
     shape = (*grid, width // 2)
-    return np.concatenate([np.broadcast_to(columns, shape),
-                           np.broadcast_to(rows[:, None], shape)], -1).astype(np.float32)
+    return np.concatenate(
+        [np.broadcast_to(columns, shape), np.broadcast_to(rows[:, None], shape)], -1
+    ).astype(np.float32)
 
 
-def rope_table(grid: tuple[int, int, int], head_width: int,
-               theta: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(
+    grid: tuple[int, int, int], head_width: int, theta: float = 1e4
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [t h w 1 head_width/2] of 3D rotary positions (Su et al. 2021).
 
     Angles are built in float64.
@@ -202,24 +210,26 @@ def rope_table(grid: tuple[int, int, int], head_width: int,
         raise ValueError(f"Rotary positions need an even head width, not {head_width}.")
 
     def rows(n: int, features: int) -> np.ndarray:
-        return np.arange(n)[:, None] * theta ** (-np.arange(0, features, 2, dtype=np.float64)
-                                                 / features)
+        return np.arange(n)[:, None] * theta ** (
+            -np.arange(0, features, 2, dtype=np.float64) / features
+        )
 
     angles = _over_axes(grid, head_width, rows)[..., None, :]
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def turned(rope: tuple[Any, Any], frames: Int[Array, ""], head_width: int,
-           theta: float = 1e4) -> tuple[Array, Array]:
+def turned(
+    rope: tuple[Any, Any], frames: Int[Array, ""], head_width: int, theta: float = 1e4
+) -> tuple[Array, Array]:
     """A `rope_table` moved on by a traced number of frames, exact for 2**20 and more of them.
 
     Angles are counted in turns of 2**32: such integers wrap around as angles do, where a float32
     angle of many turns has lost its fraction.
     """
-    features = head_width - 4 * (head_width // 6)          # those of time come first
+    features = head_width - 4 * (head_width // 6)  # those of time come first
     freqs = theta ** (-np.arange(0, features, 2, dtype=np.float64) / features)
     steps = np.zeros(head_width // 2, np.uint32)
-    steps[:len(freqs)] = np.round(freqs / (2 * np.pi) * 2**32)
+    steps[: len(freqs)] = np.round(freqs / (2 * np.pi) * 2**32)
     angles = (frames.astype(jnp.uint32) * steps).astype(jnp.float32) * (2 * np.pi / 2**32)
     (cos, sin), c, s = rope, jnp.cos(angles), jnp.sin(angles)
     return cos * c - sin * s, sin * c + cos * s

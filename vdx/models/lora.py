@@ -19,12 +19,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vdx.build import ConfigError, nearest
 from vdx.types import Array, Params, PRNGKeyArray
 
-__all__ = ["A", "Adapted", "B", "Change", "Lora", "adapt", "added", "dense_kernels", "joined",
-           "merged"]
+__all__ = [
+    "A",
+    "Adapted",
+    "B",
+    "Change",
+    "Lora",
+    "adapt",
+    "added",
+    "dense_kernels",
+    "joined",
+    "merged",
+]
 
 A, B = "lora_a", "lora_b"
 BLOCKS = r"network/layers/.*/(q|k|v|image_k|image_v|out|up|down)/kernel$"
-_DROPOUT = 0x10A      # folded into the key of a step; its other draws split that key
+_DROPOUT = 0x10A  # folded into the key of a step; its other draws split that key
 
 
 class Adapted(flax.struct.PyTreeNode):
@@ -39,20 +49,28 @@ class Adapted(flax.struct.PyTreeNode):
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
-    def apply(self, module: nn.Module, *args, method: str, mutable: Any = False,
-              **collections) -> Any:
+    def apply(
+        self, module: nn.Module, *args, method: str, mutable: Any = False, **collections
+    ) -> Any:
         """`module.apply`, with the factors beside the kernels."""
         rngs = {"lora": self.key} if self.dropout and self.key is not None else {}
         with nn.intercept_methods(self._beside):
-            return module.apply({"params": self.base, "lora": self.factors, **collections}, *args,
-                                method=method, rngs=rngs, mutable=mutable)
+            return module.apply(
+                {"params": self.base, "lora": self.factors, **collections},
+                *args,
+                method=method,
+                rngs=rngs,
+                mutable=mutable,
+            )
 
     def _beside(self, call: Callable, args, kwargs, context) -> Any:
         y, layer = call(*args, **kwargs), context.module
         if not _is_dense(context) or not layer.has_variable("lora", A):
             return y
-        x, a, b = (v.astype(y.dtype) for v in (args[0], layer.get_variable("lora", A),
-                                               layer.get_variable("lora", B)))
+        x, a, b = (
+            v.astype(y.dtype)
+            for v in (args[0], layer.get_variable("lora", A), layer.get_variable("lora", B))
+        )
         if layer.has_rng("lora"):
             keep = jax.random.bernoulli(layer.make_rng("lora"), 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
@@ -94,8 +112,10 @@ class Lora:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1 or not self.targets:
-            raise ConfigError(f"config.lora: rank = {self.rank} must be at least 1, dropout = "
-                              f"{self.dropout} in [0, 1), and targets name at least one kernel.")
+            raise ConfigError(
+                f"config.lora: rank = {self.rank} must be at least 1, dropout = "
+                f"{self.dropout} in [0, 1), and targets name at least one kernel."
+            )
 
     @property
     def scale(self) -> float:
@@ -108,9 +128,10 @@ class Lora:
         for target in self.targets:
             hits = [path for path in kernels if re.search(target, path)]
             if not hits:
-                raise ConfigError(f"config.lora.targets: {target!r} is found in no kernel of a "
-                                  f"dense layer.{nearest(target, kernels)} They are:\n  "
-                                  + "\n  ".join(kernels))
+                raise ConfigError(
+                    f"config.lora.targets: {target!r} is found in no kernel of a "
+                    f"dense layer.{nearest(target, kernels)} They are:\n  " + "\n  ".join(kernels)
+                )
             out |= {path: kernels[path] for path in hits}
         return out
 
@@ -120,10 +141,10 @@ class Lora:
         out: dict[str, Array] = {}
         for i, (path, kernel) in enumerate(sorted(kernels.items())):
             (*layers, fan_in, fan_out), layer = kernel.shape, path.removesuffix("/kernel")
-            bound = fan_in ** -0.5
+            bound = fan_in**-0.5
             out[f"{layer}/{A}"] = jax.random.uniform(
-                jax.random.fold_in(key, i), (*layers, fan_in, self.rank), jnp.float32,
-                -bound, bound)
+                jax.random.fold_in(key, i), (*layers, fan_in, self.rank), jnp.float32, -bound, bound
+            )
             out[f"{layer}/{B}"] = jnp.zeros((*layers, self.rank, fan_out), jnp.float32)
         return unflatten_dict(out, sep="/")
 
@@ -166,18 +187,26 @@ def joined(*parts: tuple[Params, float]) -> Params:
     for factors, weight in parts:
         for path, value in _flat(factors).items():
             halves.setdefault(path, []).append(weight * value if path.endswith(B) else value)
-    return unflatten_dict({path: jnp.concatenate(found, -1 if path.endswith(A) else -2)
-                           for path, found in halves.items()}, sep="/")
+    return unflatten_dict(
+        {
+            path: jnp.concatenate(found, -1 if path.endswith(A) else -2)
+            for path, found in halves.items()
+        },
+        sep="/",
+    )
 
 
 def merged(params: Params, factors: Params, scale: float = 1.0) -> Params:
     """W + scale A B in the place of every kernel W, summed in float32, in W's type."""
     halves = _flat(factors)
     for path in halves:
-        if path.endswith(A):           # one after another: a product is as large as its kernel
+        if path.endswith(A):  # one after another: a product is as large as its kernel
             a, b = (halves[path.removesuffix(A) + h].astype(jnp.float32) for h in (A, B))
-            params = added(params, {path.removesuffix(A) + "kernel": jnp.matmul(
-                a, b, precision="highest")}, scale)
+            params = added(
+                params,
+                {path.removesuffix(A) + "kernel": jnp.matmul(a, b, precision="highest")},
+                scale,
+            )
     return params
 
 
@@ -186,8 +215,12 @@ def added(params: Params, deltas: Mapping[str, Any], weight: float = 1.0) -> Par
     leaves = _flat(params)
     if unknown := sorted(set(deltas) - set(leaves)):
         raise ValueError(f"This network has no {', '.join(unknown)}.")
-    new = {path: (leaves[path].astype(jnp.float32) + weight * delta.astype(jnp.float32)
-                  ).astype(leaves[path].dtype) for path, delta in deltas.items()}
+    new = {
+        path: (leaves[path].astype(jnp.float32) + weight * delta.astype(jnp.float32)).astype(
+            leaves[path].dtype
+        )
+        for path, delta in deltas.items()
+    }
     return unflatten_dict({**leaves, **new}, sep="/")
 
 

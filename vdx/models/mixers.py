@@ -57,7 +57,7 @@ OVER: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
     "space": ("b t h w n d", "b t (h w) n d", "t", lambda t, h, w: h * w),
     "time": ("b t h w n d", "b h w t n d", "h", lambda t, h, w: t),
 }
-REACH = 32      # distances in time beyond this many frames have one bias
+REACH = 32  # distances in time beyond this many frames have one bias
 
 
 class GridAttention(nn.Module):
@@ -80,29 +80,41 @@ class GridAttention(nn.Module):
     block: int | None = None
     window: int | None = None
     sink: int = 0
-    over = "full"        # a row of OVER
+    over = "full"  # a row of OVER
     temporal = False
     known_positions: ClassVar[tuple[str, ...]] = ("rope", "none")
 
     def __post_init__(self):
         if self.positions not in self.known_positions:
-            raise ConfigError(f"model.pattern: positions = {self.positions!r} of the mixer over "
-                              f"{self.over!r}; known: {', '.join(self.known_positions)}.")
-        if not ((self.block is None or (self.block > 0 and self.over != "space"))
-                and (self.window is None or (self.window > 0 and (self.block or self.temporal)))
-                and (self.sink == 0 or (self.sink > 0 and self.block and self.window))):
+            raise ConfigError(
+                f"model.pattern: positions = {self.positions!r} of the mixer over "
+                f"{self.over!r}; known: {', '.join(self.known_positions)}."
+            )
+        if not (
+            (self.block is None or (self.block > 0 and self.over != "space"))
+            and (self.window is None or (self.window > 0 and (self.block or self.temporal)))
+            and (self.sink == 0 or (self.sink > 0 and self.block and self.window))
+        ):
             raise ConfigError(
                 f"model.pattern: {self.over!r} with block = {self.block}, window = {self.window}, "
                 f"sink = {self.sink}: a block is of one or more frames, of a mixer that looks over "
-                "time; a window is of one or more blocks, and a sink stays beside a window.")
+                "time; a window is of one or more blocks, and a sink stays beside a window."
+            )
         super().__post_init__()
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
         t, whole = grid[0], OVER[self.over][3](*grid)
-        seen = whole if self.block is None else whole / t ** 2 * sum(
-            (stop - start) * sum(b - a for a, b in self.seen(i, t))
-            for i, (start, stop) in enumerate(_blocks(t, self.block)))
+        seen = (
+            whole
+            if self.block is None
+            else whole
+            / t**2
+            * sum(
+                (stop - start) * sum(b - a for a, b in self.seen(i, t))
+                for i, (start, stop) in enumerate(_blocks(t, self.block))
+            )
+        )
         return math.prod(grid) * width * (8.0 * width + 4.0 * seen)
 
     @nn.nowrap
@@ -115,8 +127,9 @@ class GridAttention(nn.Module):
         return [(0, old), now] if old else [now]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"],
-                 context: MixContext) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self, x: Float[Array, "b t h w d"], context: MixContext
+    ) -> Float[Array, "b t h w d"]:
         width, split = x.shape[-1], OVER[self.over][2]
         # What is attended over must lie on one device, so the context axis splits another one
         # (for "full" see CONTEXTS in attend.py).
@@ -136,15 +149,20 @@ class GridAttention(nn.Module):
         y = nn.Dense(width, name="out", dtype=self.dtype)(y)
         return back(y, split)
 
-    def answers(self, context: MixContext, q: Float[Array, "b t h w n d"],
-                k: Float[Array, "b s h w n d"], v: Float[Array, "b s h w n d"],
-                seen: Array | None = None,
-                bias: Float[Array, "1 n q s"] | None = None) -> Array:
+    def answers(
+        self,
+        context: MixContext,
+        q: Float[Array, "b t h w n d"],
+        k: Float[Array, "b s h w n d"],
+        v: Float[Array, "b s h w n d"],
+        seen: Array | None = None,
+        bias: Float[Array, "1 n q s"] | None = None,
+    ) -> Array:
         """seen: bool [s], frames of the keys that are, or for "time" [q s]; None: all."""
         grid, flat = OVER[self.over][:2]
         sizes, frames = dict(zip("bthw", q.shape[:4], strict=True)), k.shape[1]
         q, k, v = (rearrange(a, f"{grid} -> {flat}") for a in (q, k, v))
-        if self.block and self.over == "full":       # a block's frames may lie on one device
+        if self.block and self.over == "full":  # a block's frames may lie on one device
             q = constrain(q, "b s n d", context="s")
         mask = None if seen is None else jnp.repeat(seen, k.shape[-3] // frames, -1)[None]
         across = context.across if self.over == "full" and self.block is None else "gather"
@@ -158,18 +176,21 @@ class GridAttention(nn.Module):
             return self.answers(context, q, k, v)
         out, frames = [], q.shape[1]
         for i, (start, stop) in enumerate(_blocks(frames, self.block)):
-            seen = (jnp.concatenate([a[:, at:to] for at, to in self.seen(i, frames)], 1)
-                    for a in (k, v))
+            seen = (
+                jnp.concatenate([a[:, at:to] for at, to in self.seen(i, frames)], 1) for a in (k, v)
+            )
             out.append(self.answers(context, q[:, start:stop], *seen))
         return jnp.concatenate(out, 1)
 
-    def after_past(self, k: Array, v: Array, size: int,
-                   past: Past) -> tuple[Array, Array, Array]:
+    def after_past(self, k: Array, v: Array, size: int, past: Past) -> tuple[Array, Array, Array]:
         """Keys and values of the past and then of this block, and which frames are seen [s]."""
         blocks = past.blocks if self.window is None else self.sink + self.window
         index, out = past.start // size, []
-        slot = index if self.window is None else jnp.where(
-            index < self.sink, index, self.sink + (index - self.sink) % self.window)
+        slot = (
+            index
+            if self.window is None
+            else jnp.where(index < self.sink, index, self.sink + (index - self.sink) % self.window)
+        )
         for name, new in (("keys", k), ("values", v)):
             shape = (len(new), blocks * size, *new.shape[2:])
             held = self.variable("cache", name, jnp.zeros, shape, new.dtype)
@@ -208,14 +229,18 @@ class TimeAttention(GridAttention):
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])   # what is hidden as well
+        return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])  # what is hidden as well
 
     def within(self, context: MixContext, q: Array, k: Array, v: Array) -> Array:
         """One product with a mask: so few tokens are not worth a program for each block."""
         frames, bias = q.shape[1], None
         if self.positions == "relative":
-            table = self.param("distance_table", nn.initializers.normal(0.02),
-                               (2 * REACH + 1, self.heads), jnp.float32)
+            table = self.param(
+                "distance_table",
+                nn.initializers.normal(0.02),
+                (2 * REACH + 1, self.heads),
+                jnp.float32,
+            )
             rows = table[np.clip(_ahead(frames), -REACH, REACH) + REACH]
             bias = rearrange(rows, "q s n -> 1 n q s")
         return self.answers(context, q, k, v, self.mask(frames), bias)
@@ -224,8 +249,7 @@ class TimeAttention(GridAttention):
     def mask(self, frames: int) -> Bool[Array, "q s"] | None:
         """True on what each frame may see; None: all."""
         if self.block is None:
-            return None if self.window is None else jnp.asarray(
-                abs(_ahead(frames)) <= self.window)
+            return None if self.window is None else jnp.asarray(abs(_ahead(frames)) <= self.window)
         mask = np.zeros((frames, frames), bool)
         for i, (start, stop) in enumerate(_blocks(frames, self.block)):
             for at, to in self.seen(i, frames):
@@ -245,15 +269,16 @@ class NoExchange(nn.Module):
     heads: int
     dtype: jnp.dtype = jnp.float32
     over = "none"
-    temporal = False     # so that the frames of a clip are as many images
+    temporal = False  # so that the frames of a clip are as many images
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * 4.0 * width ** 2
+        return math.prod(grid) * 4.0 * width**2
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"],
-                 context: MixContext) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self, x: Float[Array, "b t h w d"], context: MixContext
+    ) -> Float[Array, "b t h w d"]:
         v = nn.Dense(x.shape[-1], name="v", dtype=self.dtype)(x)
         return nn.Dense(x.shape[-1], name="out", dtype=self.dtype)(v)
 
@@ -271,11 +296,12 @@ MIXERS: dict[str, Callable[..., Any]] = {
 # {"name": row of MIXERS, **fields}, e.g. ("space", "full", {"name": "time", "block": 1}).
 PATTERNS: dict[str, tuple[str | dict[str, Any], ...]] = {
     "full": ("full",),
-    "factorized": ("space", "time"),   # Latte, VDM: space within a frame, then time at a place
+    "factorized": ("space", "time"),  # Latte, VDM: space within a frame, then time at a place
     "factorized_causal": ("space", {"name": "time", "block": 1}),
     "conv": ("space", {"name": "conv", "kernel": (3, 1, 1)}),
     "recurrent": ("space", "recurrent"),
-    "latte": tuple({"name": name, "positions": "none", "qk_norm": False}
-                   for name in ("space", "time")),         # its `sincos` positions are added
-    "frames": ("space", "none"),       # independent frames
+    "latte": tuple(
+        {"name": name, "positions": "none", "qk_norm": False} for name in ("space", "time")
+    ),  # its `sincos` positions are added
+    "frames": ("space", "none"),  # independent frames
 }

@@ -21,14 +21,16 @@ class Part:
         try:
             frozen, trained = self.split(shapes)
         except re.error as error:
-            raise ConfigError(f"config.trainable = {self.pattern!r} is no regex: {error}."
-                              ) from error
+            raise ConfigError(
+                f"config.trainable = {self.pattern!r} is no regex: {error}."
+            ) from error
         if not trained or not frozen:
             found = "finds none" if not trained else "finds all"
             layers = sorted({path.rpartition("/")[0] for path in _flat(shapes)})
-            raise ConfigError(f"config.trainable = {self.pattern!r} {found} of the parameters. To "
-                              "train all of them leave it out. They are in:\n  "
-                              + "\n  ".join(layers))
+            raise ConfigError(
+                f"config.trainable = {self.pattern!r} {found} of the parameters. To "
+                "train all of them leave it out. They are in:\n  " + "\n  ".join(layers)
+            )
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(frozen, trained) parameters."""

@@ -22,12 +22,16 @@ import numpy as np
 from vdx.parallel import back, constrain
 from vdx.types import Array, Float
 
-STRENGTH = 8.0       # of the decay's gate, in Griffin's words c
-HALF_LIVES = 0.5, 64.0       # in frames, of the features as they begin
+STRENGTH = 8.0  # of the decay's gate, in Griffin's words c
+HALF_LIVES = 0.5, 64.0  # in frames, of the features as they begin
 
 
-def linear_scan(a: Float[Array, "b t h w f"], u: Float[Array, "b t h w f"],
-                state: Float[Array, "b h w f"], reverse: bool = False) -> Array:
+def linear_scan(
+    a: Float[Array, "b t h w f"],
+    u: Float[Array, "b t h w f"],
+    state: Float[Array, "b h w f"],
+    reverse: bool = False,
+) -> Array:
     """h_t = a_t h_{t-1} + u_t for every t, with h_{-1} = state; from the last frame to the first
     with `reverse`. In parallel: steps compose as (a, u), (a', u') -> (a a', a' u + u')."""
     first = -1 if reverse else 0
@@ -50,12 +54,17 @@ class Direction(nn.Module):
     reverse: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], v: Float[Array, "b t h w f"],
-                 state: Float[Array, "b h w f"]) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w d"],
+        v: Float[Array, "b t h w f"],
+        state: Float[Array, "b h w f"],
+    ) -> Array:
         width = v.shape[-1]
-        open_, written = (jax.nn.sigmoid(
-            nn.Dense(width, name=name, dtype=self.dtype)(x).astype(jnp.float32))
-            for name in ("decay", "k"))
+        open_, written = (
+            jax.nn.sigmoid(nn.Dense(width, name=name, dtype=self.dtype)(x).astype(jnp.float32))
+            for name in ("decay", "k")
+        )
         rate = nn.softplus(self.param("decay_scale", half_lives, (width,), jnp.float32))
         log_a = -STRENGTH * rate * open_
         # 1 - a^2 without cancellation; the floor keeps the root's gradient finite.
@@ -73,21 +82,22 @@ class Recurrent(nn.Module):
     With a past it lies in the collection "cache", and moves on where that is mutable.
     """
 
-    heads: int           # not used
+    heads: int  # not used
     dtype: jnp.dtype = jnp.float32
     bidirectional: bool = False
     temporal = True
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * width ** 2 * (14.0 if self.bidirectional else 10.0)
+        return math.prod(grid) * width**2 * (14.0 if self.bidirectional else 10.0)
 
     @nn.compact
-    def run(self, state: Float[Array, "b h w d"], x: Float[Array, "b t h w d"]
-            ) -> tuple[Float[Array, "b h w d"], Float[Array, "b t h w d"]]:
+    def run(
+        self, state: Float[Array, "b h w d"], x: Float[Array, "b t h w d"]
+    ) -> tuple[Float[Array, "b h w d"], Float[Array, "b t h w d"]]:
         """(state, window) -> (state after it, y). The state is that of the forward recurrence."""
         width = x.shape[-1]
-        x = constrain(x, "b t h w d", context="h")       # all frames of a place on one device
+        x = constrain(x, "b t h w d", context="h")  # all frames of a place on one device
         q, v = (nn.Dense(width, name=name, dtype=self.dtype)(x) for name in "qv")
         v = constrain(v.astype(jnp.float32), "b t h w f", context="h")
         h = Direction(self.dtype, name="forward")(x, v, state)
@@ -97,8 +107,9 @@ class Recurrent(nn.Module):
         y = nn.Dense(width, name="out", dtype=self.dtype)((nn.gelu(q) * h).astype(self.dtype))
         return state, back(y, "h")
 
-    def step(self, state: Float[Array, "b h w d"], x: Float[Array, "b h w d"]
-             ) -> tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]:
+    def step(
+        self, state: Float[Array, "b h w d"], x: Float[Array, "b h w d"]
+    ) -> tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]:
         """One frame: (state, x_t) -> (state, y_t), as a body of jax.lax.scan has it."""
         state, y = self.run(state, x[:, None])
         return state, y[:, 0]

@@ -14,7 +14,7 @@ from vdx.models.layers import MLP, EmbedMLP
 from vdx.models.vision import VISION
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
 
-Clip = tuple[int, ...]     # (t, h, w, c) of the noisy clip
+Clip = tuple[int, ...]  # (t, h, w, c) of the noisy clip
 
 
 def kept(x: Array, drop: Bool[Array, "b"]) -> Array:
@@ -39,8 +39,10 @@ class KnownFrames(nn.Module):
 
     @nn.nowrap
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
-        return {"known": jnp.zeros((1, *clip[:3], self.channels)),
-                "known_mask": jnp.zeros((1, clip[0]))}
+        return {
+            "known": jnp.zeros((1, *clip[:3], self.channels)),
+            "known_mask": jnp.zeros((1, clip[0])),
+        }
 
     @nn.nowrap
     def derived(self, key: PRNGKeyArray, x0: Array) -> Batch:
@@ -48,8 +50,10 @@ class KnownFrames(nn.Module):
         b, t = x0.shape[:2]
         place, (first, last) = jnp.arange(t), jax.random.uniform(key, (2, b, 1))
         mask = ((place == 0) & (first < self.first)) | ((place == t - 1) & (last < self.last))
-        return {"known": jnp.where(mask[..., None, None, None], x0, 0.0),
-                "known_mask": mask.astype(jnp.float32)}
+        return {
+            "known": jnp.where(mask[..., None, None, None], x0, 0.0),
+            "known_mask": mask.astype(jnp.float32),
+        }
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
         known, mask = batch["known"], batch["known_mask"]
@@ -79,9 +83,11 @@ class Reference(nn.Module):
         if picture.shape[1:3] != (self.height, self.columns):
             raise ConfigError(
                 f"The reference picture is {picture.shape[1:3]} (h, w); this model reads "
-                f"config.model.signals.reference.height, columns = {self.height}, {self.columns}.")
-        encoder = build(self.encoder, VISION, "config.model.signals.reference.encoder",
-                        name="encoder")
+                f"config.model.signals.reference.height, columns = {self.height}, {self.columns}."
+            )
+        encoder = build(
+            self.encoder, VISION, "config.model.signals.reference.encoder", name="encoder"
+        )
         x = encoder(picture.astype(jnp.float32) / 127.5 - 1.0)
         return Ports(image_tokens=kept(nn.Dense(self.width, name="project")(x), drop))
 
@@ -97,7 +103,7 @@ class DenseMap(nn.Module):
     dropout: float = 0.1
     key = ""
     features = 1
-    scale = 1.0          # brings the map's values to about one
+    scale = 1.0  # brings the map's values to about one
 
     @nn.nowrap
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
@@ -110,8 +116,10 @@ class DenseMap(nn.Module):
             return Ports(concat=x)
         if self.port == "control":
             return Ports(control=x, control_scale=1.0 - drop.astype(jnp.float32))
-        raise ConfigError(f"config.model.signals.{self.key}.port = {self.port!r} is neither "
-                          "'concat' nor 'control'.")
+        raise ConfigError(
+            f"config.model.signals.{self.key}.port = {self.port!r} is neither "
+            "'concat' nor 'control'."
+        )
 
 
 class Depth(DenseMap):
@@ -154,8 +162,9 @@ class Actions(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        embed = nn.Embed(self.count + 1, self.width, name="embed",
-                         embedding_init=nn.initializers.normal(0.5))
+        embed = nn.Embed(
+            self.count + 1, self.width, name="embed", embedding_init=nn.initializers.normal(0.5)
+        )
         return Ports(vector=embed(jnp.where(drop[:, None], self.count, batch["actions"])))
 
 
@@ -166,7 +175,7 @@ class Scalar(nn.Module):
     width: int
     dropout: float = 0.1
     key = ""
-    floor = 0.0          # added before the logarithm, for numbers that may be 0
+    floor = 0.0  # added before the logarithm, for numbers that may be 0
 
     @nn.nowrap
     def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
@@ -202,7 +211,8 @@ class FrameRateClass(nn.Module):
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
         other = (jnp.round(batch["fps"]) != 16).astype(jnp.int32)
         x = MLP(self.width, "silu", out=6 * self.width, name="project")(
-            nn.Embed(2, self.width, name="embed")(other))
+            nn.Embed(2, self.width, name="embed")(other)
+        )
         return Ports(modulation=kept(x.reshape(-1, 6, self.width), drop))
 
 

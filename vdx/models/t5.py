@@ -49,8 +49,9 @@ class DistanceBias(nn.Module):
 
     @nn.compact
     def __call__(self, bucket: Int[Array, "q k"]) -> Float[Array, "1 n q k"]:
-        table = self.param("table", nn.initializers.normal(0.1), (self.buckets, self.heads),
-                           jnp.float32)
+        table = self.param(
+            "table", nn.initializers.normal(0.1), (self.buckets, self.heads), jnp.float32
+        )
         bias = jnp.take(table.astype(jnp.float32), bucket, axis=0)
         return constrain(jnp.moveaxis(bias, -1, 0)[None], "b n q k")
 
@@ -66,8 +67,13 @@ class Layer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"],
-                 bucket: Int[Array, "l l"], bias: Float[Array, "1 n l l"] | None):
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "b l"],
+        bucket: Int[Array, "l l"],
+        bias: Float[Array, "1 n l l"] | None,
+    ):
         width, split = x.shape[-1], (*x.shape[:2], self.heads, self.head_width)
 
         def dense(features: int, name: str):
@@ -76,8 +82,10 @@ class Layer(nn.Module):
         if bias is None:
             bias = DistanceBias(self.heads, self.buckets, name="distance")(bucket)
         y = RMSNorm(self.eps, name="norm_a")(x)
-        q, k, v = (constrain(dense(self.heads * self.head_width, name)(y).reshape(split),
-                             "b l n d") for name in "qkv")
+        q, k, v = (
+            constrain(dense(self.heads * self.head_width, name)(y).reshape(split), "b l n d")
+            for name in "qkv"
+        )
         y = attend(q, k, v, mask, bias=bias, scale=1.0)
         x = x + dense(width, "out")(y.reshape(*x.shape[:2], -1))
 
@@ -117,8 +125,20 @@ class T5Encoder(nn.Module):
         bias = None
         if self.shared_bias:
             bias = DistanceBias(self.heads, self.buckets, name="distance")(bucket)
-        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True},
-                         in_axes=nn.broadcast, length=self.depth)
-        x, _ = layers(self.heads, self.head_width, self.hidden, self.buckets, self.eps,
-                      jnp.dtype(self.dtype), name="layers")(x, mask, bucket, bias)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
+        x, _ = layers(
+            self.heads,
+            self.head_width,
+            self.hidden,
+            self.buckets,
+            self.eps,
+            jnp.dtype(self.dtype),
+            name="layers",
+        )(x, mask, bucket, bias)
         return RMSNorm(self.eps, name="norm")(x)

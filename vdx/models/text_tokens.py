@@ -34,15 +34,19 @@ class PromptTokenizer:
     there is no tokenizer in `folder`.
     """
 
-    def __init__(self, folder: str | Path, lengths: Sequence[int] = (64, 128, 256, 512),
-                 clean: bool = True):
+    def __init__(
+        self, folder: str | Path, lengths: Sequence[int] = (64, 128, 256, 512), clean: bool = True
+    ):
         from transformers import AutoTokenizer  # slow to import, and only the host needs it
+
         self.lengths, self.clean = sorted(lengths), clean
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"No tokenizer can be read from {folder}: {error}. It is the folder "
-                             "`tokenizer` beside the model's weights.") from error
+            raise ConfigError(
+                f"No tokenizer can be read from {folder}: {error}. It is the folder "
+                "`tokenizer` beside the model's weights."
+            ) from error
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         texts = [clean_prompt(p) if self.clean else p for p in prompts]
@@ -51,5 +55,5 @@ class PromptTokenizer:
         length = next(n for n in self.lengths if n >= longest)
         ids = np.full((len(rows), length), self._tokenizer.pad_token_id, np.int32)
         for row, tokens in zip(ids, rows, strict=True):
-            row[:len(tokens)] = tokens
+            row[: len(tokens)] = tokens
         return ids, np.arange(length) < np.array([len(r) for r in rows])[:, None]

@@ -44,10 +44,10 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
     "S": (384, 12, 6, 4),
     "B": (768, 12, 12, 4),
     "L": (1024, 24, 16, 4),
-    "XL": (1152, 28, 9, 4),                      # heads of 128: a TPU pads those of 72 to 128
-    "wan_1p3b": (1536, 30, 12, 8960 / 1536),     # Wan 2.1
-    "wan_5b": (3072, 30, 24, 14336 / 3072),      # Wan 2.2 TI2V
-    "wan_14b": (5120, 40, 40, 13824 / 5120),     # Wan 2.1, and each expert of Wan 2.2 A14B
+    "XL": (1152, 28, 9, 4),  # heads of 128: a TPU pads those of 72 to 128
+    "wan_1p3b": (1536, 30, 12, 8960 / 1536),  # Wan 2.1
+    "wan_5b": (3072, 30, 24, 14336 / 3072),  # Wan 2.2 TI2V
+    "wan_14b": (5120, 40, 40, 13824 / 5120),  # Wan 2.1, and each expert of Wan 2.2 A14B
 }
 
 _policies = jax.checkpoint_policies
@@ -59,13 +59,16 @@ REMAT = {
     "save_attention": _policies.save_only_these_names(SAVED),
     # As "full", but those inputs wait in the host's memory.
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["residual"],
-        offload_src="device", offload_dst="pinned_host"),
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 # Whether cross-attention is normalised, its input and its queries and keys, and is in every block.
 CROSS = {
-    "normed": True,      # Wan
-    "plain": False,      # PixArt-alpha and Latte: in no block over time alone
+    "normed": True,  # Wan
+    "plain": False,  # PixArt-alpha and Latte: in no block over time alone
 }
 
 
@@ -73,9 +76,11 @@ def check_remat(name: str, device: Any) -> None:
     """Raises ConfigError for a policy that needs memory of the host which the device lacks."""
     kinds = [memory.kind for memory in device.addressable_memories()]
     if name == "offload" and "pinned_host" not in kinds:
-        raise ConfigError(f"config.model.backbone.remat = 'offload' needs memory of the kind "
-                          f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Take "
-                          "'full', which keeps the same on the device.")
+        raise ConfigError(
+            f"config.model.backbone.remat = 'offload' needs memory of the kind "
+            f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Take "
+            "'full', which keeps the same on the device."
+        )
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -102,16 +107,31 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], modulation: Float[Array, "b t 6 d"],
-                 ports: Ports, context: MixContext) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w d"],
+        modulation: Float[Array, "b t 6 d"],
+        ports: Ports,
+        context: MixContext,
+    ) -> Float[Array, "b t h w d"]:
         x = checkpoint_name(x, "residual")
-        mixer = build(self.mixer, MIXERS, "model.pattern", heads=self.heads, dtype=self.dtype,
-                      name=self.mixer["name"])
-        if (mixer.temporal and x.shape[1] == 1 and context.past is None
-                and not self.is_initializing()):
+        mixer = build(
+            self.mixer,
+            MIXERS,
+            "model.pattern",
+            heads=self.heads,
+            dtype=self.dtype,
+            name=self.mixer["name"],
+        )
+        if (
+            mixer.temporal
+            and x.shape[1] == 1
+            and context.past is None
+            and not self.is_initializing()
+        ):
             return x
         table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
-        rows = (modulation + table)[:, :, None, None]                        # b t 1 1 6 d
+        rows = (modulation + table)[:, :, None, None]  # b t 1 1 6 d
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows[..., i, :] for i in range(6))
 
         y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
@@ -119,10 +139,15 @@ class Block(nn.Module):
         normed = CROSS[self.cross]
         if ports.tokens is not None and (normed or not mixer.temporal):
             cross = CrossAttention(self.heads, self.dtype, normed, context.attention, name="cross")
-            x = x + cross(LayerNorm(name="cross_norm")(x) if normed else x, ports.tokens,
-                          ports.tokens_mask, ports.image_tokens)
+            x = x + cross(
+                LayerNorm(name="cross_norm")(x) if normed else x,
+                ports.tokens,
+                ports.tokens_mask,
+                ports.image_tokens,
+            )
         y = MLP(self.hidden, self.activation, self.dtype, name="mlp")(
-            modulate(x, shift2, scale2).astype(self.dtype))
+            modulate(x, shift2, scale2).astype(self.dtype)
+        )
         x = (x + gate2 * y).astype(x.dtype)
         return constrain(x, "b t h w d", context="t")
 
@@ -146,10 +171,12 @@ class Period(nn.Module):
                 x, frames = x + frames, jnp.zeros_like(frames)
             x = Block(mixer, **self.block, name=f"block_{i}")(x, modulation, ports, context)
             if control is not None and i == 0:
-                control = Block(mixer, **self.block, name="control")(control, modulation, ports,
-                                                                     context)
-                hint = nn.Dense(x.shape[-1], name="hint", dtype=x.dtype,
-                                kernel_init=nn.initializers.zeros)(control)
+                control = Block(mixer, **self.block, name="control")(
+                    control, modulation, ports, context
+                )
+                hint = nn.Dense(
+                    x.shape[-1], name="hint", dtype=x.dtype, kernel_init=nn.initializers.zeros
+                )(control)
                 scale = ports.control_scale[:, None, None, None, None]
                 x = (x + scale * hint).astype(x.dtype)
         return (x, control, frames), None
@@ -227,8 +254,10 @@ class Transformer(nn.Module):
     def block(self) -> int | None:
         """Frames of tokens in a block, if what a token sees ends with its block, so that a clip
         can be made block by block; else None. (Biases of distances are not kept in caches.)"""
-        sizes = {getattr(mixer, "block", None) if getattr(mixer, "positions", "") != "relative"
-                 else None for mixer in self.over_time()}
+        sizes = {
+            getattr(mixer, "block", None) if getattr(mixer, "positions", "") != "relative" else None
+            for mixer in self.over_time()
+        }
         return sizes.pop() if len(sizes) == 1 else None
 
     def hidden(self) -> int:
@@ -239,8 +268,10 @@ class Transformer(nn.Module):
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """The token grid of a clip [t h w c]; raises ValueError if patches do not tile it."""
         if any(n % p for n, p in zip(shape[:3], self.patch, strict=True)):
-            raise ValueError(f"A clip of {shape[:3]} (t, h, w) does not divide into patches of "
-                             f"{self.patch}; choose sizes that are multiples of the patch.")
+            raise ValueError(
+                f"A clip of {shape[:3]} (t, h, w) does not divide into patches of "
+                f"{self.patch}; choose sizes that are multiples of the patch."
+            )
         t, h, w = (n // p for n, p in zip(shape[:3], self.patch, strict=True))
         return t, h, w
 
@@ -257,8 +288,11 @@ class Transformer(nn.Module):
             if ports.tokens is None or (mixer.temporal and not normed):
                 return 0.0
             read = [x.shape[1:] for x in (ports.tokens, ports.image_tokens) if x is not None]
-            return 4.0 * width * (tokens * width + sum(
-                length * (features + tokens) for length, features in read))
+            return (
+                4.0
+                * width
+                * (tokens * width + sum(length * (features + tokens) for length, features in read))
+            )
 
         def block(mixer: Any) -> float:
             if mixer.temporal and grid[0] == 1:
@@ -271,7 +305,7 @@ class Transformer(nn.Module):
         ends = 1.0 * width * (2 * self.channels + beside)
         ends += self.skip * patch * beside * self.channels
         if ports.control is not None:
-            blocks.append(blocks[0] + 2.0 * tokens * width ** 2)
+            blocks.append(blocks[0] + 2.0 * tokens * width**2)
             ends += width * (ports.control.shape[-1] + width / patch)
         time = width * (256 + 7.0 * width)
         return depth // len(pattern) * sum(blocks) + 2.0 * (tokens * patch * ends + time)
@@ -281,9 +315,11 @@ class Transformer(nn.Module):
         if time.ndim == 1:
             return time
         if time.shape != x.shape[:2]:
-            raise ValueError(f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
-                             "for each clip [b] or for each frame [b t].")
-        return time[:, ::self.patch[0]]
+            raise ValueError(
+                f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
+                "for each clip [b] or for each frame [b t]."
+            )
+        return time[:, :: self.patch[0]]
 
     def patches(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w k"]:
         pt, ph, pw = self.patch
@@ -291,12 +327,21 @@ class Transformer(nn.Module):
 
     def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b t h w d"]:
         """Patches start as their lowest frequencies, and are drawn from them again at the end."""
-        return nn.Dense(self.dims()[0], name=name, dtype=jnp.dtype(self.dtype),
-                        kernel_init=low_frequencies(self.patch))(self.patches(x))
+        return nn.Dense(
+            self.dims()[0],
+            name=name,
+            dtype=jnp.dtype(self.dtype),
+            kernel_init=low_frequencies(self.patch),
+        )(self.patches(x))
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports,
-                 past: Past | None = None) -> Float[Array, "b t h w c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        time: Float[Array, "b"],
+        ports: Ports,
+        past: Past | None = None,
+    ) -> Float[Array, "b t h w c"]:
         width, depth, heads, pattern = self.dims()
         dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
         grid, time = self.grid(x.shape[1:]), self.frame_times(x, time)
@@ -306,7 +351,8 @@ class Transformer(nn.Module):
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
             if self.skip:
                 direct = out(name="skip", use_bias=False, kernel_init=nn.initializers.zeros)(
-                    self.patches(ports.concat))
+                    self.patches(ports.concat)
+                )
 
         x = self.tokens(x, "patch")
         if self.absolute:
@@ -323,19 +369,20 @@ class Transformer(nn.Module):
             x = x + ports.add.astype(x.dtype)
         x = constrain(x, "b t h w d", context="t")
 
-        emb = EmbedMLP(width, name="time")(time * self.time_scale)         # b d or b t d
+        emb = EmbedMLP(width, name="time")(time * self.time_scale)  # b d or b t d
         if ports.vector is not None:
             emb = told(emb, ports.vector, grid[0])
-        modulation = nn.Dense(6 * width, name="modulation", dtype=jnp.float32,
-                              kernel_init=nn.initializers.zeros)(nn.silu(emb))
-        modulation = modulation.reshape(len(x), -1, 6, width)                # b t 6 d
+        modulation = nn.Dense(
+            6 * width, name="modulation", dtype=jnp.float32, kernel_init=nn.initializers.zeros
+        )(nn.silu(emb))
+        modulation = modulation.reshape(len(x), -1, 6, width)  # b t 6 d
         if ports.modulation is not None:
             modulation = modulation + ports.modulation[:, None]
         control = None
         if ports.control is not None:
-            control = nn.Dense(width, name="control_in", dtype=dtype,
-                               kernel_init=nn.initializers.zeros)(
-                self.tokens(ports.control, "control_patch"))
+            control = nn.Dense(
+                width, name="control_in", dtype=dtype, kernel_init=nn.initializers.zeros
+            )(self.tokens(ports.control, "control_patch"))
             control = constrain(x + control, "b t h w d", context="t")
         if ports.tokens is not None:
             ports = ports.replace(tokens=ports.tokens.astype(dtype))
@@ -343,17 +390,31 @@ class Transformer(nn.Module):
             ports = ports.replace(image_tokens=ports.image_tokens.astype(dtype))
 
         rope = rope_table(grid, width // heads, self.rope_theta)
-        context = MixContext(rope if past is None else turned(
-            rope, past.start, width // heads, self.rope_theta), past, self.attention, self.context)
+        context = MixContext(
+            rope if past is None else turned(rope, past.start, width // heads, self.rope_theta),
+            past,
+            self.attention,
+            self.context,
+        )
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
-        layers = nn.scan(period, variable_axes={"params": 0, "lora": 0, "cache": 0, "told": 0},
-                         split_rngs={"params": True, "lora": True},
-                         in_axes=nn.broadcast, length=depth // len(pattern))
-        fields = dict(heads=heads, hidden=self.hidden(), activation=self.activation,
-                      cross=self.cross, dtype=dtype)
+        layers = nn.scan(
+            period,
+            variable_axes={"params": 0, "lora": 0, "cache": 0, "told": 0},
+            split_rngs={"params": True, "lora": True},
+            in_axes=nn.broadcast,
+            length=depth // len(pattern),
+        )
+        fields = dict(
+            heads=heads,
+            hidden=self.hidden(),
+            activation=self.activation,
+            cross=self.cross,
+            dtype=dtype,
+        )
         (x, *_), _ = layers(pattern, fields, name="layers")(
-            (x, control, frames), modulation, ports, context)
+            (x, control, frames), modulation, ports, context
+        )
 
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
         shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)

@@ -48,8 +48,8 @@ class Temporal:
 
 TEMPORAL: dict[str, Temporal] = {
     "none": Temporal(motion=False),
-    "motion": Temporal(),                                               # AnimateDiff
-    "3d": Temporal(everywhere=False, positions=False, convs=True),      # ModelScope
+    "motion": Temporal(),  # AnimateDiff
+    "3d": Temporal(everywhere=False, positions=False, convs=True),  # ModelScope
 }
 
 
@@ -88,8 +88,12 @@ class PlainAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], tokens: Float[Array, "b l e"] | None = None,
-                 mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w d"],
+        tokens: Float[Array, "b l e"] | None = None,
+        mask: Bool[Array, "b l"] | None = None,
+    ) -> Float[Array, "b t h w d"]:
         width, flat = x.shape[-1], OVER[self.over]
         sizes = dict(zip("bthw", x.shape[:4], strict=True))
 
@@ -115,8 +119,9 @@ class TransformerLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w d"], tokens: Array | None,
-                 mask: Array | None) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self, x: Float[Array, "b t h w d"], tokens: Array | None, mask: Array | None
+    ) -> Float[Array, "b t h w d"]:
         temporal, mixer = self.over == "time", self.temporal.mixer
 
         def attention(x: Array, i: int, over: str, *source) -> Array:
@@ -128,8 +133,14 @@ class TransformerLayer(nn.Module):
         if temporal and mixer is not None:
             _, t, h, w, d = x.shape
             rope = rope_table((t, h, w), d // self.heads)
-            layer = build(mixer, MIXERS, "model.temporal", heads=self.heads, dtype=self.dtype,
-                          name=mixer["name"])
+            layer = build(
+                mixer,
+                MIXERS,
+                "model.temporal",
+                heads=self.heads,
+                dtype=self.dtype,
+                name=mixer["name"],
+            )
             x = x + layer(LayerNorm(1e-5, name="norm1")(x), MixContext(rope=rope))
         else:
             x = attention(x, 1, self.over)
@@ -157,17 +168,20 @@ class Exchange(nn.Module):
     common: Common
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"], tokens: Array | None = None,
-                 mask: Array | None = None) -> Float[Array, "b t h w c"]:
+    def __call__(
+        self, x: Float[Array, "b t h w c"], tokens: Array | None = None, mask: Array | None = None
+    ) -> Float[Array, "b t h w c"]:
         common, time = self.common, self.over == "time"
         # What is attended over must lie on one device.
         y = split_space(x) if time else x
         y = GroupNorm(common.groups, joint=time and common.joint, name="norm")(y)
         y = nn.Dense(self.width, name="proj_in", dtype=common.dtype)(y)
-        y = TransformerLayer(self.over, self.heads, common.temporal, common.dtype,
-                             name="layer")(y, tokens, mask)
-        y = nn.Dense(x.shape[-1], name="proj_out", dtype=common.dtype,
-                     kernel_init=nn.initializers.zeros)(y)
+        y = TransformerLayer(self.over, self.heads, common.temporal, common.dtype, name="layer")(
+            y, tokens, mask
+        )
+        y = nn.Dense(
+            x.shape[-1], name="proj_out", dtype=common.dtype, kernel_init=nn.initializers.zeros
+        )(y)
         return constrain(x + y, "b t h w c", context="t")
 
 
@@ -185,7 +199,7 @@ class TimeConvs(nn.Module):
             y = nn.silu(GroupNorm(self.groups, 1e-5, joint=True, name=f"norm_{i}")(y))
             # One matrix product: three frames side by side.
             y = jnp.pad(y, [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)])
-            y = jnp.concatenate([y[:, k:k + frames] for k in range(3)], -1)
+            y = jnp.concatenate([y[:, k : k + frames] for k in range(3)], -1)
             init = nn.initializers.zeros if i == 3 else nn.initializers.lecun_normal()
             y = nn.Dense(width, name=f"conv_{i}", dtype=self.dtype, kernel_init=init)(y)
         return constrain(x + y, "b t h w c", context="t")
@@ -200,8 +214,9 @@ class Layer(nn.Module):
     common: Common
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"], emb: Array, tokens: Array | None,
-                 mask: Array | None) -> Float[Array, "b t h w f"]:
+    def __call__(
+        self, x: Float[Array, "b t h w c"], emb: Array, tokens: Array | None, mask: Array | None
+    ) -> Float[Array, "b t h w f"]:
         common, width = self.common, self.features
         x = checkpoint_name(x, "residual")
         x = ImageResidual(width, common.groups, common.dtype, 1e-5, name="res")(x, emb)
@@ -210,10 +225,12 @@ class Layer(nn.Module):
             x = TimeConvs(common.groups, common.dtype, name="time_convs")(x)
         if self.attention:
             x = Exchange("space", common.split(width)[0], width, common, name="space")(
-                x, tokens, mask)
+                x, tokens, mask
+            )
         if self.motion:
-            x = Exchange("time", common.split(width, motion=True)[0], width, common,
-                         name="motion")(x)
+            x = Exchange("time", common.split(width, motion=True)[0], width, common, name="motion")(
+                x
+            )
         return x
 
 
@@ -237,9 +254,15 @@ class Encoder(nn.Module):
     common: Common
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b"] | Float[Array, "b t"],
-                 vector: Array | None, tokens: Array | None, mask: Array | None,
-                 hint: Array | None = None) -> tuple[Array, list[Array], Array]:
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        time: Float[Array, "b"] | Float[Array, "b t"],
+        vector: Array | None,
+        tokens: Array | None,
+        mask: Array | None,
+        hint: Array | None = None,
+    ) -> tuple[Array, list[Array], Array]:
         common, temporal, first = self.common, self.common.temporal, self.widths[0]
         layer = layer_of(self.remat)
         emb = EmbedMLP(4 * first, sinusoid=first, name="time")(time)
@@ -258,7 +281,8 @@ class Encoder(nn.Module):
             motion = temporal.motion and (attention or temporal.everywhere)
             for j in range(self.layers):
                 x = layer(width, attention, motion, common, name=f"down_{i}_{j}")(
-                    x, emb, tokens, mask)
+                    x, emb, tokens, mask
+                )
                 skips.append(x)
             if i < len(self.widths) - 1:
                 x = down_conv(width, common.dtype, f"down_{i}_conv", before=1)(x)
@@ -266,5 +290,6 @@ class Encoder(nn.Module):
         for j, attention in enumerate((True, False)):
             motion = temporal.motion and attention and self.motion_middle
             x = layer(self.widths[-1], attention, motion, common, name=f"middle_{j}")(
-                x, emb, tokens, mask)
+                x, emb, tokens, mask
+            )
         return emb, skips, x

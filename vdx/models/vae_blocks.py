@@ -77,15 +77,19 @@ class CausalConv3d(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
         space, keep = self.kernel[1:], self.kernel[0] - self.stride
-        kernel = self.param("kernel", nn.initializers.lecun_normal(),
-                            (*self.kernel, x.shape[-1], self.features), jnp.float32)
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (*self.kernel, x.shape[-1], self.features),
+            jnp.float32,
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
         zeros = (len(x), keep if self.stride == 1 else 0, *x.shape[2:])
         past = jnp.zeros(zeros, x.dtype) if first else self.get_variable("history", "frames")
         x = jnp.concatenate([past, x], 1)
         if self.is_mutable_collection("history") and not self.is_initializing():
-            self.put_variable("history", "frames", x[:, x.shape[1] - keep:])
+            self.put_variable("history", "frames", x[:, x.shape[1] - keep :])
 
         y = convolve(x, kernel, (self.stride, 1, 1), [(k // 2, k // 2) for k in space]) + bias
         return y.astype(self.dtype)
@@ -168,8 +172,7 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
         if self.time:
-            time_conv = CausalConv3d(2 * x.shape[-1], (3, 1, 1), dtype=self.dtype,
-                                     name="time_conv")
+            time_conv = CausalConv3d(2 * x.shape[-1], (3, 1, 1), dtype=self.dtype, name="time_conv")
             pairs = time_conv(x[:, 1:] if first else x, first)
             pairs = rearrange(pairs, "b t h w (i c) -> b (t i) h w c", i=2)
             x = jnp.concatenate([x[:, :1], pairs], 1) if first else pairs
@@ -187,10 +190,11 @@ def mean_down(x: Float[Array, "b t h w c"], features: int, time: int, space: int
     return x.reshape(*x.shape[:-1], features, -1).mean(-1)
 
 
-def repeat_up(x: Float[Array, "b t h w c"], features: int, time: int, space: int,
-              first: bool) -> Array:
+def repeat_up(
+    x: Float[Array, "b t h w c"], features: int, time: int, space: int, first: bool
+) -> Array:
     """Channels, repeated, laid out as blocks of time x space x space pixels; the clip's first
     frame gives one frame (Wan 2.2's DupUp3D)."""
-    x = jnp.repeat(x, features * time * space ** 2 // x.shape[-1], -1)
+    x = jnp.repeat(x, features * time * space**2 // x.shape[-1], -1)
     x = rearrange(x, "b t h w (c i j k) -> b (t i) (h j) (w k) c", i=time, j=space, k=space)
-    return x[:, time - 1:] if first else x
+    return x[:, time - 1 :] if first else x

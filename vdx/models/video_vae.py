@@ -147,25 +147,39 @@ class VideoVAE(nn.Module):
     @property
     def rates(self) -> tuple[int, int]:
         """Frames a latent frame (after the first), and pixels a side of a latent pixel."""
-        return (2 ** sum(self.temperal_downsample),
-                2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1))
+        return (
+            2 ** sum(self.temperal_downsample),
+            2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1),
+        )
 
     def check(self) -> None:
         """Raises ConfigError for fields that contradict one another."""
         levels, patch = len(self.dim_mult), self.patch_size or 1
-        problems = [message for wrong, message in (
-            (len(self.temperal_downsample) != levels - 1,
-             f"temperal_downsample {self.temperal_downsample} must have one entry for each of "
-             f"the {levels - 1} steps between the levels of dim_mult {self.dim_mult}"),
-            (self.is_residual and self.attn_scales,
-             "attn_scales has no meaning with is_residual"),
-            (self.in_channels % patch ** 2 or self.out_channels % patch ** 2,
-             f"in_channels {self.in_channels} and out_channels {self.out_channels} must be "
-             f"multiples of patch_size {patch} squared"),
-            (not {len(self.latents_mean), len(self.latents_std)} <= {0, self.z_dim},
-             f"latents_mean and latents_std must have z_dim = {self.z_dim} entries, not "
-             f"{len(self.latents_mean)} and {len(self.latents_std)}"),
-        ) if wrong]
+        problems = [
+            message
+            for wrong, message in (
+                (
+                    len(self.temperal_downsample) != levels - 1,
+                    f"temperal_downsample {self.temperal_downsample} must have one entry for each of "
+                    f"the {levels - 1} steps between the levels of dim_mult {self.dim_mult}",
+                ),
+                (
+                    self.is_residual and self.attn_scales,
+                    "attn_scales has no meaning with is_residual",
+                ),
+                (
+                    self.in_channels % patch**2 or self.out_channels % patch**2,
+                    f"in_channels {self.in_channels} and out_channels {self.out_channels} must be "
+                    f"multiples of patch_size {patch} squared",
+                ),
+                (
+                    not {len(self.latents_mean), len(self.latents_std)} <= {0, self.z_dim},
+                    f"latents_mean and latents_std must have z_dim = {self.z_dim} entries, not "
+                    f"{len(self.latents_mean)} and {len(self.latents_std)}",
+                ),
+            )
+            if wrong
+        ]
         if problems:
             raise ConfigError(f"video VAE: {'; '.join(problems)}.")
 
@@ -176,12 +190,19 @@ class VideoVAE(nn.Module):
         if up:
             dims, time = dims[::-1], time[::-1]
         last = len(dims) - 1
-        levels = [dict(features=dim, blocks=self.num_res_blocks + up, space=i < last,
-                       time=i < last and time[i], residual=self.is_residual)
-                  for i, dim in enumerate(dims)]
+        levels = [
+            dict(
+                features=dim,
+                blocks=self.num_res_blocks + up,
+                space=i < last,
+                time=i < last and time[i],
+                residual=self.is_residual,
+            )
+            for i, dim in enumerate(dims)
+        ]
         if not up:
             for i, level in enumerate(levels):
-                level["attention"] = 2.0 ** -i in self.attn_scales
+                level["attention"] = 2.0**-i in self.attn_scales
         return dims[0] if up else base, tuple(levels)
 
     def setup(self):
@@ -194,8 +215,9 @@ class VideoVAE(nn.Module):
         start, levels = self._levels(up=True)
         self.decoder = Coder(start, levels, self.out_channels, True, dtype)
 
-    def __call__(self, video: Float[Array, "b t h w 3"],
-                 key: PRNGKeyArray | None = None) -> tuple[Array, Posterior]:
+    def __call__(
+        self, video: Float[Array, "b t h w 3"], key: PRNGKeyArray | None = None
+    ) -> tuple[Array, Posterior]:
         """(reconstruction, posterior) from a sample of the posterior, or its mode without key."""
         posterior = self.encode(video)
         return self.decode(posterior.mode() if key is None else posterior.sample(key)), posterior
@@ -207,27 +229,40 @@ class VideoVAE(nn.Module):
         """
         return self._posterior(self._moments(video, chunk))
 
-    def decode(self, latents: Float[Array, "b t h w z"],
-               chunk: int | None = None) -> Float[Array, "b T H W 3"]:
+    def decode(
+        self, latents: Float[Array, "b t h w z"], chunk: int | None = None
+    ) -> Float[Array, "b T H W 3"]:
         """float32 pixels of normalised latents, `chunk` latent frames at a time (None: all).
 
         Pixels may leave [-1, 1] a little: whoever shows them clips, training must not.
         """
         return self._in_chunks("decode_piece", latents, chunk, (1, self.rates[0]))
 
-    def encode_tiled(self, video: Float[Array, "b t h w 3"], tile: int | tuple[int, int],
-                     overlap: int, chunk: int | None = None) -> Posterior:
+    def encode_tiled(
+        self,
+        video: Float[Array, "b t h w 3"],
+        tile: int | tuple[int, int],
+        overlap: int,
+        chunk: int | None = None,
+    ) -> Posterior:
         """As `encode`, in tiles of pixels (see vdx.models.tiling)."""
         vae, variables = self.unbind()
-        return self._posterior(tiled(
-            lambda x: vae.apply(variables, x, chunk, method="_moments"), video, tile, overlap))
+        return self._posterior(
+            tiled(lambda x: vae.apply(variables, x, chunk, method="_moments"), video, tile, overlap)
+        )
 
-    def decode_tiled(self, latents: Float[Array, "b t h w z"], tile: int | tuple[int, int],
-                     overlap: int, chunk: int | None = None) -> Float[Array, "b T H W 3"]:
+    def decode_tiled(
+        self,
+        latents: Float[Array, "b t h w z"],
+        tile: int | tuple[int, int],
+        overlap: int,
+        chunk: int | None = None,
+    ) -> Float[Array, "b T H W 3"]:
         """As `decode`, in tiles of latent pixels (see vdx.models.tiling)."""
         vae, variables = self.unbind()
-        return tiled(lambda z: vae.apply(variables, z, chunk, method="decode"),
-                     latents, tile, overlap)
+        return tiled(
+            lambda z: vae.apply(variables, z, chunk, method="decode"), latents, tile, overlap
+        )
 
     def encode_piece(self, video: Float[Array, "b t h w 3"], first: bool = True) -> Array:
         """Moments [b t h w 2z] of one piece of a clip: 1 + 4n frames at its start, 4n later.
@@ -246,8 +281,10 @@ class VideoVAE(nn.Module):
         return rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=p, r=p)
 
     def _stats(self) -> tuple[Array, Array]:
-        return (jnp.array(self.latents_mean or (0.0,) * self.z_dim, jnp.float32),
-                jnp.array(self.latents_std or (1.0,) * self.z_dim, jnp.float32))
+        return (
+            jnp.array(self.latents_mean or (0.0,) * self.z_dim, jnp.float32),
+            jnp.array(self.latents_std or (1.0,) * self.z_dim, jnp.float32),
+        )
 
     def _posterior(self, moments: Array) -> Posterior:
         return Posterior.of(moments, *self._stats())
@@ -255,21 +292,23 @@ class VideoVAE(nn.Module):
     def _moments(self, video: Array, chunk: int | None) -> Array:
         (frames, side), (t, h, w) = self.rates, video.shape[1:4]
         if (t - 1) % frames or h % side or w % side:
-            raise ValueError(f"A clip of {t} frames of {h} x {w} does not divide into latents: "
-                             f"cut it to 1 + {frames}n frames whose sides are multiples of "
-                             f"{side}, such as {1 + (t - 1) // frames * frames} of "
-                             f"{max(1, h // side) * side} x {max(1, w // side) * side}.")
+            raise ValueError(
+                f"A clip of {t} frames of {h} x {w} does not divide into latents: "
+                f"cut it to 1 + {frames}n frames whose sides are multiples of "
+                f"{side}, such as {1 + (t - 1) // frames * frames} of "
+                f"{max(1, h // side) * side} x {max(1, w // side) * side}."
+            )
         return self._in_chunks("encode_piece", video, chunk, (frames, 1))
 
-    def _in_chunks(self, method: str, x: Array, chunk: int | None,
-                   rates: tuple[int, int]) -> Array:
+    def _in_chunks(self, method: str, x: Array, chunk: int | None, rates: tuple[int, int]) -> Array:
         if chunk is None:
             return getattr(self, method)(x)
         vae, variables = self.unbind()
 
         def step(history, piece, first):
-            y, state = vae.apply({**variables, "history": history}, piece, first, method=method,
-                                 mutable=["history"])
+            y, state = vae.apply(
+                {**variables, "history": history}, piece, first, method=method, mutable=["history"]
+            )
             return y, state["history"]
 
         return causal_chunks(step, x, chunk, rates)
@@ -280,8 +319,12 @@ def head_of(latents: int, chunk: int) -> int:
     return 1 + (latents - 1) % chunk
 
 
-def causal_chunks(step: Callable[[Any, Array, bool], tuple[Array, Any]],
-                  x: Float[Array, "b t ..."], chunk: int, rates: tuple[int, int]) -> Array:
+def causal_chunks(
+    step: Callable[[Any, Array, bool], tuple[Array, Any]],
+    x: Float[Array, "b t ..."],
+    chunk: int,
+    rates: tuple[int, int],
+) -> Array:
     """A clip through `step(history, piece, first) -> (y, history)`, `chunk` latents at a time.
 
     rates: frames of x and of y a latent frame after the first, which is one in both. The first
@@ -293,7 +336,7 @@ def causal_chunks(step: Callable[[Any, Array, bool], tuple[Array, Any]],
     latents = 1 + (x.shape[1] - 1) // rates[0]
     head = head_of(latents, chunk)
     start = [1 + (head - 1) * rate for rate in rates]
-    y, history = step({}, x[:, :start[0]], True)
+    y, history = step({}, x[:, : start[0]], True)
     if head == latents:
         return y
     out = jnp.zeros((len(y), 1 + (latents - 1) * rates[1], *y.shape[2:]), y.dtype)
@@ -301,10 +344,12 @@ def causal_chunks(step: Callable[[Any, Array, bool], tuple[Array, Any]],
 
     def body(i, carry):
         history, out = carry
-        piece = jax.lax.dynamic_slice_in_dim(x, start[0] + i * chunk * rates[0],
-                                             chunk * rates[0], 1)
+        piece = jax.lax.dynamic_slice_in_dim(
+            x, start[0] + i * chunk * rates[0], chunk * rates[0], 1
+        )
         y, history = step(history, piece, False)
         return history, jax.lax.dynamic_update_slice_in_dim(
-            out, y, start[1] + i * chunk * rates[1], 1)
+            out, y, start[1] + i * chunk * rates[1], 1
+        )
 
     return jax.lax.fori_loop(0, (latents - head) // chunk, body, (history, out))[1]

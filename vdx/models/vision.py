@@ -25,14 +25,16 @@ class PatchEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b m d"]:
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
-            raise ConfigError(f"A picture of {x.shape[1:3]} (h, w) does not divide into patches of "
-                              f"{self.patch}; set the encoder's patch.")
+            raise ConfigError(
+                f"A picture of {x.shape[1:3]} (h, w) does not divide into patches of "
+                f"{self.patch}; set the encoder's patch."
+            )
 
         x = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        x = nn.Dense(self.width, name="patch",
-                     kernel_init=low_frequencies((1, self.patch, self.patch)))(x)
-        x = x + self.param("position_table", nn.initializers.normal(0.02), x.shape[1:],
-                           jnp.float32)
+        x = nn.Dense(
+            self.width, name="patch", kernel_init=low_frequencies((1, self.patch, self.patch))
+        )(x)
+        x = x + self.param("position_table", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
         return encoder_layers(x, None, self.depth, self.heads)
 
 

@@ -39,8 +39,15 @@ class Programs:
     for a bucket that is no number of patches.
     """
 
-    def __init__(self, step: Any, like: Any, frozen: Any, experiment, mesh: Mesh,
-                 samples: Callable[[], Iterable[tuple[int, Mapping]]]):
+    def __init__(
+        self,
+        step: Any,
+        like: Any,
+        frozen: Any,
+        experiment,
+        mesh: Mesh,
+        samples: Callable[[], Iterable[tuple[int, Mapping]]],
+    ):
         self.step, self.like, self.frozen = step, like, frozen
         self.model, self.mesh, self.samples = experiment.model, mesh, samples
         self.known: dict[frozenset, Future] = {}
@@ -49,8 +56,10 @@ class Programs:
         buckets, parts = loader.get("buckets", ()), int(np.prod([mesh.shape[a] for a in BATCH]))
         for *clip, batch in buckets or [[loader["global_batch"]]]:
             if batch % parts:
-                raise ConfigError(f"A batch of {batch} clips does not divide over the mesh axes "
-                                  f"{' and '.join(BATCH)}, {parts} parts: take a multiple.")
+                raise ConfigError(
+                    f"A batch of {batch} clips does not divide over the mesh axes "
+                    f"{' and '.join(BATCH)}, {parts} parts: take a multiple."
+                )
             if clip:
                 self.model.num_tokens((batch, *clip, self.model.channels))
 
@@ -69,12 +78,17 @@ class Programs:
         return self.known[shapes]
 
     def compiled(self, batch: Mapping[str, Any]) -> tuple[Callable[..., tuple], Work]:
-        with jax.set_mesh(self.mesh):        # which each thread has its own of
+        with jax.set_mesh(self.mesh):  # which each thread has its own of
             clips, *clip = batch["latents" if "latents" in batch else "video"].shape
             flops, text = 0.0, batch.get("text")
             if peak_flops(self.mesh):
-                flops = 3 * clips * self.model.flops(
-                    (*clip[:3], self.model.channels), None if text is None else text.shape[1])
+                flops = (
+                    3
+                    * clips
+                    * self.model.flops(
+                        (*clip[:3], self.model.channels), None if text is None else text.shape[1]
+                    )
+                )
             work = Work(clips, clips * self.model.num_tokens((clips, *clip)), flops)
             return self.step.lower(self.like, batch, self.frozen).compile(), work
 

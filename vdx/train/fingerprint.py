@@ -19,7 +19,7 @@ from vdx.types import Array
 
 __all__ = ["describe", "digest", "fingerprint", "fingerprints", "whole_digest"]
 
-Leaf = tuple[list[int], str, int]       # shape, dtype, fingerprint
+Leaf = tuple[list[int], str, int]  # shape, dtype, fingerprint
 
 
 def _bits(x: Array) -> Array:
@@ -68,8 +68,10 @@ def fingerprints(tree: Any) -> dict[str, int]:
 def describe(tree: Any) -> dict[str, Leaf]:
     """{path: (shape, dtype, fingerprint)}, as checkpoints keep it in JSON."""
     found = fingerprints(tree)
-    return {path_str(path): (list(leaf.shape), str(leaf.dtype), found[path_str(path)])
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        path_str(path): (list(leaf.shape), str(leaf.dtype), found[path_str(path)])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def digest(value: Mapping | list) -> str:

@@ -21,8 +21,15 @@ class Log:
 
     def __init__(self, workdir: Path, steps: int, start: int):
         self.primary = jax.process_index() == 0
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not self.primary,
-                        dynamic_ncols=True, desc="train", smoothing=0.05)
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not self.primary,
+            dynamic_ncols=True,
+            desc="train",
+            smoothing=0.05,
+        )
         if not self.primary:
             return
         self.path = workdir / "metrics.jsonl"
@@ -40,7 +47,7 @@ class Log:
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.primary:
-            self.bar.write(text, file=sys.stderr)      # not held back in a buffer
+            self.bar.write(text, file=sys.stderr)  # not held back in a buffer
 
     def close(self) -> None:
         self.bar.close()

@@ -46,20 +46,27 @@ class Window:
         """peak: operations a second at best; 0: not known."""
         elapsed = time.perf_counter() - self.began
         clips, tokens, flops = (float(n) / elapsed for n in self.done)
-        out = {"train/learning_rate": rate, "speed/clips_per_s": clips,
-               "speed/tokens_per_s": tokens,
-               "speed/data_wait": (waited - self.waited) / elapsed}
+        out = {
+            "train/learning_rate": rate,
+            "speed/clips_per_s": clips,
+            "speed/tokens_per_s": tokens,
+            "speed/data_wait": (waited - self.waited) / elapsed,
+        }
         if peak:
             out["speed/mfu"] = flops / peak
         if most := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
             out["speed/peak_memory_gib"] = most / 2**30
-        if rows := [r for r in self.rows if r["ok"]]:       # the rest may hold NaN
+        if rows := [r for r in self.rows if r["ok"]]:  # the rest may hold NaN
             sums, counts = (np.sum([r[k] for r in rows], 0) for k in ("bin_sums", "bin_counts"))
             edges = np.linspace(0, 1, len(sums) + 1)
-            out |= {f"train/{k}": float(np.mean([r[k] for r in rows]))
-                    for k in ("loss", "grad_norm")}
-            out |= {f"train/loss_t{a:.1f}-{b:.1f}": float(s / n)
-                    for a, b, s, n in zip(edges[:-1], edges[1:], sums, counts, strict=True) if n}
+            out |= {
+                f"train/{k}": float(np.mean([r[k] for r in rows])) for k in ("loss", "grad_norm")
+            }
+            out |= {
+                f"train/loss_t{a:.1f}-{b:.1f}": float(s / n)
+                for a, b, s, n in zip(edges[:-1], edges[1:], sums, counts, strict=True)
+                if n
+            }
         self.rows, self.done = [], np.zeros(3)
         self.began, self.waited = time.perf_counter(), waited
         return out
@@ -75,13 +82,16 @@ class Evaluation:
         self.sets: dict[str, list[Mapping]] = {}
         for name, heldout in (("heldout", True), ("seen", False)):
             # Another seed than training's: other windows of the clips that training sees.
-            batches = experiment.batches(heldout=heldout, seed=experiment.seed + 1, workers=0,
-                                         global_batch=size, buckets=())
-            self.sets[name] = [put_batch(mesh, next(batches))
-                               for _ in range(max(1, t.eval_clips // size))]
+            batches = experiment.batches(
+                heldout=heldout, seed=experiment.seed + 1, workers=0, global_batch=size, buckets=()
+            )
+            self.sets[name] = [
+                put_batch(mesh, next(batches)) for _ in range(max(1, t.eval_clips // size))
+            ]
             batches.close()
-        self.step = jax.jit(make_eval_step(experiment.objective, t.levels),
-                            out_shardings=replicated(mesh))
+        self.step = jax.jit(
+            make_eval_step(experiment.objective, t.levels), out_shardings=replicated(mesh)
+        )
 
     def __call__(self, params) -> dict[str, float]:
         out: dict[str, float] = {}
@@ -89,8 +99,10 @@ class Evaluation:
             pairs = [self.step(params, batch, self.key) for batch in batches]
             cond, null = (np.concatenate(side, 1) for side in zip(*pairs, strict=True))
             out |= {f"{name}/loss": float(cond.mean()), f"{name}/loss_null": float(null.mean())}
-            out |= {f"{name}/loss_t{level:g}": float(loss)
-                    for level, loss in zip(self.levels, cond.mean(1), strict=True)}
+            out |= {
+                f"{name}/loss_t{level:g}": float(loss)
+                for level, loss in zip(self.levels, cond.mean(1), strict=True)
+            }
         return out
 
 
@@ -114,8 +126,9 @@ class Flying:
     work: tuple[int, int, float] = (0, 0, 0.0)
 
 
-def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None],
-          stop: Stop) -> Run:
+def train(
+    experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None], stop: Stop
+) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
 
     on_sample(step, params) draws the wall of samples with the averaged parameters. Call under
@@ -125,11 +138,13 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
     t, begin = experiment.training, time.monotonic()
     batches = experiment.batches(workdir=workdir)
     try:
-        with Checkpoints(workdir, t.keep, t.keep_every, t.best) as checkpoints, \
-                Watchdog(t.stuck_after, (dump_workers, kill_workers, checkpoints.wait)
-                         ) as watchdog, peers(kill_workers):
+        with (
+            Checkpoints(workdir, t.keep, t.keep_every, t.best) as checkpoints,
+            Watchdog(t.stuck_after, (dump_workers, kill_workers, checkpoints.wait)) as watchdog,
+            peers(kill_workers),
+        ):
             trainer = Trainer(experiment, workdir, mesh, batches, checkpoints, watchdog)
-            if jax.process_index() == 0:     # not before: what is there may not fit this config
+            if jax.process_index() == 0:  # not before: what is there may not fit this config
                 write_json(workdir / "config.json", experiment.config)
             try:
                 state = trainer.run(on_sample, stop)
@@ -145,19 +160,21 @@ def train(experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None]
 class Trainer:
     """The moving parts of a run: state, data, checkpoints, log, and the streak of bad steps."""
 
-    def __init__(self, experiment, workdir: Path, mesh, batches, checkpoints: Checkpoints,
-                 watchdog: Watchdog):
+    def __init__(
+        self, experiment, workdir: Path, mesh, batches, checkpoints: Checkpoints, watchdog: Watchdog
+    ):
         self.experiment, self.t = experiment, experiment.training
         check_remat(experiment.model.parts()[0].remat, jax.local_devices()[0])
         self.workdir, self.mesh, self.batches = workdir, mesh, batches
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
         # All of them now: asked for later, one would be computed behind the step in flight.
-        self.rates = np.asarray(jax.vmap(experiment.optimizer.rate(self.t.steps))(
-            np.arange(self.t.steps + 1)))
+        self.rates = np.asarray(
+            jax.vmap(experiment.optimizer.rate(self.t.steps))(np.arange(self.t.steps + 1))
+        )
         self.peak = peak_flops(mesh)
         step, self.like = train_program(experiment, mesh)
-        self.bad: list[Flying] = []          # the steps in a row that were refused
+        self.bad: list[Flying] = []  # the steps in a row that were refused
         self.rollbacks = 0
         self.flying: Flying | None = None
         self.window = Window()
@@ -170,8 +187,7 @@ class Trainer:
             null = flatten_dict(self.frozen, sep="/").get(NULL)
             if null is not None and jax.process_index() == 0:
                 np.save(workdir / "null.npy", np.asarray(null, np.float32))
-        self.programs = Programs(step, self.like, self.frozen, experiment, mesh,
-                                 batches.samples)
+        self.programs = Programs(step, self.like, self.frozen, experiment, mesh, batches.samples)
         self.state, origin = self.start()
         self.given = None
         self.step = int(self.state.step)
@@ -238,8 +254,11 @@ class Trainer:
                 said += new
                 self.log.say(f"Attention: {'; '.join(new)}.")
             stopping = stop.requested()
-            pause = stopping or self.step == t.steps or self.due(
-                t.eval_every, t.save_every, t.sample_every)
+            pause = (
+                stopping
+                or self.step == t.steps
+                or self.due(t.eval_every, t.save_every, t.sample_every)
+            )
             if pause and len(self.bad) < t.bad_in_row:
                 self.settle()
             if len(self.bad) >= t.bad_in_row:
@@ -275,8 +294,9 @@ class Trainer:
         self.state, metrics = step(self.state, batch, self.frozen)
         self.step += 1
         self.settle()
-        self.flying = Flying(self.step, self.batches.position - 1, list(self.batches.last_keys),
-                             metrics, work)
+        self.flying = Flying(
+            self.step, self.batches.position - 1, list(self.batches.last_keys), metrics, work
+        )
         self.log.bar.update()
 
     def settle(self) -> None:
@@ -298,18 +318,32 @@ class Trainer:
         accepted = self.window.rows[-1]["accepted"]
         row = self.window.flush(self.batches.wait_seconds, float(self.rates[accepted]), self.peak)
         self.log.row(step, {**row, "train/refused": step - accepted})
-        shown = {name: row[key] for name, key in (
-            ("clips_s", "speed/clips_per_s"), ("mfu", "speed/mfu"), ("loss", "train/loss"))
-            if key in row}
+        shown = {
+            name: row[key]
+            for name, key in (
+                ("clips_s", "speed/clips_per_s"),
+                ("mfu", "speed/mfu"),
+                ("loss", "train/loss"),
+            )
+            if key in row
+        }
         self.log.bar.set_postfix(refresh=False, **{k: f"{v:.4g}" for k, v in shown.items()})
 
     def save(self, scores: Mapping[str, float] | None) -> None:
         if self.checkpoints.latest() == self.step:
             return
-        self.checkpoints.save(self.step, self.state, {
-            "position": self.batches.position, "window": self.window.rows,
-            "bad": [{"step": b.step, "position": b.position, "keys": b.keys} for b in self.bad],
-            "rollbacks": self.rollbacks, **({"weights": self.base} if self.base else {})}, scores)
+        self.checkpoints.save(
+            self.step,
+            self.state,
+            {
+                "position": self.batches.position,
+                "window": self.window.rows,
+                "bad": [{"step": b.step, "position": b.position, "keys": b.keys} for b in self.bad],
+                "rollbacks": self.rollbacks,
+                **({"weights": self.base} if self.base else {}),
+            },
+            scores,
+        )
 
     # Bad numbers
 
@@ -317,23 +351,37 @@ class Trainer:
         """Names a refused batch in the log; every process those of its own records."""
         host = jax.process_index()
         path = host_file(self.workdir / "refused_batches.jsonl", host)
-        append_rows(path, [{"step": done.step, "position": done.position, "host": host,
-                            "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"]),
-                            "keys": done.keys}])
-        self.log.say(f"Step {done.step} refused: loss {row['loss']:.4g}, gradient norm "
-                     f"{row['grad_norm']:.4g}. See {path}")
+        append_rows(
+            path,
+            [
+                {
+                    "step": done.step,
+                    "position": done.position,
+                    "host": host,
+                    "loss": str(row["loss"]),
+                    "grad_norm": str(row["grad_norm"]),
+                    "keys": done.keys,
+                }
+            ],
+        )
+        self.log.say(
+            f"Step {done.step} refused: loss {row['loss']:.4g}, gradient norm "
+            f"{row['grad_norm']:.4g}. See {path}"
+        )
 
     def roll_back(self) -> None:
         """To the newest step before the streak of refused ones; the data moves on."""
         first, t = self.bad[0].step, self.t
         if self.rollbacks >= t.rollbacks:
-            names = "".join(f"\n  step {b.step}, batch {b.position}: {', '.join(b.keys)}"
-                            for b in self.bad)
+            names = "".join(
+                f"\n  step {b.step}, batch {b.position}: {', '.join(b.keys)}" for b in self.bad
+            )
             raise BadNumbers(
                 f"{len(self.bad)} batches in a row gave a loss or a gradient that is not finite, "
                 f"or spikes, after going back {self.rollbacks} times. Look at these records, or "
                 "lower the learning rate; config.train.spike, bad_in_row and rollbacks set the "
-                f"limits. refused_batches.jsonl has the numbers:{names}")
+                f"limits. refused_batches.jsonl has the numbers:{names}"
+            )
         position, rollbacks = self.batches.position, self.rollbacks + 1
         found = self.checkpoints.restore(self.like, before=first)
         self.state = found[0] if found else self.fresh()[0]

@@ -15,7 +15,8 @@ SCHEDULES = {
     "constant": lambda o, steps: optax.constant_schedule(o.learning_rate),
     "cosine": lambda o, steps: optax.cosine_decay_schedule(o.learning_rate, steps, o.end_factor),
     "linear": lambda o, steps: optax.linear_schedule(
-        o.learning_rate, o.learning_rate * o.end_factor, steps),
+        o.learning_rate, o.learning_rate * o.end_factor, steps
+    ),
 }
 
 # Biases, norms, tables, null values and embeddings are not pulled towards zero.
@@ -37,6 +38,7 @@ def _muon(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransfo
     """Jordan et al. 2024 for the matrices of the blocks, at the update size of AdamW (Liu et al.
     2025, "Muon is scalable"), so that one learning rate serves both; AdamW with Nesterov's
     momentum for the rest."""
+
     def axes(path, x):
         name, last = path_str(path), x.ndim - 1
         if BLOCK_MATRIX.search(name):
@@ -49,9 +51,15 @@ def _muon(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransfo
         return jax.tree_util.tree_map_with_path(axes, params)
 
     return optax.contrib.muon(
-        rate, consistent_rms=0.2, eps=o.eps, weight_decay=o.weight_decay,
-        weight_decay_mask=decays, adam_b1=o.b1, adam_b2=o.b2,
-        muon_weight_dimension_numbers=matrices)
+        rate,
+        consistent_rms=0.2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        weight_decay_mask=decays,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        muon_weight_dimension_numbers=matrices,
+    )
 
 
 METHODS = {"adamw": _adamw, "muon": _muon}
@@ -70,8 +78,8 @@ class Optimizer:
     b2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: float = 1.0            # largest global norm of the gradient
-    accumulate: int = 1          # microbatches per step
+    clip: float = 1.0  # largest global norm of the gradient
+    accumulate: int = 1  # microbatches per step
 
     def rate(self, steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
@@ -82,8 +90,10 @@ class Optimizer:
     def make(self, steps: int) -> optax.GradientTransformation:
         def decays(params: Params):
             return jax.tree_util.tree_map_with_path(
-                lambda path, _: NO_DECAY.search(path_str(path)) is None, params)
+                lambda path, _: NO_DECAY.search(path_str(path)) is None, params
+            )
 
         method = lookup(self.method, METHODS, "config.optim.method")
-        return optax.chain(optax.clip_by_global_norm(self.clip),
-                           method(self, self.rate(steps), decays))
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip), method(self, self.rate(steps), decays)
+        )

@@ -30,14 +30,27 @@ class TrainState(flax.struct.PyTreeNode):
 def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state at step 0."""
     # A copy, or params that are given to jit would be one buffer with their average.
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
-                      ema=jax.tree.map(jnp.copy, params), key=jax.random.key(seed),
-                      norm=jnp.zeros((), jnp.float32), accepted=jnp.zeros((), jnp.int32))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.copy, params),
+        key=jax.random.key(seed),
+        norm=jnp.zeros((), jnp.float32),
+        accepted=jnp.zeros((), jnp.int32),
+    )
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """Where every leaf of a (possibly abstract) state lies."""
     params = param_shardings(mesh, state.params)
     one = replicated(mesh)
-    return TrainState(step=one, params=params, ema=params, key=one, norm=one, accepted=one,
-                      opt_state=opt_shardings(mesh, state.opt_state, params))
+    return TrainState(
+        step=one,
+        params=params,
+        ema=params,
+        key=one,
+        norm=one,
+        accepted=one,
+        opt_state=opt_shardings(mesh, state.opt_state, params),
+    )

@@ -17,9 +17,9 @@ from vdx.train.state import TrainState
 from vdx.types import Array, Batch, Params, PRNGKeyArray
 
 Metrics = dict[str, Array]
-_FIRST_FRAME = 0xF1    # folded into the key of a step; its other draws split that key
+_FIRST_FRAME = 0xF1  # folded into the key of a step; its other draws split that key
 _DERIVED = 0xDE
-SPIKE_MEMORY = 100     # accepted steps that the running mean of the gradient norm looks back
+SPIKE_MEMORY = 100  # accepted steps that the running mean of the gradient norm looks back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,14 @@ class Objective:
 
     def __post_init__(self):
         if self.forcing and self.first_frame:
-            raise ConfigError(f"config.first_frame = {self.first_frame} sets times, and so does "
-                              "config.forcing: choose one.")
+            raise ConfigError(
+                f"config.first_frame = {self.first_frame} sets times, and so does "
+                "config.forcing: choose one."
+            )
 
-    def whole(self, trained: Params, frozen: Params | None,
-              key: PRNGKeyArray | None = None) -> Params | Adapted:
+    def whole(
+        self, trained: Params, frozen: Params | None, key: PRNGKeyArray | None = None
+    ) -> Params | Adapted:
         """What the network runs with; key: of a training step, for the adapters' dropout."""
         if self.part is None:
             return trained
@@ -63,27 +66,41 @@ class Objective:
             return batch["latents"].astype(jnp.float32)
         return batch["video"].astype(jnp.float32) / 127.5 - 1.0 - self.mean
 
-    def losses(self, params: Params | Adapted, batch: Batch, t: Array, noise: Array, drop,
-               known: Array | None = None) -> Array:
+    def losses(
+        self,
+        params: Params | Adapted,
+        batch: Batch,
+        t: Array,
+        noise: Array,
+        drop,
+        known: Array | None = None,
+    ) -> Array:
         """Per-clip loss [b] at times t [b] for this noise and these dropped signals.
 
         known: bool [b], clips whose first frame is given; it has no part in their loss.
         """
         learnt, frames = None, noise.shape[1]
         if known is not None:
-            first = (jnp.arange(frames) == 0) & (frames > 1)                 # not of an image
-            learnt = ~(known[:, None] & first)                               # b t
+            first = (jnp.arange(frames) == 0) & (frames > 1)  # not of an image
+            learnt = ~(known[:, None] & first)  # b t
             t = jnp.where(learnt, t[:, None], 0.0)
-        return denoising_loss(self.process, self.weight,
-                              *self.predict(params, batch, t, noise, drop), t, learnt)
+        return denoising_loss(
+            self.process, self.weight, *self.predict(params, batch, t, noise, drop), t, learnt
+        )
 
-    def predict(self, params: Params | Adapted, batch: Batch, t: Array, noise: Array,
-                drop) -> tuple[Array, Array, Array]:
+    def predict(
+        self, params: Params | Adapted, batch: Batch, t: Array, noise: Array, drop
+    ) -> tuple[Array, Array, Array]:
         """The prediction for the clips with this noise at times t [b] or [b t], and (x0, noise)."""
         x0 = self.clean(batch)
         x_t = self.process.add_noise(x0, noise, t)
-        return self.model.run(params, x_t, self.process.network_time(t), batch, drop,
-                              method="train_view"), x0, noise
+        return (
+            self.model.run(
+                params, x_t, self.process.network_time(t), batch, drop, method="train_view"
+            ),
+            x0,
+            noise,
+        )
 
     def draw(self, batch: Batch, key: PRNGKeyArray):
         """Times [b], with `forcing` [b t], noise like x0, and drop masks, all from one key."""
@@ -94,7 +111,7 @@ class Objective:
             size = self.model.parts()[0].patch[0] * (self.model.block or 1)
             blocks = -(-x0.shape[1] // size)
             t = self.times.sample(k_time, clips * blocks, tokens).reshape(clips, blocks)
-            t = jnp.repeat(t, size, 1)[:, :x0.shape[1]]
+            t = jnp.repeat(t, size, 1)[:, : x0.shape[1]]
         else:
             t = self.times.sample(k_time, clips, tokens)
         noise = jax.random.normal(k_noise, x0.shape)
@@ -102,29 +119,34 @@ class Objective:
 
     def derived(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """The batch with what signals make of its own clips, such as known frames."""
-        return {**batch, **self.model.derived(jax.random.fold_in(key, _DERIVED),
-                                              self.clean(batch))}
+        return {**batch, **self.model.derived(jax.random.fold_in(key, _DERIVED), self.clean(batch))}
 
-    def loss(self, params: Params | Adapted, batch: Batch,
-             key: PRNGKeyArray) -> tuple[Array, Metrics]:
+    def loss(
+        self, params: Params | Adapted, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Array, Metrics]:
         (t, noise, drop), known = self.draw(batch, key), None
         batch = self.derived(batch, key)
         if self.first_frame:
-            known = jax.random.bernoulli(jax.random.fold_in(key, _FIRST_FRAME), self.first_frame,
-                                         t.shape)
+            known = jax.random.bernoulli(
+                jax.random.fold_in(key, _FIRST_FRAME), self.first_frame, t.shape
+            )
         if self.forcing:
-            losses = denoising_error(self.process, self.weight,
-                                     *self.predict(params, batch, t, noise, drop),
-                                     t).mean((2, 3, 4))                      # b t
+            losses = denoising_error(
+                self.process, self.weight, *self.predict(params, batch, t, noise, drop), t
+            ).mean((2, 3, 4))  # b t
         else:
             losses = self.losses(params, batch, t, noise, drop, known)
         sums, counts = bin_by_time(losses.ravel(), t.ravel(), self.bins)
         return losses.mean(), {"bin_sums": sums, "bin_counts": counts}
 
 
-def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_decay: float,
-                    accumulate: int = 1, spike: float = 0.0
-                    ) -> Callable[..., tuple]:
+def make_train_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    accumulate: int = 1,
+    spike: float = 0.0,
+) -> Callable[..., tuple]:
     """step(state, batch, frozen=None) -> (state, metrics). The caller jits it, with shardings and
     donation of the state. frozen: the weights that are not trained, if only a part is.
 
@@ -132,6 +154,7 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
     whose loss or gradient is not finite, or whose gradient norm is over `spike` times the running
     mean (0: any norm will do), is refused: the step counts, and nothing else changes in any bit.
     """
+
     def loss(params, frozen, batch, key):
         return objective.loss(objective.whole(params, frozen, key), batch, key)
 
@@ -141,8 +164,9 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
         if accumulate == 1:
             return grad_fn(params, frozen, batch, key)
         # Strided, so that a microbatch takes rows from every device's share.
-        micro = {k: jnp.swapaxes(v.reshape(-1, accumulate, *v.shape[1:]), 0, 1)
-                 for k, v in batch.items()}
+        micro = {
+            k: jnp.swapaxes(v.reshape(-1, accumulate, *v.shape[1:]), 0, 1) for k, v in batch.items()
+        }
 
         def body(total, inputs):
             one, i = inputs
@@ -154,8 +178,9 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
         ((loss, aux), grads), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulate)))
         return (loss / accumulate, aux), jax.tree.map(lambda g: g / accumulate, grads)
 
-    def step(state: TrainState, batch: Batch,
-             frozen: Params | None = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, aux), grads = gradients(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -168,8 +193,12 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, ema_
         if spike:
             ok &= (n < SPIKE_MEMORY) | (norm <= spike * state.norm)
         new = state.replace(
-            params=params, opt_state=opt_state, ema=ema, accepted=n + 1,
-            norm=state.norm + (norm - state.norm) / jnp.minimum(n + 1, SPIKE_MEMORY))
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            accepted=n + 1,
+            norm=state.norm + (norm - state.norm) / jnp.minimum(n + 1, SPIKE_MEMORY),
+        )
         kept = jax.tree.map(lambda a, b: a if a is b else jnp.where(ok, a, b), new, state)
         metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "accepted": kept.accepted, **aux}
         return kept.replace(step=state.step + 1), metrics
@@ -182,8 +211,8 @@ def make_eval_step(objective: Objective, levels: tuple[float, ...]):
 
     Noise is fixed by `key`, so that two evaluations differ by the weights alone.
     """
-    def evaluate(params: Params | Adapted, batch: Batch,
-                 key: PRNGKeyArray) -> tuple[Array, Array]:
+
+    def evaluate(params: Params | Adapted, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array]:
         x0, batch = objective.clean(batch), objective.derived(batch, key)
         b = x0.shape[0]
 
@@ -193,8 +222,10 @@ def make_eval_step(objective: Objective, levels: tuple[float, ...]):
             t = jnp.full(b, level)
             keep = objective.model.drop_masks(b, False)
             null = objective.model.drop_masks(b, True)
-            return (objective.losses(params, batch, t, noise, keep),
-                    objective.losses(params, batch, t, noise, null))
+            return (
+                objective.losses(params, batch, t, noise, keep),
+                objective.losses(params, batch, t, noise, null),
+            )
 
         return jax.lax.map(at, (jnp.asarray(levels), jax.random.split(key, len(levels))))
 

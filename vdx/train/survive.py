@@ -24,8 +24,17 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["PREEMPTED", "STUCK", "Preempted", "Stop", "Watchdog", "WorkdirInUse", "leave", "own",
-           "peers"]
+__all__ = [
+    "PREEMPTED",
+    "STUCK",
+    "Preempted",
+    "Stop",
+    "Watchdog",
+    "WorkdirInUse",
+    "leave",
+    "own",
+    "peers",
+]
 
 PREEMPTED, STUCK = 42, 75
 
@@ -49,7 +58,7 @@ class Stop:
 
     def __init__(self):
         self.alone = jax.process_count() == 1
-        self.polled, self._asked = False, 0.0       # when we were asked
+        self.polled, self._asked = False, 0.0  # when we were asked
         self._calls = 0
         self._before: dict[int, object] = {}
 
@@ -62,7 +71,7 @@ class Stop:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)      # type: ignore[arg-type]
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -71,8 +80,11 @@ class Stop:
         if self._asked:
             return
         self._asked = now
-        print("\nAsked to stop: saving after this step. Once more to stop now.",
-              file=sys.stderr, flush=True)
+        print(
+            "\nAsked to stop: saving after this step. Once more to stop now.",
+            file=sys.stderr,
+            flush=True,
+        )
         if not self.alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -80,7 +92,7 @@ class Stop:
         """Whether to save and stop now; every process calls this once after every step."""
         if self.alone:
             return bool(self._asked)
-        self._calls += 1        # not the step, which may go back
+        self._calls += 1  # not the step, which may go back
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def end_polling(self) -> None:
@@ -99,8 +111,12 @@ class Watchdog:
     thread that hangs.
     """
 
-    def __init__(self, seconds: float, before_exit: tuple[Callable[[], object], ...] = (),
-                 grace: float = 60.0):
+    def __init__(
+        self,
+        seconds: float,
+        before_exit: tuple[Callable[[], object], ...] = (),
+        grace: float = 60.0,
+    ):
         self.seconds, self.before_exit, self.grace = seconds, before_exit, grace
         self._last = time.monotonic()
         self._done = threading.Event()
@@ -124,9 +140,12 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        print(f"\nNo step for {self.seconds:g} s (config.train.stuck_after): ending with exit "
-              f"code {STUCK}. Every thread's stack, the latest call first:",
-              file=sys.stderr, flush=True)
+        print(
+            f"\nNo step for {self.seconds:g} s (config.train.stuck_after): ending with exit "
+            f"code {STUCK}. Every thread's stack, the latest call first:",
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(all_threads=True)
         for action in self.before_exit:
             helper = threading.Thread(target=action, daemon=True)
@@ -154,13 +173,16 @@ def peers(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        signs = (jax.errors.JaxRuntimeError, TimeoutError)      # of a collective, of a barrier
+        signs = (jax.errors.JaxRuntimeError, TimeoutError)  # of a collective, of a barrier
         lost = isinstance(error, signs) or isinstance(error.__cause__, signs)
         if jax.process_count() == 1 or not lost or "RESOURCE_EXHAUSTED" in str(error):
             raise
         before_exit()
-        leave(STUCK, f"process {jax.process_index()} of {jax.process_count()} lost touch with "
-              f"another one, whose log says why: {str(error).splitlines()[0]:.300}")
+        leave(
+            STUCK,
+            f"process {jax.process_index()} of {jax.process_count()} lost touch with "
+            f"another one, whose log says why: {str(error).splitlines()[0]:.300}",
+        )
 
 
 class WorkdirInUse(ValueError):
@@ -179,14 +201,21 @@ def own(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                print(f"{workdir} is on a file system without locks ({error.strerror}): nothing "
-                      "prevents a second process from writing there.", file=sys.stderr)
+                print(
+                    f"{workdir} is on a file system without locks ({error.strerror}): nothing "
+                    "prevents a second process from writing there.",
+                    file=sys.stderr,
+                )
             else:
                 file.seek(0)
-                raise WorkdirInUse(f"{workdir} is in use by {file.read().strip() or 'a process'}. "
-                                   "End that one first, or choose another workdir.") from None
+                raise WorkdirInUse(
+                    f"{workdir} is in use by {file.read().strip() or 'a process'}. "
+                    "End that one first, or choose another workdir."
+                ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
-                   f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since "
+            f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        )
         file.flush()
         yield
