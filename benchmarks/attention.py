@@ -20,7 +20,7 @@ import torch
 from absl import app, flags
 from side_by_side import compare, report, where
 
-from vdx.models.attend import BACKENDS, Ask, attend
+from vdx.models.attention.backends import BACKENDS, Ask, attend
 from vdx.parallel import platform
 
 FLAGS = flags.FLAGS

@@ -22,11 +22,11 @@ import av
 import numpy as np
 from absl import app, flags, logging
 
-from vdx.config import resolve
+from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.files import read_rows
 from vdx.main import run
-from vdx.train.survive import Stop
+from vdx.train.preemption import Stop
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[1]

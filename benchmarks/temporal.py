@@ -21,19 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vdx.config import resolve
+from vdx.config.loader import resolve
 from vdx.data.motion import motion_score
 from vdx.evaluate import prompt_following
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
+from vdx.generate.sample_grid import write_sheet
 from vdx.generate.video_io import to_uint8
-from vdx.generate.wall import write_sheet
 from vdx.main import run
 from vdx.metrics.prompt_following import track_object
-from vdx.metrics.steadiness import flicker, identity_drift
+from vdx.metrics.temporal_consistency import flicker, identity_drift
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
-from vdx.train.survive import Stop
+from vdx.train.preemption import Stop
 from vdx.types import Ports
 
 FLAGS = flags.FLAGS

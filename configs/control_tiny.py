@@ -5,7 +5,7 @@
 
 Variants: depth, pose, flow (sparse hints), camera (pans over patterned backgrounds), actions (an
 object that is steered frame by frame). The scenes of t2v_tiny otherwise; 2 CPU cores and 4 GB.
-docs/steering.md has the time each takes and what it reaches.
+docs/control.md has the time each takes and what it reaches.
 """
 
 from ml_collections import ConfigDict

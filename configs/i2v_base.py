@@ -6,7 +6,7 @@
 Hardware and data as of t2v_base; `:smoke` is the same program shrunk for the tests. Known frames
 are those of the clip's own latents. Besides `latents` and `text` the records hold `image_tokens`
 float16 [257 1280], the features of a frame before or after the clip by CLIP ViT-H (the last layer
-but one, vdx/models/clip.py), and `motion`, vdx.data.motion.motion_score of its pixels. Nothing has
+but one, vdx/models/encoders/clip.py), and `motion`, vdx.data.motion.motion_score of its pixels. Nothing has
 been trained with this config yet, so no result is claimed for it.
 """
 

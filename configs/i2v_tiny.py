@@ -5,7 +5,7 @@
 
 The variant `reference` reads a picture of the subject instead of frames of the clip.
 
-The scenes of t2v_tiny at 4, 8 and 16 frames per second; 2 CPU cores and 4 GB. docs/steering.md has
+The scenes of t2v_tiny at 4, 8 and 16 frames per second; 2 CPU cores and 4 GB. docs/control.md has
 the time it takes and what it reaches.
 """
 

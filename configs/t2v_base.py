@@ -6,7 +6,7 @@
 Hardware: written for a v5e-64 or v5p-32 slice (FSDP over all chips); any slice works whose chips
 divide the batch of 512. `:smoke` is the same program shrunk for the tests.
 
-Needed: an ArrayRecord data set in the layout of vdx/data/cache.py: `latents` float16
+Needed: an ArrayRecord data set in the layout of vdx/data/records.py: `latents` float16
 [16 32 32 4] of a per-frame image VAE (8x smaller in space), already normalised, and `text`
 float16 [l 4096] of a T5-XXL class encoder with l at most 256. Nothing has been trained with this
 config yet, so no result is claimed for it.

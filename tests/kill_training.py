@@ -24,7 +24,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from vdx.train.checkpoint import Checkpoints
-from vdx.train.fingerprint import digest
+from vdx.train.checksum import digest
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60

@@ -5,7 +5,8 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-from test_run import MICRO
+
+from tests.test_run import MICRO
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdx.build import ConfigError
-from vdx.config import resolve
-from vdx.data.cache import latent_features, write_records
+from vdx.config.build import ConfigError
+from vdx.config.loader import resolve
+from vdx.data.records import latent_features, write_records
 from vdx.experiment import Experiment, load, open_params, open_trained
 from vdx.files import read_rows
 from vdx.generate.pipeline import Sampling
@@ -19,12 +19,12 @@ from vdx.interop.keymap import WeightsError
 from vdx.interop.load import export_plan, save_folder
 from vdx.interop.lora import open_lora, write_lora
 from vdx.interop.wan import load_wan, wan_config, wan_transformer_rows
-from vdx.models.lora import Adapted, adapt
+from vdx.models.adapters.lora import Adapted, adapt
 from vdx.train.checkpoint import CheckpointError, Checkpoints
-from vdx.train.fingerprint import fingerprints
+from vdx.train.checksum import fingerprints
 from vdx.train.loop import Run, train
+from vdx.train.preemption import Stop
 from vdx.train.step import Objective
-from vdx.train.survive import Stop
 
 pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]

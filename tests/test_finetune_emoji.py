@@ -11,16 +11,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from kill_training import arrays, whole_steps
-from test_finetune import ROOT, save_weights
 
-from vdx.config import resolve
-from vdx.data.cache import latent_features, write_records
+from tests.kill_training import arrays, whole_steps
+from tests.test_finetune import ROOT, save_weights
+from vdx.config.loader import resolve
+from vdx.data.records import latent_features, write_records
 from vdx.data.sources import VideoFolder
 from vdx.experiment import Experiment
 from vdx.files import read_rows
-from vdx.models.video_vae import VideoVAE
-from vdx.train.survive import PREEMPTED
+from vdx.models.vae.video_vae import VideoVAE
+from vdx.train.preemption import PREEMPTED
 
 CLIPS = ROOT.parent / "shared" / "data" / "fluent_emoji"
 pytestmark = [

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from vdx.config import resolve
+from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.flops import traced
 from vdx.hardware import CHIPS, chip_of
 from vdx.models.transformer import Transformer
-from vdx.models.unet import UNet
+from vdx.models.unet.unet import UNet
 from vdx.types import Ports
 
 CLIP = (8, 16, 16, 4)

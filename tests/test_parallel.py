@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vdx.config import resolve
+from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.parallel import AXES, MeshSpec, constrain, param_shardings, path_str, put_batch, replicated
 from vdx.train.state import TrainState, state_shardings

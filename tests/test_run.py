@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdx.config import resolve
-from vdx.data.cache import latent_features, write_records
+from vdx.config.loader import resolve
+from vdx.data.records import latent_features, write_records
 from vdx.experiment import load, open_params
 from vdx.files import read_json, read_rows
 from vdx.main import run
 from vdx.train import program
-from vdx.train.survive import Stop
+from vdx.train.preemption import Stop
 
 ROOT = Path(__file__).parents[1]
 MICRO = [

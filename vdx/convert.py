@@ -17,10 +17,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-from vdx.build import ConfigError
+from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError
-from vdx.interop.original import PLACES, open_original
-from vdx.interop.public import INDEX, PublicModel, open_public
+from vdx.interop.pretrained import INDEX, PublicModel, open_public
+from vdx.interop.wan_original import PLACES, open_original
 
 FLAGS = flags.FLAGS
 PARTS = tuple(part for part in PLACES if part != "transformer")

@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from vdx.build import ConfigError
-from vdx.compiled import keep_compiled
-from vdx.data.scenes import VELOCITIES, Scenes
+from vdx.compilation_cache import keep_compiled
+from vdx.config.build import ConfigError
+from vdx.data.scenes.source import VELOCITIES, Scenes
 from vdx.data.signals import SIGNALS, Clip, read_signals
 from vdx.data.sources import SOURCES
+from vdx.evaluation.report import write_report
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import write_json
+from vdx.generate.sample_grid import write_clips, write_sheet
 from vdx.generate.video_io import to_uint8
-from vdx.generate.wall import write_clips, write_sheet
+from vdx.metrics.control import STEERING, scene_truth, steering_scores
 from vdx.metrics.prompt_following import ATTRIBUTES, score
-from vdx.metrics.report import write_report
-from vdx.metrics.steering import STEERING, scene_truth, steering_scores
-from vdx.models.steering import KnownFrames
+from vdx.models.conditioning.control_signals import KnownFrames
 from vdx.types import Params
 
 FLAGS = flags.FLAGS

@@ -17,7 +17,7 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from vdx.build import ConfigError, build, fill
+from vdx.config.build import ConfigError, build, fill
 from vdx.data.pipeline import Batches, Loader, make_loader
 from vdx.data.record import BadRecord
 from vdx.data.signals import SIGNALS
@@ -26,18 +26,18 @@ from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import WEIGHTS
 from vdx.diffusion.process import PROCESSES, TIMES
 from vdx.files import read_json
+from vdx.generate.blockwise import Streamer
 from vdx.generate.pipeline import Generator, Sampling
-from vdx.generate.stream import Streamer
 from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
 from vdx.interop.unet import load_unet
-from vdx.models.conditioning import NULL, Embeddings
+from vdx.models.adapters.lora import Lora, added, dense_kernels
+from vdx.models.adapters.trainable import Part, overlaid
+from vdx.models.conditioning.signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
-from vdx.models.lora import Lora, added, dense_kernels
-from vdx.models.part import Part, overlaid
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
-from vdx.train.fingerprint import digest, whole_digest
+from vdx.train.checksum import digest, whole_digest
 from vdx.train.optim import Optimizer
 from vdx.train.state import TrainState, init_state
 from vdx.train.step import Objective
@@ -334,7 +334,7 @@ class Experiment:
             raise ConfigError(
                 f"config.model.signals.embeddings.dropout = {rate} drops captions, and the "
                 "metadata of the data does not say what stands for them (`null`, the encoding of "
-                "the empty caption; see vdx.data.cache). Write it there, or set the dropout to 0."
+                "the empty caption; see vdx.data.records). Write it there, or set the dropout to 0."
             )
         return params
 

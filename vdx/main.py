@@ -39,20 +39,20 @@ import jax
 from absl import app, flags, logging
 
 import vdx
-from vdx.build import ConfigError
-from vdx.compiled import keep_compiled
-from vdx.config import is_override, resolve
+from vdx.compilation_cache import keep_compiled
+from vdx.config.build import ConfigError
+from vdx.config.loader import is_override, resolve
 from vdx.data.pipeline import DataError
 from vdx.data.workers import WorkerDied
 from vdx.evaluate import judge
+from vdx.evaluation.report import write_report
 from vdx.experiment import Experiment, Spec, settled
 from vdx.files import write_json
-from vdx.generate.wall import draw_wall
+from vdx.generate.sample_grid import draw_wall
 from vdx.interop.keymap import WeightsError
-from vdx.metrics.report import write_report
 from vdx.train.checkpoint import CheckpointError
 from vdx.train.loop import BadNumbers, Run, train
-from vdx.train.survive import STUCK, Stop, WorkdirInUse, leave, own, peers
+from vdx.train.preemption import STUCK, Stop, WorkdirInUse, leave, own, peers
 
 FLAGS = flags.FLAGS
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vdx.build import ConfigError
+from vdx.config.build import ConfigError
 from vdx.types import Array, Batch
 
 AXES = ("data", "fsdp", "context", "tensor")

@@ -42,15 +42,15 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from vdx.build import ConfigError, lookup
-from vdx.config import is_override, resolve
-from vdx.estimate import PROGRAMS, Job, Slice, abstract_mesh, least_memory, plan, sent
+from vdx.config.build import ConfigError, lookup
+from vdx.config.loader import is_override, resolve
 from vdx.experiment import Experiment
 from vdx.files import write_json
 from vdx.hardware import GIB
 from vdx.main import explained
 from vdx.models.transformer import REMAT, Transformer
 from vdx.parallel import AXES, MeshSpec
+from vdx.planning.estimate import PROGRAMS, Job, Slice, abstract_mesh, least_memory, plan, sent
 from vdx.sample import mesh_spec
 
 FLAGS = flags.FLAGS

@@ -22,20 +22,20 @@ import numpy as np
 from absl import app, flags, logging
 
 import vdx
-from vdx.build import ConfigError, fill, lookup
-from vdx.compiled import keep_compiled
-from vdx.diffusion.grids import GRIDS
+from vdx.compilation_cache import keep_compiled
+from vdx.config.build import ConfigError, fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
+from vdx.diffusion.timesteps import GRIDS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
-from vdx.generate.calibrate import FILE as PROOF
-from vdx.generate.calibrate import calibrate, check_proof, read_proof
+from vdx.generate.cache_calibration import FILE as PROOF
+from vdx.generate.cache_calibration import calibrate, check_proof, read_proof
+from vdx.generate.control_inputs import file_digest, files, steered
 from vdx.generate.pipeline import Sampling
-from vdx.generate.public import PublicGenerator
-from vdx.generate.request import PublicRequest, prepare
-from vdx.generate.steer import file_digest, files, steered
+from vdx.generate.pretrained import PublicGenerator
+from vdx.generate.pretrained_request import PublicRequest, prepare
+from vdx.generate.sample_grid import write_clips
 from vdx.generate.video_io import to_uint8, write_video
-from vdx.generate.wall import write_clips
 from vdx.interop.keymap import WeightsError
 from vdx.train.checkpoint import CheckpointError
 from vdx.types import Params
@@ -64,7 +64,7 @@ PUBLIC = (
 class Request:
     """All that decides the clips of one call, besides the weights.
 
-    steer: what is asked besides the words, as vdx.generate.steer says; digests: SHA-256 of its
+    steer: what is asked besides the words, as vdx.generate.control_inputs says; digests: SHA-256 of its
     files.
     """
 

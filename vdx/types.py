@@ -22,7 +22,7 @@ __all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "
 #   control    float  [b t h w c]   what a network's control blocks read, perhaps larger than x0
 #   known, known_mask  [b t h w c], [b t]   frames that are given, and which
 #   reference  uint8  [b h w 3]     a picture of what the clip is to show
-#   depth, pose, flow, camera  [b t h w k], actions [b t], motion [b]: see vdx/models/steering.py
+#   depth, pose, flow, camera  [b t h w k], actions [b t], motion [b]: see vdx/models/conditioning/control_signals.py
 #   fps        float32 [b]          frames per second of this clip
 #   num_frames int32  [b]           pixel frames in this clip
 Batch = Mapping[str, Array]

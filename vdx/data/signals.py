@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from vdx.build import lookup
+from vdx.config.build import lookup
 from vdx.data.camera import cropped, plucker
 from vdx.data.motion import motion_score
 from vdx.data.record import BadRecord, Record

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from vdx.data.cache import check_classes, ready_example
 from vdx.data.record import BadRecord, Record, shown
-from vdx.data.scenes import Scenes
+from vdx.data.records import check_classes, ready_example
+from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES, VIDEOS
 
 __all__ = [
@@ -356,7 +356,7 @@ def _stays_inside(name: str) -> bool:
 class Records:
     """A directory that tensorflow_datasets prepared in the ArrayRecord format.
 
-    path: the directory with `features.json`; `vdx.data.cache` says what the features may be:
+    path: the directory with `features.json`; `vdx.data.records` says what the features may be:
       mp4 bytes with captions, which give Records, or cached latents, which give examples.
     """
 
@@ -383,7 +383,7 @@ class Records:
         if not known >= {"video", "caption"} and not known >= {"latents", "text"}:
             raise ValueError(
                 f"{self.path} has the features {', '.join(sorted(known))}; expected "
-                "video and caption, or latents and text (see vdx.data.cache)."
+                "video and caption, or latents and text (see vdx.data.records)."
             )
         object.__setattr__(self, "rows", builder.as_data_source(self.split))
         object.__setattr__(self, "metadata", dict(builder.info.metadata or {}))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vdx.build import lookup
+from vdx.config.build import lookup
 from vdx.data.camera import read_camera
 from vdx.data.signals import ACTIONS
 from vdx.files import read_json

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdx.build import ConfigError
+from vdx.config.build import ConfigError
 from vdx.diffusion.process import expand
 from vdx.types import Array
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.build import ConfigError, lookup
+from vdx.config.build import ConfigError, lookup
 from vdx.types import Array, PRNGKeyArray
 
 # Divisors are kept above this, so that the two impossible corners stay finite. It is below

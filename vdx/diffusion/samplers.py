@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.build import ConfigError
+from vdx.config.build import ConfigError
 from vdx.diffusion.process import FLOOR, Process, shift_time
-from vdx.diffusion.reuse import Memory, Reuse
+from vdx.diffusion.step_cache import Memory, Reuse
 from vdx.types import Array, PRNGKeyArray
 
 Rows = dict[str, np.ndarray]

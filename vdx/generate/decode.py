@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from vdx.generate.video_io import to_uint8_there
-from vdx.models.video_vae import VideoVAE, head_of
+from vdx.models.vae.video_vae import VideoVAE, head_of
 from vdx.types import Params
 
 

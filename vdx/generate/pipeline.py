@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.build import lookup
-from vdx.diffusion.grids import GRIDS, Grid
+from vdx.config.build import lookup
 from vdx.diffusion.guidance import Guidance, guided, questions
-from vdx.diffusion.reuse import Reuse
 from vdx.diffusion.samplers import (
     SAMPLERS,
     Carry,
@@ -22,7 +20,9 @@ from vdx.diffusion.samplers import (
     hold,
     time_grid,
 )
-from vdx.models.conditioning import TEXT
+from vdx.diffusion.step_cache import Reuse
+from vdx.diffusion.timesteps import GRIDS, Grid
+from vdx.models.conditioning.signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
@@ -37,7 +37,7 @@ class Sampling:
     order. rescale, interval: see vdx.diffusion.guidance. grid: a row of GRIDS
     for models of rectified flow; empty: uniform times that the process has. shift: time shift
     of the grid. batch: clips drawn at once. reuse: the network is not asked while its answer
-    would change by less than this share (vdx.diffusion.reuse); 0: it is asked in every step.
+    would change by less than this share (vdx.diffusion.step_cache); 0: it is asked in every step.
     """
 
     sampler: str = "dpmpp_2m"

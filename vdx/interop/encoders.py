@@ -11,11 +11,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vdx.build import ConfigError, lookup
+from vdx.config.build import ConfigError, lookup
 from vdx.interop.keymap import KEEP, LINEAR, Row, WeightsError, listed, patches
 from vdx.interop.safetensors import Stored
-from vdx.models.clip import CLIPTextModel, CLIPVisionModel
-from vdx.models.t5 import T5Encoder
+from vdx.models.encoders.clip import CLIPTextModel, CLIPVisionModel
+from vdx.models.encoders.t5 import T5Encoder
 
 __all__ = [
     "clip_names",

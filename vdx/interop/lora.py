@@ -23,14 +23,14 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vdx.build import lookup
+from vdx.config.build import lookup
 from vdx.files import read_json
 from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, place_of
 from vdx.interop.load import export_plan, open_weights
 from vdx.interop.safetensors import Stored, read_file, write
 from vdx.interop.wan import original_name, wan_transformer_rows
+from vdx.models.adapters.lora import A, B, Change
 from vdx.models.denoiser import Denoiser
-from vdx.models.lora import A, B, Change
 from vdx.types import Params
 
 __all__ = ["LAYOUTS", "open_lora", "write_lora"]
@@ -79,7 +79,7 @@ def adapter_rows(rows: Sequence[Row], plan: Mapping[str, Any]) -> list[Row]:
 
 def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> Change:
     """What a LoRA file, or a folder that holds one, changes in a Wan model: float32 arrays on
-    the host, with every scale in them. See vdx.models.lora.adapt.
+    the host, with every scale in them. See vdx.models.adapters.lora.adapt.
 
     part: of a file for both experts of Wan 2.2 A14B, "transformer" (high noise) or
     "transformer_2". Raises WeightsError that lists every key and shape that is not of this model.

@@ -1,4 +1,4 @@
-"""Public U-Nets as those of vdx.models.unet, and back: of images, with motion modules, 3D.
+"""Public U-Nets as those of vdx.models.unet.unet, and back: of images, with motion modules, 3D.
 
 References: `UNet2DConditionModel`, `UNetMotionModel`, `UNet3DConditionModel` and `MotionAdapter` of
 diffusers. A network may lie in several folders, such as an image model and a motion adapter.
@@ -50,10 +50,10 @@ from vdx.interop.unet_config import (
     unknown,
 )
 from vdx.interop.vae import dense_rows, norm_rows, residual_rows
-from vdx.models.conditioning import NULL
+from vdx.models.conditioning.signals import NULL
 from vdx.models.denoiser import Denoiser
-from vdx.models.unet import UNet
-from vdx.models.unet_blocks import frame_positions
+from vdx.models.unet.blocks import frame_positions
+from vdx.models.unet.unet import UNet
 from vdx.types import Params
 
 # The arrays

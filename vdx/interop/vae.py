@@ -8,10 +8,10 @@ which comes without a config: VIDEO_VAES has them.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vdx.build import ConfigError, fill
+from vdx.config.build import ConfigError, fill
 from vdx.interop.keymap import CONV, KEEP, LINEAR, Layout, Row, patches
-from vdx.models.image_vae import ImageVAE
-from vdx.models.video_vae import VideoVAE
+from vdx.models.vae.image_vae import ImageVAE
+from vdx.models.vae.video_vae import VideoVAE
 
 VIDEO_VAES: dict[str, dict[str, Any]] = {
     "wan2.1": {

@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdx.build import ConfigError, build
+from vdx.config.build import ConfigError, build
 from vdx.flops import traced
-from vdx.models.conditioning import Conditioning, Drop
-from vdx.models.lora import Adapted
-from vdx.models.mixers import Past
-from vdx.models.text import Tokenize
+from vdx.models.adapters.lora import Adapted
+from vdx.models.conditioning.signals import Conditioning, Drop
+from vdx.models.encoders.text import Tokenize
+from vdx.models.mixers.grid_attention import Past
 from vdx.models.transformer import Transformer
-from vdx.models.unet import UNet
+from vdx.models.unet.unet import UNet
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer, "unet": UNet}

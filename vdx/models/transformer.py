@@ -17,10 +17,10 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from vdx.build import ConfigError, build, lookup
-from vdx.models.attend import BACKENDS, CONTEXTS
-from vdx.models.attention import CrossAttention
-from vdx.models.blockwise import SAVED
+from vdx.config.build import ConfigError, build, lookup
+from vdx.models.attention.backends import BACKENDS, CONTEXTS
+from vdx.models.attention.blockwise import SAVED
+from vdx.models.attention.layers import CrossAttention
 from vdx.models.layers import (
     MLP,
     EmbedMLP,
@@ -34,7 +34,7 @@ from vdx.models.layers import (
     told,
     turned,
 )
-from vdx.models.mixers import MIXERS, PATTERNS, MixContext, Past
+from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, MixContext, Past
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vdx.parallel import path_str
-from vdx.train.fingerprint import Leaf, describe, digest, fingerprints
+from vdx.train.checksum import Leaf, describe, digest, fingerprints
 from vdx.train.state import TrainState
 from vdx.types import Params
 

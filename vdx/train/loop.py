@@ -12,18 +12,18 @@ from flax.traverse_util import flatten_dict
 
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, host_file, write_json
-from vdx.models.attend import chosen
-from vdx.models.conditioning import NULL
+from vdx.models.attention.backends import chosen
+from vdx.models.conditioning.signals import NULL
 from vdx.models.transformer import check_remat
 from vdx.parallel import put_batch, replicated
-from vdx.train.ahead import Programs, peak_flops
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
-from vdx.train.fingerprint import whole_digest
+from vdx.train.checksum import whole_digest
+from vdx.train.compile import Programs, peak_flops
 from vdx.train.log import Log
+from vdx.train.preemption import Preempted, Stop, Watchdog, peers
 from vdx.train.program import train_program
 from vdx.train.state import TrainState
 from vdx.train.step import make_eval_step
-from vdx.train.survive import Preempted, Stop, Watchdog, peers
 
 
 class BadNumbers(ValueError):

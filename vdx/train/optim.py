@@ -7,7 +7,7 @@ import jax
 import optax
 import optax.contrib
 
-from vdx.build import lookup
+from vdx.config.build import lookup
 from vdx.parallel import path_str
 from vdx.types import Params
 

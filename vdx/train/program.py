@@ -33,7 +33,7 @@ def abstract_batch(
     """What a step reads, without data: shapes of the batches of `config.data`, laid out.
 
     clip: [t h w c] of the model's space. text: tokens of cached text, in place of those that the
-    signal has by itself. Cached arrays are float16, as vdx.data.cache writes them.
+    signal has by itself. Cached arrays are float16, as vdx.data.records writes them.
     """
     conditioning, cached = experiment.model.parts()[1], experiment.clip is None
     example = jax.eval_shape(lambda: conditioning.example(clip))

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vdx.build import ConfigError
+from vdx.config.build import ConfigError
 from vdx.diffusion.losses import bin_by_time, denoising_error, denoising_loss
+from vdx.models.adapters.lora import Adapted, Lora
+from vdx.models.adapters.trainable import Part
 from vdx.models.denoiser import Denoiser
-from vdx.models.lora import Adapted, Lora
-from vdx.models.part import Part
 from vdx.train.state import TrainState
 from vdx.types import Array, Batch, Params, PRNGKeyArray
 

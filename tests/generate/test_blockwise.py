@@ -1,0 +1,396 @@
+"""Block-causal attention, its cache, and clips made block by block, against the whole clip."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdx.config.build import ConfigError
+from vdx.diffusion.guidance import guided
+from vdx.diffusion.process import RectifiedFlow
+from vdx.diffusion.samplers import SAMPLERS, sample
+from vdx.generate.blockwise import Streamer
+from vdx.generate.cache_calibration import calibrate
+from vdx.generate.pipeline import Sampling
+from vdx.models import transformer
+from vdx.models.denoiser import Denoiser
+from vdx.models.layers import rope_table, turned
+from vdx.models.mixers.grid_attention import MIXERS, MixContext, Past
+from vdx.models.transformer import Transformer
+from vdx.parallel import MeshSpec
+from vdx.types import Ports
+
+pytestmark = pytest.mark.usefixtures("quickly")
+RNG = np.random.default_rng(0)
+BLOCKS = {
+    "all": {"block": 2},
+    "window": {"block": 2, "window": 1},
+    "sink": {"block": 1, "window": 2, "sink": 1},
+    "one": {"block": 1, "window": 3},
+}
+
+
+def sees(spec, query: int, key: int) -> bool:
+    """Whether a frame sees another, said once more."""
+    a, b = query // spec["block"], key // spec["block"]
+    return b <= a and (b >= a - spec.get("window", 99) or b < spec.get("sink", 0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "mixer"), [*((spec, "full") for spec in BLOCKS), ("sink", "time")]
+)
+def test_a_token_sees_its_block_and_those_before(spec, mixer, randomise):
+    """Seven frames: the last block is not whole."""
+    grid, spec = (7, 1, 2), BLOCKS[spec]
+    module = MIXERS[mixer](heads=1, **spec)
+    x, context = RNG.normal(size=(1, *grid, 8)).astype(np.float32), MixContext(rope_table(grid, 8))
+    params = randomise(jax.eval_shape(module.init, jax.random.key(0), x, context)["params"])
+    out = lambda x: module.apply({"params": params}, x, context).sum((0, -1))
+    touched = np.abs(jax.jit(jax.jacrev(out))(x)).max((3, -1)) > 0
+    for (t, _, w), (s, _, v) in itertools.product(np.ndindex(grid), repeat=2):
+        place = mixer == "full" or w == v
+        assert touched[t, 0, w, s, 0, v] == (place and sees(spec, t, s)), (t, w, s, v)
+
+
+def test_rotary_positions_move_on_exactly():
+    for width, start in itertools.product((24, 128), (0, 7, 1000, 2**20)):
+        rope = rope_table((3, 2, 2), width)
+        features = width - 4 * (width // 6)
+        angles = np.arange(start, start + 3)[:, None] * 1e4 ** (
+            -np.arange(0, features, 2) / features
+        )
+        cos, sin = turned(rope, jnp.int32(start), width)
+        for got, old, want in ((cos, rope[0], np.cos(angles)), (sin, rope[1], np.sin(angles))):
+            atol = 1e-6 + start * 2**-32 * np.pi
+            np.testing.assert_allclose(got[:, 1, 1, 0, : features // 2], want, atol=atol)
+            np.testing.assert_allclose(got[..., features // 2 :], old[..., features // 2 :])
+
+
+# A network, block by block with a cache, and all at once.
+
+PORTS = Ports(
+    tokens=RNG.normal(size=(2, 3, 24)).astype(np.float32),
+    vector=RNG.normal(size=(2, 24)).astype(np.float32),
+)
+
+
+class Cached:
+    """Five blocks through a transformer. Every frame has its own time but within a patch."""
+
+    def __init__(self, spec, pt, randomise, pattern=()):
+        self.net = Transformer(
+            width=24,
+            depth=2 * (1 + len(pattern)),
+            heads=2,
+            patch=(pt, 2, 2),
+            absolute=True,
+            pattern=({"name": "full", **spec}, *pattern),
+        )
+        self.frames = spec["block"] * pt
+        self.x = RNG.normal(size=(2, 5 * self.frames, 4, 4, 3)).astype(np.float32)
+        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 5 * spec["block"])), pt, 1)
+        self.params = randomise(
+            jax.eval_shape(self.net.init, jax.random.key(0), self.x, self.time, PORTS)["params"]
+        )
+
+    @functools.cached_property
+    def whole(self):
+        return self.now_whole()
+
+    def now_whole(self):
+        run = lambda p: self.net.apply({"params": p}, self.x, self.time, PORTS)
+        return jax.jit(run)(self.params)
+
+    @functools.cached_property
+    def step(self):
+        def run(cache, x, time, start):
+            return self.net.apply(
+                {"params": self.params, **cache}, x, time, PORTS, Past(start, 5), mutable=["cache"]
+            )
+
+        return jax.jit(run)
+
+    def by_block(self):
+        parts = [np.split(a, 5, 1) for a in (self.x, self.time)]
+        empty = jax.eval_shape(self.step, {}, parts[0][0], parts[1][0], jnp.int32(0))[1]
+        cache, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty), []
+        for i, (x, time) in enumerate(zip(*parts, strict=True)):
+            y, cache = self.step(cache, x, time, jnp.int32(i * self.net.block()))
+            out.append(y)
+        return np.concatenate(out, 1)
+
+    def error(self):
+        return np.abs(self.by_block() - self.whole).max()
+
+
+@pytest.fixture(scope="module")
+def cached(randomise):
+    return functools.cache(lambda spec, pt: Cached(BLOCKS[spec], pt, randomise))
+
+
+CASES = [("all", 2), ("sink", 1)]
+SLOW = [("all", 1), ("window", 1), ("sink", 2), ("one", 2)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "pt"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
+def test_block_by_block_it_is_the_whole_clip(spec, pt, cached):
+    case = cached(spec, pt)
+    assert case.error() < 1e-5
+    assert case.whole.std() > 0.3 and case.step._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_with_mixers_of_one_frame_and_of_one_place(randomise):
+    case = Cached(BLOCKS["all"], 1, randomise, ("space", {"name": "time", "block": 2}))
+    assert case.error() < 1e-5
+
+
+def test_positions_that_do_not_move_on_are_seen(cached, monkeypatch):
+    monkeypatch.setattr(transformer, "turned", lambda rope, *_: rope)
+    case = copy.copy(cached("all", 2))
+    vars(case).pop("step", None)
+    assert case.error() > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 2, "tensor": 2}])
+def test_on_eight_devices_it_is_that_of_one(sizes, cached):
+    case = cached("all", 2)  # ten frames of tokens, two of them to a block
+    with jax.set_mesh(MeshSpec(data=1, **sizes).make()):
+        np.testing.assert_allclose(case.now_whole(), case.whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "space", "block": 2}, "of a mixer that looks over time"),
+        ({"name": "full", "block": 0}, "one or more frames"),
+        ({"name": "full", "window": 2}, "block"),
+        ({"name": "full", "block": 2, "sink": 1}, "beside a window"),
+        ({"name": "full", "block": 2, "window": 0}, "one or more blocks"),
+    ],
+)
+def test_blocks_that_cannot_be(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        Transformer(pattern=(spec,)).dims()
+
+
+# Clips.
+
+TEXT = {
+    "text": {
+        "encoder": {
+            "name": "bytes",
+            "length": 16,
+            "width": 12,
+            "depth": 1,
+            "heads": 2,
+            "words": 6,
+            "buckets": 64,
+        }
+    }
+}
+SHAPE = (4, 4, 3)
+PROMPTS, SEEDS = ["a red ball", "blue"], [5, 6]
+
+
+def model_of(spec, **backbone):
+    return Denoiser(
+        {
+            "name": "transformer",
+            "width": 24,
+            "depth": 2,
+            "heads": 2,
+            "patch": (1, 2, 2),
+            "pattern": ({"name": "full", **spec},),
+            **backbone,
+        },
+        TEXT,
+    )
+
+
+def streamer_of(spec, cls=Streamer, guidance=2.0, sampler="euler", **backbone):
+    return cls(
+        model_of(spec, **backbone), RectifiedFlow(), Sampling(sampler, 3, guidance), SHAPE, mean=0.1
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(randomise):
+    """Of every model here: blocks are no parameters."""
+    return randomise(jax.eval_shape(model_of({"block": 2}).new_params, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def drawn(weights):
+    """spec -> (streamer, the clips of three blocks)."""
+
+    @functools.cache
+    def make(spec):
+        streamer = streamer_of(BLOCKS[spec])
+        return streamer, streamer(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
+
+    return make
+
+
+def by_definition(streamer, params, noise, **steer):
+    """Block i is what the sampler makes of its noise, the network being asked with the whole clip:
+    the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
+    which it must not see, as noise."""
+    g, b, t = streamer, len(noise), noise.shape[1]
+    batch = {**g.batch(PROMPTS, t, 8.0), **steer}
+
+    def one(clip, first):
+        def network(x, time, ports):
+            every = jnp.repeat(clip, len(x) // b, 0)
+            every = jax.lax.dynamic_update_slice_in_dim(every, x, first, 1)
+            times = jnp.where(jnp.arange(t) < first, 0, time[:, None])
+            out = g.model.run(params, every, g.tell(times), ports)
+            return jax.lax.dynamic_slice_in_dim(out, first, 2, 1)
+
+        denoise = guided(network, g.conditions(params, batch, None, noise.shape), g.guidance(batch))
+        x = jax.lax.dynamic_slice_in_dim(clip, first, 2, 1)
+        x = sample(denoise, g.process, SAMPLERS[g.sampling.sampler](), x, np.linspace(1, 0, 4))
+        return jax.lax.dynamic_update_slice_in_dim(clip, x, first, 1)
+
+    one = jax.jit(one)
+    return functools.reduce(one, range(0, t, 2), noise) + g.mean
+
+
+def noise_of(streamer):
+    return np.stack([streamer.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS])
+
+
+@pytest.fixture(scope="module")
+def defined(weights):
+    streamer = streamer_of(BLOCKS["window"])
+    return by_definition(streamer, weights, noise_of(streamer))
+
+
+def test_clips_are_their_definition(drawn, defined):
+    streamer, clips = drawn("window")
+    noise = noise_of(streamer)
+    assert abs(np.corrcoef(noise[:, :2].ravel(), noise[:, 2:4].ravel())[0, 1]) < 0.3
+    np.testing.assert_allclose(clips, defined, atol=2e-5)
+    assert np.abs(clips).std() > 0.3
+
+
+class Noisy(Streamer):
+    def remember(self, *args):
+        *others, x0 = args
+        return super().remember(*others, x0 + 0.1)
+
+
+class Late(Streamer):
+    def tell(self, t):
+        return super().tell(jnp.where(t == 0, 0.1, t))  # no sampler asks at 0
+
+
+def test_there_is_nothing_to_calibrate(weights):
+    with pytest.raises(ConfigError, match="nothing to calibrate"):
+        calibrate(
+            streamer_of(BLOCKS["window"]),
+            weights,
+            PROMPTS,
+            seed=0,
+            num_frames=6,
+            fps=8.0,
+            floor=0.9,
+            weights="abc",
+            say=lambda _: None,
+        )
+
+
+@pytest.mark.parametrize("fault", [Noisy, pytest.param(Late, marks=pytest.mark.slow)])
+def test_a_cache_of_blocks_that_are_not_clean_is_seen(fault, weights, defined):
+    clips = streamer_of(BLOCKS["window"], fault)(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
+    np.testing.assert_allclose(clips[:, :2], defined[:, :2], atol=2e-5)  # it has no past
+    assert np.abs(clips - defined)[:, 2:].max() > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["window", pytest.param("all", marks=pytest.mark.slow)])
+def test_streamed_blocks_are_those_of_the_clip_by_one_program(spec, drawn, weights):
+    streamer, clips = drawn(spec)
+    ask = lambda frames: streamer.stream(weights, PROMPTS, SEEDS, num_frames=frames, fps=8.0)
+    blocks = list(ask(6))
+    assert [b.shape for b in blocks] == [(2, 2, *SHAPE)] * 3
+    np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
+    again = list(ask(6))
+    np.testing.assert_array_equal(again, blocks)
+    assert streamer._next._cache_size() == 1
+    if spec == "window":  # and of a clip without end
+        longer = list(itertools.islice(ask(None), 5))
+        np.testing.assert_array_equal(longer[:3], blocks)
+        assert streamer._next._cache_size() == 1
+    else:
+        with pytest.raises(ConfigError, match="needs a window"):
+            ask(None)
+
+
+@pytest.mark.slow
+def test_a_clip_begins_as_a_shorter_one(drawn, weights):
+    streamer, clips = drawn("window")
+    short = streamer(weights, PROMPTS[:1], SEEDS[:1], num_frames=2, fps=8.0)
+    np.testing.assert_allclose(short, clips[:1, :2], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_told_of_frames_reaches_their_block(randomise):
+    model = Denoiser(
+        model_of(BLOCKS["all"]).backbone,
+        {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}},
+    )
+    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    streamer = Streamer(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
+    steer = {
+        "actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
+        "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
+        "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
+        "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32),
+    }
+    asked = dict(num_frames=6, fps=8.0, steer=steer)
+    clips = streamer(params, PROMPTS, SEEDS, **asked)
+    blocks = list(streamer.stream(params, PROMPTS, SEEDS, **asked))
+    want = by_definition(streamer, params, noise_of(streamer), **steer)
+    np.testing.assert_allclose(clips, want, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(blocks, 1), want, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_streams(sampler, weights):
+    streamer = streamer_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
+    clips = streamer(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0)
+    blocks = list(streamer.stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0))
+    np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_clips_of_four_devices_are_those_of_one(drawn, weights):
+    streamer, clips = drawn("window")
+    fresh = dataclasses.replace(streamer)
+    with jax.set_mesh(MeshSpec(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])):
+        blocks = list(fresh.stream(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0))
+        whole = fresh(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
+        assert fresh._next._cache_size() == 1
+    np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
+    np.testing.assert_allclose(whole, clips, atol=1e-5)
+
+
+def test_what_cannot_be_streamed(weights):
+    with pytest.raises(ConfigError, match=r"mixers in .* all have the same block"):
+        streamer_of({})
+    with pytest.raises(ConfigError, match="have the same block"):
+        streamer_of({}, pattern=({"name": "full", "block": 2}, "time"))
+    with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
+        streamer_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
+    with pytest.raises(ConfigError, match="This model's signals"):
+        streamer_of({"block": 2}).stream(
+            weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, steer={"actions": np.zeros((2, 4))}
+        )

@@ -1,0 +1,99 @@
+"""What may be reused: the search, its proof, and what the proof does not hold for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vdx.config.build import ConfigError
+from vdx.diffusion.process import RectifiedFlow
+from vdx.generate import cache_calibration as search
+from vdx.generate.cache_calibration import FILE, Proof, calibrate, check_proof, read_proof
+from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.video_io import to_uint8
+from vdx.metrics.similarity import ssim
+from vdx.models.denoiser import Denoiser
+
+pytestmark = pytest.mark.usefixtures("quickly")
+PROMPTS = ("a red circle moves right", "a blue square")
+FLOOR = 0.995
+CLIP = {"num_frames": 1, "fps": 8.0}
+
+
+@pytest.fixture(scope="module")
+def generator(randomise):
+    model = Denoiser(
+        {"name": "transformer", "width": 16, "depth": 1, "heads": 2, "patch": (1, 4, 4)},
+        {"text": {"encoder": {"name": "bytes", "width": 8, "depth": 1, "heads": 1}}},
+    )
+    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    return Generator(
+        model, RectifiedFlow(), Sampling("euler", 10, guidance=2.0), (12, 12, 3)
+    ), params
+
+
+@pytest.fixture(scope="module")
+def proof(generator):
+    said = []
+    found = calibrate(
+        *generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", say=said.append, **CLIP
+    )
+    assert any("below the floor" in line for line in said), said
+    return found
+
+
+def test_the_proof_is_of_the_clips_that_are_drawn(generator, proof):
+    plain, params = generator
+    reusing = dataclasses.replace(
+        plain, sampling=dataclasses.replace(plain.sampling, reuse=proof.threshold)
+    )
+    assert proof.threshold > 0 and 3 <= min(proof.evaluations) < proof.full == 10
+    for i, prompt in enumerate(PROMPTS):
+        one, two = (to_uint8(g(params, [prompt], [3 + i], **CLIP)[0]) for g in (plain, reusing))
+        assert ssim(one, two) == pytest.approx(proof.ssim[i], abs=2e-3)
+        assert proof.ssim[i] >= FLOOR
+
+
+def test_a_floor_of_one_skips_nothing_that_is_seen(generator, monkeypatch):
+    monkeypatch.setattr(search, "ssim", lambda one, two: 0.5)
+    found = calibrate(
+        *generator, PROMPTS[:1], seed=0, floor=0.9, weights="abc", say=lambda line: None, **CLIP
+    )
+    assert found.threshold == 0 and found.evaluations == (10,) and found.ssim == (1.0,)
+    with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        calibrate(*generator, PROMPTS, seed=0, floor=1.5, weights="abc", **CLIP)
+
+
+def test_a_proof_holds_for_what_it_was_found_with(proof, generator, tmp_path):
+    with pytest.raises(ConfigError, match=r"--calibrate=0\.95"):
+        read_proof(tmp_path)
+    proof.save(tmp_path)
+    again = read_proof(tmp_path)
+    assert isinstance(again, Proof) and (tmp_path / FILE).exists()
+    assert (again.threshold, again.ssim, again.seeds) == (proof.threshold, proof.ssim, (3, 4))
+    asked = dataclasses.asdict(generator[0].sampling) | {"batch": 2, "reuse": 0.7}
+    check_proof(again, "abc", asked, 1, 8.0, "x")
+    for change, wrong in (
+        ({"weights": "abd"}, "weights = 'abd', not 'abc'"),
+        ({"num_frames": 2}, "num_frames = 2, not 1"),
+        ({"sampling": asked | {"steps": 9}}, "steps = 9, not 10"),
+    ):
+        given = {"weights": "abc", "sampling": asked, "num_frames": 1, "fps": 8.0} | change
+        with pytest.raises(ConfigError, match=f"^x was found for something else: {wrong}"):
+            check_proof(again, where="x", **given)
+
+
+def test_threshold_0_is_the_plain_program(generator):
+    """The very same operations."""
+    plain, params = generator
+    text = [
+        jax.jit(lambda p, b, n, g=g: g.draw(p, b, n, jax.random.key(0)))
+        .lower(params, g.batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32))
+        .as_text()
+        for g in (
+            plain,
+            dataclasses.replace(plain, sampling=dataclasses.replace(plain.sampling, reuse=0.0)),
+        )
+    ]
+    assert text[0] == text[1] and "stablehlo.case" not in text[0]

@@ -1,0 +1,346 @@
+"""Folders of public models: opened, refused, asked for what they can do, rewritten, read back."""
+
+import functools
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vdx.config.build import ConfigError
+from vdx.convert import open_source
+from vdx.files import read_json, write_json
+from vdx.generate.pretrained_request import check, complete, recommended, shape_for
+from vdx.interop.keymap import WeightsError
+from vdx.interop.pretrained import open_public
+from vdx.interop.safetensors import Stored, read_header, write
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+import diffusers  # noqa: E402
+
+from tests.parity.test_wan import original_names  # noqa: E402
+from tests.test_run import command  # noqa: E402
+from tests.wan_pipelines import CLIP, NETWORK, pipeline, randomised  # noqa: E402
+
+ASKED = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """kind -> its folder, which no test changes."""
+
+    @functools.cache
+    def save(kind: str) -> Path:
+        path = tmp_path_factory.mktemp(kind.replace(" ", "_")) / "model"
+        pipeline(kind).save_pretrained(path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    return functools.cache(lambda kind: open_public(folder(kind)))
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of a kind's folder, to be spoilt."""
+
+    def make(kind: str) -> Path:
+        return Path(shutil.copytree(folder(kind), tmp_path / "copy"))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def without_accelerate(monkeypatch):
+    """With this list diffusers wants `accelerate`, to read in another type than the file's."""
+    monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (160, 90)).save(path)
+    return str(path)
+
+
+def edit(path: Path, **changes) -> None:
+    write_json(path, read_json(path) | changes)
+
+
+def spoilt(path: Path, name: str) -> None:
+    if name == "no folder":
+        shutil.rmtree(path)
+    elif name == "no index":
+        (path / "model_index.json").unlink()
+    elif name == "another pipeline":
+        edit(path / "model_index.json", _class_name="WanAnimatePipeline")
+    elif name == "no control":
+        edit(path / "model_index.json", _class_name="WanVACEPipeline")
+    elif name == "parts missing":
+        shutil.rmtree(path / "vae")
+        shutil.rmtree(path / "tokenizer")
+    elif name == "a file cut off":
+        file = path / "transformer" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    elif name == "one expert":
+        edit(path / "model_index.json", boundary_ratio=None)
+    elif name == "another vae":
+        edit(path / "vae" / "config.json", z_dim=5, latents_mean=[0] * 5, latents_std=[1] * 5)
+    elif name == "another text encoder":
+        edit(path / "text_encoder" / "config.json", d_model=24)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no folder", "is not a folder: give the folder of a model as diffusers saves it"),
+        ("no index", r"has no model_index.json.*vdx.convert.*There are: scheduler, text_encoder"),
+        (
+            "another pipeline",
+            "is a WanAnimatePipeline; vdx draws from WanPipeline, WanImageToVideo",
+        ),
+        ("no control", "control blocks in the transformer go with a WanVACEPipeline"),
+        ("parts missing", r"(?s)lacks folders that a WanPipeline needs.*\n  vae\n  tokenizer$"),
+        ("a file cut off", r"transformer/.*safetensors is cut off.*Download it again"),
+        ("one expert", "boundary_ratio = None goes with a transformer_2"),
+        ("another vae", "the transformer draws 4 channels, the VAE has 5"),
+        ("another text encoder", "the transformer reads features of another text_encoder"),
+    ],
+)
+def test_what_is_no_model_is_explained(name, message, copy):
+    path = copy("a14b t2v")
+    spoilt(path, name)
+    with pytest.raises(WeightsError, match=message):
+        open_public(path)
+
+
+def test_files_of_another_network_are_named_before_anything_is_read(copy, mesh, monkeypatch):
+    path = copy("t2v")
+    model = randomised(diffusers.WanTransformer3DModel(**NETWORK | {"num_layers": 1}), 0)
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    del arrays["blocks.0.attn2.to_q.weight"]
+    write(
+        path / "transformer" / "diffusion_pytorch_model.safetensors",
+        {k: (v.shape, v.dtype) for k, v in arrays.items()},
+        arrays.items(),
+    )
+    edit(path / "transformer" / "config.json", num_layers=1)
+    monkeypatch.setattr(Stored, "read", lambda self: pytest.fail("read"))
+    with pytest.raises(WeightsError, match=r"(?s)copy/transformer: .*cross/q/kernel.*not in the"):
+        open_public(path).check(mesh)
+
+
+def test_an_image_processor_that_does_something_else(copy):
+    path = copy("i2v")
+    open_public(path)
+    edit(path / "image_processor" / "preprocessor_config.json", size=28, crop_size=28)
+    open_public(path)
+    edit(
+        path / "image_processor" / "preprocessor_config.json",
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+    )
+    with pytest.raises(WeightsError, match=r"(?s)do_center_crop = False, not True.*image_mean"):
+        open_public(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("t2v", {"num_frames": 8}, r"num_frames = 8 is not 1 \+ 4n: take 5 or 9"),
+        ("t2v", {"num_frames": 11}, "take 9 or 13"),
+        (
+            "t2v",
+            {"height": 40, "width": 8},
+            r"(?s)height = 40 is not a multiple of 16: take 32 or 48.*width = 8 .*take 16 or 16",
+        ),
+        ("5b", {"height": 48}, "height = 48 is not a multiple of 32: take 32 or 64"),
+        ("t2v", {"image": "PICTURE"}, "this model reads text alone"),
+        ("i2v", {}, "this model begins with a picture: give an image"),
+        ("i2v", {"image": "PICTURE", "last_image": "PICTURE"}, "reads a first one alone"),
+        ("flf2v", {"image": "PICTURE"}, "also ends with a picture: give a last_image"),
+        ("a14b i2v", {"last_image": "PICTURE"}, "a last_image needs an image"),
+        (
+            "a14b i2v",
+            {"image": "PICTURE", "last_image": "PICTURE", "num_frames": 1},
+            "a last_image needs num_frames of at least 5",
+        ),
+        ("t2v", {"guidance": (4.0, 3.0)}, r"guidance = \(4.0, 3.0\): this model has 1 transformer"),
+        (
+            "t2v",
+            {"init_noise": "NOISE"},
+            r"float32 \(1, 3, 4, 5, 4\); this needs float32 \(1, 3, 4, 6, 4\) \[b t h w c\]",
+        ),
+        ("t2v", {"init_noise": "PICTURE"}, "is not a .npy file"),
+        (
+            "t2v",
+            {"init_noise": "/nowhere.npy"},
+            "--init_noise=/nowhere.npy cannot be read: No such",
+        ),
+        ("i2v", {"image": "NOISE"}, r"--image=.*is not a picture that can be read"),
+        ("t2v", {"sampler": "unipcc"}, "unknown name 'unipcc'. Did you mean 'unipc'"),
+        ("t2v", {"grid": "diffusers_unpc"}, "Did you mean 'diffusers_unipc'"),
+    ],
+)
+def test_what_a_model_cannot_draw_is_explained(
+    kind, change, message, opened, picture, tmp_path, mesh
+):
+    np.save(tmp_path / "noise.npy", np.zeros((1, 3, 4, 5, 4), np.float32))
+    files = {"PICTURE": picture, "NOISE": str(tmp_path / "noise.npy")}
+    change = {k: files.get(v, v) if isinstance(v, str) else v for k, v in change.items()}
+    model = opened(kind)
+    with pytest.raises(ConfigError, match=message):
+        check(complete(model, {**ASKED, "mesh": {}} | change), model, mesh)
+
+
+def test_a_picture_that_changed_is_not_that_of_the_manifest(opened, picture, mesh):
+    model = opened("i2v")
+    request = complete(model, {**ASKED, "mesh": {}, "image": picture})
+    check(request, model, mesh)
+    Image.new("RGB", (160, 91)).save(picture)
+    with pytest.raises(ConfigError, match="is not the file of the request; give the right one by"):
+        check(request, model, mesh)
+
+
+def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
+    def asked(kind, **given):
+        r = complete(opened(kind), {"prompts": ("a",), "mesh": {}, **given})
+        return r.sampler, r.grid, r.steps, r.shift, r.guidance, r.fps, r.num_frames
+
+    assert asked("t2v") == ("unipc", "diffusers_unipc", 50, 3.0, (5.0,), 16.0, 81)
+    assert asked("t2v euler")[:2] == ("euler", "diffusers_euler")
+    assert asked("i2v", image=picture)[2] == 40 and asked("flf2v", image=picture)[2] == 50
+    assert asked("a14b t2v")[2:5] == (40, 3.0, (4.0, 3.0))
+    assert asked("a14b i2v", image=picture)[4] == (3.5, 3.5)
+    assert asked("5b")[2:] == (50, 3.0, (5.0,), 24.0, 121)
+    model = opened("5b")
+    assert (recommended(model)["height"], recommended(model)["width"]) == (704, 1280)
+    assert complete(model, {"prompts": ("a",), "mesh": {}}).negative_prompt == ""
+
+    path = copy("t2v")
+    edit(path / "scheduler" / "scheduler_config.json", solver_order=3, use_karras_sigmas=True)
+    with pytest.raises(WeightsError, match=r"(?s)solver_order = 3, not 2.*use_karras_sigmas"):
+        complete(open_public(path), {"prompts": ("a",), "mesh": {}})
+    complete(
+        open_public(path),
+        {"prompts": ("a",), "mesh": {}, "sampler": "euler", "grid": "plain", "shift": 5.0},
+    )
+    edit(path / "scheduler" / "scheduler_config.json", _class_name="LCMScheduler")
+    with pytest.raises(WeightsError, match="is LCMScheduler; known are UniPCMultistepScheduler"):
+        complete(open_public(path), {"prompts": ("a",), "mesh": {}})
+
+
+def test_a_frame_has_the_pictures_proportions():
+    assert shape_for(480 * 832, 16, 1920, 1080) == (464, 832)
+    assert shape_for(480 * 832, 16, 1080, 1920) == (832, 464)
+    assert shape_for(704 * 1280, 32, 500, 500) == (928, 928)
+
+
+def test_weights_are_known_again(opened, copy):
+    known = opened("t2v").identity()
+    path = copy("t2v")
+    assert open_public(path).identity() == known
+    file = path / "vae" / "diffusion_pytorch_model.safetensors"
+    arrays = {k: s.read().copy() for k, s in read_header(file).items()}
+    arrays["decoder.conv_in.weight"] *= 1.001
+    write(file, {k: (v.shape, v.dtype) for k, v in arrays.items()}, arrays.items())
+    assert open_public(path).identity() != known
+
+
+# Conversion.
+
+
+def everything(path: Path) -> dict[str, np.ndarray]:
+    """Every array in the files of a model, by folder and key."""
+    return {
+        f"{file.parent.name}/{key.removeprefix('vision_model.')}": stored.read()
+        for file in path.rglob("*.safetensors")
+        for key, stored in read_header(file).items()
+    }
+
+
+def same(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype and got[key].tobytes() == value.tobytes(), key
+
+
+def params(path: Path, mesh) -> dict:
+    return {name: part.load(mesh) for name, part in open_public(path).components.items()}
+
+
+@pytest.mark.parametrize("kind", ["flf2v", "5b"])
+def test_to_vdx_and_back_is_every_bit(kind, folder, tmp_path, mesh):
+    own, back = tmp_path / "own", tmp_path / "back"
+    open_source(folder(kind), {}).save(own, own=True)
+    assert all("/" in key.split("/", 1)[1] or "table" in key for key in everything(own))
+    jax.tree.map(np.testing.assert_array_equal, params(own, mesh), params(folder(kind), mesh))
+    open_source(own, {}).save(back, own=False)
+    same(everything(back), everything(folder(kind)))
+    for path in (own, back):
+        assert read_json(path / "model_index.json") == read_json(folder(kind) / "model_index.json")
+    again = type(pipeline(kind)).from_pretrained(back)
+    assert again.config.boundary_ratio == pipeline(kind).config.boundary_ratio
+    for name in ("transformer", "vae", "text_encoder"):
+        want = getattr(pipeline(kind), name).state_dict()
+        got = getattr(again, name).state_dict()
+        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_types_are_kept(folder, copy, tmp_path):
+    path = copy("t2v")
+    file = path / "transformer" / "diffusion_pytorch_model.safetensors"
+    arrays = {
+        k: s.read().astype("bfloat16" if k.endswith("to_q.weight") else "float16")
+        for k, s in read_header(file).items()
+    }
+    write(file, {k: (v.shape, v.dtype) for k, v in arrays.items()}, arrays.items())
+    open_source(path, {}).save(tmp_path / "own", own=True)
+    open_source(tmp_path / "own", {}).save(tmp_path / "back", own=False)
+    same(everything(tmp_path / "back"), everything(path))
+
+
+def test_a_conversion_that_cannot_be(folder, tmp_path):
+    with pytest.raises(WeightsError, match="is a whole model; --vae cannot be given besides"):
+        open_source(folder("t2v"), {"vae": "x"})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    done = command(
+        "vdx.convert", f"--source={folder('t2v')}", f"--out={tmp_path / 'full'}", check=False
+    )
+    assert done.returncode == 1 and "Name a new folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_one_file_and_parts_that_are_given(folder, tmp_path):
+    """A transformer of pictures as ComfyUI keeps it, the rest from elsewhere."""
+    network = CLIP | {"attention_head_dim": 128, "num_attention_heads": 1, "added_kv_proj_dim": 128}
+    model = randomised(diffusers.WanTransformer3DModel(**network), 0)
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    named = {f"model.diffusion_model.{old}": arrays[k] for k, old in original_names(arrays).items()}
+    file, parts = tmp_path / "wan.safetensors", folder("i2v")
+    write(file, {k: (v.shape, v.dtype) for k, v in named.items()}, named.items())
+    given = {part: str(parts / part) for part in ("text_encoder", "tokenizer", "vae")}
+    with pytest.raises(WeightsError, match="features of an image_encoder of another width or none"):
+        open_source(file, given)
+    given["image_encoder"] = str(parts / "image_encoder")
+    open_source(file, given).save(tmp_path / "out", own=False)
+    again = diffusers.WanImageToVideoPipeline.from_pretrained(tmp_path / "out")
+    got, want = again.transformer.state_dict(), model.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert again.scheduler.config.flow_shift == 5.0
+    theirs = pipeline("i2v").image_processor
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    np.testing.assert_allclose(
+        *(
+            p(images=picture, return_tensors="np")["pixel_values"]
+            for p in (again.image_processor, theirs)
+        ),
+        atol=1e-6,
+    )

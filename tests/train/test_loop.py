@@ -1,0 +1,188 @@
+"""A batch with bad numbers changes nothing; a streak of them sends the run back, with new data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdx.config.loader import resolve
+from vdx.experiment import Experiment
+from vdx.files import read_rows
+from vdx.parallel import put_batch
+from vdx.train import step as step_module
+from vdx.train.checkpoint import Checkpoints
+from vdx.train.checksum import fingerprints
+from vdx.train.loop import BadNumbers, train
+from vdx.train.preemption import Stop
+from vdx.train.state import state_shardings
+from vdx.train.step import make_train_step
+
+STEPS, BATCH = 12, 2
+
+
+class Latents:
+    """Ready examples; those of the batches `bad` hold numbers that no network survives."""
+
+    def __init__(self, bad: dict[int, float]):
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng(index)
+        latents = rng.normal(size=(4, 4, 4, 4)).astype(np.float32)
+        latents[0, 0, 0, 0] *= self.bad.get(index // BATCH, 1.0)
+        return {
+            "latents": latents,
+            "text": rng.normal(size=(3, 32)).astype(np.float32),
+            "text_mask": np.ones(3, bool),
+            "fps": np.float32(8),
+            "num_frames": np.int32(4),
+            "key": f"clip {index}",
+        }
+
+
+def experiment(bad: dict[int, float]) -> Experiment:
+    made = Experiment(
+        resolve(
+            "configs/t2v_base.py:smoke",
+            [
+                "--config.model.backbone.width=16",
+                "--config.model.backbone.depth=2",
+                "--config.model.backbone.heads=2",
+                f"--config.data.loader.global_batch={BATCH}",
+                "--config.data.loader.shuffle=False",
+                f"--config.train.steps={STEPS}",
+                "--config.train.eval_every=0",
+                "--config.train.save_every=2",
+                "--config.train.spike=5",
+                "--config.optim.warmup=1",
+                "--config.mesh.fsdp=1",
+            ],
+        )
+    )
+    made.source = lambda heldout=False: Latents(bad)
+    return made
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """Spikes are judged after three steps here, after a hundred in earnest."""
+    step_module.SPIKE_MEMORY, before = 3, step_module.SPIKE_MEMORY
+    yield
+    step_module.SPIKE_MEMORY = before
+
+
+@pytest.fixture(scope="module")
+def step_fn(mesh, memory, quick):
+    """The step that `train` takes, compiled once for this file, and where the state lies."""
+    made = experiment({})
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(mesh, jax.eval_shape(made.init))
+        state = jax.jit(made.init, out_shardings=shardings)()
+        step = jax.jit(
+            make_train_step(made.objective, made.tx, made.training.ema, spike=made.training.spike),
+            out_shardings=(shardings, None),
+            compiler_options=quick,
+        )
+    return step, state
+
+
+def batches(bad: dict[int, float], mesh, *positions: int):
+    source = Latents(bad)
+    for p in positions:
+        rows = [source[p * BATCH + i] for i in range(BATCH)]
+        yield put_batch(mesh, {k: np.stack([r[k] for r in rows]) for k in rows[0]})
+
+
+def run(step_fn, mesh, bad, *positions: int, state=None):
+    step, first = step_fn
+    state, log = first if state is None else state, []
+    with jax.set_mesh(mesh):
+        for batch in batches(bad, mesh, *positions):
+            state, metrics = step(state, batch)
+            log.append(jax.device_get(metrics))
+        return state, log, fingerprints(state)
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf, 1e30, 1e6], ids=str)
+def test_a_bad_batch_changes_no_bit(step_fn, mesh, factor):
+    state, _, before = run(step_fn, mesh, {}, 0, 1, 2, 3)
+    _, log, after = run(step_fn, mesh, {4: factor}, 4, state=state)
+    assert not log[0]["ok"]
+    assert {k for k in before if before[k] != after[k]} == {"step"}
+
+
+def test_a_good_batch_does(step_fn, mesh):
+    state, _, before = run(step_fn, mesh, {}, 0, 1, 2, 3)
+    _, log, after = run(step_fn, mesh, {4: 1.5}, 4, state=state)
+    assert log[0]["ok"] and log[0]["accepted"] == 5
+    changed = {k for k in before if before[k] != after[k]}
+    assert changed >= {"step", "accepted", "norm"} and len(changed) > 20
+
+
+def test_a_spike_is_let_pass_while_nothing_is_known(step_fn, mesh):
+    _, log, _ = run(step_fn, mesh, {1: 1e4}, 0, 1)
+    assert log[1]["ok"] and log[1]["grad_norm"] > 5 * log[0]["grad_norm"]
+
+
+def trained(made, mesh, workdir):
+    workdir.mkdir(exist_ok=True)
+    with jax.set_mesh(mesh), Stop() as stop:
+        state = train(made, workdir, mesh, None, stop).state
+        return state, fingerprints(state)
+
+
+def same_numbers(got, want) -> bool:
+    """`quick` rounds otherwise than what `train` compiles, so compare what does not round."""
+    return all(got[k] == want[k] for k in ("step", "accepted", "key"))
+
+
+def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
+    _, got = trained(experiment({5: np.nan, 7: np.inf}), mesh, tmp_path / "run")
+    _, _, want = run(step_fn, mesh, {5: np.nan, 7: np.inf}, *range(STEPS))
+    assert same_numbers(got, want)
+    rows = read_rows(tmp_path / "run" / "refused_batches.jsonl")
+    assert [(r["step"], r["position"], r["keys"]) for r in rows] == [
+        (6, 5, ["clip 10", "clip 11"]),
+        (8, 7, ["clip 14", "clip 15"]),
+    ]
+    logged = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert logged[-1]["train/refused"] == 2
+    assert all(np.isfinite(r["train/loss"]) for r in logged if "train/loss" in r)
+
+
+def test_a_streak_goes_back_and_takes_new_data(step_fn, mesh, memory, tmp_path):
+    """Steps 6, 7 and 8 are refused: back to step 4, and on with the batches that follow."""
+    bad = dict.fromkeys((5, 6, 7), np.nan)
+    state, got = trained(experiment(bad), mesh, tmp_path / "run")
+    back, _, _ = run(step_fn, mesh, {}, 0, 1, 2, 3)
+    want, _, numbers = run(step_fn, mesh, {}, *range(8, 8 + STEPS - 4), state=back)
+    assert same_numbers(got, numbers)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(want.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * float(jnp.abs(b).max() + 1e-3))
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
+        progress = checkpoints.facts(STEPS)["progress"]
+    assert progress["position"] == 8 + STEPS - 4 and progress["rollbacks"] == 1
+
+
+@pytest.mark.slow
+def test_when_going_back_does_not_help(mesh, memory, tmp_path):
+    workdir, bad = tmp_path / "run", dict.fromkeys(range(5, 400), np.nan)
+    with pytest.raises(BadNumbers) as error:
+        trained(experiment(bad), mesh, workdir)
+    assert "batches in a row" in str(error.value) and "after going back 2 times" in str(error.value)
+    rows = read_rows(workdir / "refused_batches.jsonl")
+    assert len(rows) >= 9 and f"batch {rows[-1]['position']}: {rows[-1]['keys'][0]}" in str(
+        error.value
+    )
+    with jax.set_mesh(mesh), Checkpoints(workdir, read_only=True) as checkpoints:
+        assert 4 in checkpoints.steps()  # of before the streak
+
+
+@pytest.mark.slow
+def test_a_streak_before_the_first_save_begins_anew(mesh, memory, tmp_path):
+    trained(experiment(dict.fromkeys((0, 1, 2), np.nan)), mesh, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["step"] == STEPS and rows[-1]["train/refused"] == 0

@@ -1,0 +1,108 @@
+"""Optimizers: what each does to which parameters, and the schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vdx.config.build import ConfigError
+from vdx.train.optim import METHODS, SCHEDULES, Optimizer
+
+RNG = np.random.default_rng(0)
+SHAPES = {
+    "network": {
+        "layers": {
+            "block_0": {"mlp": {"up": {"kernel": (3, 8, 24), "bias": (3, 24)}}, "table": (3, 6, 8)}
+        },
+        "encoder": {
+            "down_0_1": {"res": {"conv1": {"kernel": (3, 3, 4, 8)}}},
+            "conv_in": {"kernel": (3, 3, 4, 8)},
+        },
+        "patch": {"kernel": (12, 8)},
+    },
+    "text": {"bytes": {"embedding": (20, 8)}},
+}
+is_shape = lambda x: isinstance(x, tuple)
+draw = lambda: jax.tree.map(
+    lambda s: jnp.asarray(RNG.normal(size=s), jnp.float32), SHAPES, is_leaf=is_shape
+)
+PARAMS, GRADS = draw(), draw()
+
+
+def first_update(**fields):
+    tx = Optimizer(learning_rate=1.0, warmup=0, schedule="constant", **fields).make(10)
+    return jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)[0]
+
+
+def kernel(tree):
+    return np.asarray(tree["network"]["layers"]["block_0"]["mlp"]["up"]["kernel"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_goes_downhill_for_every_parameter(method):
+    updates = first_update(method=method, weight_decay=0.0)
+    for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS), strict=True):
+        assert (u * g).sum() < 0 and np.isfinite(u).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_matrices_decay(method):
+    with_decay = first_update(method=method, weight_decay=0.1)
+    without = first_update(method=method, weight_decay=0.0)
+    pulled = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), with_decay, without)
+    assert pulled["network"]["layers"]["block_0"]["mlp"]["up"]["kernel"] > 0.05
+    assert pulled["network"]["layers"]["block_0"]["mlp"]["up"]["bias"] == 0
+    assert pulled["network"]["layers"]["block_0"]["table"] == 0
+    assert pulled["text"]["bytes"]["embedding"] == 0
+
+
+def test_muon_orthogonalises_each_layer_at_the_size_of_adamw_and_leaves_the_rest_to_it():
+    muon = first_update(method="muon", weight_decay=0.0)
+    adamw = first_update(method="adamw", weight_decay=0.0)
+    for layer in kernel(muon):
+        singular = np.linalg.svd(layer, compute_uv=False)
+        assert singular.max() / singular.min() < 2.2  # five Newton-Schulz steps
+        assert 0.1 < np.sqrt((layer**2).mean()) < 0.3  # 0.2 of the learning rate
+    conv = np.asarray(muon["network"]["encoder"]["down_0_1"]["res"]["conv1"]["kernel"])
+    singular = np.linalg.svd(conv.reshape(36, 8), compute_uv=False)
+    assert singular.max() / singular.min() < 2.2 and 0.1 < np.sqrt((conv**2).mean()) < 0.3
+    singular = np.linalg.svd(kernel(adamw)[0], compute_uv=False)
+    assert singular.max() / singular.min() > 2.2  # the control
+    tx = optax.adamw(1.0, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
+    clipped, _ = optax.clip_by_global_norm(1.0).update(GRADS, optax.EmptyState())
+    rest, _ = tx.update(clipped, tx.init(PARAMS), PARAMS)
+    for path in (
+        ("network", "patch", "kernel"),
+        ("network", "encoder", "conv_in", "kernel"),
+        ("text", "bytes", "embedding"),
+    ):
+        a, b = muon, rest
+        for key in path:
+            a, b = a[key], b[key]
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_warms_up_and_ends_as_told(schedule):
+    o = Optimizer(learning_rate=0.5, warmup=10, schedule=schedule, end_factor=0.1)
+    rate = o.rate(100)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0, 0.25, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(rate(100), 0.5 if schedule == "constant" else 0.05, rtol=1e-6)
+
+
+def test_large_gradients_are_clipped():
+    huge = jax.tree.map(lambda g: 1e6 * g, GRADS)
+    clipped, _ = optax.clip_by_global_norm(1.0).update(huge, optax.EmptyState())
+    tx = Optimizer(warmup=0, clip=1.0).make(10)
+    np.testing.assert_allclose(
+        kernel(tx.update(huge, tx.init(PARAMS), PARAMS)[0]),
+        kernel(tx.update(clipped, tx.init(PARAMS), PARAMS)[0]),
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("field", ["method", "schedule"])
+def test_unknown_names_list_the_known(field):
+    with pytest.raises(ConfigError, match=f"config.optim.{field}"):
+        Optimizer(**{field: "sgd"}).make(10)
