@@ -20,7 +20,7 @@ import torch
 from absl import app, flags
 from side_by_side import compare, report, where
 
-from vdx.models.attention.backends import BACKENDS, Ask, attend
+from vdx.models.attention.backends import BACKENDS, AttentionSpec, attend
 from vdx.parallel import platform
 
 FLAGS = flags.FLAGS
@@ -29,11 +29,11 @@ HEADS, WIDTH = 8, 64
 
 def at_hand(tokens: int, dtype: str) -> list[str]:
     """Backends for this device; splash is for tests where it is interpreted."""
-    ask = Ask(tokens, tokens, WIDTH, dtype, platform=platform())
+    spec = AttentionSpec(tokens, tokens, WIDTH, dtype, platform=platform())
     return [
         name
         for name, backend in BACKENDS.items()
-        if not backend.lacks(ask) and (name != "splash" or ask.platform == "tpu")
+        if not backend.unsupported(spec) and (name != "splash" or spec.platform == "tpu")
     ]
 
 

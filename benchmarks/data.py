@@ -26,7 +26,7 @@ from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.files import read_rows
 from vdx.main import run
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def speeds() -> dict[str, list[float]]:
 
 def waiting() -> float:
     """The share of a training's time, the median over its log."""
-    with tempfile.TemporaryDirectory() as folder, Stop() as stop:
+    with tempfile.TemporaryDirectory() as folder, PreemptionHandler() as stop:
         run(
             config(
                 "--config.train.steps=60",

@@ -86,7 +86,7 @@ class Both:
         self.generator = Generator(
             component.module.clone(signals=signals),
             RectifiedFlow(),
-            Sampling("euler", STEPS, GUIDANCE, grid="diffusers_euler", shift=SHIFT, batch=1),
+            Sampling("euler", STEPS, GUIDANCE, timesteps="diffusers_euler", shift=SHIFT, batch=1),
             shape[1:],
         )
         rng = np.random.default_rng(0)
@@ -110,29 +110,29 @@ class Both:
                     )[0]
                     for words in (text, negative)
                 )
-                guided = untold + GUIDANCE * (told - untold)
-                x = scheduler.step(guided, t, x, return_dict=False)[0]
+                guided_denoiser = untold + GUIDANCE * (told - untold)
+                x = scheduler.step(guided_denoiser, t, x, return_dict=False)[0]
         return x.movedim(1, -1).numpy()
 
     def ours(self, told: bool = True):
         """(run, seconds of the first call)"""
         text = {"text": self.text[:1], "text_mask": np.ones((1, self.text.shape[1]), bool)}
         negative = text | {"text": self.text[1:]}
-        generator, rows = self.generator, self.generator.rows()
-        method = Denoiser.told
+        generator, rows = self.generator, self.generator.step_table()
+        method = Denoiser.precompute_cross_kv
         if not told:
-            Denoiser.told = lambda self, *args, **more: {}
+            Denoiser.precompute_cross_kv = lambda self, *args, **more: {}
 
         @jax.jit
         def draw(params, text, negative, noise):
-            return generator.advance(
+            return generator.run_steps(
                 params, text, negative, generator.start(noise), rows, jax.random.key(0)
             )[0][0]
 
         run = lambda: np.asarray(draw(self.params, text, negative, self.noise))
         start = time.perf_counter()
         run()
-        Denoiser.told = method
+        Denoiser.precompute_cross_kv = method
         return run, time.perf_counter() - start
 
 
@@ -140,7 +140,7 @@ def measured(size: str, runs: int) -> list[dict]:
     width, layers, _, shape, words = SIZES[size]
     both = Both(*SIZES[size])
     ours, first = both.ours()
-    each, each_first = both.ours(told=False)
+    each, each_first = both.ours(cross_kv=False)
     ways = {"torch": both.theirs, "vdx": ours, "vdx, told each step": each}
     firsts = {"torch": 0.0, "vdx": first, "vdx, told each step": each_first}
     want = both.theirs()

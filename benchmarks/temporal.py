@@ -33,7 +33,7 @@ from vdx.metrics.prompt_following import track_object
 from vdx.metrics.temporal_consistency import flicker, identity_drift
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
 
 FLAGS = flags.FLAGS
@@ -138,7 +138,7 @@ def config_of(pattern, steps: int) -> dict:
             "--config.train.eval_every=0",
             "--config.train.sample_every=0",
             f"--config.train.save_every={steps}",
-            "--config.judge.prompts=0",
+            "--config.eval.prompts=0",
         ],
     )
     for name in ("fps", "num_frames"):
@@ -154,10 +154,10 @@ def train(out: Path) -> None:
         steps = round(FLAGS.flops / flops / 50) * 50
         workdir = out / re.sub("[^a-z0-9]+", "-", name).strip("-")
         begin = time.perf_counter()
-        with Stop() as stop:
+        with PreemptionHandler() as stop:
             run(config_of(pattern, steps), workdir, stop)
         seconds = time.perf_counter() - begin
-        judged, clips = judge(workdir)
+        judged, clips = evaluate_run(workdir)
         rows.append(
             {
                 "method": name,
@@ -171,7 +171,7 @@ def train(out: Path) -> None:
         print(json.dumps(rows[-1]), flush=True)
         write_json(out / "temporal_train.json", rows)
     write_sheet(
-        out / "wall.webp",
+        out / "sample_grid.webp",
         np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]),
         [*PATTERNS] * SHOWN,
         8.0,
@@ -187,14 +187,14 @@ def model_flops(pattern) -> float:
     return 3 * 24 * Denoiser(model["backbone"], model["signals"]).flops((8, 32, 32, 3))
 
 
-def judge(workdir: Path) -> tuple[dict, np.ndarray]:
+def evaluate_run(workdir: Path) -> tuple[dict, np.ndarray]:
     """Prompt following of 96 held-out prompts, the steadiness of the first clips of them, and
     these."""
     experiment = load(workdir)
     config = {**experiment.config, "judge": {"prompts": 96}}
     experiment = Experiment(config)
     mesh = experiment.mesh_spec.make()
-    source, (frames, fps) = experiment.source(heldout=True), experiment.clip_default()
+    source, (frames, fps) = experiment.source(validation=True), experiment.clip_default()
     records = [source[i] for i in range(CLIPS)]
     with jax.set_mesh(mesh):
         params, *_ = open_params(experiment, workdir, mesh)

@@ -107,7 +107,9 @@ def main(argv):
     t, side = 1 + (FLAGS.frames - 1) // 4, FLAGS.side
     latents = rng.normal(size=(1, t, side // 8, side // 8, Z)).astype(np.float32)
     video = np.tanh(rng.normal(size=(1, FLAGS.frames, side, side, 3))).astype(np.float32)
-    rows = both.rows("decode", latents, FLAGS.runs) + both.rows("encode", video, FLAGS.runs)
+    rows = both.step_table("decode", latents, FLAGS.runs) + both.step_table(
+        "encode", video, FLAGS.runs
+    )
     report(
         Path(FLAGS.out),
         {

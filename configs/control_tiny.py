@@ -24,7 +24,7 @@ def get_config(variant: str = "depth") -> ConfigDict:
     config.model.signals[variant] = ConfigDict({"dropout": 0.1})
     if variant == "flow":
         config.data.clip.flow_points = 16
-        config.sample.guide = ConfigDict({"flow": 2.0})
+        config.sample.signal_guidance = ConfigDict({"flow": 2.0})
         config.model.signals.text.dropout = 0.4  # words tell the motion too
     elif variant == "camera":
         config.data.source.update(
@@ -35,5 +35,5 @@ def get_config(variant: str = "depth") -> ConfigDict:
         )
     elif variant == "actions":
         config.data.source.motions = ("steered",)
-    config.judge = ConfigDict({"steering": 64})
+    config.eval = ConfigDict({"steering": 64})
     return config

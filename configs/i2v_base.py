@@ -24,5 +24,5 @@ def get_config(variant: str = "") -> ConfigDict:
             "motion": {"dropout": 0.2},
         }
     )
-    config.sample.guide = ConfigDict({"known_frames": 1.5})
+    config.sample.signal_guidance = ConfigDict({"known_frames": 1.5})
     return config

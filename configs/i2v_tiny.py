@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.signals.reference = ConfigDict(
             {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1}
         )
-        config.sample.guide = ConfigDict({"reference": 3.0})
+        config.sample.signal_guidance = ConfigDict({"reference": 3.0})
         config.train.steps = 2500
     elif variant:
         raise ValueError(f"i2v_tiny has the variant 'reference', not {variant!r}.")
@@ -35,6 +35,6 @@ def get_config(variant: str = "") -> ConfigDict:
                 "motion": {"dropout": 0.3},
             }
         )
-        config.sample.guide = ConfigDict({"motion": 2.0})
-    config.judge.steering = 64
+        config.sample.signal_guidance = ConfigDict({"motion": 2.0})
+    config.eval.steering = 64
     return config

@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "prediction": "noise",
         }
     )
-    config.time = ConfigDict({"name": "uniform"})
+    config.time_sampler = ConfigDict({"name": "uniform"})
     config.sample = ConfigDict({"sampler": "ddim", "steps": 25, "guidance": 7.5, "batch": 1})
     if variant == "smoke":
         config.model.backbone.update(

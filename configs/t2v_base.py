@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "seed": 0,
             "data": {
                 "path": "",
-                "heldout": {"split": "heldout"},
+                "validation": {"split": "validation"},
                 "loader": {"global_batch": 512, "workers": 8},
             },
             "model": {
@@ -41,11 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 },
             },
             "process": {"name": "rectified_flow", "prediction": "velocity"},
-            "time": {"name": "logit_normal", "base_tokens": 1024},
+            "time_sampler": {"name": "logit_normal", "base_tokens": 1024},
             "loss": {"name": "none"},
             "optim": {
                 "learning_rate": 1e-4,
-                "warmup": 1000,
+                "warmup_steps": 1000,
                 "schedule": "constant",
                 "weight_decay": 0.01,
             },

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "data": {
                 "path": "",
-                "heldout": {"split": "heldout"},
+                "validation": {"split": "validation"},
                 # One second. Shorter clips begin again.
                 "clip": {"num_frames": (8,), "fps": (8.0,), "short": "loop"},
                 "height": 32,
@@ -44,9 +44,14 @@ def get_config() -> ConfigDict:
                 },
             },
             "process": {"name": "rectified_flow", "prediction": "x0"},
-            "time": {"name": "logit_normal", "shift": 4.0},
+            "time_sampler": {"name": "logit_normal", "shift": 4.0},
             "loss": {"name": "velocity", "min_sigma": 0.3},
-            "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
+            "optim": {
+                "name": "muon",
+                "learning_rate": 4e-3,
+                "warmup_steps": 100,
+                "schedule": "cosine",
+            },
             "mesh": {"data": -1},
             "train": {
                 "steps": 2500,
@@ -54,7 +59,7 @@ def get_config() -> ConfigDict:
                 "eval_every": 500,
                 "sample_every": 500,
                 "save_every": 500,
-                "wall": (),
+                "sample_prompts": (),
             },
             "sample": {
                 "sampler": "dpmpp_2m",

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     "styles": ("flat",),
                     "max_objects": 1,
                 },
-                "heldout": {"split": "heldout"},
+                "validation": {"split": "validation"},
                 # Every sixth batch is longer; the first length and rate are the usual ones.
                 "clip": {"num_frames": (8, 8, 8, 8, 8, 16), "fps": (8.0, 4.0)},
                 "height": 32,
@@ -53,9 +53,14 @@ def get_config(variant: str = "") -> ConfigDict:
             # The clip, not the noise, is what a narrow network can predict from large patches.
             "process": {"name": "rectified_flow", "prediction": "x0"},
             # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
-            "time": {"name": "logit_normal", "shift": 4.0},
+            "time_sampler": {"name": "logit_normal", "shift": 4.0},
             "loss": {"name": "velocity", "min_sigma": 0.3},
-            "optim": {"method": "muon", "learning_rate": 4e-3, "warmup": 100, "schedule": "cosine"},
+            "optim": {
+                "name": "muon",
+                "learning_rate": 4e-3,
+                "warmup_steps": 100,
+                "schedule": "cosine",
+            },
             "mesh": {"data": -1},
             "train": {
                 "steps": 1500,
@@ -64,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "sample_every": 500,
                 "save_every": 500,
                 "log_every": 50,
-                "wall": (
+                "sample_prompts": (
                     "a red circle moves right",
                     "a blue square moves up",
                     "a green triangle moves left",
@@ -82,7 +87,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "shift": 4.0,
                 "batch": 32,
             },
-            "judge": {"prompts": 128},
+            "eval": {"prompts": 128},
         }
     )
     if variant == "minilm":  # a pretrained, frozen encoder instead of the byte-level one
@@ -91,7 +96,7 @@ def get_config(variant: str = "") -> ConfigDict:
             {"features": 384, "encoder": {"name": "minilm", "length": 24}}
         )
     elif variant == "stream":  # clips of any length, in blocks of 4 frames (docs/temporal.md)
-        config.forcing = True
+        config.diffusion_forcing = True
         config.model.backbone.patch = (4, 4, 4)
         with config.ignore_type():
             config.model.backbone.pattern = ({"name": "full", "block": 1, "window": 2},)

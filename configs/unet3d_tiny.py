@@ -37,6 +37,6 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.loader.global_batch = 16
     # It reads much from little: what words decide is decided at high noise.
-    config.time.shift, config.sample.shift = 16.0, 12.0
+    config.time_sampler.shift, config.sample.shift = 16.0, 12.0
     config.train.steps = 1000
     return config

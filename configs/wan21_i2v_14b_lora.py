@@ -30,6 +30,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "image_tokens": {"features": 24 if smoke else 1280, "dropout": 0.0},
         }
     )
-    config.time.shift = config.sample.shift = 3.0
+    config.time_sampler.shift = config.sample.shift = 3.0
     config.sample.steps = 40
     return config

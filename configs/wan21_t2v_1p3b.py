@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "weights": "",
             "data": {
                 "path": "",
-                "heldout": {"split": "heldout"},
+                "validation": {"split": "validation"},
                 "loader": {"global_batch": 64, "workers": 8},
             },
             "model": {
@@ -41,11 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 "signals": {"embeddings": {"features": 4096, "length": 512, "dropout": 0.1}},
             },
             "process": {"name": "rectified_flow", "prediction": "velocity"},
-            "time": {"name": "uniform", "shift": 5.0},
+            "time_sampler": {"name": "uniform", "shift": 5.0},
             "loss": {"name": "none"},
             "optim": {
                 "learning_rate": 1e-5,
-                "warmup": 200,
+                "warmup_steps": 200,
                 "schedule": "constant",
                 "weight_decay": 0.01,
             },

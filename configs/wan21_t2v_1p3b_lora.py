@@ -22,7 +22,7 @@ from configs import wan21_t2v_1p3b
 def get_config(variant: str = "") -> ConfigDict:
     config = wan21_t2v_1p3b.get_config(variant)
     config.lora = ConfigDict({"rank": 32, "alpha": 32.0, "dropout": 0.0})
-    config.optim.update({"learning_rate": 1e-4, "warmup": 50})
+    config.optim.update({"learning_rate": 1e-4, "warmup_steps": 50})
     config.train.ema = 0.99
     if variant == "smoke":
         config.lora.rank = 4

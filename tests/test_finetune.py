@@ -23,7 +23,7 @@ from vdx.models.adapters.lora import Adapted, adapt
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.checksum import fingerprints
 from vdx.train.loop import Run, train
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 from vdx.train.step import Objective
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -51,7 +51,7 @@ def write_data(path: Path, metadata=None, **signals) -> Path:
     ]
     return write_records(
         path,
-        {"train": rows[:16], "heldout": rows[16:]},
+        {"train": rows[:16], "validation": rows[16:]},
         latent_features((3, 8, 8, 4), 16, **signals),
         metadata={
             "latents": [3, 8, 8, 4],
@@ -85,7 +85,7 @@ def save_weights(folder: Path, model, params) -> None:
     save_folder(params, rows, wan_config(shapes, head_width=24), folder)
 
 
-SHORT = ["--config.train.eval_every=0", "--config.optim.warmup=1"]
+SHORT = ["--config.train.eval_every=0", "--config.optim.warmup_steps=1"]
 
 
 def experiment(name: str, *args: str) -> Experiment:
@@ -94,7 +94,7 @@ def experiment(name: str, *args: str) -> Experiment:
 
 def trained(made: Experiment, workdir: Path, mesh) -> Run:
     with jax.set_mesh(mesh):
-        return train(made, workdir, mesh, lambda *_: None, Stop())
+        return train(made, workdir, mesh, lambda *_: None, PreemptionHandler())
 
 
 @pytest.fixture(scope="module")

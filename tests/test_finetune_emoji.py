@@ -38,7 +38,7 @@ SETTINGS = [
     "--config.lora.rank=8",
     "--config.lora.dropout=0.05",
     "--config.optim.learning_rate=0.01",
-    "--config.optim.warmup=10",
+    "--config.optim.warmup_steps=10",
 ]
 
 
@@ -83,7 +83,7 @@ def files(tmp_path_factory, randomise) -> Path:
     longest = max(len(row["text"]) for row in rows)
     write_records(
         root / "data",
-        {"train": rows[:48], "heldout": rows[48:]},
+        {"train": rows[:48], "validation": rows[48:]},
         latent_features(latents.shape[1:], 16),
         metadata={
             "latents": list(latents.shape[1:]),
@@ -125,7 +125,7 @@ def logged(workdir: Path) -> dict:
         (r["step"], k): v
         for r in read_rows(workdir / "metrics.jsonl")
         for k, v in r.items()
-        if k.startswith(("train/", "heldout/", "seen/"))
+        if k.startswith(("train/", "validation/", "train_eval/"))
     }
 
 
@@ -138,12 +138,12 @@ def test_it_learns_and_goes_on_exactly(files):
         np.mean([losses[s, "train/loss"] for s in steps])
         for steps in (range(1, 6), range(STEPS - 19, STEPS + 1))
     )
-    at_fixed_noise = [losses[step, "seen/loss"] for step in range(50, STEPS + 1, 50)]
+    at_fixed_noise = [losses[step, "train_eval/loss"] for step in range(50, STEPS + 1, 50)]
     print(f"\ntraining loss {first:.2f} -> {last:.2f}; at fixed noise {at_fixed_noise}")
     assert last < min(1.8, 0.6 * first)
     assert at_fixed_noise == sorted(at_fixed_noise, reverse=True)
     assert at_fixed_noise[-1] < min(1.75, 0.9 * at_fixed_noise[0])
-    assert losses[STEPS, "heldout/loss"] < 0.95 * losses[50, "heldout/loss"]
+    assert losses[STEPS, "validation/loss"] < 0.95 * losses[50, "validation/loss"]
 
     child = start(files, parts)
     while not whole_steps(parts) and child.poll() is None:

@@ -103,7 +103,7 @@ def test_a_denoiser_is_its_network_and_its_conditions(config, at_root):
             params, x, jnp.ones(1), batch, model.drop_masks(1, False), method="train_view"
         )
 
-    batch = jax.eval_shape(lambda: model.parts()[1].example(clip))
+    batch = jax.eval_shape(lambda: model.conditioning.dummy_batch(clip))
     if "embeddings" in model.signals:
         batch |= {"text": shape(1, 256, 4096), "text_mask": jax.ShapeDtypeStruct((1, 256), bool)}
     params = jax.eval_shape(model.new_params, jax.random.key(0))

@@ -39,6 +39,6 @@ def test_figures(workdir, capsys):
 
 def test_captions_help(workdir):
     """The held-out loss with captions is below the loss without them, and falls in training."""
-    rows = [r for r in read_rows(workdir / "metrics.jsonl") if "heldout/loss" in r]
-    assert rows[-1]["heldout/loss"] < 0.9 * rows[-1]["heldout/loss_null"]
-    assert rows[-1]["heldout/loss"] < rows[0]["heldout/loss"]
+    rows = [r for r in read_rows(workdir / "metrics.jsonl") if "validation/loss" in r]
+    assert rows[-1]["validation/loss"] < 0.9 * rows[-1]["validation/loss_null"]
+    assert rows[-1]["validation/loss"] < rows[0]["validation/loss"]

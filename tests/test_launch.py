@@ -29,7 +29,10 @@ def signals():
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 CONFIG = "configs/t2v_tiny.py"
-OVERRIDES = ["--config.train.wall=('a red circle', 'b')", '--config.note="$HOME" $(id) it\'s']
+OVERRIDES = [
+    "--config.train.sample_prompts=('a red circle', 'b')",
+    '--config.note="$HOME" $(id) it\'s',
+]
 MAIN = ["-m", "vdx.main", f"--config={CONFIG}"]
 
 

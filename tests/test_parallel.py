@@ -50,7 +50,7 @@ def experiment():
             [
                 "--config.model.backbone.dtype=float32",
                 "--config.model.backbone.remat=none",
-                "--config.optim.warmup=1",
+                "--config.optim.warmup_steps=1",
             ],
         )
     )

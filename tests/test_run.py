@@ -18,7 +18,7 @@ from vdx.experiment import load, open_params
 from vdx.files import read_json, read_rows
 from vdx.main import run
 from vdx.train import program
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 
 ROOT = Path(__file__).parents[1]
 MICRO = [
@@ -30,12 +30,12 @@ MICRO = [
     "--config.train.eval_clips=8",
     "--config.data.loader.global_batch=8",
     "--config.data.clip.num_frames=(8,)",
-    "--config.judge.prompts=4",
+    "--config.eval.prompts=4",
     "--config.model.backbone.width=32",
     "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2",
     "--config.sample.steps=3",
-    "--config.train.wall=('a red circle moves right', 'a blue square turns')",
+    "--config.train.sample_prompts=('a red circle moves right', 'a blue square turns')",
 ]
 # Python in which the core path's strangers are not installed.
 BLOCK = """
@@ -91,7 +91,7 @@ def test_a_run_leaves_what_it_promises(workdir):
         for r in rows
         if "train/loss" in r
     )
-    assert [r["step"] for r in rows if "heldout/loss" in r] == [3, 6]
+    assert [r["step"] for r in rows if "validation/loss" in r] == [3, 6]
     made = read_json(workdir / "config.json")
     assert made["train"]["steps"] == 6
     source = load(workdir).source()  # the mean of the pixels was measured, not given
@@ -100,7 +100,7 @@ def test_a_run_leaves_what_it_promises(workdir):
     result = read_json(workdir / "eval.json")
     assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
     assert result["true_renders"]["all"] == 1.0
-    with Image.open(workdir / "eval" / "wall.webp") as wall:
+    with Image.open(workdir / "eval" / "sample_grid.webp") as wall:
         assert wall.size == (6 * 160, 160) and wall.n_frames == 8
     assert len(list((workdir / "samples" / "00000006").glob("*.mp4"))) == 2
     page = (workdir / "report.html").read_text()
@@ -128,7 +128,7 @@ def test_resume_is_exact(workdir, tmp_path):
             (r["step"], k): r[k]
             for r in read_rows(w / "metrics.jsonl")
             for k in r
-            if k.startswith(("train/loss", "heldout/", "seen/")) and r["step"] == 6
+            if k.startswith(("train/loss", "validation/", "train_eval/")) and r["step"] == 6
         }
         for w in (workdir, halved)
     )
@@ -263,11 +263,11 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
             "--config.mesh.data=1",
             "--config.mesh.fsdp=8",
             "--config.train.sample_every=0",
-            "--config.judge.prompts=0",
+            "--config.eval.prompts=0",
             "--config.train.save_every=0",
         ),
         tmp_path / "once",
-        Stop(),
+        PreemptionHandler(),
     )
     assert len(made) == 1
 
@@ -281,12 +281,12 @@ def test_buckets_train_and_resume_exactly(tmp_path):
         "--config.train.sample_every=0",
         "--config.train.save_every=1",
         "--config.train.log_every=1",
-        "--config.judge.prompts=0",
-        "--config.train.keep=9",
+        "--config.eval.prompts=0",
+        "--config.train.max_to_keep=9",
         "--config.model.backbone.depth=1",
         "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))",
     )
-    run(made, tmp_path / "whole", Stop())
+    run(made, tmp_path / "whole", PreemptionHandler())
     rows = [r for r in read_rows(tmp_path / "whole" / "metrics.jsonl") if "train/loss" in r]
     assert all(np.isfinite(r["train/loss"]) for r in rows)
     per_clip = [r["speed/tokens_per_s"] / r["speed/clips_per_s"] for r in rows]
@@ -294,7 +294,7 @@ def test_buckets_train_and_resume_exactly(tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
     for step in ("4", "5"):
         shutil.rmtree(tmp_path / "halved" / "checkpoints" / step)
-    run(made, tmp_path / "halved", Stop())
+    run(made, tmp_path / "halved", PreemptionHandler())
     assert weights(tmp_path / "halved") == weights(tmp_path / "whole")
     again = {
         r["step"]: r["train/loss"]
@@ -325,14 +325,14 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     ]
     write_records(
         tmp_path / "data",
-        {"train": rows[:16], "heldout": rows[16:]},
+        {"train": rows[:16], "validation": rows[16:]},
         latent_features((4, 8, 8, 4), 32, **more),
         metadata=meta,
     )
     base = resolve(
         str(ROOT / "configs" / f"{name}.py:smoke"), [f"--config.data.path={tmp_path / 'data'}"]
     )
-    run(base, tmp_path / "run", Stop())
+    run(base, tmp_path / "run", PreemptionHandler())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
     assert sorted(losses) == [1, 2, 3] and np.isfinite(list(losses.values())).all()
@@ -351,13 +351,13 @@ def test_the_tiny_configs_run(name, tmp_path):
         str(ROOT / "configs" / f"{file}.py") + (f":{variant}" if variant else ""),
         [
             *micro,
-            "--config.judge.prompts=0",
+            "--config.eval.prompts=0",
             "--config.train.sample_every=0",
             "--config.train.eval_every=0",
-            f"--config.judge.steering={0 if file == 'unet3d_tiny' else 4}",
+            f"--config.eval.steering={0 if file == 'unet3d_tiny' else 4}",
         ],
     )
-    run(made, tmp_path, Stop())
+    run(made, tmp_path, PreemptionHandler())
     losses = [r["train/loss"] for r in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert len(losses) == 3 and np.isfinite(losses).all()
     expected = {

@@ -13,7 +13,7 @@ import jax
 LEAST = 0.5  # seconds to compile, of what is worth a file
 
 
-def keep_compiled() -> None:
+def enable_compilation_cache() -> None:
     """For an entrypoint, before anything is compiled. The folder is JAX_COMPILATION_CACHE_DIR, or
     vdx/xla in the user's cache folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. It only
     grows: remove it when it is too large."""

@@ -19,14 +19,14 @@ from absl import app, flags
 
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError
-from vdx.interop.pretrained import INDEX, PublicModel, open_public
+from vdx.interop.pretrained import INDEX, PretrainedModel, open_pretrained
 from vdx.interop.wan_original import PLACES, open_original
 
 FLAGS = flags.FLAGS
 PARTS = tuple(part for part in PLACES if part != "transformer")
 
 
-def open_source(source: Path, given: dict[str, str]) -> PublicModel:
+def open_source(source: Path, given: dict[str, str]) -> PretrainedModel:
     """Raises WeightsError for what is no model, or for parts that a whole folder does not need."""
     if not (source / INDEX).exists():
         return open_original(source, given)
@@ -34,7 +34,7 @@ def open_source(source: Path, given: dict[str, str]) -> PublicModel:
         raise WeightsError(
             f"{source} is a whole model; --{', --'.join(given)} cannot be given besides."
         )
-    return open_public(source)
+    return open_pretrained(source)
 
 
 def main(argv):

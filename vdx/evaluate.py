@@ -3,7 +3,7 @@
 Prompt following: clips are drawn for held-out prompts, whose combinations of attributes never
 occurred in training, and read back from pixels. Steering: for each signal that the model reads,
 clips are drawn with it and without, and what it asks for is measured. Writes `eval.json`,
-`eval/*.mp4`, the first twelve of them as one picture `eval/wall.webp`, and the report.
+`eval/*.mp4`, the first twelve of them as one picture `eval/sample_grid.webp`, and the report.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from vdx.compilation_cache import keep_compiled
+from vdx.compilation_cache import enable_compilation_cache
 from vdx.config.build import ConfigError
 from vdx.data.scenes.source import VELOCITIES, Scenes
 from vdx.data.signals import SIGNALS, Clip, read_signals
@@ -26,7 +26,7 @@ from vdx.experiment import Experiment, load, open_params
 from vdx.files import write_json
 from vdx.generate.sample_grid import write_clips, write_sheet
 from vdx.generate.video_io import to_uint8
-from vdx.metrics.control import STEERING, scene_truth, steering_scores
+from vdx.metrics.control import CONTROL_METRICS, control_scores, scene_truth
 from vdx.metrics.prompt_following import ATTRIBUTES, score
 from vdx.models.conditioning.control_signals import KnownFrames
 from vdx.types import Params
@@ -36,18 +36,18 @@ WORDLESS = ("reference", "flow", "camera")  # drawn with no words, which tell th
 SEED = 10_000  # of the first judged clip; training's wall uses 0, 1, ...
 
 
-def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> dict:
-    """Judges as `config.judge` says; returns what `eval.json` says."""
+def evaluate_run(experiment: Experiment, params: Params, workdir: Path, step: int) -> dict:
+    """Judges as `config.eval` says; returns what `eval.json` says."""
     # Asked before it is made: a stranger's config could point it at any folder.
     if SOURCES.get(str(experiment.data.source.get("name"))) is not Scenes:
         raise ConfigError(
             "Judging needs data whose truth is known (source 'scenes'). Set "
-            "config.judge.prompts = 0 and steering = 0 for other data."
+            "config.eval.prompts = 0 and steering = 0 for other data."
         )
     result: dict = {"step": step}
-    if experiment.judging.prompts:
+    if experiment.eval.prompts:
         result |= prompt_following(experiment, params, workdir)
-    if experiment.judging.steering:
+    if experiment.eval.steering:
         result["steering"] = steering(experiment, params)
     if jax.process_index() == 0:
         write_json(workdir / "eval.json", result)
@@ -55,9 +55,9 @@ def judge(experiment: Experiment, params: Params, workdir: Path, step: int) -> d
 
 
 def prompt_following(experiment: Experiment, params: Params, workdir: Path) -> dict:
-    """Scores `config.judge.prompts` held-out prompts."""
-    source = experiment.source(heldout=True)
-    count, (frames, fps) = experiment.judging.prompts, experiment.clip_default()
+    """Scores `config.eval.prompts` held-out prompts."""
+    source = experiment.source(validation=True)
+    count, (frames, fps) = experiment.eval.prompts, experiment.clip_default()
     records = [source[i] for i in range(count)]
     prompts = [r.caption for r in records]
     vocabulary = {"colours": source.colours, "shapes": source.shapes, "motions": source.motions}
@@ -84,7 +84,7 @@ def prompt_following(experiment: Experiment, params: Params, workdir: Path) -> d
     }
     if jax.process_index() == 0:
         rows = write_clips(workdir / "eval", videos, fps, rows)
-        write_sheet(workdir / "eval" / "wall.webp", videos[:12], prompts[:12], fps)
+        write_sheet(workdir / "eval" / "sample_grid.webp", videos[:12], prompts[:12], fps)
         result["examples"] = [{**row, "file": f"eval/{row['file']}"} for row in rows]
     return result
 
@@ -120,7 +120,7 @@ class Drawing:
         return {name: np.stack([row[name] for row in rows])}
 
     def draw(
-        self, steer: Mapping[str, np.ndarray], fps: float | None = None, words: bool = True
+        self, controls: Mapping[str, np.ndarray], fps: float | None = None, words: bool = True
     ) -> np.ndarray:
         prompts = [record.caption if words else "" for record in self.records]
         return to_uint8(
@@ -130,23 +130,23 @@ class Drawing:
                 self.seeds,
                 num_frames=self.frames,
                 fps=fps or self.fps,
-                steer=steer,
+                controls=controls,
             )
         )
 
 
 def steering(experiment: Experiment, params: Params) -> list[dict]:
-    """Rows of `steering_scores` for every signal that the model reads, of `config.judge.steering`
+    """Rows of `steering_scores` for every signal that the model reads, of `config.eval.steering`
     clips each, with the value of the same clips drawn "without" the signal. What the words tell as
     well is drawn without them."""
-    source, signals = experiment.source(heldout=True), set(experiment.model.signals)
-    drawing = Drawing(experiment, params, source, experiment.judging.steering)
+    source, signals = experiment.source(validation=True), set(experiment.model.signals)
+    drawing = Drawing(experiment, params, source, experiment.eval.steering)
     truths, plain, rows = drawing.truths(), drawing.draw({}), []
 
     def add(kind: str, videos: np.ndarray, without: np.ndarray, asked: Sequence[Mapping]) -> None:
-        score = steering_scores(kind, list(videos), asked, drawing.fps)
+        score = control_scores(kind, list(videos), asked, drawing.fps)
         rows.append(
-            score | {"without": steering_scores(kind, list(without), asked, drawing.fps)["model"]}
+            score | {"without": control_scores(kind, list(without), asked, drawing.fps)["model"]}
         )
 
     if "known_frames" in signals:
@@ -174,7 +174,7 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
         )
     silent = drawing.draw({}, words=False) if signals & set(WORDLESS) else plain
     for name in sorted(
-        signals & {metric.signal for metric in STEERING.values()} & set(SIGNALS) - {"motion"}
+        signals & {metric.signal for metric in CONTROL_METRICS.values()} & set(SIGNALS) - {"motion"}
     ):
         words = name not in WORDLESS
         videos = drawing.draw(drawing.signal(name), words=words)
@@ -187,7 +187,7 @@ def steering(experiment: Experiment, params: Params) -> list[dict]:
 
 
 def measures(signal: str) -> list[str]:
-    return [kind for kind, metric in STEERING.items() if metric.signal == signal]
+    return [kind for kind, metric in CONTROL_METRICS.items() if metric.signal == signal]
 
 
 def frame_rate(
@@ -196,11 +196,11 @@ def frame_rate(
     """The row of the frame rate, of objects that go one way: the same words and noise at both."""
     ways = tuple(motion for motion in source.motions if motion in VELOCITIES)
     drawing = Drawing(
-        experiment, params, dataclasses.replace(source, motions=ways), experiment.judging.steering
+        experiment, params, dataclasses.replace(source, motions=ways), experiment.eval.steering
     )
     clips, truths = [drawing.draw({}, rate) for rate in rates], [drawing.truths(r) for r in rates]
     pairs = lambda two: [one for pair in zip(*two, strict=True) for one in pair]
-    score = steering_scores("fps", pairs(clips), pairs(truths), list(rates) * len(clips[0]))
+    score = control_scores("fps", pairs(clips), pairs(truths), list(rates) * len(clips[0]))
     return score | {"without": math.log2(rates[1] / rates[0])}  # a model that does not listen
 
 
@@ -260,13 +260,13 @@ def following_table(result: dict) -> str:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    keep_compiled()
+    enable_compilation_cache()
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         params, step, _ = open_params(experiment, workdir, mesh, step=FLAGS.step)
-        print(table(judge(experiment, params, workdir, step)))
+        print(table(evaluate_run(experiment, params, workdir, step)))
     print(f"Open {write_report(workdir)}")
 
 

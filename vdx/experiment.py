@@ -23,16 +23,16 @@ from vdx.data.record import BadRecord
 from vdx.data.signals import SIGNALS
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
-from vdx.diffusion.losses import WEIGHTS
-from vdx.diffusion.process import PROCESSES, TIMES
+from vdx.diffusion.losses import WEIGHTINGS
+from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
 from vdx.files import read_json
-from vdx.generate.blockwise import Streamer
+from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator, Sampling
 from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
 from vdx.interop.unet import load_unet
-from vdx.models.adapters.lora import Lora, added, dense_kernels
-from vdx.models.adapters.trainable import Part, overlaid
+from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
+from vdx.models.adapters.trainable import Trainable, overlaid
 from vdx.models.conditioning.signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
@@ -57,7 +57,7 @@ class Data:
 
     source: Spec
     loader: Spec
-    heldout: Spec = dataclasses.field(default_factory=dict)
+    validation: Spec = dataclasses.field(default_factory=dict)
     clip: Spec | None = None
     height: int = 32
     width: int = 32
@@ -74,7 +74,7 @@ class Training:
     set whose loss is measured at the fixed noise `levels`. bins: noise levels of the logged
     loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...; empty:
     the first captions of the data. keep: newest checkpoints that stay; keep_every: also those
-    at its multiples; best: also the one at which this metric, e.g. "heldout/loss", was lowest.
+    at its multiples; best: also the one at which this metric, e.g. "validation/loss", was lowest.
     spike: a batch is refused if its gradient norm exceeds the running mean this many times
     (0: only if it is not finite). bad_in_row: refused batches in a row that send the run back
     to the checkpoint before them; rollbacks: how often, before it stops. stuck_after: seconds
@@ -87,33 +87,33 @@ class Training:
     eval_every: int = 500
     sample_every: int = 500
     save_every: int = 500
-    keep: int = 2
-    keep_every: int = 0
-    best: str = ""
-    spike: float = 20.0
-    bad_in_row: int = 3
-    rollbacks: int = 2
-    stuck_after: float = 1800.0
+    max_to_keep: int = 2
+    keep_period: int = 0
+    best_metric: str = ""
+    max_grad_norm_ratio: float = 20.0
+    max_bad_steps: int = 3
+    max_rollbacks: int = 2
+    watchdog_seconds: float = 1800.0
     eval_clips: int = 64
-    levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    bins: int = 5
-    wall: tuple[str, ...] = ()
+    eval_times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    loss_bins: int = 5
+    sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.keep < 1 or self.bad_in_row < 1:
+        if self.max_to_keep < 1 or self.max_bad_steps < 1:
             raise ConfigError(
-                f"config.train.keep = {self.keep} and bad_in_row = "
-                f"{self.bad_in_row} must be at least 1."
+                f"config.train.max_to_keep = {self.max_to_keep} and bad_in_row = "
+                f"{self.max_bad_steps} must be at least 1."
             )
-        if self.best and not (self.eval_every and self.save_every % self.eval_every == 0):
+        if self.best_metric and not (self.eval_every and self.save_every % self.eval_every == 0):
             raise ConfigError(
-                f"config.train.best = {self.best!r} needs a measurement at every save: save_every "
+                f"config.train.best_metric = {self.best_metric!r} needs a measurement at every save: save_every "
                 f"= {self.save_every} must be a multiple of eval_every = {self.eval_every}."
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Judging:
+class EvalConfig:
     """On held-out scenes: prompts of prompt following, and clips for each signal that steers; 0
     where truth is not known."""
 
@@ -149,19 +149,19 @@ class Sections:
     process: Spec
     train: Spec
     seed: int = 0
-    time: Spec = dataclasses.field(default_factory=lambda: {"name": "uniform"})
+    time_sampler: Spec = dataclasses.field(default_factory=lambda: {"name": "uniform"})
     loss: Spec = dataclasses.field(default_factory=lambda: {"name": "none"})
     optim: Spec = dataclasses.field(default_factory=dict)
     mesh: Spec = dataclasses.field(default_factory=dict)
     sample: Spec = dataclasses.field(default_factory=dict)
-    judge: Spec = dataclasses.field(default_factory=dict)
+    eval: Spec = dataclasses.field(default_factory=dict)
     resume: str | None = None
     init: str | None = None
     weights: str | tuple[str, ...] | None = None
     lora: Spec | None = None
     trainable: str | None = None
     first_frame: float = 0.0
-    forcing: bool = False
+    diffusion_forcing: bool = False
 
 
 class Experiment:
@@ -174,7 +174,7 @@ class Experiment:
         self.weights = top.weights
         self.data = fill(Data, top.data, "config.data")
         self.training = fill(Training, top.train, "config.train")
-        self.judging = fill(Judging, top.judge, "config.judge")
+        self.eval = fill(EvalConfig, top.eval, "config.eval")
         self.optimizer = fill(Optimizer, top.optim, "config.optim")
         self.mesh_spec = fill(MeshSpec, top.mesh, "config.mesh")
         self.sampling = fill(Sampling, top.sample, "config.sample")
@@ -192,13 +192,13 @@ class Experiment:
         if top.lora is not None:
             self.lora = fill(Lora, top.lora, "config.lora")
             self.kernels = self.lora.chosen(dense_kernels(self.model.new_params))
-        self.part: Lora | Part | None = self.lora
+        self.part: Lora | Trainable | None = self.lora
         if top.trainable is not None:
             if self.lora is not None:
                 raise ConfigError("config.lora and config.trainable: set one of them.")
-            self.part = Part(top.trainable)
+            self.part = Trainable(top.trainable)
             self.part.check(self.shapes)
-        if top.first_frame and (frames := self.model.parts()[0].patch[0]) > 1:
+        if top.first_frame and (frames := self.model.backbone.patch[0]) > 1:
             raise ConfigError(
                 f"config.first_frame = {top.first_frame} gives the first frame a "
                 f"time of its own, but a token of this model is {frames} frames long "
@@ -209,29 +209,29 @@ class Experiment:
         self.objective = Objective(
             self.model,
             self.process,
-            build(top.time, TIMES, "config.time"),
-            build(top.loss, WEIGHTS, "config.loss"),
-            self.training.bins,
+            build(top.time_sampler, TIME_SAMPLERS, "config.time_sampler"),
+            build(top.loss, WEIGHTINGS, "config.loss"),
+            self.training.loss_bins,
             self.data.mean or 0.0,
             self.part,
             top.first_frame,
-            top.forcing,
+            top.diffusion_forcing,
         )
-        if isinstance(generator := self.generator(), Streamer) and self.clip is not None:
+        if isinstance(generator := self.generator(), BlockwiseGenerator) and self.clip is not None:
             generator.check((self.clip_default()[0], *generator.frame_shape))
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         return self.optimizer.make(self.training.steps)
 
-    def source(self, heldout: bool = False):
-        spec = {**self.data.source, **(self.data.heldout if heldout else {})}
+    def source(self, validation: bool = False):
+        spec = {**self.data.source, **(self.data.validation if validation else {})}
         return build(spec, SOURCES, "config.data.source")
 
     def batches(
         self,
         *,
-        heldout: bool = False,
+        validation: bool = False,
         seed: int | None = None,
         workdir: Path | None = None,
         **settings,
@@ -250,7 +250,7 @@ class Experiment:
             )
         log = None if workdir is None else workdir / "bad_records.jsonl"
         return make_loader(
-            self.source(heldout),
+            self.source(validation),
             to_example=make,
             num_frames=lengths,
             host_index=jax.process_index(),
@@ -285,8 +285,8 @@ class Experiment:
                 "config.weights is not set: name the network whose weights stay as "
                 "they are, a folder of public weights or a run."
             )
-        dtype = "float32" if self.part is None else self.model.parts()[0].dtype
-        trained = self.part.pattern if isinstance(self.part, Part) else None
+        dtype = "float32" if self.part is None else self.model.backbone.dtype
+        trained = self.part.pattern if isinstance(self.part, Trainable) else None
         if (
             isinstance(self.weights, str)
             and ((found := locate(self.weights))[0] / "checkpoints").is_dir()
@@ -295,24 +295,24 @@ class Experiment:
                 params, *_ = run.restore_params(abstract_params(self.shapes, mesh), step=found[1])
             like = abstract_params(self.shapes, mesh, dtype, trained)
             return jax.tree.map(lambda x, to: x.astype(to.dtype), params, like)
-        read = READERS[self.model.backbone["name"]]
+        read = READERS[self.model.backbone_config["name"]]
         return read(self.weights, self.model, mesh, dtype, trained)
 
     def read_frozen(self, mesh: Mesh) -> tuple[Params, Params | None]:
         """(what is not trained, what is trained if the files have it) of `read_weights`."""
         weights = self.read_weights(mesh)
-        return self.part.split(weights) if isinstance(self.part, Part) else (weights, None)
+        return self.part.split(weights) if isinstance(self.part, Trainable) else (weights, None)
 
     def abstract_frozen(self, mesh: Mesh) -> Params | None:
         """Shapes of what `read_frozen` gives as not trained, laid out; None if all is trained."""
         if self.part is None:
             return None
-        dtype = self.model.parts()[0].dtype
-        if not isinstance(self.part, Part):
+        dtype = self.model.backbone.dtype
+        if not isinstance(self.part, Trainable):
             return abstract_params(self.shapes, mesh, dtype)
         return self.part.split(abstract_params(self.shapes, mesh, dtype, self.part.pattern))[0]
 
-    def described(self, given: Params) -> str:
+    def describe_initialisation(self, given: Params) -> str:
         """How much of what is trained is new, and how much was read."""
         names = flatten_dict(jax.eval_shape(self.new_params, jax.random.key(0)), sep="/")
         read = len(flatten_dict(given, sep="/"))
@@ -328,7 +328,7 @@ class Experiment:
         if NULL not in leaves or np.any(leaves[NULL]):
             return params
         if (null := getattr(self.source(), "metadata", {}).get("null")) is not None:
-            return added(params, {NULL: np.asarray(null, np.float32)})
+            return add_deltas(params, {NULL: np.asarray(null, np.float32)})
         rate = self.model.signals["embeddings"].get("dropout", Embeddings.dropout)
         if rate:
             raise ConfigError(
@@ -341,8 +341,8 @@ class Experiment:
     @functools.cached_property
     def wall(self) -> tuple[str, ...]:
         """Prompts of the samples drawn during training; by default the first eight captions."""
-        if self.training.wall:
-            return self.training.wall
+        if self.training.sample_prompts:
+            return self.training.sample_prompts
         source, captions = self.source(), []
         for i in range(min(WALL_OF, len(source))):
             with contextlib.suppress(BadRecord):  # the pipeline counts and names it
@@ -356,7 +356,7 @@ class Experiment:
     ) -> Generator:
         height, width = size or (self.data.height, self.data.width)
         by_block = self.objective.forcing and self.model.block
-        return (Streamer if by_block else Generator)(
+        return (BlockwiseGenerator if by_block else Generator)(
             self.model,
             self.process,
             sampling or self.sampling,
@@ -373,7 +373,7 @@ class Experiment:
         return self.clip.lengths[0], self.clip.rates[0] if self.clip.rates else 8.0
 
 
-def settled(config: Spec, workdir: Path) -> Experiment:
+def with_pixel_mean(config: Spec, workdir: Path) -> Experiment:
     """The experiment with what only its data can tell, the mean of the pixels: that of the run
     that is gone on with, if there is one, or else measured over a few clips."""
     experiment = Experiment(config)
@@ -431,7 +431,7 @@ def open_params(
     with Checkpoints(workdir, read_only=True) as checkpoints:
         check_base(checkpoints.facts(number)["progress"], base, f"step {number} of {workdir}")
     if (kept := Path(workdir) / "null.npy").exists():  # the data, which told it, may not be here
-        frozen = added(frozen, {NULL: np.load(kept, allow_pickle=False)})
+        frozen = add_deltas(frozen, {NULL: np.load(kept, allow_pickle=False)})
     return experiment.objective.whole(trained, frozen), number, digest([identity, base])
 
 
@@ -447,7 +447,7 @@ def open_trained(
     shapes = jax.eval_shape(experiment.new_params, jax.random.key(0))
     if item not in ("ema", "params"):
         raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")
-    with Checkpoints(workdir, best=experiment.training.best, read_only=True) as checkpoints:
+    with Checkpoints(workdir, best=experiment.training.best_metric, read_only=True) as checkpoints:
         number = checkpoints.best_step() if step == "best" else step
         return checkpoints.restore_params(
             abstract_params(shapes, mesh), item, None if number is None else int(number)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def whole_or_not(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A scratch path beside `path` that takes its name when the block ends well.
 
     It is on the disk by then, so that not even a loss of power leaves half a file.
@@ -27,7 +27,7 @@ def whole_or_not(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    with whole_or_not(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -39,20 +39,27 @@ import jax
 from absl import app, flags, logging
 
 import vdx
-from vdx.compilation_cache import keep_compiled
+from vdx.compilation_cache import enable_compilation_cache
 from vdx.config.build import ConfigError
 from vdx.config.loader import is_override, resolve
 from vdx.data.pipeline import DataError
 from vdx.data.workers import WorkerDied
-from vdx.evaluate import judge
+from vdx.evaluate import evaluate_run
 from vdx.evaluation.report import write_report
-from vdx.experiment import Experiment, Spec, settled
+from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
-from vdx.generate.sample_grid import draw_wall
+from vdx.generate.sample_grid import draw_sample_grid
 from vdx.interop.keymap import WeightsError
 from vdx.train.checkpoint import CheckpointError
 from vdx.train.loop import BadNumbers, Run, train
-from vdx.train.preemption import STUCK, Stop, WorkdirInUse, leave, own, peers
+from vdx.train.preemption import (
+    STUCK,
+    PreemptionHandler,
+    WorkdirInUse,
+    exit_if_peer_lost,
+    exit_now,
+    lock_workdir,
+)
 
 FLAGS = flags.FLAGS
 
@@ -60,7 +67,7 @@ FLAGS = flags.FLAGS
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    keep_compiled()
+    enable_compilation_cache()
     if FLAGS.coordinator:
         jax.distributed.initialize(
             FLAGS.coordinator,
@@ -70,12 +77,12 @@ def main(argv):
         )
     elif FLAGS.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
-    with explained(), peers(), Stop() as stop:
+    with exit_on_user_error(), exit_if_peer_lost(), PreemptionHandler() as stop:
         run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), stop)
 
 
 @contextlib.contextmanager
-def explained():
+def exit_on_user_error():
     """Ends the program with a message instead of a stack trace where the message says it all."""
     try:
         yield
@@ -95,14 +102,14 @@ def explained():
             if isinstance(error, OSError)
             else []
         )
-        leave(code, "\n".join([str(error), *getattr(error, "__notes__", []), *hint]))
+        exit_now(code, "\n".join([str(error), *getattr(error, "__notes__", []), *hint]))
 
 
-def run(config: Spec, workdir: Path, stop: Stop) -> None:
+def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:
     """Everything that the command does, from a resolved config."""
     primary = jax.process_index() == 0
-    with own(workdir) if primary else contextlib.nullcontext():
-        experiment = settled(config, workdir)
+    with lock_workdir(workdir) if primary else contextlib.nullcontext():
+        experiment = with_pixel_mean(config, workdir)
         mesh = experiment.mesh_spec.make()
         with jax.set_mesh(mesh):
             done = train_and_judge(experiment, workdir, mesh, stop)
@@ -111,12 +118,12 @@ def run(config: Spec, workdir: Path, stop: Stop) -> None:
             print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
 
 
-def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> Run:
+def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: PreemptionHandler) -> Run:
     primary, generator = jax.process_index() == 0, experiment.generator()
 
     def on_sample(step, params):
         frames, fps = experiment.clip_default()
-        draw_wall(
+        draw_sample_grid(
             generator,
             params,
             experiment.wall,
@@ -130,8 +137,8 @@ def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Stop) -> 
     if primary:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
     done = train(experiment, workdir, mesh, on_sample, stop)
-    if experiment.judging.prompts or experiment.judging.steering:
-        judge(experiment, done.params, workdir, step=int(done.state.step))
+    if experiment.eval.prompts or experiment.eval.steering:
+        evaluate_run(experiment, done.params, workdir, step=int(done.state.step))
     return done
 
 

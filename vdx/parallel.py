@@ -114,7 +114,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def back(y: Array, split: str) -> Array:
+def reshard_to_frames(y: Array, split: str) -> Array:
     """The end of a mixer whose tokens [b t h w d] were split by the letter `split`: as other
     layers have them, by t.
 

@@ -47,7 +47,7 @@ from vdx.config.loader import is_override, resolve
 from vdx.experiment import Experiment
 from vdx.files import write_json
 from vdx.hardware import GIB
-from vdx.main import explained
+from vdx.main import exit_on_user_error
 from vdx.models.transformer import REMAT, Transformer
 from vdx.parallel import AXES, MeshSpec
 from vdx.planning.estimate import PROGRAMS, Job, Slice, abstract_mesh, least_memory, plan, sent
@@ -108,7 +108,9 @@ def advice(row: dict[str, Any]) -> str:
     if row["remat"] == "none":
         tips.append("--config.model.backbone.remat=full")
     if row["what"] == "train" and row["clips"] > parts["data"] * parts["fsdp"]:
-        tips.append(f"--config.optim.accumulate={2 if row['clips'] % 2 == 0 else row['clips']}")
+        tips.append(
+            f"--config.optim.grad_accum_steps={2 if row['clips'] % 2 == 0 else row['clips']}"
+        )
         tips.append(f"--config.data.loader.global_batch={row['clips'] // 2}")
     if parts["data"] > 1:
         tips.append(f"--mesh=fsdp={parts['data'] * parts['fsdp']}")
@@ -238,7 +240,7 @@ def variants(job: Job, slice_: Slice) -> Iterator[dict[str, Any]]:
 
 def fits_grid(job: Job, mesh: dict[str, int]) -> None:
     """Raises ValueError for a mesh over which heads or frames of tokens do not divide."""
-    network = job.experiment.model.parts()[0]
+    network = job.experiment.model.backbone
     frames = network.grid(job.clip)[0]
     heads = network.dims()[2] if isinstance(network, Transformer) else network.heads
     if frames % mesh["context"] or heads % mesh["tensor"]:
@@ -284,7 +286,7 @@ def ranking(rows: list[dict[str, Any]]) -> str:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    with explained():
+    with exit_on_user_error():
         lookup(FLAGS.what, PROGRAMS, "--what")
         config = resolve(FLAGS.config, sys.argv[1:])
         if given := mesh_spec():

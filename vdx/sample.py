@@ -22,18 +22,18 @@ import numpy as np
 from absl import app, flags, logging
 
 import vdx
-from vdx.compilation_cache import keep_compiled
+from vdx.compilation_cache import enable_compilation_cache
 from vdx.config.build import ConfigError, fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
-from vdx.diffusion.timesteps import GRIDS
+from vdx.diffusion.timesteps import TIMESTEPS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_json, write_json
 from vdx.generate.cache_calibration import FILE as PROOF
-from vdx.generate.cache_calibration import calibrate, check_proof, read_proof
-from vdx.generate.control_inputs import file_digest, files, steered
+from vdx.generate.cache_calibration import calibrate, check_calibration, read_calibration
+from vdx.generate.control_inputs import file_digest, files, read_controls
 from vdx.generate.pipeline import Sampling
-from vdx.generate.pretrained import PublicGenerator
-from vdx.generate.pretrained_request import PublicRequest, prepare
+from vdx.generate.pretrained import PretrainedGenerator
+from vdx.generate.pretrained_request import PretrainedRequest, prepare
 from vdx.generate.sample_grid import write_clips
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.interop.keymap import WeightsError
@@ -46,7 +46,7 @@ Clips = Iterable[Iterable[np.ndarray]]
 CALIBRATED = 4  # prompts, if none are given
 # Flags of --workdir alone, and of --weights alone.
 STEER = ("flow", "camera", "actions", "motion")
-TRAINED = ("step", "averaged", "guide", "calibrate", "cached", *STEER)
+TRAINED = ("step", "averaged", "signal_guidance", "calibrate_cache", "step_cache", *STEER)
 PUBLIC = (
     "negative_prompt",
     "control_mask",
@@ -73,11 +73,11 @@ class Request:
     num_frames: int
     fps: float
     sampling: dict
-    steer: dict = dataclasses.field(default_factory=dict)
+    controls: dict = dataclasses.field(default_factory=dict)
     digests: dict = dataclasses.field(default_factory=dict)
 
     def draw(
-        self, experiment: Experiment, params: Params, steer: dict[str, np.ndarray]
+        self, experiment: Experiment, params: Params, controls: dict[str, np.ndarray]
     ) -> np.ndarray:
         """float32 [n t h w c]. steer: what `steered` gives."""
         sampling = fill(Sampling, self.sampling, "sampling")
@@ -88,12 +88,12 @@ class Request:
             [self.seed + i for i in range(n)],
             num_frames=self.num_frames,
             fps=self.fps,
-            steer={name: np.repeat(value, n, 0) for name, value in steer.items()},
+            controls={name: np.repeat(value, n, 0) for name, value in controls.items()},
         )
 
-    def steered(self, experiment: Experiment) -> dict[str, np.ndarray]:
+    def read_controls(self, experiment: Experiment) -> dict[str, np.ndarray]:
         """Entries of a batch of one clip. Raises ConfigError."""
-        for name, path in files(self.steer).items():
+        for name, path in files(self.controls).items():
             if file_digest(name, path) != self.digests.get(name):
                 raise ConfigError(f"--{name}={path} is not the file of the request any more.")
         shape = (
@@ -102,8 +102,8 @@ class Request:
             experiment.data.width,
             experiment.model.channels,
         )
-        return steered(
-            self.steer,
+        return read_controls(
+            self.controls,
             experiment.model.signals,
             shape,
             self.fps,
@@ -124,7 +124,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class PublicWeights:
+class PretrainedWeights:
     """The same for public weights."""
 
     weights: str
@@ -168,15 +168,17 @@ def controls() -> dict[str, str]:
 
 
 def scales() -> dict[str, float]:
-    """The guidance scales of --guide."""
+    """The guidance scales of --signal_guidance."""
     try:
         return {
             name: float(value)
-            for part in FLAGS.guide.split(",")
+            for part in FLAGS.signal_guidance.split(",")
             for name, value in [part.split("=")]
         }
     except ValueError as error:
-        raise app.UsageError(f"--guide={FLAGS.guide} is not like depth=2,flow=1.5") from error
+        raise app.UsageError(
+            f"--signal_guidance={FLAGS.signal_guidance} is not like depth=2,flow=1.5"
+        ) from error
 
 
 def given(*names: str) -> dict[str, Any]:
@@ -186,13 +188,13 @@ def given(*names: str) -> dict[str, Any]:
 
 def from_flags(experiment: Experiment, words: tuple[str, ...] | None = None) -> Request:
     """A request from the command line; what is not given is as the model was trained."""
-    said = given("sampler", "steps", "grid", "shift", "reuse")
+    said = given("sampler", "steps", "timesteps", "shift", "cache_threshold")
     if scale := guidance():
         if len(scale) > 1:
             raise app.UsageError("--guidance is one number for a model of vdx.main.")
         said["guidance"] = scale[0]
-    if FLAGS.guide:
-        said["guide"] = scales()
+    if FLAGS.signal_guidance:
+        said["signal_guidance"] = scales()
     frames, fps = experiment.clip_default()
     asked = given("image", "last_image", "reference", *STEER) | controls()
     return Request(
@@ -206,14 +208,14 @@ def from_flags(experiment: Experiment, words: tuple[str, ...] | None = None) -> 
     )
 
 
-def one_file_or_folder(request: Request | PublicRequest) -> None:
+def one_file_or_folder(request: Request | PretrainedRequest) -> None:
     if len(request.prompts) > 1 and Path(FLAGS.out).suffix:
         raise app.UsageError(
             f"{len(request.prompts)} prompts need a folder: --out={Path(FLAGS.out).stem}"
         )
 
 
-def same_weights(made: Weights | PublicWeights | None, identity: str, where: str) -> None:
+def same_weights(made: Weights | PretrainedWeights | None, identity: str, where: str) -> None:
     if made and made.identity != identity:
         raise app.UsageError(
             f"The weights in {where} are not those of the manifest; the clip "
@@ -228,7 +230,7 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
     request = fill(Request, manifest["request"], "manifest") if manifest else from_flags(experiment)
     one_file_or_folder(request)
     lookup(request.sampling["sampler"], SAMPLERS, "--sampler")
-    steer = request.steered(experiment)  # says what is wrong before anything large is read
+    controls = request.read_controls(experiment)  # says what is wrong before anything large is read
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         item, step = "ema" if FLAGS.averaged else "params", FLAGS.step
@@ -236,10 +238,10 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
             item, step = made.item, made.step
         params, step, identity = open_params(experiment, workdir, mesh, item=item, step=step)
         same_weights(made, identity, f"{workdir} at step {step}")
-        if FLAGS.cached:
-            proof = read_proof(workdir)
-            check_proof(
-                proof,
+        if FLAGS.step_cache:
+            calibration = read_calibration(workdir)
+            check_calibration(
+                calibration,
                 identity,
                 request.sampling,
                 request.num_frames,
@@ -247,45 +249,45 @@ def draw_trained(manifest: dict | None) -> tuple[Request, Weights, Clips]:
                 f"{workdir / PROOF}",
             )
             request = dataclasses.replace(
-                request, sampling={**request.sampling, "reuse": proof.threshold}
+                request, sampling={**request.sampling, "cache_threshold": calibration.threshold}
             )
-        videos = request.draw(experiment, params, steer)
+        videos = request.draw(experiment, params, controls)
     return request, Weights(str(workdir), step, item, identity), ([video] for video in videos)
 
 
 def calibrate_run() -> None:
-    """--calibrate: what the run may reuse, and the proof, into its workdir."""
+    """--calibrate_cache: what the run may reuse, and the proof, into its workdir."""
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
     words = prompts() if FLAGS.prompt or FLAGS.prompts_file else experiment.wall[:CALIBRATED]
     asked, mesh = from_flags(experiment, words), experiment.mesh_spec.make()
-    if asked.steer:
+    if asked.controls:
         raise app.UsageError(
-            f"--calibrate draws from words alone, not --{', --'.join(asked.steer)}."
+            f"--calibrate_cache draws from words alone, not --{', --'.join(asked.controls)}."
         )
-    sampling = fill(Sampling, {**asked.sampling, "reuse": 0.0}, "sampling")
+    sampling = fill(Sampling, {**asked.sampling, "cache_threshold": 0.0}, "sampling")
     with jax.set_mesh(mesh):
         params, _, identity = open_params(
             experiment, workdir, mesh, step=FLAGS.step, item="ema" if FLAGS.averaged else "params"
         )
         say = print if jax.process_index() == 0 else lambda line: None
-        proof = calibrate(
+        calibration = calibrate(
             experiment.generator(sampling),
             params,
             words,
             seed=FLAGS.seed,
             num_frames=asked.num_frames,
             fps=asked.fps,
-            floor=FLAGS.calibrate,
+            floor=FLAGS.calibrate_cache,
             weights=identity,
             say=say,
         )
     if jax.process_index() == 0:
-        proof.save(workdir)
-        print(f"{proof.said()}\nWrote {workdir / PROOF}; --cached uses it.")
+        calibration.save(workdir)
+        print(f"{calibration.said()}\nWrote {workdir / PROOF}; --step_cache uses it.")
 
 
-def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Clips]:
+def draw_public(manifest: dict | None) -> tuple[PretrainedRequest, PretrainedWeights, Clips]:
     """With public weights. What cannot be is said before anything large is read, and clips are
     decoded as they are asked for."""
     said = given(
@@ -301,10 +303,10 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Cl
         "fps",
         "seed",
         "sampler",
-        "grid",
+        "timesteps",
         "steps",
         "shift",
-        "reuse",
+        "cache_threshold",
         "dtype",
     )
     said |= {"guidance": guidance(), "mesh": mesh_spec()}
@@ -312,7 +314,7 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Cl
         name: tuple(files.split(","))
         for name, files in given("lora", "lora_2", "reference").items()
     }
-    made = fill(PublicWeights, manifest["weights"], "manifest.weights") if manifest else None
+    made = fill(PretrainedWeights, manifest["weights"], "manifest.weights") if manifest else None
     if not manifest:
         said["prompts"] = prompts()
     model, request, mesh = prepare(FLAGS.weights, said, manifest and manifest["request"])
@@ -320,8 +322,8 @@ def draw_public(manifest: dict | None) -> tuple[PublicRequest, PublicWeights, Cl
     identity = model.identity()
     same_weights(made, identity, FLAGS.weights)
     say = print if jax.process_index() == 0 else lambda line: None
-    clips = PublicGenerator(model, request, mesh, say).clips(exact=bool(FLAGS.save_array))
-    return request, PublicWeights(FLAGS.weights, identity), clips
+    clips = PretrainedGenerator(model, request, mesh, say).clips(exact=bool(FLAGS.save_array))
+    return request, PretrainedWeights(FLAGS.weights, identity), clips
 
 
 def kept(clips: Clips, floats: list[np.ndarray]) -> Iterator[Iterable[np.ndarray]]:
@@ -340,7 +342,10 @@ def frames(clip: Iterable[np.ndarray], digest) -> Iterator[np.ndarray]:
 
 
 def write(
-    request: Request | PublicRequest, clips: Clips, out: Path, weights: Weights | PublicWeights
+    request: Request | PretrainedRequest,
+    clips: Clips,
+    out: Path,
+    weights: Weights | PretrainedWeights,
 ) -> None:
     """One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
 
@@ -377,7 +382,7 @@ def write(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    keep_compiled()
+    enable_compilation_cache()
     # Also with a manifest: a stranger's could name any folder.
     if (FLAGS.workdir is None) == (FLAGS.weights is None):
         raise app.UsageError(
@@ -388,13 +393,13 @@ def main(argv):
         raise app.UsageError(
             f"--{', --'.join(wrong)}: not with --{'workdir' if FLAGS.workdir else 'weights'}."
         )
-    if FLAGS.from_manifest and FLAGS.cached:
-        raise app.UsageError("--cached: a manifest says itself what was reused.")
+    if FLAGS.from_manifest and FLAGS.step_cache:
+        raise app.UsageError("--step_cache: a manifest says itself what was reused.")
     manifest = read_json(FLAGS.from_manifest) if FLAGS.from_manifest else None
     if manifest and not {"request", "weights"} <= set(manifest):
         raise app.UsageError(f"{FLAGS.from_manifest} is not a manifest of vdx.sample.")
     try:
-        if FLAGS.calibrate is not None:
+        if FLAGS.calibrate_cache is not None:
             return calibrate_run()
         request, weights, clips = (draw_trained if FLAGS.workdir else draw_public)(manifest)
         floats: list[np.ndarray] = []
@@ -428,9 +433,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Clip i takes seed + i.")
     flags.DEFINE_string("sampler", None, f"One of {', '.join(SAMPLERS)}.")
     flags.DEFINE_string(
-        "grid",
+        "timesteps",
         None,
-        f"Where the sampler stops: one of {', '.join(GRIDS)}. Of "
+        f"Where the sampler stops: one of {', '.join(TIMESTEPS)}. Of "
         "--weights the default is what the folder's scheduler means: UniPC "
         "diffusers_unipc, FlowMatchEuler diffusers_euler, DPMSolver "
         "diffusers_dpmpp.",
@@ -438,21 +443,21 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", None, "Sampler steps.", lower_bound=1)
     flags.DEFINE_float("shift", None, "Time shift of the grid: above 1, more steps at high noise.")
     flags.DEFINE_float(
-        "reuse",
+        "cache_threshold",
         None,
         "The network is not asked while its answer would change by "
         "less than this share; 0 is exact.",
         lower_bound=0.0,
     )
     flags.DEFINE_float(
-        "calibrate",
+        "calibrate_cache",
         None,
-        "Instead of drawing: find the largest --reuse whose "
+        "Instead of drawing: find the largest --cache_threshold whose "
         "clips have at least this SSIM to the exact ones, for --prompt, "
         "--prompts_file or the first prompts of the run's wall, and keep it with "
         f"its proof in the workdir ({PROOF}).",
     )
-    flags.DEFINE_bool("cached", False, "Reuse as much as was calibrated.")
+    flags.DEFINE_bool("step_cache", False, "Reuse as much as was calibrated.")
     flags.DEFINE_string(
         "guidance",
         None,
@@ -494,7 +499,9 @@ if __name__ == "__main__":
         "motion", None, "Strength of motion, as vdx.data.motion measures it.", lower_bound=0.0
     )
     flags.DEFINE_string(
-        "guide", None, "Guidance scales of other signals than the text, such as depth=2,flow=1.5"
+        "signal_guidance",
+        None,
+        "Guidance scales of other signals than the text, such as depth=2,flow=1.5",
     )
     flags.DEFINE_string(
         "init_noise",

@@ -149,14 +149,14 @@ TYPOS = [
     ("model.signals.fps.drop_out", 0.1, "dropout"),
     ("process.predicton", "x0", "prediction"),
     ("process.name", "rectified_flo", "rectified_flow"),
-    ("time.shfit", 3.0, "shift"),
+    ("time_sampler.shfit", 3.0, "shift"),
     ("loss.name", "min_snrr", "min_snr"),
     ("optim.learning_rat", 1e-3, "learning_rate"),
     ("mesh.tensr", 2, "tensor"),
     ("train.stepz", 3, "steps"),
     ("sample.guidence", 3.0, "guidance"),
     ("sample.sampler", "unipcc", "unipc"),
-    ("judge.promts", 3, "prompts"),
+    ("eval.promts", 3, "prompts"),
 ]
 
 

@@ -40,9 +40,9 @@ rows = [{"latents": rng.normal(size=(2, 4, 4, 3)).astype(np.float16),
          "text": rng.normal(size=(i % 6, 6)).astype(np.float32), "caption": f"ein Würfel {i}",
          "fps": 8.0 + i, "num_frames": 5, "key": f"clip {i}"} for i in range(11)]
 features = latent_features((2, 4, 4, 3), 6)
-write_records(root / "latents", {"train": rows[:9], "heldout": iter(rows[9:])}, features,
+write_records(root / "latents", {"train": rows[:9], "validation": iter(rows[9:])}, features,
               shards=2, metadata=meta)
-for split, expected in (("train", rows[:9]), ("heldout", rows[9:])):
+for split, expected in (("train", rows[:9]), ("validation", rows[9:])):
     source = pickle.loads(pickle.dumps(Records(str(root / "latents"), split)))
     assert len(source) == len(expected) and source.metadata == meta
     for row, read in zip(expected, (source[i] for i in range(len(source)))):

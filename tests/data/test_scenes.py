@@ -33,10 +33,10 @@ from vdx.data.scenes.source import (
     Scene,
     Scenes,
     describe,
-    is_heldout,
+    is_validation,
 )
 
-TIMES = np.arange(16) / 8.0
+TIME_SAMPLERS = np.arange(16) / 8.0
 ONE = Scenes(max_objects=1, cameras=("static",), split="all")
 
 
@@ -57,7 +57,7 @@ def alone(shape, motion, style="flat", camera="static", **numbers):
 def test_same_index_same_bytes_other_index_other_clip():
     one, two = Scenes(seed=3), Scenes(seed=3)
     assert one.scene(17) == two.scene(17)
-    np.testing.assert_array_equal(one[17].read(TIMES), two[17].read(TIMES))
+    np.testing.assert_array_equal(one[17].read(TIME_SAMPLERS), two[17].read(TIME_SAMPLERS))
     assert one.scene(17) != one.scene(18)
     assert one.scene(17) != Scenes(seed=4).scene(17)
     assert one.scene(17) != Scenes(seed=3, split="all").scene(17)
@@ -66,7 +66,7 @@ def test_same_index_same_bytes_other_index_other_clip():
 
 def test_known_clip_does_not_change():
     """A changed generator would silently change every held-out prompt and reported number."""
-    scene = Scenes(seed=0, split="heldout").scene(0)
+    scene = Scenes(seed=0, split="validation").scene(0)
     assert scene.caption == (
         "a cyan square floating upwards and a purple ring gently "
         "getting bigger on a checkered background, soft edges"
@@ -90,7 +90,7 @@ def test_state_is_where_the_pixels_are(shape, motion):
     where = {"left": (0.7, 0.5), "right": (0.3, 0.5), "up": (0.5, 0.7), "down": (0.5, 0.3)}
     x, y = where.get(motion, (0.47, 0.53))
     scene = alone(shape, motion, x=x, y=0.75 if motion == "bounce" else y, rise=0.4, phase=0.6)
-    times = TIMES[:12]
+    times = TIME_SAMPLERS[:12]
     error = centroid(scene.render(times, 32, 32)) - scene.state(times)[0]["center"]
     # Antialiasing favours no side of a shape that is the same upside down.
     assert np.abs(error * 32).max() < (
@@ -101,7 +101,7 @@ def test_state_is_where_the_pixels_are(shape, motion):
 @pytest.mark.parametrize("style", STYLES)
 def test_radius_is_what_is_drawn(style):
     scene = alone("circle", "grow", style, radius=0.15)
-    video, state = scene.render(TIMES[:8], 64, 64), scene.state(TIMES[:8])[0]
+    video, state = scene.render(TIME_SAMPLERS[:8], 64, 64), scene.state(TIME_SAMPLERS[:8])[0]
     area = (video[..., 0] > 123).sum((1, 2)) / 64**2
     np.testing.assert_allclose(np.sqrt(area / np.pi), state["size"], rtol=0.02)
 
@@ -131,7 +131,7 @@ def test_displacement_per_frame_follows_the_frame_rate(motion):
 
 def test_centre_does_not_depend_on_the_resolution():
     scene = alone("square", "right", x=0.3, y=0.45)
-    small, large = (centroid(scene.render(TIMES, n, n)) for n in (32, 64))
+    small, large = (centroid(scene.render(TIME_SAMPLERS, n, n)) for n in (32, 64))
     np.testing.assert_allclose(small, large, atol=0.05 / 32)
 
 
@@ -144,7 +144,7 @@ def test_a_pan_moves_object_and_background_together():
     scene = dataclasses.replace(
         alone("circle", "grow", camera="pan left", x=0.3), background="stripes"
     )
-    assert np.diff(scene.state(TIMES)[0]["center"][:, 0]).min() > 0
+    assert np.diff(scene.state(TIME_SAMPLERS)[0]["center"][:, 0]).min() > 0
     later = 0.25 / CAMERAS["pan left"]  # one period of the stripes
     first, last = scene.render(np.array([0.0, later]), 32, 32)
     np.testing.assert_array_equal(first[0], last[0])
@@ -152,7 +152,7 @@ def test_a_pan_moves_object_and_background_together():
     assert np.abs(first[0].astype(int) - moved[0]).max() > 20
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_objects_stay_in_the_frame(split):
     source, edge = Scenes(split=split), 1e-9
     for i in range(1000):
@@ -227,18 +227,18 @@ def test_two_objects_have_two_colours_and_room():
 
 
 def test_heldout_combinations_never_train_and_every_word_does():
-    seen = {"train": set(), "heldout": set()}
+    seen = {"train": set(), "validation": set()}
     for split, triples in seen.items():
         source = Scenes(split=split)
         for i in range(3000):
             for item in source.scene(i).objects:
                 triples.add((item.colour, item.shape, item.motion))
-    assert not seen["train"] & seen["heldout"]
-    assert all(is_heldout(*t) == (split == "heldout") for split in seen for t in seen[split])
+    assert not seen["train"] & seen["validation"]
+    assert all(is_validation(*t) == (split == "validation") for split in seen for t in seen[split])
     words = [{t[k] for t in seen["train"]} for k in range(3)]
     assert words == [set(COLOURS), set(SHAPES), set(MOTIONS)]
-    everything = seen["train"] | seen["heldout"]
-    assert 0.15 < len(seen["heldout"]) / len(everything) < 0.25
+    everything = seen["train"] | seen["validation"]
+    assert 0.15 < len(seen["validation"]) / len(everything) < 0.25
     for a, b in itertools.combinations(range(3), 2):
         pairs = {(t[a], t[b]) for t in everything}
         assert pairs == {(t[a], t[b]) for t in seen["train"]}
@@ -246,7 +246,7 @@ def test_heldout_combinations_never_train_and_every_word_does():
 
 
 def test_captions_say_the_truth_within_the_limit():
-    for split, i in itertools.product(("train", "heldout"), range(2500)):
+    for split, i in itertools.product(("train", "validation"), range(2500)):
         scene = Scenes(split=split).scene(i)
         caption = scene.caption
         assert caption.isascii() and len(caption) <= 64 * len(scene.objects), caption
@@ -307,7 +307,7 @@ def test_every_word_is_visible():
         ({"shapes": ("circle", "hexagon")}, "hexagon.*Known: circle, square"),
         ({"colours": ("gren",)}, "Did you mean 'green'"),
         ({"motions": ()}, "motions is empty.*left"),
-        ({"split": "test"}, "Known: train, heldout, all"),
+        ({"split": "test"}, "Known: train, validation, all"),
         ({"max_objects": 3}, "expected 1 or 2"),
         ({"colours": ("red",)}, "two colours"),
         ({"shapes": ("ring",), "motions": ("turn",)}, "no 'train' combination"),
@@ -351,7 +351,7 @@ def test_speed(capsys):
     start = time.process_time()
     for i in range(300):
         record = source[i]
-        record.read(TIMES)
+        record.read(TIME_SAMPLERS)
     rate = 300 / (time.process_time() - start)
     with capsys.disabled():
         print(f"\nscenes: {rate:.0f} clips of 16x32x32 a second and core")

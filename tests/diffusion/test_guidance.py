@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.diffusion.guidance import Guidance, guided
+from vdx.diffusion.guidance import Guidance, guided_denoiser
 from vdx.parallel import MeshSpec, batch_sharding, constrain
 from vdx.types import Ports
 
@@ -41,7 +41,7 @@ class Counting:
 
 def test_one_batched_forward_equals_two():
     counting = Counting()
-    got = guided(counting, (NULL, COND), Guidance((3.5,)))(X, T)
+    got = guided_denoiser(counting, (NULL, COND), Guidance((3.5,)))(X, T)
     a, b = network(X, T, COND), network(X, T, NULL)
     np.testing.assert_allclose(got, b + 3.5 * (a - b), rtol=1e-5, atol=1e-5)
     assert counting.batches == [2 * B]
@@ -49,37 +49,37 @@ def test_one_batched_forward_equals_two():
 
 def test_scale_one_asks_only_the_condition():
     counting = Counting()
-    got = guided(counting, (None, COND), Guidance())(X.astype(jnp.bfloat16), T)
+    got = guided_denoiser(counting, (None, COND), Guidance())(X.astype(jnp.bfloat16), T)
     assert counting.batches == [B] and got.dtype == jnp.float32
-    got = guided(counting, (NULL, COND), Guidance((1.0,), rescale=0.7))(X, T)
+    got = guided_denoiser(counting, (NULL, COND), Guidance((1.0,), rescale=0.7))(X, T)
     np.testing.assert_allclose(got, network(X, T, COND))
 
 
 def test_scale_zero_is_the_null():
-    got = guided(network, (NULL, COND), Guidance((0.0,)))(X, T)
+    got = guided_denoiser(network, (NULL, COND), Guidance((0.0,)))(X, T)
     np.testing.assert_allclose(got, network(X, T, NULL), atol=1e-6)
 
 
 def test_each_condition_has_a_scale_of_its_own():
     """Along a chain of conditions; a scale of 1 is the same as not asking without it."""
     some, counting = COND.replace(tokens=NULL.tokens), Counting()
-    got = guided(counting, (NULL, some, COND), Guidance((2.0, 3.5)))(X, T)
+    got = guided_denoiser(counting, (NULL, some, COND), Guidance((2.0, 3.5)))(X, T)
     a, b, c = (network(X, T, p) for p in (NULL, some, COND))
     np.testing.assert_allclose(got, a + 2.0 * (b - a) + 3.5 * (c - b), rtol=1e-5, atol=1e-5)
     assert counting.batches == [3 * B]
-    got = guided(network, (NULL, some, COND), Guidance((1.0, 3.5)))(X, T)
+    got = guided_denoiser(network, (NULL, some, COND), Guidance((1.0, 3.5)))(X, T)
     np.testing.assert_allclose(
-        got, guided(network, (some, COND), Guidance((3.5,)))(X, T), rtol=1e-5, atol=1e-5
+        got, guided_denoiser(network, (some, COND), Guidance((3.5,)))(X, T), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(ValueError, match="2 guidance scales"):
-        guided(network, (NULL, COND), Guidance((2.0, 3.5)))
+        guided_denoiser(network, (NULL, COND), Guidance((2.0, 3.5)))
 
 
 def test_rescale_as_published():
     a, b = (np.asarray(network(X, T, p), np.float64) for p in (COND, NULL))
     plain = b + 4.0 * (a - b)
     for phi in (0.3, 1.0):
-        got = guided(network, (NULL, COND), Guidance((4.0,), rescale=phi))(X, T)
+        got = guided_denoiser(network, (NULL, COND), Guidance((4.0,), rescale=phi))(X, T)
         for i in range(B):
             factor = a[i].std() / plain[i].std()
             want = phi * plain[i] * factor + (1 - phi) * plain[i]
@@ -88,8 +88,10 @@ def test_rescale_as_published():
 
 
 def test_interval_is_per_sample_and_includes_its_ends():
-    got = guided(network, (NULL, COND), Guidance((4.0,), rescale=0.5, interval=(0.2, 0.5)))(X, T)
-    full = guided(network, (NULL, COND), Guidance((4.0,), rescale=0.5))(X, T)
+    got = guided_denoiser(
+        network, (NULL, COND), Guidance((4.0,), rescale=0.5, interval=(0.2, 0.5))
+    )(X, T)
+    full = guided_denoiser(network, (NULL, COND), Guidance((4.0,), rescale=0.5))(X, T)
     plain = network(X, T, COND)
     np.testing.assert_allclose(got[0], plain[0], atol=1e-5)
     np.testing.assert_allclose(got[1], full[1], atol=1e-5)
@@ -99,7 +101,7 @@ def test_interval_is_per_sample_and_includes_its_ends():
 
 def test_errors():
     with pytest.raises(ValueError, match="same signals"):
-        guided(network, (Ports(tokens=NULL.tokens), COND), Guidance((2.0,)))
+        guided_denoiser(network, (Ports(tokens=NULL.tokens), COND), Guidance((2.0,)))
     with pytest.raises(ConfigError, match="interval"):
         Guidance(interval=(0.9, 0.1))
     with pytest.raises(ConfigError, match="rescale"):
@@ -112,7 +114,7 @@ def test_the_questions_of_a_clip_stay_where_it_is(quick):
 
         def ask(x, t, null, cond):
             split = lambda x: constrain(x, "b t h w c")
-            return guided(
+            return guided_denoiser(
                 lambda *a: split(network(split(a[0]), *a[1:])), (null, cond), Guidance((3.5,))
             )(x, t)
 

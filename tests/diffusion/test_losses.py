@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdx.diffusion.losses import WEIGHTS, bin_by_time, denoising_loss
+from vdx.diffusion.losses import WEIGHTINGS, bin_by_time, denoising_loss
 from vdx.diffusion.process import PREDICTIONS, PROCESSES
 
 T = jnp.array([0.06, 0.2, 0.4, 0.6, 0.7])  # every alpha and sigma is above the floor of 0.05
@@ -35,14 +35,14 @@ def loss_of(process, weight, x0_guess, x0, noise, t):
 def test_min_snr_as_published(kind, formula):
     process = PROCESSES["variance_preserving"](prediction=kind)
     snr = jnp.exp(process.log_snr(T))
-    got = WEIGHTS["min_snr"](gamma=5.0)(process, T)
+    got = WEIGHTINGS["min_snr"](gamma=5.0)(process, T)
     np.testing.assert_allclose(got, formula(snr, 5.0), rtol=1e-4)
 
 
 def test_min_snr_of_flow_velocity():
     t = np.asarray(T)
     snr = ((1 - t) / t) ** 2
-    got = WEIGHTS["min_snr"]()(PROCESSES["rectified_flow"](), T)
+    got = WEIGHTINGS["min_snr"]()(PROCESSES["rectified_flow"](), T)
     np.testing.assert_allclose(got, np.minimum(snr, 5) * t**2, rtol=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_min_snr_of_flow_velocity():
 def test_weighted_loss_does_not_depend_on_the_prediction(name, weight):
     guess, x0, noise = random_pair(0)
     losses = [
-        loss_of(PROCESSES[name](prediction=kind), WEIGHTS[weight](), guess, x0, noise, T)
+        loss_of(PROCESSES[name](prediction=kind), WEIGHTINGS[weight](), guess, x0, noise, T)
         for kind in PREDICTIONS
     ]
     for loss in losses[1:]:
@@ -63,18 +63,20 @@ def test_weighted_loss_does_not_depend_on_the_prediction(name, weight):
 )
 def test_velocity_weight_is_the_velocity_loss(name, velocity):
     guess, x0, noise = random_pair(1)
-    plain = loss_of(PROCESSES[name](prediction=velocity), WEIGHTS["none"](), guess, x0, noise, T)
+    plain = loss_of(PROCESSES[name](prediction=velocity), WEIGHTINGS["none"](), guess, x0, noise, T)
     for kind in PREDICTIONS:
-        got = loss_of(PROCESSES[name](prediction=kind), WEIGHTS["velocity"](), guess, x0, noise, T)
+        got = loss_of(
+            PROCESSES[name](prediction=kind), WEIGHTINGS["velocity"](), guess, x0, noise, T
+        )
         np.testing.assert_allclose(got, plain, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("kind", PREDICTIONS)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", WEIGHTINGS)
 def test_weights_are_finite_at_the_ends(name, kind, weight):
     ends = jnp.array([0.0, 1e-6, 1 - 1e-6, 1.0])
-    got = WEIGHTS[weight]()(PROCESSES[name](prediction=kind), ends)
+    got = WEIGHTINGS[weight]()(PROCESSES[name](prediction=kind), ends)
     assert got.shape == (4,) and np.all(np.isfinite(got)) and np.all(got >= 0)
     if weight == "velocity":
         assert np.all(got <= 2 / 0.05**2)
@@ -87,7 +89,7 @@ def test_weights_are_finite_at_the_ends(name, kind, weight):
 def test_loss_is_a_float32_mean_per_sample():
     process = PROCESSES["rectified_flow"]()
     x0, noise, prediction = (a.astype(jnp.bfloat16) for a in random_pair(2))
-    loss = denoising_loss(process, WEIGHTS["none"](), prediction, x0, noise, T)
+    loss = denoising_loss(process, WEIGHTINGS["none"](), prediction, x0, noise, T)
     p, x, n = (np.asarray(a, np.float64) for a in (prediction, x0, noise))
     np.testing.assert_allclose(loss, ((p - (n - x)) ** 2).mean((1, 2, 3, 4)), rtol=1e-5)
     assert loss.dtype == jnp.float32
@@ -97,7 +99,7 @@ def test_loss_with_a_time_per_frame():
     process = PROCESSES["rectified_flow"](prediction="x0")
     x0, noise, guess = random_pair(3)
     t = jnp.stack([T, T[::-1]], axis=1)
-    got = denoising_loss(process, WEIGHTS["velocity"](), guess, x0, noise, t)
+    got = denoising_loss(process, WEIGHTINGS["velocity"](), guess, x0, noise, t)
     want = (((guess - x0) / t[:, :, None, None, None]) ** 2).mean((1, 2, 3, 4))
     np.testing.assert_allclose(got, want, rtol=1e-5)
 

@@ -15,7 +15,7 @@ from vdx.diffusion.process import (
     BETAS,
     PREDICTIONS,
     PROCESSES,
-    TIMES,
+    TIME_SAMPLERS,
     RectifiedFlow,
     VariancePreserving,
     expand,
@@ -193,9 +193,9 @@ def test_errors_say_what_is_known(spec, known):
         build(spec, PROCESSES, "process")
 
 
-@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize("name", TIME_SAMPLERS)
 def test_training_times_are_stratified(name):
-    times = TIMES[name]()
+    times = TIME_SAMPLERS[name]()
     n = 64
     t = times.sample(jax.random.key(3), n, num_tokens=16)
     assert t.shape == (n,) and t.dtype == jnp.float32 and jnp.all((t > 0) & (t < 1))
@@ -207,30 +207,30 @@ def test_training_times_are_stratified(name):
 
 
 def test_each_row_has_the_whole_distribution():
-    draw = jax.vmap(lambda key: TIMES["uniform"]().sample(key, 4, 1))
+    draw = jax.vmap(lambda key: TIME_SAMPLERS["uniform"]().sample(key, 4, 1))
     t = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     for row in t.T:
         assert abs(row.mean() - 0.5) < 0.025 and abs(row.std() - 12**-0.5) < 0.015
 
 
 def test_logit_normal_quantiles():
-    t = TIMES["logit_normal"](mean=-0.5, std=0.8).sample(jax.random.key(0), 8000, 1)
+    t = TIME_SAMPLERS["logit_normal"](mean=-0.5, std=0.8).sample(jax.random.key(0), 8000, 1)
     logit = np.log(t / (1 - t))
     np.testing.assert_allclose([logit.mean(), logit.std()], [-0.5, 0.8], atol=2e-3)
 
 
 def test_shift_follows_tokens():
-    times = TIMES["uniform"](shift=1.5, base_tokens=100)
+    times = TIME_SAMPLERS["uniform"](shift=1.5, base_tokens=100)
     assert times.shift_for(400) == pytest.approx(3.0)
     key = jax.random.key(0)
-    plain = TIMES["uniform"]().sample(key, 8, 400)
+    plain = TIME_SAMPLERS["uniform"]().sample(key, 8, 400)
     np.testing.assert_allclose(times.sample(key, 8, 400), 3 * plain / (1 + 2 * plain), rtol=1e-6)
     # Esser et al. 2024: the shift multiplies sigma / alpha of rectified flow by s.
     ratio = lambda t: t / (1 - t)
     t = np.array([0.1, 0.5, 0.9])
     np.testing.assert_allclose(ratio(shift_time(t, 3.0)), 3 * ratio(t))
     with pytest.raises(ConfigError, match="positive"):
-        TIMES["uniform"](shift=0.0)
+        TIME_SAMPLERS["uniform"](shift=0.0)
 
 
 def test_floor_is_below_every_schedule():

@@ -15,8 +15,8 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import PREDICTIONS, PROCESSES, RectifiedFlow, VariancePreserving, expand
-from vdx.diffusion.samplers import SAMPLERS, sample, time_grid
-from vdx.diffusion.timesteps import GRIDS
+from vdx.diffusion.samplers import SAMPLERS, sample, uniform_timesteps
+from vdx.diffusion.timesteps import TIMESTEPS
 
 MEAN = np.array([0.8, -0.5, 0.1, 0.0, -1.2])
 VARIANCE = np.array([0.04, 0.5, 1.0, 0.001, 2.0])
@@ -77,7 +77,7 @@ def test_error_falls_with_the_stated_order(name, row):
 def test_unipc_without_corrector_is_dpmpp_2m():
     """The predictors coincide, and that of order 1 is DDIM."""
     process = RectifiedFlow()
-    x, times = at_start(process, 1.0, 4), time_grid(process, 5, shift=2.0)
+    x, times = at_start(process, 1.0, 4), uniform_timesteps(process, 5, shift=2.0)
     by = lambda sampler: run(process, sampler, x, times)
     np.testing.assert_allclose(
         by(SAMPLERS["unipc"](corrector=False)), by(SAMPLERS["dpmpp_2m"]()), rtol=1e-6, atol=1e-6
@@ -97,7 +97,7 @@ def test_unipc_without_corrector_is_dpmpp_2m():
 def test_ode_samplers_reach_the_data(name, row, kind):
     """From t = 1 to t = 0: the exact map of every point, so its mean and covariance."""
     process = PROCESSES[name](prediction=kind)
-    times = time_grid(process, 40, shift=1.0)
+    times = uniform_timesteps(process, 40, shift=1.0)
     x = at_start(process, times[0], 16)
     got = run(process, SAMPLERS[row](), x, times)
     want = exact_map(process, x, times[0], 0.0)
@@ -121,7 +121,7 @@ def ancestral_moments(process, times):
 def test_ancestral_sampling_has_the_right_distribution(name):
     """The moments of a finite number of steps; these go to those of the data."""
     process = PROCESSES[name]()
-    n, times = 8000, time_grid(process, 50)
+    n, times = 8000, uniform_timesteps(process, 50)
     x = at_start(process, 1.0, n)
     got = run(process, SAMPLERS["ddpm"](), x, times, key=jax.random.key(1)).reshape(n, -1)
     mean, var = ancestral_moments(process, times)
@@ -164,7 +164,7 @@ def test_the_network_is_traced_once(name, row):
         assert x.dtype == t.dtype == jnp.float32
         return oracle(process)(x, t).astype(jnp.bfloat16)
 
-    times = time_grid(process, 6)
+    times = uniform_timesteps(process, 6)
     go = jax.jit(lambda x, key: sample(denoise, process, SAMPLERS[row](), x, times, key))
     out = go(at_start(process, 1.0, 2).astype(jnp.bfloat16), jax.random.key(0))
     again = go(at_start(process, 1.0, 2).astype(jnp.bfloat16), jax.random.key(1))
@@ -186,20 +186,22 @@ def test_few_steps_are_exact_for_one_video(name, row, steps):
         return process.from_x0_noise(jnp.broadcast_to(point, x.shape), (x - a * point) / s, t)
 
     x = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, len(MEAN)))
-    got = run(process, SAMPLERS[row](), x, time_grid(process, steps), denoise, jax.random.key(1))
+    got = run(
+        process, SAMPLERS[row](), x, uniform_timesteps(process, steps), denoise, jax.random.key(1)
+    )
     np.testing.assert_allclose(got, jnp.broadcast_to(point, x.shape), atol=1e-4)
 
 
 def test_grid():
     vp, flow = VariancePreserving(), RectifiedFlow()
-    np.testing.assert_allclose(time_grid(flow, 4), [1, 0.75, 0.5, 0.25, 0])
-    np.testing.assert_allclose(time_grid(flow, 2, shift=3.0), [1, 0.75, 0])
-    assert time_grid(RectifiedFlow(prediction="noise"), 4)[0] == 0.999
-    np.testing.assert_allclose(time_grid(vp, 3) * 1000, [1000, 667, 333, 0])
+    np.testing.assert_allclose(uniform_timesteps(flow, 4), [1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(uniform_timesteps(flow, 2, shift=3.0), [1, 0.75, 0])
+    assert uniform_timesteps(RectifiedFlow(prediction="noise"), 4)[0] == 0.999
+    np.testing.assert_allclose(uniform_timesteps(vp, 3) * 1000, [1000, 667, 333, 0])
     with pytest.raises(ConfigError, match="fewer steps"):
-        time_grid(vp, 1001)
+        uniform_timesteps(vp, 1001)
     with pytest.raises(ConfigError, match="positive"):
-        time_grid(flow, 0)
+        uniform_timesteps(flow, 0)
 
 
 def test_errors():
@@ -241,7 +243,7 @@ def fresh_noise():
     return np.random.default_rng(1).normal(size=(STEPS, 2, 3, 2, 2, 4)).astype(np.float32)
 
 
-def our_states(process, sampler, x, times, monkeypatch, told=lambda t: t):
+def our_states(process, sampler, x, times, monkeypatch, cross_kv=lambda t: t):
     """Every point that the network, told `told(t)`, is asked at, and the result."""
     states = []
 
@@ -298,7 +300,7 @@ def variance_preserving(scheduler_name, kind, **extra):
     )
     scheduler.set_timesteps(STEPS)
     times = np.append((scheduler.timesteps.double().numpy() + 1) / 1000, 0.0)
-    np.testing.assert_allclose(times, time_grid(process, STEPS), atol=1e-7)
+    np.testing.assert_allclose(times, uniform_timesteps(process, STEPS), atol=1e-7)
     return process, scheduler, times
 
 
@@ -368,7 +370,7 @@ def test_diffusers_flow_grid():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS))
     process = RectifiedFlow()
-    times = time_grid(process, STEPS, shift=3.0)
+    times = uniform_timesteps(process, STEPS, shift=3.0)
     np.testing.assert_allclose(times, scheduler.sigmas, atol=1e-6)
     np.testing.assert_allclose(process.network_time(times[:-1]), scheduler.timesteps, rtol=1e-6)
 
@@ -411,11 +413,11 @@ def flow_scheduler(grid, steps, shift):
 
 @pytest.mark.parametrize("steps", [4, 8, 20])
 @pytest.mark.parametrize("shift", [3.0, 5.0])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TIMESTEPS)
 def test_grids_of_public_models(name, steps, shift, monkeypatch):
     """Times, what the network is told, and every state of the sampler that goes with them."""
     row = {"unipc": "unipc", "dpmpp": "dpmpp_2m"}.get(name.rpartition("_")[2], "euler")
-    scheduler, grid = flow_scheduler(name, steps, shift), GRIDS[name](steps, shift)
+    scheduler, grid = flow_scheduler(name, steps, shift), TIMESTEPS[name](steps, shift)
     network = scheduler.timesteps.double().numpy()
     ulps = 2**-22 if name == "plain" else 0  # sigmas that are given to it are shifted in float32
     np.testing.assert_allclose(grid.times, scheduler.sigmas.double(), rtol=ulps, atol=0)
@@ -427,13 +429,13 @@ def test_grids_of_public_models(name, steps, shift, monkeypatch):
         first_noise(),
         grid.times,
         monkeypatch,
-        told=lambda t: grid.network_time(t) / 1000,
+        cross_kv=lambda t: grid.network_time(t) / 1000,
     )
     assert_same(ours, their_states(scheduler, first_noise(), network / 1000, monkeypatch))
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TIMESTEPS)
 def test_a_grid_of_nothing(name):
     for steps, shift in ((0, 3.0), (4, 0.0)):
         with pytest.raises(ConfigError, match="must be positive"):
-            GRIDS[name](steps, shift)
+            TIMESTEPS[name](steps, shift)

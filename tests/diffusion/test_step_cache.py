@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vdx.diffusion.process import RectifiedFlow
-from vdx.diffusion.samplers import SAMPLERS, advance, evaluations, sample, time_grid
-from vdx.diffusion.step_cache import Reuse
+from vdx.diffusion.samplers import SAMPLERS, run_steps, sample, step_table, uniform_timesteps
+from vdx.diffusion.step_cache import StepCache
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 2, 3, 3, 2)).astype(np.float32)
@@ -25,10 +25,10 @@ def network(x, t):
 def draw(threshold, interval=(0.0, 1.0), sampler="euler", x=X):
     """(clip, which evaluations were made)"""
     one = SAMPLERS[sampler]()
-    rows = evaluations(FLOW, one, time_grid(FLOW, STEPS))
+    rows = step_table(FLOW, one, uniform_timesteps(FLOW, STEPS))
     run = jax.jit(
-        lambda x, threshold: advance(
-            network, FLOW, one, one.start(x), rows, None, Reuse(threshold, interval)
+        lambda x, threshold: run_steps(
+            network, FLOW, one, one.start(x), rows, None, StepCache(threshold, interval)
         )
     )
     carry, made = run(x, threshold)
@@ -37,7 +37,7 @@ def draw(threshold, interval=(0.0, 1.0), sampler="euler", x=X):
 
 def by_hand(threshold, interval=(0.0, 1.0)):
     """Euler's method, step by step."""
-    times, x, made = time_grid(FLOW, STEPS), X.astype(np.float64), []
+    times, x, made = uniform_timesteps(FLOW, STEPS), X.astype(np.float64), []
     inside = (times >= interval[0]) & (times <= interval[1])
     size = lambda a: np.abs(a).mean((1, 2, 3, 4))
     last_x = last = rate = None
@@ -73,7 +73,9 @@ def test_the_rule(threshold, interval):
 
 
 def test_more_is_skipped_and_the_clip_is_further_away():
-    want = sample(network, FLOW, SAMPLERS["euler"](), jnp.asarray(X), time_grid(FLOW, STEPS))
+    want = sample(
+        network, FLOW, SAMPLERS["euler"](), jnp.asarray(X), uniform_timesteps(FLOW, STEPS)
+    )
     runs = [draw(threshold) for threshold in (0.0, 0.05, 0.3, 1e9)]
     made, far = [m.sum() for _, m in runs], [np.abs(x - want).mean() for x, _ in runs]
     assert made == sorted(made, reverse=True) and made[0] == STEPS and made[-1] == 3
@@ -83,9 +85,9 @@ def test_more_is_skipped_and_the_clip_is_further_away():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_reuses(sampler):
     one = SAMPLERS[sampler]()
-    rows = evaluations(FLOW, one, time_grid(FLOW, STEPS))
-    carry, made = advance(
-        network, FLOW, one, one.start(jnp.asarray(X)), rows, jax.random.key(0), Reuse(1e9)
+    rows = step_table(FLOW, one, uniform_timesteps(FLOW, STEPS))
+    carry, made = run_steps(
+        network, FLOW, one, one.start(jnp.asarray(X)), rows, jax.random.key(0), StepCache(1e9)
     )
     assert made.tolist() == [i in (0, 1, len(made) - 1) for i in range(len(rows["t"]))]
     assert np.isfinite(carry[0]).all() and np.std(carry[0]) > 0.1
@@ -101,8 +103,14 @@ def test_a_batch_asks_when_one_of_its_clips_must():
 def test_a_clip_that_stands_still_is_asked_about():
     """0 / 0 is no reason to skip."""
     one = SAMPLERS["euler"]()
-    rows = evaluations(FLOW, one, time_grid(FLOW, STEPS))
-    carry, made = advance(
-        lambda x, t: jnp.zeros_like(x), FLOW, one, one.start(jnp.asarray(X)), rows, None, Reuse(0.5)
+    rows = step_table(FLOW, one, uniform_timesteps(FLOW, STEPS))
+    carry, made = run_steps(
+        lambda x, t: jnp.zeros_like(x),
+        FLOW,
+        one,
+        one.start(jnp.asarray(X)),
+        rows,
+        None,
+        StepCache(0.5),
     )
     assert made.all() and np.isfinite(carry[0]).all()

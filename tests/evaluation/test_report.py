@@ -45,14 +45,14 @@ def rows(steps, loss=1.0):
         if step % 10 == 0:
             yield {
                 "step": step,
-                "heldout/loss": 0.5,
-                "heldout/loss_null": 0.6,
-                "heldout/loss_t0.1": 0.7,
-                "heldout/loss_t0.3": 0.4,
-                "seen/loss": 0.4,
-                "seen/loss_null": 0.5,
-                "seen/loss_t0.1": 0.6,
-                "seen/loss_t0.3": 0.3,
+                "validation/loss": 0.5,
+                "validation/loss_null": 0.6,
+                "validation/loss_t0.1": 0.7,
+                "validation/loss_t0.3": 0.4,
+                "train_eval/loss": 0.4,
+                "train_eval/loss_null": 0.5,
+                "train_eval/loss_t0.1": 0.6,
+                "train_eval/loss_t0.3": 0.3,
             }
 
 

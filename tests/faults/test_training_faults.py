@@ -123,7 +123,7 @@ def losses(workdir: Path) -> dict:
         (r["step"], k): v
         for r in read_rows(workdir / "metrics.jsonl")
         for k, v in r.items()
-        if k.startswith(("train/", "heldout/", "seen/"))
+        if k.startswith(("train/", "validation/", "train_eval/"))
     }
 
 
@@ -174,7 +174,7 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
         "--config.train.eval_every=0",
         "--config.mesh.data=1",
         "--config.mesh.fsdp=-1",
-        "--config.optim.method=adamw",
+        "--config.optim.name=adamw",
         "--config.optim.learning_rate=0.001",
     ]
     whole = finished(folder, f"mesh_{before}", before, *each)
@@ -240,8 +240,8 @@ def test_another_model_is_refused_and_nothing_is_lost(folder, tmp_path):
 def test_the_best_step_is_kept_and_sampled(tmp_path):
     workdir = tmp_path / "run"
     best = [
-        "--config.train.best=heldout/loss",
-        "--config.train.keep=1",
+        "--config.train.best_metric=validation/loss",
+        "--config.train.max_to_keep=1",
         "--config.train.save_every=5",
         "--config.train.eval_every=5",
         "--config.optim.learning_rate=0.05",
@@ -249,7 +249,7 @@ def test_the_best_step_is_kept_and_sampled(tmp_path):
     ]
     ends(workdir, launch(workdir, *SHORT, *best, "--config.train.steps=10"), 0)
     ends(workdir, launch(workdir, *SHORT, *best), 0)
-    scores = {s: v for (s, k), v in losses(workdir).items() if k == "heldout/loss"}
+    scores = {s: v for (s, k), v in losses(workdir).items() if k == "validation/loss"}
     lowest = min(scores, key=scores.get)
     assert set(whole_steps(workdir)) == {lowest, STEPS}
     for flag in ("--averaged", "--noaveraged"):
@@ -344,7 +344,7 @@ def test_a_worker_that_hangs_ends_the_program(tmp_path):
         workdir,
         "--config.train.steps=100000",
         "--config.data.loader.workers=1",
-        "--config.train.stuck_after=20",
+        "--config.train.watchdog_seconds=20",
     )
     until(lambda: whole_steps(workdir), children)
     for pid in orphans(children[0].pid):  # all of the group that live

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.diffusion.guidance import guided
+from vdx.diffusion.guidance import guided_denoiser
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import SAMPLERS, sample
-from vdx.generate.blockwise import Streamer
+from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.cache_calibration import calibrate
 from vdx.generate.pipeline import Sampling
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import rope_table, turned
-from vdx.models.mixers.grid_attention import MIXERS, MixContext, Past
+from vdx.models.mixers.grid_attention import MIXERS, CachePosition, MixContext
 from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
@@ -110,7 +110,12 @@ class Cached:
     def step(self):
         def run(cache, x, time, start):
             return self.net.apply(
-                {"params": self.params, **cache}, x, time, PORTS, Past(start, 5), mutable=["cache"]
+                {"params": self.params, **cache},
+                x,
+                time,
+                PORTS,
+                CachePosition(start, 5),
+                mutable=["cache"],
             )
 
         return jax.jit(run)
@@ -215,7 +220,7 @@ def model_of(spec, **backbone):
     )
 
 
-def streamer_of(spec, cls=Streamer, guidance=2.0, sampler="euler", **backbone):
+def streamer_of(spec, cls=BlockwiseGenerator, guidance=2.0, sampler="euler", **backbone):
     return cls(
         model_of(spec, **backbone), RectifiedFlow(), Sampling(sampler, 3, guidance), SHAPE, mean=0.1
     )
@@ -239,22 +244,24 @@ def drawn(weights):
     return make
 
 
-def by_definition(streamer, params, noise, **steer):
+def by_definition(streamer, params, noise, **controls):
     """Block i is what the sampler makes of its noise, the network being asked with the whole clip:
     the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
     which it must not see, as noise."""
     g, b, t = streamer, len(noise), noise.shape[1]
-    batch = {**g.batch(PROMPTS, t, 8.0), **steer}
+    batch = {**g.batch(PROMPTS, t, 8.0), **controls}
 
     def one(clip, first):
         def network(x, time, ports):
             every = jnp.repeat(clip, len(x) // b, 0)
             every = jax.lax.dynamic_update_slice_in_dim(every, x, first, 1)
             times = jnp.where(jnp.arange(t) < first, 0, time[:, None])
-            out = g.model.run(params, every, g.tell(times), ports)
+            out = g.model.run(params, every, g.network_time(times), ports)
             return jax.lax.dynamic_slice_in_dim(out, first, 2, 1)
 
-        denoise = guided(network, g.conditions(params, batch, None, noise.shape), g.guidance(batch))
+        denoise = guided_denoiser(
+            network, g.conditions(params, batch, None, noise.shape), g.guidance(batch)
+        )
         x = jax.lax.dynamic_slice_in_dim(clip, first, 2, 1)
         x = sample(denoise, g.process, SAMPLERS[g.sampling.sampler](), x, np.linspace(1, 0, 4))
         return jax.lax.dynamic_update_slice_in_dim(clip, x, first, 1)
@@ -281,15 +288,15 @@ def test_clips_are_their_definition(drawn, defined):
     assert np.abs(clips).std() > 0.3
 
 
-class Noisy(Streamer):
+class Noisy(BlockwiseGenerator):
     def remember(self, *args):
         *others, x0 = args
         return super().remember(*others, x0 + 0.1)
 
 
-class Late(Streamer):
+class Late(BlockwiseGenerator):
     def tell(self, t):
-        return super().tell(jnp.where(t == 0, 0.1, t))  # no sampler asks at 0
+        return super().network_time(jnp.where(t == 0, 0.1, t))  # no sampler asks at 0
 
 
 def test_there_is_nothing_to_calibrate(weights):
@@ -343,21 +350,21 @@ def test_a_clip_begins_as_a_shorter_one(drawn, weights):
 @pytest.mark.slow
 def test_what_is_told_of_frames_reaches_their_block(randomise):
     model = Denoiser(
-        model_of(BLOCKS["all"]).backbone,
+        model_of(BLOCKS["all"]).backbone_config,
         {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}},
     )
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
-    streamer = Streamer(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
-    steer = {
+    streamer = BlockwiseGenerator(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
+    controls = {
         "actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
         "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
         "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
         "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32),
     }
-    asked = dict(num_frames=6, fps=8.0, steer=steer)
+    asked = dict(num_frames=6, fps=8.0, controls=controls)
     clips = streamer(params, PROMPTS, SEEDS, **asked)
     blocks = list(streamer.stream(params, PROMPTS, SEEDS, **asked))
-    want = by_definition(streamer, params, noise_of(streamer), **steer)
+    want = by_definition(streamer, params, noise_of(streamer), **controls)
     np.testing.assert_allclose(clips, want, atol=2e-5)
     np.testing.assert_allclose(np.concatenate(blocks, 1), want, atol=2e-5)
 
@@ -392,5 +399,5 @@ def test_what_cannot_be_streamed(weights):
         streamer_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
     with pytest.raises(ConfigError, match="This model's signals"):
         streamer_of({"block": 2}).stream(
-            weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, steer={"actions": np.zeros((2, 4))}
+            weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, controls={"actions": np.zeros((2, 4))}
         )

@@ -9,7 +9,13 @@ import pytest
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import RectifiedFlow
 from vdx.generate import cache_calibration as search
-from vdx.generate.cache_calibration import FILE, Proof, calibrate, check_proof, read_proof
+from vdx.generate.cache_calibration import (
+    FILE,
+    CacheCalibration,
+    calibrate,
+    check_calibration,
+    read_calibration,
+)
 from vdx.generate.pipeline import Generator, Sampling
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
@@ -34,7 +40,7 @@ def generator(randomise):
 
 
 @pytest.fixture(scope="module")
-def proof(generator):
+def calibration(generator):
     said = []
     found = calibrate(
         *generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", say=said.append, **CLIP
@@ -43,16 +49,16 @@ def proof(generator):
     return found
 
 
-def test_the_proof_is_of_the_clips_that_are_drawn(generator, proof):
+def test_the_proof_is_of_the_clips_that_are_drawn(generator, calibration):
     plain, params = generator
     reusing = dataclasses.replace(
-        plain, sampling=dataclasses.replace(plain.sampling, reuse=proof.threshold)
+        plain, sampling=dataclasses.replace(plain.sampling, cache_threshold=calibration.threshold)
     )
-    assert proof.threshold > 0 and 3 <= min(proof.evaluations) < proof.full == 10
+    assert calibration.threshold > 0 and 3 <= min(calibration.step_table) < calibration.full == 10
     for i, prompt in enumerate(PROMPTS):
         one, two = (to_uint8(g(params, [prompt], [3 + i], **CLIP)[0]) for g in (plain, reusing))
-        assert ssim(one, two) == pytest.approx(proof.ssim[i], abs=2e-3)
-        assert proof.ssim[i] >= FLOOR
+        assert ssim(one, two) == pytest.approx(calibration.ssim[i], abs=2e-3)
+        assert calibration.ssim[i] >= FLOOR
 
 
 def test_a_floor_of_one_skips_nothing_that_is_seen(generator, monkeypatch):
@@ -60,20 +66,24 @@ def test_a_floor_of_one_skips_nothing_that_is_seen(generator, monkeypatch):
     found = calibrate(
         *generator, PROMPTS[:1], seed=0, floor=0.9, weights="abc", say=lambda line: None, **CLIP
     )
-    assert found.threshold == 0 and found.evaluations == (10,) and found.ssim == (1.0,)
+    assert found.threshold == 0 and found.step_table == (10,) and found.ssim == (1.0,)
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         calibrate(*generator, PROMPTS, seed=0, floor=1.5, weights="abc", **CLIP)
 
 
-def test_a_proof_holds_for_what_it_was_found_with(proof, generator, tmp_path):
-    with pytest.raises(ConfigError, match=r"--calibrate=0\.95"):
-        read_proof(tmp_path)
-    proof.save(tmp_path)
-    again = read_proof(tmp_path)
-    assert isinstance(again, Proof) and (tmp_path / FILE).exists()
-    assert (again.threshold, again.ssim, again.seeds) == (proof.threshold, proof.ssim, (3, 4))
+def test_a_proof_holds_for_what_it_was_found_with(calibration, generator, tmp_path):
+    with pytest.raises(ConfigError, match=r"--calibrate_cache=0\.95"):
+        read_calibration(tmp_path)
+    calibration.save(tmp_path)
+    again = read_calibration(tmp_path)
+    assert isinstance(again, CacheCalibration) and (tmp_path / FILE).exists()
+    assert (again.threshold, again.ssim, again.seeds) == (
+        calibration.threshold,
+        calibration.ssim,
+        (3, 4),
+    )
     asked = dataclasses.asdict(generator[0].sampling) | {"batch": 2, "reuse": 0.7}
-    check_proof(again, "abc", asked, 1, 8.0, "x")
+    check_calibration(again, "abc", asked, 1, 8.0, "x")
     for change, wrong in (
         ({"weights": "abd"}, "weights = 'abd', not 'abc'"),
         ({"num_frames": 2}, "num_frames = 2, not 1"),
@@ -81,7 +91,7 @@ def test_a_proof_holds_for_what_it_was_found_with(proof, generator, tmp_path):
     ):
         given = {"weights": "abc", "sampling": asked, "num_frames": 1, "fps": 8.0} | change
         with pytest.raises(ConfigError, match=f"^x was found for something else: {wrong}"):
-            check_proof(again, where="x", **given)
+            check_calibration(again, where="x", **given)
 
 
 def test_threshold_0_is_the_plain_program(generator):
@@ -93,7 +103,9 @@ def test_threshold_0_is_the_plain_program(generator):
         .as_text()
         for g in (
             plain,
-            dataclasses.replace(plain, sampling=dataclasses.replace(plain.sampling, reuse=0.0)),
+            dataclasses.replace(
+                plain, sampling=dataclasses.replace(plain.sampling, cache_threshold=0.0)
+            ),
         )
     ]
     assert text[0] == text[1] and "stablehlo.case" not in text[0]

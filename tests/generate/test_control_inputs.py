@@ -12,7 +12,7 @@ from vdx.config.loader import resolve
 from vdx.data.camera import plucker, write_camera
 from vdx.experiment import Experiment
 from vdx.files import read_json
-from vdx.generate.control_inputs import steered
+from vdx.generate.control_inputs import read_controls
 from vdx.generate.pipeline import Generator, Sampling
 from vdx.generate.video_io import write_video
 
@@ -55,7 +55,7 @@ def asked(tmp_path_factory):
 
 
 def test_files_become_what_training_reads(asked):
-    got = steered(asked, ALL, SHAPE, FPS, mean=-0.5, flow_points=0)
+    got = read_controls(asked, ALL, SHAPE, FPS, mean=-0.5, flow_points=0)
     assert {k: v.shape for k, v in got.items()} == {
         "known": (1, *SHAPE),
         "known_mask": (1, 8),
@@ -83,7 +83,7 @@ def test_files_become_what_training_reads(asked):
 
 
 def test_sparse_flow_is_told_at_a_few_points(asked):
-    got = steered({"flow": asked["flow"]}, ALL, SHAPE, FPS, 0.0, flow_points=5)["flow"]
+    got = read_controls({"flow": asked["flow"]}, ALL, SHAPE, FPS, 0.0, flow_points=5)["flow"]
     assert 0 < got[0, 0, ..., 2].sum() <= 5 and not got[got[..., 2] == 0].any()
 
 
@@ -103,22 +103,22 @@ def test_sparse_flow_is_told_at_a_few_points(asked):
 )
 def test_what_cannot_be_read_is_named(asked, asked_for, shape, message):
     with pytest.raises(ConfigError, match=message):
-        steered({k: v.format(**asked) for k, v in asked_for.items()}, ALL, shape, FPS, 0.0, 0)
+        read_controls({k: v.format(**asked) for k, v in asked_for.items()}, ALL, shape, FPS, 0.0, 0)
 
 
 def test_what_a_model_was_not_trained_with(asked):
     for name in asked:
         with pytest.raises(ConfigError, match=f"--{name}: .*not trained with.*it reads: text, fps"):
-            steered({name: asked[name]}, ("text", "fps"), SHAPE, FPS, 0.0, 0)
+            read_controls({name: asked[name]}, ("text", "fps"), SHAPE, FPS, 0.0, 0)
 
 
 def test_a_generator_says_what_it_does_not_read():
     made = Experiment(resolve(str(ROOT / "configs" / "control_tiny.py:depth"), MICRO))
-    with pytest.raises(ConfigError, match=r"config.sample.guide: unknown name 'flow'"):
-        made.generator(Sampling(guide={"flow": 2.0}))
+    with pytest.raises(ConfigError, match=r"config.sample.signal_guidance: unknown name 'flow'"):
+        made.generator(Sampling(signal_guidance={"flow": 2.0}))
     generator: Generator = made.generator()
     with pytest.raises(ConfigError, match="signals: unknown name 'flow'"):
-        generator({}, ["a"], [0], num_frames=8, fps=8.0, steer={"flow": np.zeros(1)})
+        generator({}, ["a"], [0], num_frames=8, fps=8.0, controls={"flow": np.zeros(1)})
 
 
 def test_a_first_frame_at_time_zero_is_held(asked, randomise):
@@ -135,9 +135,11 @@ def test_a_first_frame_at_time_zero_is_held(asked, randomise):
         )
     )
     params, generator = randomise(made.shapes), made.generator()
-    steer = steered({"image": asked["image"]}, made.model.signals, SHAPE, FPS, -0.5, 0, holds=True)
-    draw = lambda steer: generator(params, ["a"], [0], num_frames=8, fps=FPS, steer=steer)
-    got, plain = draw(steer), draw({})
+    controls = read_controls(
+        {"image": asked["image"]}, made.model.signals, SHAPE, FPS, -0.5, 0, first_frame=True
+    )
+    draw = lambda controls: generator(params, ["a"], [0], num_frames=8, fps=FPS, controls=controls)
+    got, plain = draw(controls), draw({})
     first = np.asarray(Image.open(asked["image"]), np.float32) / 127.5 - 1
     np.testing.assert_allclose(got[0, 0], first, atol=1e-6)
     assert np.abs(got[0, 1:] - plain[0, 1:]).max() > 1e-3
@@ -164,8 +166,8 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
         f"--workdir={out}",
         *MICRO,
         "--config.data.source.motions=('steered',)",
-        "--config.judge.prompts=0",
-        "--config.train.wall=('a red circle is steered',)",
+        "--config.eval.prompts=0",
+        "--config.train.sample_prompts=('a red circle is steered',)",
         *(f"--config.model.signals.{k}={v}" for k, v in signals.items()),
     )
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from vdx.diffusion.process import RectifiedFlow
-from vdx.generate.blockwise import Streamer
+from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator, Sampling
-from vdx.models.adapters.lora import Change, Lora, adapt, dense_kernels
+from vdx.models.adapters.lora import Lora, WeightDelta, adapt, dense_kernels
 from vdx.models.denoiser import Denoiser
 
 RNG = np.random.default_rng(0)
@@ -48,8 +48,8 @@ def programs(randomise, quick):
                     )
                 )
             )
-            params = adapt(params, Change(factors))
-        generator = (Streamer if kind == "stream" else Generator)(
+            params = adapt(params, WeightDelta(factors))
+        generator = (BlockwiseGenerator if kind == "stream" else Generator)(
             model, RectifiedFlow(), SAMPLING, (4, 4, 2)
         )
         args = params, BATCH, NOISE, jax.random.key(0)
@@ -74,7 +74,7 @@ def depth(name: str) -> int:
 def test_clips_are_the_same_and_the_loop_knows_no_text(kind, programs, monkeypatch):
     program, args = programs(kind)
     with monkeypatch.context() as patch:
-        patch.setattr(Denoiser, "told", lambda self, *args, **more: {})
+        patch.setattr(Denoiser, "precompute_cross_kv", lambda self, *args, **more: {})
         plain, _ = programs(kind)
     got, want = program(*args), plain(*args)
     assert np.std(want) > 0.1

@@ -21,7 +21,7 @@ from vdx.interop.load import (
     open_weights,
     save_folder,
 )
-from vdx.interop.safetensors import DTYPES, Stored, read_header, write
+from vdx.interop.safetensors import DTYPES, StoredArray, read_header, write
 from vdx.interop.wan import halves
 from vdx.parallel import MeshSpec
 
@@ -75,13 +75,13 @@ def file(tmp_path):
 @pytest.fixture
 def reads(monkeypatch):
     """How often each array was looked at: Counter of (file, offset)."""
-    count, read = collections.Counter(), Stored.read
+    count, read = collections.Counter(), StoredArray.read
 
     def counted(stored):
         count[stored.file, stored.offset] += 1
         return read(stored)
 
-    monkeypatch.setattr(Stored, "read", counted)
+    monkeypatch.setattr(StoredArray, "read", counted)
     return count
 
 

@@ -15,7 +15,7 @@ from vdx.interop import wan
 from vdx.interop.keymap import LINEAR, WeightsError, export, gather
 from vdx.interop.lora import open_lora, write_lora
 from vdx.interop.wan import original_name, wan_config, wan_from_config, wan_transformer_rows
-from vdx.models.adapters.lora import Change, adapt
+from vdx.models.adapters.lora import WeightDelta, adapt
 from vdx.models.denoiser import Denoiser
 
 TINY: dict[str, Any] = dict(
@@ -246,7 +246,7 @@ def test_whole_differences(tiny, tmp_path):
     save_file(as_comfyui(factors, alpha=4.0) | named, path)
     same(merged(tiny, path), tiny.changed(factors, scales(factors, 4.0), diffs))
     change = open_lora(path, tiny.model)
-    half = Change(change.factors, change.deltas, 0.5)
+    half = WeightDelta(change.factors, change.deltas, 0.5)
     same(
         adapt(tiny.params, half, merge=True),
         tiny.changed(
@@ -323,7 +323,7 @@ def test_what_is_written_is_read(layout, tiny, tmp_path):
     factors = our_factors(tiny, tmp_path, tiny.layers)
     path = tmp_path / "out.safetensors"
     write_lora(path, factors, tiny.model, scale=0.25, layout=layout)
-    want = adapt(tiny.params, Change(factors, weight=0.25), merge=True)
+    want = adapt(tiny.params, WeightDelta(factors, weight=0.25), merge=True)
     same(merged(tiny, path), want)
     with pytest.raises(ConfigError, match="Did you mean 'comfyui'"):
         write_lora(path, factors, tiny.model, layout="comfui")
@@ -367,7 +367,7 @@ def test_diffusers_reads_what_is_written(layout, tiny, read, tmp_path):
         )
         for layer in in_blocks(tiny)
     }
-    same(tiny.changed(pairs), adapt(tiny.params, Change(factors), merge=True))
+    same(tiny.changed(pairs), adapt(tiny.params, WeightDelta(factors), merge=True))
 
 
 @pytest.mark.parametrize("write_as", ["comfyui", "kohya"])
@@ -423,9 +423,9 @@ def test_the_prediction_is_that_of_diffusers(tiny, torch, read, tmp_path, monkey
         compiler_options=quick,
     )
     want = np.moveaxis(want.numpy(), 1, -1)
-    got = run(adapt(tiny.params, Change(factors, weight=0.7)))
+    got = run(adapt(tiny.params, WeightDelta(factors, weight=0.7)))
     assert want.std() > 0.3 and np.abs(got - want).max() < 1e-4
-    without = run(adapt(tiny.params, Change(factors, weight=0.0)))
+    without = run(adapt(tiny.params, WeightDelta(factors, weight=0.0)))
     assert np.abs(without - want).max() > 0.05
 
 

@@ -14,8 +14,8 @@ from vdx.convert import open_source
 from vdx.files import read_json, write_json
 from vdx.generate.pretrained_request import check, complete, recommended, shape_for
 from vdx.interop.keymap import WeightsError
-from vdx.interop.pretrained import open_public
-from vdx.interop.safetensors import Stored, read_header, write
+from vdx.interop.pretrained import open_pretrained
+from vdx.interop.safetensors import StoredArray, read_header, write
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    return functools.cache(lambda kind: open_public(folder(kind)))
+    return functools.cache(lambda kind: open_pretrained(folder(kind)))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_what_is_no_model_is_explained(name, message, copy):
     path = copy("a14b t2v")
     spoilt(path, name)
     with pytest.raises(WeightsError, match=message):
-        open_public(path)
+        open_pretrained(path)
 
 
 def test_files_of_another_network_are_named_before_anything_is_read(copy, mesh, monkeypatch):
@@ -131,23 +131,23 @@ def test_files_of_another_network_are_named_before_anything_is_read(copy, mesh, 
         arrays.items(),
     )
     edit(path / "transformer" / "config.json", num_layers=1)
-    monkeypatch.setattr(Stored, "read", lambda self: pytest.fail("read"))
+    monkeypatch.setattr(StoredArray, "read", lambda self: pytest.fail("read"))
     with pytest.raises(WeightsError, match=r"(?s)copy/transformer: .*cross/q/kernel.*not in the"):
-        open_public(path).check(mesh)
+        open_pretrained(path).check(mesh)
 
 
 def test_an_image_processor_that_does_something_else(copy):
     path = copy("i2v")
-    open_public(path)
+    open_pretrained(path)
     edit(path / "image_processor" / "preprocessor_config.json", size=28, crop_size=28)
-    open_public(path)
+    open_pretrained(path)
     edit(
         path / "image_processor" / "preprocessor_config.json",
         do_center_crop=False,
         image_mean=[0.5, 0.5, 0.5],
     )
     with pytest.raises(WeightsError, match=r"(?s)do_center_crop = False, not True.*image_mean"):
-        open_public(path)
+        open_pretrained(path)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_an_image_processor_that_does_something_else(copy):
         ),
         ("i2v", {"image": "NOISE"}, r"--image=.*is not a picture that can be read"),
         ("t2v", {"sampler": "unipcc"}, "unknown name 'unipcc'. Did you mean 'unipc'"),
-        ("t2v", {"grid": "diffusers_unpc"}, "Did you mean 'diffusers_unipc'"),
+        ("t2v", {"timesteps": "diffusers_unpc"}, "Did you mean 'diffusers_unipc'"),
     ],
 )
 def test_what_a_model_cannot_draw_is_explained(
@@ -211,7 +211,7 @@ def test_a_picture_that_changed_is_not_that_of_the_manifest(opened, picture, mes
 def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
     def asked(kind, **given):
         r = complete(opened(kind), {"prompts": ("a",), "mesh": {}, **given})
-        return r.sampler, r.grid, r.steps, r.shift, r.guidance, r.fps, r.num_frames
+        return r.sampler, r.timesteps, r.steps, r.shift, r.guidance, r.fps, r.num_frames
 
     assert asked("t2v") == ("unipc", "diffusers_unipc", 50, 3.0, (5.0,), 16.0, 81)
     assert asked("t2v euler")[:2] == ("euler", "diffusers_euler")
@@ -226,14 +226,14 @@ def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
     path = copy("t2v")
     edit(path / "scheduler" / "scheduler_config.json", solver_order=3, use_karras_sigmas=True)
     with pytest.raises(WeightsError, match=r"(?s)solver_order = 3, not 2.*use_karras_sigmas"):
-        complete(open_public(path), {"prompts": ("a",), "mesh": {}})
+        complete(open_pretrained(path), {"prompts": ("a",), "mesh": {}})
     complete(
-        open_public(path),
-        {"prompts": ("a",), "mesh": {}, "sampler": "euler", "grid": "plain", "shift": 5.0},
+        open_pretrained(path),
+        {"prompts": ("a",), "mesh": {}, "sampler": "euler", "timesteps": "plain", "shift": 5.0},
     )
     edit(path / "scheduler" / "scheduler_config.json", _class_name="LCMScheduler")
     with pytest.raises(WeightsError, match="is LCMScheduler; known are UniPCMultistepScheduler"):
-        complete(open_public(path), {"prompts": ("a",), "mesh": {}})
+        complete(open_pretrained(path), {"prompts": ("a",), "mesh": {}})
 
 
 def test_a_frame_has_the_pictures_proportions():
@@ -245,12 +245,12 @@ def test_a_frame_has_the_pictures_proportions():
 def test_weights_are_known_again(opened, copy):
     known = opened("t2v").identity()
     path = copy("t2v")
-    assert open_public(path).identity() == known
+    assert open_pretrained(path).identity() == known
     file = path / "vae" / "diffusion_pytorch_model.safetensors"
     arrays = {k: s.read().copy() for k, s in read_header(file).items()}
     arrays["decoder.conv_in.weight"] *= 1.001
     write(file, {k: (v.shape, v.dtype) for k, v in arrays.items()}, arrays.items())
-    assert open_public(path).identity() != known
+    assert open_pretrained(path).identity() != known
 
 
 # Conversion.
@@ -272,7 +272,7 @@ def same(got: dict, want: dict) -> None:
 
 
 def params(path: Path, mesh) -> dict:
-    return {name: part.load(mesh) for name, part in open_public(path).components.items()}
+    return {name: part.load(mesh) for name, part in open_pretrained(path).components.items()}
 
 
 @pytest.mark.parametrize("kind", ["flf2v", "5b"])

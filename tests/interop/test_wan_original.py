@@ -13,8 +13,8 @@ from vdx.convert import open_source
 from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError
 from vdx.interop.load import open_weights
-from vdx.interop.pretrained import open_public
-from vdx.interop.safetensors import Stored
+from vdx.interop.pretrained import open_pretrained
+from vdx.interop.safetensors import StoredArray
 from vdx.interop.vae import VIDEO_VAES
 from vdx.interop.wan_original import umt5_config, vae_config
 from vdx.parallel import MeshSpec
@@ -175,7 +175,7 @@ def test_in_vdx_layout_it_is_the_folder_of_diffusers(original, tmp_path):
     open_source(folder, {}).save(tmp_path / "own", own=True)
     mesh = MeshSpec().make(jax.devices()[:1])
     got, want = (
-        {name: part.load(mesh) for name, part in open_public(path).components.items()}
+        {name: part.load(mesh) for name, part in open_pretrained(path).components.items()}
         for path in (tmp_path / "own", tmp_path / "diffusers")
     )
     jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -206,7 +206,7 @@ def test_configs_are_those_of_the_arrays_in_either_layout(original):
 
     def stored(arrays):
         return {
-            key: Stored(Path(), np.dtype("float32"), tuple(value.shape), 0)
+            key: StoredArray(Path(), np.dtype("float32"), tuple(value.shape), 0)
             for key, value in arrays.items()
         }
 

@@ -7,13 +7,13 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.data.scenes.source import MOTIONS, SPEEDS, STEERED, Object, Scene, Scenes
-from vdx.data.signals import told
+from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.control import (
-    STEERING,
+    CONTROL_METRICS,
+    control_scores,
     psnr,
     rank_correlation,
     scene_truth,
-    steering_scores,
 )
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
 
@@ -74,7 +74,7 @@ def asked(kind):
 def scored(kind, fault):
     """The row of clips that are the true renders with a fault: fault(video) -> video."""
     truths, fps = asked(kind)
-    return steering_scores(kind, [fault(t["video"]) for t in truths], truths, fps)
+    return control_scores(kind, [fault(t["video"]) for t in truths], truths, fps)
 
 
 def noisy(video, sigma=8.0):
@@ -87,10 +87,10 @@ def tinted(video):
 
 
 def no_worse(kind, value, bound):
-    return value >= bound if STEERING[kind].higher else value <= bound
+    return value >= bound if CONTROL_METRICS[kind].higher else value <= bound
 
 
-@pytest.mark.parametrize("kind", STEERING)
+@pytest.mark.parametrize("kind", CONTROL_METRICS)
 def test_true_renders_reach_the_goal_and_what_others_asked_for_does_not(kind):
     row = scored(kind, lambda video: video)
     assert row["model"] == row["true"] and no_worse(kind, row["true"], READER[kind][0]), row
@@ -110,20 +110,22 @@ def test_true_renders_reach_the_goal_and_what_others_asked_for_does_not(kind):
     }
 
 
-@pytest.mark.parametrize("kind", STEERING)
+@pytest.mark.parametrize("kind", CONTROL_METRICS)
 def test_noise_is_no_fault(kind):
     row = scored(kind, lambda v: noisy(v, 1.0 if kind == "motion" else 8.0))  # noise is motion
     assert no_worse(kind, row["model"], READER[kind][1]), row
     assert row["valid"] == 1.0
 
 
-@pytest.mark.parametrize("kind", [k for k in STEERING if k not in ("first_frame", "last_frame")])
+@pytest.mark.parametrize(
+    "kind", [k for k in CONTROL_METRICS if k not in ("first_frame", "last_frame")]
+)
 def test_a_tint_is_no_fault(kind):
     row = scored(kind, tinted)
     assert row["reached"] and no_worse(kind, row["model"], READER[kind][1]), row
 
 
-@pytest.mark.parametrize("kind", STEERING)
+@pytest.mark.parametrize("kind", CONTROL_METRICS)
 def test_empty_clips_reach_nothing(kind):
     row = scored(kind, np.zeros_like)
     assert not row["reached"] and no_worse(kind, row["true"], READER[kind][0])
@@ -198,7 +200,7 @@ def changed(kind, **by):
         )
         for s in scenes_of(kind)
     ]
-    return steering_scores(kind, [t["video"] for t in truths_of(other)], *asked(kind))
+    return control_scores(kind, [t["video"] for t in truths_of(other)], *asked(kind))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_another_shape_is_another_subject():
         dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], shape="triangle"),))
         for s in scenes
     ]
-    row = steering_scores(
+    row = control_scores(
         "reference", [t["video"] for t in truths_of(other)], truths_of(scenes), FPS
     )
     assert row["model"] == 0 and row["true"] == 1
@@ -239,14 +241,14 @@ def test_what_is_not_seen_is_not_measured_and_too_much_of_it_reaches_nothing():
         videos = [t["video"].copy() for t in truths]
         for video in videos:
             video[4 : 4 + gone] = 0
-        row = steering_scores("depth", videos, truths, FPS)
+        row = control_scores("depth", videos, truths, FPS)
         assert row["model"] < 0.15 and row["valid"] == 1 - gone / 8 and row["reached"] == reached
 
 
 def test_a_frame_rate_that_is_ignored_is_one_octave_wrong():
     truths, fps = asked("fps")
     videos = [truths[i - i % 2]["video"] for i in range(len(truths))]
-    row = steering_scores("fps", videos, truths, fps)
+    row = control_scores("fps", videos, truths, fps)
     assert row["model"] == pytest.approx(1.0, abs=0.03) and not row["reached"]
 
 
@@ -256,7 +258,7 @@ def test_motion_strength_is_a_matter_of_order():
     videos = [None] * COUNT
     for one, other in zip(order, order[::-1], strict=True):
         videos[one] = truths[other]["video"]
-    assert steering_scores("motion", videos, truths, fps)["model"] == pytest.approx(-1.0)
+    assert control_scores("motion", videos, truths, fps)["model"] == pytest.approx(-1.0)
     assert rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
     assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / 22.5**0.5)
     assert np.isnan(rank_correlation([1, 1, 1], [1, 2, 3])) and np.isnan(rank_correlation([1], [1]))
@@ -264,10 +266,10 @@ def test_motion_strength_is_a_matter_of_order():
 
 def test_a_moving_object_is_not_a_pan():
     scenes = scenes_of("camera", 6, cameras=("static",), motions=("left", "right"))
-    row = steering_scores("camera", [t["video"] for t in truths_of(scenes)], truths_of(scenes), FPS)
+    row = control_scores("camera", [t["video"] for t in truths_of(scenes)], truths_of(scenes), FPS)
     assert row["model"] < 0.005
     plain = truths_of(scenes_of("camera", 3, cameras=("static",), backgrounds=("black", "grey")))
-    row = steering_scores("camera", [t["video"] for t in plain], plain, FPS)
+    row = control_scores("camera", [t["video"] for t in plain], plain, FPS)
     assert row["valid"] == 0 and np.isnan(row["model"]) and not row["reached"]
 
 
@@ -322,14 +324,17 @@ def test_the_flow_of_an_object_is_what_was_asked_for(motion, most):
 
 def test_goals_in_pixels_grow_with_the_frame_and_a_lone_clip_has_no_control():
     truths = truths_of(scenes_of("depth", 1), size=64)
-    row = steering_scores("depth", [t["video"] for t in truths], truths, FPS)
+    row = control_scores("depth", [t["video"] for t in truths], truths, FPS)
     assert row["goal"] == 2.0 and np.isnan(row["control"]) and row["reached"]
 
 
 def test_flow_that_is_told_at_a_few_points_is_judged_there():
     truths, _ = asked("flow")
-    few = [{**t, "flow": told(t["flow"][..., :2], 4, np.random.default_rng(0))} for t in truths]
-    row = steering_scores("flow", [t["video"] for t in truths], few, FPS)
+    few = [
+        {**t, "flow": sparse_flow_hints(t["flow"][..., :2], 4, np.random.default_rng(0))}
+        for t in truths
+    ]
+    row = control_scores("flow", [t["video"] for t in truths], few, FPS)
     assert row["model"] < 0.15 and row["reached"]
 
 
@@ -337,8 +342,8 @@ def test_what_cannot_be_compared_is_refused():
     truths, _ = asked("depth")
     videos = [t["video"] for t in truths]
     with pytest.raises(ConfigError, match="Did you mean 'depth'"):
-        steering_scores("dept", videos, truths, FPS)
+        control_scores("dept", videos, truths, FPS)
     with pytest.raises(ValueError, match="got 7 clips and 8 truths"):
-        steering_scores("depth", videos[1:], truths, FPS)
+        control_scores("depth", videos[1:], truths, FPS)
     with pytest.raises(ValueError, match=r"Clip 0 is uint8 \[7, 32, 32, 3\].*must be alike"):
-        steering_scores("depth", [v[1:] for v in videos], truths, FPS)
+        control_scores("depth", [v[1:] for v in videos], truths, FPS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.mixers.grid_attention import PATTERNS, Past
+from vdx.models.mixers.grid_attention import PATTERNS, CachePosition
 from vdx.models.transformer import REMAT, SIZES, Transformer, check_remat, modulate
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
@@ -272,7 +272,12 @@ def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
     frames = CLIP.shape[1]
     step = jax.jit(
         lambda cache, x, start: model.apply(
-            {"params": params, **cache}, x, TIME, PORTS, Past(start, frames), mutable=["cache"]
+            {"params": params, **cache},
+            x,
+            TIME,
+            PORTS,
+            CachePosition(start, frames),
+            mutable=["cache"],
         ),
         compiler_options=quick,
     )

@@ -200,7 +200,7 @@ def test_a_run_begins_from_its_files(dtype, case):
     config |= {
         "weights": str(case.folder),
         "model": {
-            "backbone": {**case.model.backbone, "dtype": dtype},
+            "backbone": {**case.model.backbone_config, "dtype": dtype},
             "signals": case.model.signals,
         },
     }
@@ -228,7 +228,7 @@ def test_on_eight_devices_it_is_that_of_one(case):
 
 @pytest.mark.slow
 def test_in_bfloat16_it_is_close(case):
-    half = Denoiser({**case.model.backbone, "dtype": "bfloat16"}, case.model.signals)
+    half = Denoiser({**case.model.backbone_config, "dtype": "bfloat16"}, case.model.signals)
     got = dataclasses.replace(case, model=half).run(case.params, case.batch, case.x)
     assert np.linalg.norm(got - case.want) < 0.03 * np.linalg.norm(case.want)
 
@@ -293,7 +293,9 @@ def test_configs_that_are_another_network(changes, message):
 def test_weights_that_do_not_fit(case, tmp_path):
     mesh, file = MeshSpec().make(jax.devices()[:1]), "diffusion_pytorch_model.safetensors"
     assert is_latte(case.folder)
-    other = Denoiser({**case.model.backbone, "sincos": 8, "cross": "normed"}, case.model.signals)
+    other = Denoiser(
+        {**case.model.backbone_config, "sincos": 8, "cross": "normed"}, case.model.signals
+    )
     with pytest.raises(
         WeightsError,
         match=r"sincos = 8, but the weights have 4\n.*cross = "

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.encoders import minilm
 from vdx.models.denoiser import Denoiser
+from vdx.models.encoders import minilm
 from vdx.models.encoders.minilm import Bert, embed, import_weights
 from vdx.parallel import MeshSpec
 

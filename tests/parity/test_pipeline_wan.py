@@ -16,14 +16,14 @@ from vdx.config.build import ConfigError
 from vdx.files import read_json
 from vdx.generate import pipeline as steps
 from vdx.generate import pretrained
-from vdx.generate.pretrained import PublicGenerator
+from vdx.generate.pretrained import PretrainedGenerator
 from vdx.generate.pretrained_request import check, complete
 from vdx.generate.video_io import to_uint8
 from vdx.interop.components import Component
 from vdx.interop.keymap import WeightsError
-from vdx.interop.pretrained import open_public
+from vdx.interop.pretrained import open_pretrained
 from vdx.parallel import MeshSpec
-from vdx.sample import PublicWeights, same_weights
+from vdx.sample import PretrainedWeights, same_weights
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -52,11 +52,11 @@ def draw(quick, monkeypatch):
     mesh = MeshSpec().make(jax.devices()[:1])
 
     def draw(folder, asked, mesh=mesh):
-        model = open_public(folder, asked.get("dtype", "float32"))
+        model = open_pretrained(folder, asked.get("dtype", "float32"))
         request = complete(model, asked)
         check(request, model, mesh)
         model.check(mesh)
-        return PublicGenerator(model, request, mesh)()
+        return PretrainedGenerator(model, request, mesh)()
 
     return draw
 
@@ -94,9 +94,9 @@ def reversed_channels(monkeypatch):
 
 
 def mask_last(monkeypatch):
-    pictures = PublicGenerator.pictures
+    pictures = PretrainedGenerator.pictures
     monkeypatch.setattr(
-        PublicGenerator,
+        PretrainedGenerator,
         "pictures",
         lambda self: {
             k: np.roll(v, -4, -1) if k == "concat" else v for k, v in pictures(self).items()
@@ -105,27 +105,29 @@ def mask_last(monkeypatch):
 
 
 def tokens_swapped(monkeypatch):
-    tokens = PublicGenerator.image_tokens
+    tokens = PretrainedGenerator.image_tokens
     monkeypatch.setattr(
-        PublicGenerator, "image_tokens", lambda self, pictures: tokens(self, pictures[::-1])
+        PretrainedGenerator, "image_tokens", lambda self, pictures: tokens(self, pictures[::-1])
     )
 
 
 def references_at_the_end(monkeypatch):
-    control = PublicGenerator.control
+    control = PretrainedGenerator.control
     monkeypatch.setattr(
-        PublicGenerator,
+        PretrainedGenerator,
         "control",
         lambda self: {k: np.roll(v, -2, 1) for k, v in control(self).items()},
     )
 
 
 def known_frame_at_time_t(monkeypatch):
-    hold = steps.hold
+    clamp_known_frames = steps.clamp_known_frames
 
-    def held(denoise, known, free):
-        return hold(
-            lambda x, t: denoise(x, jnp.broadcast_to(t.max(1, keepdims=True), t.shape)), known, free
+    def held(denoise, known, is_generated):
+        return clamp_known_frames(
+            lambda x, t: denoise(x, jnp.broadcast_to(t.max(1, keepdims=True), t.shape)),
+            known,
+            is_generated,
         )
 
     monkeypatch.setattr(steps, "hold", held)
@@ -133,7 +135,7 @@ def known_frame_at_time_t(monkeypatch):
 
 MUTATIONS: dict[str, tuple[str, dict, Any]] = {
     "another shift": ("t2v", {"shift": 3.2}, None),
-    "another grid": ("t2v", {"grid": "wan_unipc"}, None),
+    "another grid": ("t2v", {"timesteps": "wan_unipc"}, None),
     "no negative prompt": ("t2v", {"negative_prompt": ""}, None),
     "guidance swapped": ("a14b t2v", {"guidance": (2.0, 6.0)}, None),
     "mask in reverse": ("a14b i2v", {}, reversed_channels),
@@ -238,9 +240,11 @@ def test_the_command_and_its_manifest(case, tmp_path):
         f"Wrote {tmp_path / 'again.mp4'}",
     ]
 
-    same_weights(PublicWeights(**manifest["weights"]), open_public(c.folder).identity(), "x")
+    same_weights(
+        PretrainedWeights(**manifest["weights"]), open_pretrained(c.folder).identity(), "x"
+    )
     with pytest.raises(UsageError, match="are not those of the manifest"):
-        same_weights(PublicWeights(**manifest["weights"]), "0" * 64, "x")
+        same_weights(PretrainedWeights(**manifest["weights"]), "0" * 64, "x")
     done = command("vdx.sample", "--weights=/nowhere", f"--prompt={PROMPT}", check=False)
     assert done.returncode == 1 and "vdx.sample: /nowhere is not a folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -197,7 +197,7 @@ class Controlled:
         config = json.loads((folder / "config.json").read_text())
         fields, signal = control_from_config(config)
         self.model = Denoiser(
-            {**unet.model.backbone, **fields}, {**unet.model.signals, "control": signal}
+            {**unet.model.backbone_config, **fields}, {**unet.model.signals, "control": signal}
         )
         self.params = load_unet([unet.folder, folder], self.model, unet.mesh)
         rng, side = np.random.default_rng(2), signal["side"]
@@ -227,16 +227,16 @@ class Controlled:
                 return_dict=False,
             )
         weight = torch.from_numpy(scale).repeat_interleave(T).reshape(-1, 1, 1, 1)
-        added = {
+        add_deltas = {
             "down_block_additional_residuals": [weight * y for y in more],
             "mid_block_additional_residual": weight * deepest,
         }
         if self.unet.name == "image":
             y = self.unet.torch(
-                x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames, **added
+                x0.flatten(0, 1).movedim(-1, 1), time0.repeat_interleave(T), frames, **add_deltas
             ).sample
             return y.movedim(1, -1).reshape(x.shape).numpy()
-        y = self.unet.torch(x0.movedim(-1, 1), time0, frames, **added).sample
+        y = self.unet.torch(x0.movedim(-1, 1), time0, frames, **add_deltas).sample
         return y.movedim(1, -1).numpy()
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from vdx.config.build import ConfigError
 from vdx.generate import image_inputs, pretrained
-from vdx.generate.image_inputs import mask_channels, on_white
-from vdx.generate.pretrained import PublicGenerator
+from vdx.generate.image_inputs import letterbox, mask_channels
+from vdx.generate.pretrained import PretrainedGenerator
 from vdx.generate.pretrained_request import check, complete, remake
 from vdx.generate.video_io import frames_at, write_video
 from vdx.interop.keymap import WeightsError
-from vdx.interop.pretrained import assemble, open_public
+from vdx.interop.pretrained import assemble, open_pretrained
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -56,7 +56,7 @@ def pipe():
 def model(pipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("vace")
     pipe.save_pretrained(path)
-    return open_public(path)
+    return open_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +85,15 @@ def told(model, files, mesh, quick):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained.jax, "jit", functools.partial(jax.jit, compiler_options=quick))
         for name in ("load", "compiled"):
-            patch.setattr(PublicGenerator, name, once(getattr(PublicGenerator, name)))
+            patch.setattr(PretrainedGenerator, name, once(getattr(PretrainedGenerator, name)))
 
         def told(names, **change):
             request = complete(model, ASKED | {name: files[name][0] for name in names} | change)
             check(request, model, mesh)
             with jax.set_mesh(mesh):
-                return PublicGenerator(model, request, mesh, lambda line: None).control()["control"]
+                return PretrainedGenerator(model, request, mesh, lambda line: None).control()[
+                    "control"
+                ]
 
         yield told
 
@@ -160,7 +162,7 @@ def test_a_fault_is_seen(name, told, files, want, monkeypatch):
 @pytest.mark.parametrize("size", [(70, 50), (20, 17), (16, 300), (9, 5), (48, 32)])
 def test_a_reference_of_any_size_is_whole_on_white(size):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 200, (*size[::-1], 3), np.uint8))
-    got = on_white(picture, 32, 48)
+    got = letterbox(picture, 32, 48)
     w, h = (max(8, side // 8 * 8) for side in size)
     scale = min(32 / h, 48 / w)
     inner = int(h * scale), int(w * scale)
@@ -276,7 +278,7 @@ def test_what_cannot_be_read_is_explained(change, message, model, files, mesh, t
 
 def test_another_model_reads_no_control(tmp_path, files, mesh):
     pipeline("t2v").save_pretrained(tmp_path)
-    model = open_public(tmp_path)
+    model = open_pretrained(tmp_path)
     for name, (file, _) in files.items():
         with pytest.raises(ConfigError, match="this model has no control blocks"):
             check(complete(model, ASKED | {name: file}), model, mesh)

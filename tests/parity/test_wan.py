@@ -13,7 +13,7 @@ import pytest
 
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.load import abstract_params, export_plan, load_params, save_folder
-from vdx.interop.safetensors import Stored, write
+from vdx.interop.safetensors import StoredArray, write
 from vdx.interop.wan import (
     IN_BLOCKS,
     OUTSIDE,
@@ -25,9 +25,9 @@ from vdx.interop.wan import (
     wan_transformer_rows,
 )
 from vdx.models import transformer
-from vdx.models.mixers import grid_attention
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import RMSNorm, layer_norm, rope_table
+from vdx.models.mixers import grid_attention
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")
@@ -217,7 +217,7 @@ def test_blocks_and_rates_of_skyreels_are_seen(cases):
     it is given blocks, whose answer ours has too, from weights that know nothing of blocks."""
     case = cases("skyreels")
     for block in (1, None):
-        backbone = {**case.model.backbone, "pattern": ({"name": "full", "block": block},)}
+        backbone = {**case.model.backbone_config, "pattern": ({"name": "full", "block": block},)}
         other = Denoiser(backbone, case.model.signals)
         assert dataclasses.replace(case, model=other).error() > 1e-3
 
@@ -226,7 +226,8 @@ def test_blocks_and_rates_of_skyreels_are_seen(cases):
     assert np.abs(case.run(case.params, swapped) - case.want).max() > 1e-3
     case.reference._set_ar_attention(2)
     blocks = Denoiser(
-        {**case.model.backbone, "pattern": ({"name": "full", "block": 2},)}, case.model.signals
+        {**case.model.backbone_config, "pattern": ({"name": "full", "block": 2},)},
+        case.model.signals,
     )
     params = load_wan(case.folder, blocks, MeshSpec().make(jax.devices()[:1]))
     got = dataclasses.replace(case, model=blocks, want=case.ask(case.reference))
@@ -301,13 +302,13 @@ def test_every_parameter_is_seen(cases):
 
 def test_text_is_padded_with_zeros_that_are_seen(cases):
     case = cases("t2v")
-    masked = Denoiser(case.model.backbone, {"embeddings": {"features": 16}})
+    masked = Denoiser(case.model.backbone_config, {"embeddings": {"features": 16}})
     assert dataclasses.replace(case, model=masked).error() > 1e-3
 
 
 def test_in_bfloat16_it_is_close(cases):
     case = cases("i2v")
-    half = Denoiser({**case.model.backbone, "dtype": "bfloat16"}, case.model.signals)
+    half = Denoiser({**case.model.backbone_config, "dtype": "bfloat16"}, case.model.signals)
     wan = open_wan(case.folder)
     params = load_params(wan.source, abstract(half, dtype="bfloat16"), wan_transformer_rows(half))
     types = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -390,7 +391,10 @@ def test_original_files_hold_the_same(kind, cases, tmp_path, monkeypatch):
             save.items(),
         )
         model, params = load(tmp_path / "model.safetensors")
-        assert model.backbone == case.model.backbone and model.signals == case.model.signals
+        assert (
+            model.backbone_config == case.model.backbone_config
+            and model.signals == case.model.signals
+        )
         jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
 
@@ -409,7 +413,10 @@ def test_files_of_self_forcing_hold_averaged_weights(prefix, cases, tmp_path, mo
     ):
         torch.save(parts, tmp_path / "model.pt")
         model, params = load(tmp_path / "model.pt")
-        assert model.backbone == case.model.backbone and model.signals == case.model.signals
+        assert (
+            model.backbone_config == case.model.backbone_config
+            and model.signals == case.model.signals
+        )
         jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
 
@@ -528,7 +535,7 @@ def test_weights_of_something_else(tmp_path):
 def test_an_array_of_older_files_is_not_read(cases):
     case = cases("i2v")
     wan, rows = open_wan(case.folder), wan_transformer_rows(case.model)
-    extra = Stored(case.folder / "nowhere", np.dtype("f4"), (48,), 0)
+    extra = StoredArray(case.folder / "nowhere", np.dtype("f4"), (48,), 0)
     source = wan.source | {"blocks.1.attn2.norm_added_q.weight": extra}
     jax.tree.map(
         np.testing.assert_array_equal, load_params(source, abstract(case.model), rows), case.params

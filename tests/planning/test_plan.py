@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vdx import plan
-from vdx.planning import estimate
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.records import ready_example
@@ -23,6 +22,7 @@ from vdx.experiment import Experiment
 from vdx.flops import traced
 from vdx.hardware import GIB
 from vdx.parallel import MeshSpec, put_batch
+from vdx.planning import estimate
 from vdx.planning.estimate import Job, Slice, bytes_held, least_memory
 from vdx.planning.hlo import Program, by_kind
 from vdx.train.program import abstract_batch

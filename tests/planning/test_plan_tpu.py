@@ -126,7 +126,7 @@ def test_a_clip_too_many_is_an_answer(tmp_path):
     out = tmp_path / "plan.json"
     done = planned(out, *BASE, "--topology=v5e:4x4")
     assert done.returncode == 0, done.stderr
-    assert "does not fit. Try --config.optim.accumulate=2" in done.stdout
+    assert "does not fit. Try --config.optim.grad_accum_steps=2" in done.stdout
     memory = read_json(out)["memory"]
     assert memory["needs"] > read_json(out)["memory_has"] > 15e9
 

@@ -308,17 +308,17 @@ def test_every_array_that_differs_is_named(saved, one):
 
 def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
     scores = {1: 0.9, 2: 0.1, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
-    options = dict(keep=1, keep_every=3, best="heldout/loss")
+    options = dict(keep=1, keep_every=3, best="validation/loss")
     with jax.set_mesh(one):
         for steps in ((1, 2, 3), (4, 5), (6, 7)):  # three programs
             with Checkpoints(tmp_path, **options) as checkpoints:
                 for step in steps:
                     checkpoints.save(
-                        step, on(one, new_state(step)), PROGRESS, {"heldout/loss": scores[step]}
+                        step, on(one, new_state(step)), PROGRESS, {"validation/loss": scores[step]}
                     )
         with Checkpoints(tmp_path, **options) as checkpoints:
             assert checkpoints.steps() == [2, 3, 6, 7] and checkpoints.best_step() == 2
-        with Checkpoints(tmp_path, best="heldout/loss", read_only=True) as checkpoints:
+        with Checkpoints(tmp_path, best="validation/loss", read_only=True) as checkpoints:
             assert checkpoints.best_step() == 2
         with (
             Checkpoints(tmp_path, read_only=True) as checkpoints,

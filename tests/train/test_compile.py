@@ -14,7 +14,7 @@ from vdx.experiment import Experiment
 from vdx.hardware import CHIPS
 from vdx.parallel import MeshSpec, like_batch, put_batch
 from vdx.train import compile as compile_module
-from vdx.train.compile import Programs
+from vdx.train.compile import StepCompiler
 
 
 def clips(n, frames, height=8, width=8):
@@ -38,7 +38,7 @@ def world():
         return state + batch["video"].astype(jnp.float32).mean() * frozen, batch["place"].sum()
 
     def make(loader=None, samples=(), model=None):
-        return Programs(
+        return StepCompiler(
             jax.jit(step, donate_argnums=0),
             jax.ShapeDtypeStruct((), jnp.float32),
             jnp.float32(2),
@@ -100,7 +100,7 @@ def test_a_bucket_that_is_no_number_of_patches(at_root):
         )
     )
     with pytest.raises(ValueError, match=r"\(8, 30, 32\).*does not divide into patches"):
-        Programs(None, None, None, made, MeshSpec().make(jax.devices()[:1]), list)
+        StepCompiler(None, None, None, made, MeshSpec().make(jax.devices()[:1]), list)
 
 
 def test_abstract_batches_are_like_those_that_come(world):

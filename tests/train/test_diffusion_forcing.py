@@ -10,15 +10,15 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
-from vdx.diffusion.losses import WEIGHTS
-from vdx.diffusion.process import PROCESSES, TIMES
+from vdx.diffusion.losses import WEIGHTINGS
+from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_rows
-from vdx.generate.blockwise import Streamer
+from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator
 from vdx.main import run
 from vdx.models.denoiser import Denoiser
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 from vdx.train.step import Objective
 
 RNG = np.random.default_rng(0)
@@ -40,8 +40,8 @@ def objective_of(spec, patch=(1, 2, 2), **fields):
     return Objective(
         model,
         PROCESSES["rectified_flow"](),
-        TIMES["uniform"](),
-        WEIGHTS["none"](),
+        TIME_SAMPLERS["uniform"](),
+        WEIGHTINGS["none"](),
         forcing=True,
         **fields,
     )
@@ -76,7 +76,7 @@ def test_the_loss_of_a_frame_is_that_at_its_time():
     told = dataclasses.replace(
         objective,
         model=Told(objective.model),
-        weight=WEIGHTS["velocity"](),
+        weight=WEIGHTINGS["velocity"](),
         process=PROCESSES["rectified_flow"](prediction="x0"),
     )
     x0 = RNG.normal(size=(3, 6, *SHAPE)).astype(np.float32)
@@ -100,18 +100,18 @@ MICRO = [
     "--config.train.log_every=2",
     "--config.train.eval_clips=8",
     "--config.data.loader.global_batch=8",
-    "--config.judge.prompts=0",
+    "--config.eval.prompts=0",
     "--config.sample.steps=2",
     "--config.model.backbone.width=32",
     "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2",
-    "--config.train.wall=('a red circle moves right',)",
+    "--config.train.sample_prompts=('a red circle moves right',)",
 ]
 
 
 def test_a_config_with_forcing_and_blocks_streams(at_root):
     config = resolve("configs/t2v_tiny.py:stream", MICRO)
-    assert isinstance(Experiment(config).generator(), Streamer)
+    assert isinstance(Experiment(config).generator(), BlockwiseGenerator)
     assert type(Experiment({**config, "forcing": False}).generator()) is Generator
     config["model"]["backbone"]["pattern"][0]["block"] = 3
     with pytest.raises(ConfigError, match=r"16 frames are no number of blocks.* of 12"):
@@ -120,7 +120,7 @@ def test_a_config_with_forcing_and_blocks_streams(at_root):
 
 @pytest.mark.slow
 def test_it_trains_and_draws_clips_longer_than_those_of_training(at_root, tmp_path):
-    run(resolve("configs/t2v_tiny.py:stream", MICRO), tmp_path, Stop())
+    run(resolve("configs/t2v_tiny.py:stream", MICRO), tmp_path, PreemptionHandler())
     rows = [r for r in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert [r["step"] for r in rows] == [2, 4]
     assert all(np.isfinite(r["train/loss"]) for r in rows)

@@ -13,7 +13,7 @@ from vdx.train import step as step_module
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.checksum import fingerprints
 from vdx.train.loop import BadNumbers, train
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 from vdx.train.state import state_shardings
 from vdx.train.step import make_train_step
 
@@ -56,13 +56,13 @@ def experiment(bad: dict[int, float]) -> Experiment:
                 f"--config.train.steps={STEPS}",
                 "--config.train.eval_every=0",
                 "--config.train.save_every=2",
-                "--config.train.spike=5",
-                "--config.optim.warmup=1",
+                "--config.train.max_grad_norm_ratio=5",
+                "--config.optim.warmup_steps=1",
                 "--config.mesh.fsdp=1",
             ],
         )
     )
-    made.source = lambda heldout=False: Latents(bad)
+    made.source = lambda validation=False: Latents(bad)
     return made
 
 
@@ -129,7 +129,7 @@ def test_a_spike_is_let_pass_while_nothing_is_known(step_fn, mesh):
 
 def trained(made, mesh, workdir):
     workdir.mkdir(exist_ok=True)
-    with jax.set_mesh(mesh), Stop() as stop:
+    with jax.set_mesh(mesh), PreemptionHandler() as stop:
         state = train(made, workdir, mesh, None, stop).state
         return state, fingerprints(state)
 

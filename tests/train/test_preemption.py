@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from vdx.train.preemption import PREEMPTED, STUCK, Stop, WorkdirInUse, own
+from vdx.train.preemption import PREEMPTED, STUCK, PreemptionHandler, WorkdirInUse, lock_workdir
 
 
 def program(code: str) -> subprocess.Popen:
@@ -74,7 +74,7 @@ def test_outside_of_the_loop_a_signal_ends_at_once():
 
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Stop():
+    with PreemptionHandler():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -132,12 +132,12 @@ def test_a_workdir_has_one_writer(tmp_path):
     ready(child)
     with (
         pytest.raises(WorkdirInUse, match=f"in use by process {child.pid} on"),
-        own(tmp_path / "run"),
+        lock_workdir(tmp_path / "run"),
     ):
         pass
     child.send_signal(signal.SIGKILL)  # whatever becomes of the holder
     child.wait()
-    with own(tmp_path / "run"):
+    with lock_workdir(tmp_path / "run"):
         assert f"process {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
-    with own(tmp_path / "run"):
+    with lock_workdir(tmp_path / "run"):
         pass

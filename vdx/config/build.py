@@ -25,14 +25,13 @@ def nearest(name: str, known) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _fields(cls) -> dict[str, Any]:
-    """Configurable fields of a dataclass or flax module, with their annotations."""
+def _fields(cls: Any) -> dict[str, Any]:
+    """Returns the configurable fields of a dataclass or flax module, with their annotations."""
     hints = typing.get_type_hints(cls)
-    return {
-        f.name: hints[f.name]
-        for f in dataclasses.fields(cls)
-        if f.init and f.name not in _FLAX_FIELDS
-    }
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    if "parent" in names:  # a flax module, whose `parent` and `name` flax itself sets
+        names = [name for name in names if name not in _FLAX_FIELDS]
+    return {name: hints[name] for name in names}
 
 
 def _convert(value, hint, where: str):

@@ -13,7 +13,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from vdx.data.sources import list_videos, read_metadata
-from vdx.files import append_rows, whole_or_not
+from vdx.files import append_rows, atomic_write
 
 FLAGS = flags.FLAGS
 
@@ -42,7 +42,7 @@ def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
             f"{_some(found['changed'])} changed since their checksums were written. "
             "Restore them, or accept them by --update. Nothing was written."
         )
-    with whole_or_not(path) as part:
+    with atomic_write(path) as part:
         append_rows(part, rows)
     return found
 

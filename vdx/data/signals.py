@@ -23,7 +23,7 @@ from vdx.data.motion import motion_score
 from vdx.data.record import BadRecord, Record
 from vdx.data.resize import covering, resize
 
-__all__ = ["ACTIONS", "SIGNALS", "Clip", "read_signals", "told"]
+__all__ = ["ACTIONS", "SIGNALS", "Clip", "read_signals", "sparse_flow_hints"]
 
 ACTIONS = ("stay", "left", "right", "up", "down")
 ASPECT = 0.02  # by which the aspect of a map may differ from that of the frames
@@ -89,10 +89,10 @@ def _pose(clip: Clip) -> np.ndarray:
 
 def _flow(clip: Clip) -> np.ndarray:
     flow, scale = clip.map("flow", 2)
-    return told(flow * np.float32(scale), clip.flow_points, clip.rng)
+    return sparse_flow_hints(flow * np.float32(scale), clip.flow_points, clip.rng)
 
 
-def told(flow: np.ndarray, points: int, rng: np.random.Generator) -> np.ndarray:
+def sparse_flow_hints(flow: np.ndarray, points: int, rng: np.random.Generator) -> np.ndarray:
     """float32 [t h w 3]: flow [t h w 2], and 1 where it is told; where it is not, all is 0.
 
     points: how many, that start in the first frame, more of them where much moves, and are

@@ -40,7 +40,7 @@ __all__ = [
 CONTAINERS = "avi,matroska,mp4"  # as FFmpeg calls those of VIDEOS
 MOST_PIXELS = 1 << 26  # of a frame; a damaged or hostile header may ask for all memory
 SHA256 = re.compile("[0-9a-f]{64}")
-SPLITS = ("all", "train", "heldout")
+SPLITS = ("all", "train", "validation")
 
 Opener = Callable[[], str | io.BytesIO]
 
@@ -172,13 +172,13 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
     return Record(key, caption, duration, stamps, read)
 
 
-def _is_heldout(name: str, share: float) -> bool:
+def _is_validation(name: str, share: float) -> bool:
     """Depends on the name alone, so a clip never changes sides when others are added."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
-class Listed(NamedTuple):
+class VideoEntry(NamedTuple):
     """A video of a folder. A caption that is a Path is in that text file. tracks: (name, file) of
     what steers it."""
 
@@ -195,7 +195,7 @@ class VideoFolder:
     path: a folder with `metadata.jsonl`, rows {"file_name", "caption"} and perhaps "sha256" and
       files of what steers the clip, under the keys of `vdx.data.track_files` (other keys are
       ignored), or else videos that have a caption in a `.txt` file of the same name.
-    split: "all", "train" or "heldout"; heldout: the share of the files, by a hash of the name.
+    split: "all", "train" or "validation"; heldout: the share of the files, by a hash of the name.
 
     Most damage to an encoded video decodes to other pixels without a sign. A file with "sha256",
     which `python -m vdx.data.checksums` writes, is compared with it whenever it is opened.
@@ -206,8 +206,8 @@ class VideoFolder:
 
     path: str
     split: str = "all"
-    heldout: float = 0.1
-    rows: tuple[Listed, ...] = dataclasses.field(init=False, repr=False)
+    validation: float = 0.1
+    rows: tuple[VideoEntry, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         root = Path(self.path)
@@ -223,12 +223,12 @@ class VideoFolder:
             row
             for row in rows
             if self.split == "all"
-            or _is_heldout(row.name, self.heldout) == (self.split == "heldout")
+            or _is_validation(row.name, self.validation) == (self.split == "validation")
         ]
         if not kept:
             raise ValueError(
                 f"None of the {len(rows)} videos of {root} is in the split "
-                f"{self.split!r} with heldout = {self.heldout}."
+                f"{self.split!r} with heldout = {self.validation}."
             )
         object.__setattr__(self, "rows", tuple(kept))
 
@@ -282,7 +282,7 @@ def _verified(path: Path, sha256: str) -> bytes:
     return data
 
 
-def list_videos(root: Path) -> list[Listed]:
+def list_videos(root: Path) -> list[VideoEntry]:
     """The videos that `metadata.jsonl` names, or those that have a text file beside them.
 
     Raises ValueError if there is no folder, or for the first row that cannot be meant.
@@ -291,7 +291,7 @@ def list_videos(root: Path) -> list[Listed]:
         raise ValueError(f"There is no folder {root.resolve()}.")
     if (root / "metadata.jsonl").exists():
         return [
-            Listed(
+            VideoEntry(
                 row["file_name"],
                 row.get("caption"),
                 row.get("sha256"),
@@ -304,7 +304,7 @@ def list_videos(root: Path) -> list[Listed]:
     if not any(t.exists() for t in texts):
         return []
     return [
-        Listed(v.relative_to(root).as_posix(), t if t.exists() else None)
+        VideoEntry(v.relative_to(root).as_posix(), t if t.exists() else None)
         for v, t in zip(videos, texts, strict=True)
     ]
 

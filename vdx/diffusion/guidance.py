@@ -43,24 +43,24 @@ class Guidance:
             )
 
     @property
-    def answers(self) -> int:
+    def num_branches(self) -> int:
         """How many the network gives."""
         return 1 if all(scale == 1.0 for scale in self.scales) else len(self.scales) + 1
 
 
-def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
+def stack_branches(conditions: Sequence[Any], guidance: Guidance) -> Any:
     """All that the network is asked with, in one batch, the questions of a clip side by side (on a
     mesh they then are where the clip is, and nothing is sent); the last alone if every scale is 1.
 
     conditions: pytrees of the same structure, every leaf [b ...], from the fewest conditions to
     all, one more than there are scales. Raises ValueError when structures or numbers differ.
     """
-    if guidance.answers == 1:
+    if guidance.num_branches == 1:
         return conditions[-1]
-    if len(conditions) != guidance.answers:
+    if len(conditions) != guidance.num_branches:
         raise ValueError(
             f"{len(guidance.scales)} guidance scales lead from one answer to the "
-            f"next of {guidance.answers}, but there are {len(conditions)}."
+            f"next of {guidance.num_branches}, but there are {len(conditions)}."
         )
     structures = [str(jax.tree.structure(c)) for c in conditions]
     if len(set(structures)) > 1:
@@ -70,12 +70,12 @@ def questions(conditions: Sequence[Any], guidance: Guidance) -> Any:
     )
 
 
-def guided(
+def guided_denoiser(
     network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any], guidance: Guidance
 ) -> Callable[[Array, Array], Array]:
     """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction; for
     conditions see `questions`."""
-    ports, n = questions(conditions, guidance), guidance.answers
+    ports, n = stack_branches(conditions, guidance), guidance.num_branches
     if n == 1:
         return lambda x_t, t: network(x_t, t, ports).astype(jnp.float32)
 

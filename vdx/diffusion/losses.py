@@ -57,7 +57,7 @@ class VelocityWeight:
         return (top / jnp.maximum(process.determinant(t), self.min_sigma)) ** 2
 
 
-WEIGHTS = {"none": NoWeight, "min_snr": MinSNR, "velocity": VelocityWeight}
+WEIGHTINGS = {"none": NoWeight, "min_snr": MinSNR, "velocity": VelocityWeight}
 
 
 def denoising_error(
@@ -79,12 +79,12 @@ def denoising_loss(
     x0: Array,
     noise: Array,
     t: Array,
-    learnt: Array | None = None,
+    loss_mask: Array | None = None,
 ) -> Array:
     """The mean of `denoising_error` over t h w c, float32 [b]; over the frames alone that
     `learnt`, bool [b t], says."""
     error = denoising_error(process, weight, prediction, x0, noise, t)
-    where = None if learnt is None else learnt[:, :, None, None, None]
+    where = None if loss_mask is None else loss_mask[:, :, None, None, None]
     return jnp.mean(error, axis=range(1, error.ndim), where=where)
 
 

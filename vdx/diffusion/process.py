@@ -356,4 +356,4 @@ class LogitNormal(Uniform):
         return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
 
 
-TIMES = {"uniform": Uniform, "logit_normal": LogitNormal}
+TIME_SAMPLERS = {"uniform": Uniform, "logit_normal": LogitNormal}

@@ -17,14 +17,14 @@ import numpy as np
 
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import FLOOR, Process, shift_time
-from vdx.diffusion.step_cache import Memory, Reuse
+from vdx.diffusion.step_cache import StepCache, StepCacheState
 from vdx.types import Array, PRNGKeyArray
 
-Rows = dict[str, np.ndarray]
+StepTable = dict[str, np.ndarray]
 Carry = tuple[Array, ...]
 
 
-def time_grid(process: Process, steps: int, shift: float = 1.0) -> np.ndarray:
+def uniform_timesteps(process: Process, steps: int, shift: float = 1.0) -> np.ndarray:
     """Times for `sample`: float64 [steps + 1] from 1 to 0, uniform and then shifted.
 
     Moved to the nearest times that the process has: for a variance preserving one these are
@@ -57,11 +57,13 @@ def sample(
     evaluation i draws from fold_in(key, i). Raises ValueError for times that do not decrease
     within [0, 1], a missing key, or a start where the prediction cannot say x0.
     """
-    rows = evaluations(process, sampler, times)
-    return advance(denoise, process, sampler, sampler.start(x.astype(jnp.float32)), rows, key)[0][0]
+    rows = step_table(process, sampler, times)
+    return run_steps(denoise, process, sampler, sampler.start(x.astype(jnp.float32)), rows, key)[0][
+        0
+    ]
 
 
-def evaluations(process: Process, sampler: Any, times: np.ndarray) -> Rows:
+def step_table(process: Process, sampler: Any, times: np.ndarray) -> StepTable:
     """The sampler's plan over `times`, float32, and `index`, the number of each evaluation.
 
     Raises ValueError as `sample` does.
@@ -71,14 +73,14 @@ def evaluations(process: Process, sampler: Any, times: np.ndarray) -> Rows:
     return rows | {"index": np.arange(len(rows["t"]), dtype=np.int32)}
 
 
-def advance(
+def run_steps(
     denoise: Callable[[Array, Array], Array],
     process: Process,
     sampler: Any,
     carry: Carry,
-    rows: Rows,
+    rows: StepTable,
     key: PRNGKeyArray | None = None,
-    reuse: Reuse | None = None,
+    reuse: StepCache | None = None,
 ) -> tuple[Carry, Array]:
     """(`carry` after some consecutive `rows` of `evaluations`, bool [rows]: which of them asked
     `denoise`), so that several networks can take turns.
@@ -91,7 +93,7 @@ def advance(
     must = np.ones(len(rows["t"]), bool) if reuse is None else reuse.must(rows["t"])
     memory = None if reuse is None else reuse.start(carry[0])
 
-    def evaluate(state, now) -> tuple[tuple[Carry, Memory | None], Array]:
+    def evaluate(state, now) -> tuple[tuple[Carry, StepCacheState | None], Array]:
         (carry, memory), (row, asked) = state, now
         x = carry[0]
         t = jnp.broadcast_to(row["t"], x.shape[:1])
@@ -109,14 +111,16 @@ def advance(
     return carry, asked
 
 
-def hold(
-    denoise: Callable[[Array, Array], Array], known: Array, free: Array
+def clamp_known_frames(
+    denoise: Callable[[Array, Array], Array], known: Array, is_generated: Array
 ) -> Callable[[Array, Array], Array]:
     """A `denoise` whose network sees some frames as `known` [b t h w c], at time 0: those where
     `free` [b t] is 0, elsewhere 1 (Wan 2.2 TI2V, whose first frame is given)."""
 
     def held(x: Array, t: Array) -> Array:
-        return denoise(jnp.where(free[..., None, None, None] > 0, x, known), t[:, None] * free)
+        return denoise(
+            jnp.where(is_generated[..., None, None, None] > 0, x, known), t[:, None] * is_generated
+        )
 
     return held
 
@@ -160,7 +164,7 @@ class DDIM:
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def plan(self, process: Process, times: np.ndarray) -> Rows:
+    def plan(self, process: Process, times: np.ndarray) -> StepTable:
         h = np.diff(_log_ratio(process, times))
         sigma = process.sigma(times[1:])
         fresh = self.eta * sigma * np.sqrt(-np.expm1(-2 * h))
@@ -211,7 +215,7 @@ class Heun:
 
     stochastic: ClassVar[bool] = False
 
-    def plan(self, process: Process, times: np.ndarray) -> Rows:
+    def plan(self, process: Process, times: np.ndarray) -> StepTable:
         scale = process.alpha(times) + process.sigma(times)
         u = process.sigma(times) / scale
         twice = lambda a: np.repeat(a, 2)
@@ -235,7 +239,7 @@ class Heun:
         return row["scale_out"] * (y + row["du"] * slope), y, slope
 
 
-def _exponential(process: Process, times: np.ndarray) -> Rows:
+def _exponential(process: Process, times: np.ndarray) -> StepTable:
     """Rows of x_s = keep x + gain (x0 + trend (x0 - previous x0)); keep and gain are exact for
     an x0 that stays constant in lambda, the trend makes it second order."""
     alpha, sigma, ratio = process.alpha(times), process.sigma(times), _log_ratio(process, times)
@@ -259,7 +263,7 @@ class DPMSolverPP2M:
 
     stochastic: ClassVar[bool] = False
 
-    def plan(self, process: Process, times: np.ndarray) -> Rows:
+    def plan(self, process: Process, times: np.ndarray) -> StepTable:
         rows = _exponential(process, times)
         del rows["h"]
         return rows
@@ -288,7 +292,7 @@ class UniPC:
         if self.order not in (1, 2):
             raise ConfigError(f"sampler.order = {self.order} must be 1 or 2.")
 
-    def plan(self, process: Process, times: np.ndarray) -> Rows:
+    def plan(self, process: Process, times: np.ndarray) -> StepTable:
         rows = _exponential(process, times)
         h = rows.pop("h")
         if self.order == 1:

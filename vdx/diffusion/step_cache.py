@@ -17,7 +17,7 @@ import numpy as np
 from vdx.types import Array
 
 
-class Memory(NamedTuple):
+class StepCacheState(NamedTuple):
     """The last evaluation: its input and answer [b t h w c], and by how much answers change
     for a change of the input [b]."""
 
@@ -27,7 +27,7 @@ class Memory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reuse:
+class StepCache:
     """Whether to ask the network, for all clips of a batch alike.
 
     It is asked when the answer of one of the clips would change by `threshold` of its size or
@@ -46,8 +46,8 @@ class Reuse:
         turns = jnp.append(False, inside[1:] != inside[:-1])
         return (place < 2) | (place == len(times) - 1) | turns
 
-    def start(self, x: Array) -> Memory:
-        return Memory(jnp.zeros_like(x), jnp.zeros_like(x), jnp.full(len(x), jnp.inf))
+    def start(self, x: Array) -> StepCacheState:
+        return StepCacheState(jnp.zeros_like(x), jnp.zeros_like(x), jnp.full(len(x), jnp.inf))
 
     def __call__(
         self,
@@ -55,16 +55,16 @@ class Reuse:
         x: Array,
         t: Array,
         must: Array,
-        memory: Memory,
-    ) -> tuple[Array, Memory, Array]:
+        memory: StepCacheState,
+    ) -> tuple[Array, StepCacheState, Array]:
         """(prediction, memory, whether the network was asked)"""
         moved = x - memory.x
         change = memory.rate * _size(moved) / _size(memory.answer)
         ask = must | ~jnp.all(change < self.threshold)  # also where it is no number
 
-        def asked() -> tuple[Array, Memory]:
+        def asked() -> tuple[Array, StepCacheState]:
             answer = denoise(x, t)
-            return answer, Memory(x, answer, _size(answer - memory.answer) / _size(moved))
+            return answer, StepCacheState(x, answer, _size(answer - memory.answer) / _size(moved))
 
         prediction, memory = jax.lax.cond(ask, asked, lambda: (memory.answer + moved, memory))
         return prediction, memory, ask

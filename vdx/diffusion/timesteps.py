@@ -31,7 +31,7 @@ from vdx.diffusion.process import shift_time
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Timesteps:
     """times: float64 [n + 1], decreasing to 0. network: float64 [n], the network's times.
 
     For `sample(denoise, RectifiedFlow(), sampler, x, grid.times)`, whose `denoise(x, t)` asks its
@@ -79,18 +79,18 @@ def _diffusers_dpmpp(steps: int, shift: float) -> np.ndarray:
 
 def _grid(
     before_zero: Callable[[int, float], np.ndarray], whole: bool, steps: int, shift: float
-) -> Grid:
+) -> Timesteps:
     if steps < 1 or shift <= 0:
         raise ConfigError(f"grid: steps = {steps} and shift = {shift} must be positive.")
     times = before_zero(steps, shift)
     # All codes keep times in float32, which is a hundredth of alpha = 1e-6.
     kept = times.astype(np.float32)
     network = np.trunc(times * 1000) if whole else kept * np.float32(1000)
-    return Grid(np.append(kept, 0).astype(np.float64), network.astype(np.float64))
+    return Timesteps(np.append(kept, 0).astype(np.float64), network.astype(np.float64))
 
 
 # row(steps, shift) -> Grid. Raises ConfigError unless both are positive.
-GRIDS: dict[str, Callable[[int, float], Grid]] = {
+TIMESTEPS: dict[str, Callable[[int, float], Timesteps]] = {
     "plain": partial(_grid, _plain, False),
     "wan_unipc": partial(_grid, _wan_unipc, True),
     "wan_dpmpp": partial(_grid, _plain, True),

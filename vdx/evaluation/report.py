@@ -23,7 +23,7 @@ from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
 
 from vdx.data.bad_records import read_bad_records
-from vdx.files import read_rows, whole_or_not
+from vdx.files import atomic_write, read_rows
 
 __all__ = ["write_report"]
 
@@ -71,7 +71,7 @@ def write_report(workdir: Path) -> Path:
 
 def _write(path: Path, content: bytes) -> Path:
     """Whole or not at all, for the browser that reloads while a run is writing."""
-    with whole_or_not(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(content)
     return path
 
@@ -185,7 +185,10 @@ def _losses(rows: Rows) -> str:
     for trace in traces:
         trace.update(opacity=0.3, showlegend=False)
     traces += _curve(rows, "train/loss", "training", BLUE, smooth=True)
-    for split, name, colour in (("seen", "seen clips", GREEN), ("heldout", "held out", ORANGE)):
+    for split, name, colour in (
+        ("train_eval", "seen clips", GREEN),
+        ("validation", "held out", ORANGE),
+    ):
         traces += _curve(rows, f"{split}/loss", name, colour)
         traces += _curve(
             rows, f"{split}/loss_null", f"{name}, captions dropped", colour, dash="dot"
@@ -197,8 +200,8 @@ def _noise_levels(rows: Rows) -> str:
     charts, latest = [], []
     for split, name, colour in (
         ("train", "training", BLUE),
-        ("heldout", "held-out", ORANGE),
-        ("seen", "seen clips", GREEN),
+        ("validation", "held-out", ORANGE),
+        ("train_eval", "seen clips", GREEN),
     ):
         start = f"{split}/loss_t"
         keys = sorted({k for r in rows.values() for k in r if re.fullmatch(start + r"[\d.-]+", k)})
@@ -210,7 +213,7 @@ def _noise_levels(rows: Rows) -> str:
                 rows, key, key.replace(start, "t = ").replace("-", "–"), shade, split == "train"
             )
         ]
-        if split != "seen":
+        if split != "train_eval":
             charts.append(_chart(f"By noise level, {name}", traces, "loss", log=True))
         if split != "train" and traces:
             latest.append(
@@ -263,8 +266,8 @@ def _numbers(rows: Rows, run: Mapping[str, Any], result: Mapping[str, Any]) -> s
         ("prompt following", right, f"all attributes; chance {chance or '–'}"),
         (
             "held-out loss",
-            logged("heldout/loss", ".4g"),
-            f"{logged('heldout/loss_null', '.4g') or '–'} without captions",
+            logged("validation/loss", ".4g"),
+            f"{logged('validation/loss_null', '.4g') or '–'} without captions",
         ),
         ("clips / s", logged("speed/clips_per_s", ",.1f", np.median), "median"),
         ("waiting for data", logged("speed/data_wait", ".1%", np.median), "median of time"),

@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from vdx.config.build import ConfigError
-from vdx.diffusion.guidance import Guidance, guided, questions
-from vdx.diffusion.samplers import SAMPLERS, advance
+from vdx.diffusion.guidance import Guidance, guided_denoiser, stack_branches
+from vdx.diffusion.samplers import SAMPLERS, run_steps
 from vdx.generate.pipeline import Generator, laid_out
-from vdx.models.mixers.grid_attention import Past
+from vdx.models.mixers.grid_attention import CachePosition
 from vdx.parallel import BATCH
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
@@ -31,7 +31,7 @@ CACHE = P(None, BATCH, None, None, None, "tensor", None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamer(Generator):
+class BlockwiseGenerator(Generator):
     """A Generator that makes clips block by block, all of a clip at once or as they come.
 
     The noise of a block depends on the seed and its number alone, so a clip begins as a shorter
@@ -40,9 +40,9 @@ class Streamer(Generator):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sampling.reuse:
+        if self.sampling.cache_threshold:
             raise ConfigError(
-                f"sample.reuse = {self.sampling.reuse}: a clip that is made block by "
+                f"sample.reuse = {self.sampling.cache_threshold}: a clip that is made block by "
                 "block asks the network in every step; set it to 0."
             )
         if self.model.block is None:
@@ -55,7 +55,7 @@ class Streamer(Generator):
 
     @property
     def network(self) -> Any:
-        return self.model.parts()[0]
+        return self.model.backbone
 
     @property
     def frames(self) -> int:
@@ -97,18 +97,18 @@ class Streamer(Generator):
             self.conditions(params, batch, None, noise.shape),
             self.guidance(batch),
         )
-        told, cache = self.begin(params, conditions, guidance, blocks)
+        cross_kv, cache = self.begin(params, conditions, guidance, blocks)
         parts = jnp.moveaxis(noise.reshape(b, blocks, self.frames, *noise.shape[2:]), 1, 0)
 
         def one(cache, part):
             index, noise = part
             x0, cache = self.draw_block(
-                params, conditions, guidance, told, cache, index, noise, key, blocks
+                params, conditions, guidance, cross_kv, cache, index, noise, key, blocks
             )
             return cache, x0
 
         _, out = jax.lax.scan(one, cache, (jnp.arange(blocks), parts))
-        asked = jnp.ones(blocks * len(self.rows()["t"]), bool)
+        asked = jnp.ones(blocks * len(self.step_table()["t"]), bool)
         return jnp.moveaxis(out, 0, 1).reshape(noise.shape) + self.mean, asked
 
     def stream(
@@ -119,7 +119,7 @@ class Streamer(Generator):
         *,
         num_frames: int | None,
         fps: float,
-        steer: Mapping[str, np.ndarray] | None = None,
+        controls: Mapping[str, np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """The clips that a call draws, float32 [n t h w c] a block, each as soon as it is made.
 
@@ -134,13 +134,13 @@ class Streamer(Generator):
                 "and a model that is not told its length, the signal num_frames."
             )
         self.check((num_frames or self.frames, *self.frame_shape))
-        self.check_steering(steer := steer or {})
+        self.check_controls(controls := controls or {})
         chunk = self.at_once(len(prompts))
         if len(prompts) > chunk:
             raise ValueError(f"{len(prompts)} clips at once are too many, sample.batch = {chunk}.")
         rows = [min(i, len(prompts) - 1) for i in range(chunk)]
         batch = self.batch([prompts[i] for i in rows], num_frames or 0, fps)
-        batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
+        batch |= {k: np.asarray(v)[rows] for k, v in controls.items()}
         return self._stream(
             params, batch, [seeds[i] for i in rows], num_frames, bounded, len(prompts)
         )
@@ -150,12 +150,12 @@ class Streamer(Generator):
         numbers = itertools.count() if num_frames is None else range(num_frames // self.frames)
         # With windows alone the cache is of one size, and the program is that of every length.
         blocks = 1 if bounded else (num_frames or 0) // self.frames
-        conditions, told, cache = self._begin(
+        conditions, cross_kv, cache = self._begin(
             params, batch, guidance, blocks, num_frames or self.frames
         )
         for index in numbers:
             x0, cache = self._next(
-                params, conditions, told, cache, np.int32(index), seeds, guidance, blocks
+                params, conditions, cross_kv, cache, np.int32(index), seeds, guidance, blocks
             )
             yield np.asarray(x0)[:clips]
 
@@ -170,11 +170,11 @@ class Streamer(Generator):
 
     @functools.cached_property
     def _next(self):
-        def step(params, conditions, told, cache, index, seeds, guidance, blocks):
+        def step(params, conditions, cross_kv, cache, index, seeds, guidance, blocks):
             keys = jax.vmap(jax.random.key)(seeds)
             noise = jax.vmap(self.block_noise, in_axes=(0, None))(keys, index)
             x0, cache = self.draw_block(
-                params, conditions, guidance, told, cache, index, noise, keys[0], blocks
+                params, conditions, guidance, cross_kv, cache, index, noise, keys[0], blocks
             )
             return x0 + self.mean, cache
 
@@ -187,8 +187,8 @@ class Streamer(Generator):
     ) -> tuple[Any, Cache]:
         """(what stays the same in all blocks, a cache of zeros). blocks: how many a mixer without
         a window holds."""
-        past, conditions = Past(jnp.int32(0), blocks), self.of_block(conditions, 0)
-        ports = questions(conditions, guidance)
+        past, conditions = CachePosition(jnp.int32(0), blocks), self.of_block(conditions, 0)
+        ports = stack_branches(conditions, guidance)
         b = len(jax.tree.leaves(ports)[0])
         x = jnp.zeros((b, self.frames, *self.frame_shape))
         shapes = jax.eval_shape(
@@ -198,14 +198,16 @@ class Streamer(Generator):
             params,
         )
         cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return self.model.told(params, x, jnp.zeros(b), ports, past, cache=cache), cache
+        return self.model.precompute_cross_kv(
+            params, x, jnp.zeros(b), ports, past, cache=cache
+        ), cache
 
     def draw_block(
         self,
         params: Params,
         conditions: list[Ports],
         guidance: Guidance,
-        told: Any,
+        cross_kv: Any,
         cache: Cache,
         index: Array,
         noise: Array,
@@ -213,24 +215,24 @@ class Streamer(Generator):
         blocks: int,
     ) -> tuple[Array, Cache]:
         """(x0 [b t h w c] of block number `index`, the cache with it). Pure."""
-        past = Past(index * self.network.block(), blocks)
+        past = CachePosition(index * self.network.block(), blocks)
         conditions = self.of_block(conditions, index)
-        denoise = guided(
+        denoise = guided_denoiser(
             lambda x, t, ports: self.model.run(
-                params, x, self.tell(t), ports, past, told=told, cache=cache
+                params, x, self.network_time(t), ports, past, cross_kv=cross_kv, cache=cache
             ),
             conditions,
             guidance,
         )
-        x0 = advance(
+        x0 = run_steps(
             denoise,
             self.process,
             SAMPLERS[self.sampling.sampler](),
             self.start(noise),
-            self.rows(),
+            self.step_table(),
             jax.random.fold_in(key, index),
         )[0][0]
-        return x0, self.remember(params, conditions, guidance, told, cache, past, x0)
+        return x0, self.remember(params, conditions, guidance, cross_kv, cache, past, x0)
 
     def of_block(self, conditions: list[Ports], index: Array | int) -> list[Ports]:
         """What is told of the frames of a block, if frames are told of one by one. A block
@@ -256,16 +258,16 @@ class Streamer(Generator):
         params: Params,
         conditions: list[Ports],
         guidance: Guidance,
-        told: Any,
+        cross_kv: Any,
         cache: Cache,
-        past: Past,
+        past: CachePosition,
         x0: Array,
     ) -> Cache:
         """The cache after the clean block is read, by all branches of guidance."""
-        ports, x0 = questions(conditions, guidance), jnp.repeat(x0, guidance.answers, 0)
-        time = self.tell(jnp.zeros(len(x0)))
+        ports, x0 = stack_branches(conditions, guidance), jnp.repeat(x0, guidance.num_branches, 0)
+        time = self.network_time(jnp.zeros(len(x0)))
         return self.model.run(
-            params, x0, time, ports, past, told=told, cache=cache, mutable=["cache"]
+            params, x0, time, ports, past, cross_kv=cross_kv, cache=cache, mutable=["cache"]
         )[1]["cache"]
 
 

@@ -20,14 +20,14 @@ from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.types import Params
 
-FILE = "reuse.json"
+FILE = "step_cache.json"
 LEAST, MOST, HALVINGS = 3e-3, 3.0, 8  # thresholds between which is searched, in ratios
 TIMED = 3
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
+class CacheCalibration:
     """threshold: of `Sampling.reuse`. floor: the least SSIM to the clip of all evaluations that
     was asked for, ssim: what was found, one for each of the prompts and seeds. evaluations: how
     many asked the network, of `full` ones. seconds: for one clip with and without reuse, after
@@ -38,7 +38,7 @@ class Proof:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     ssim: tuple[float, ...]
-    evaluations: tuple[int, ...]
+    step_table: tuple[int, ...]
     full: int
     seconds: Mapping[str, float]
     num_frames: int
@@ -50,43 +50,48 @@ class Proof:
         write_json(workdir / FILE, dataclasses.asdict(self))
 
     def said(self) -> str:
-        skipped = 1 - np.mean(self.evaluations) / self.full
+        skipped = 1 - np.mean(self.step_table) / self.full
         return (
-            f"reuse = {self.threshold:.4g}: SSIM {min(self.ssim):.4f} to "
+            f"cache_threshold = {self.threshold:.4g}: SSIM {min(self.ssim):.4f} to "
             f"{max(self.ssim):.4f} (floor {self.floor}), {100 * skipped:.0f} % of "
             f"{self.full} evaluations skipped, {self.seconds['full']:.3f} s -> "
             f"{self.seconds['reused']:.3f} s a clip"
         )
 
 
-def read_proof(workdir: Path) -> Proof:
+def read_calibration(workdir: Path) -> CacheCalibration:
     """Raises ConfigError if there is none."""
     if not (workdir / FILE).is_file():
         raise ConfigError(
             f"{workdir} has no {FILE}: find a threshold first, "
-            f"python -m vdx.sample --workdir={workdir} --calibrate=0.95"
+            f"python -m vdx.sample --workdir={workdir} --calibrate_cache=0.95"
         )
-    return fill(Proof, read_json(workdir / FILE), FILE)
+    return fill(CacheCalibration, read_json(workdir / FILE), FILE)
 
 
 def what_matters(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a proof holds for: others may be drawn at once, and the threshold is what
     it says."""
-    return {k: v for k, v in sampling.items() if k not in ("reuse", "batch")}
+    return {k: v for k, v in sampling.items() if k not in ("cache_threshold", "batch")}
 
 
-def check_proof(
-    proof: Proof, weights: str, sampling: Mapping[str, Any], num_frames: int, fps: float, where: str
+def check_calibration(
+    calibration: CacheCalibration,
+    weights: str,
+    sampling: Mapping[str, Any],
+    num_frames: int,
+    fps: float,
+    where: str,
 ) -> None:
     """Raises ConfigError if it was found with other weights, another sampling, or clips of
     another length or rate."""
     # Through JSON tuples have become lists.
     listed = lambda tree: {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items()}
     asked = what_matters(sampling) | {"num_frames": num_frames, "fps": fps, "weights": weights}
-    known = dict(proof.sampling) | {
-        "num_frames": proof.num_frames,
-        "fps": proof.fps,
-        "weights": proof.weights,
+    known = dict(calibration.sampling) | {
+        "num_frames": calibration.num_frames,
+        "fps": calibration.fps,
+        "weights": calibration.weights,
     }
     asked, known = listed(asked), listed(known)
     if other := [
@@ -96,7 +101,7 @@ def check_proof(
     ]:
         raise ConfigError(
             f"{where} was found for something else: {'; '.join(other)}. Calibrate "
-            "again with --calibrate and the same flags, or leave --cached away."
+            "again with --calibrate_cache and the same flags, or leave --step_cache away."
         )
 
 
@@ -150,18 +155,18 @@ def calibrate(
     floor: float,
     weights: str,
     say: Say = print,
-) -> Proof:
+) -> CacheCalibration:
     """The proof of the largest threshold, by bisection, at which the SSIM of every clip to that
     of all evaluations is at least `floor`; 0 if there is none. Clip i has seed + i.
 
     Clips are drawn one by one: in a batch the network is asked at least as often.
     """
     if not 0 < floor <= 1:
-        raise ConfigError(f"--calibrate={floor} is an SSIM, above 0 and at most 1.")
+        raise ConfigError(f"--calibrate_cache={floor} is an SSIM, above 0 and at most 1.")
     clips = _Clips(
         generator, params, prompts, [seed + i for i in range(len(prompts))], num_frames, fps
     )
-    full = len(generator.rows()["t"])
+    full = len(generator.step_table()["t"])
     want = [clips.plain(i) for i in range(len(prompts))]
 
     def judged(threshold: float) -> tuple[list[float], list[int]] | None:
@@ -172,10 +177,12 @@ def calibrate(
             found.append(ssim(clip, want[i]))
             counts.append(made)
             if found[-1] < floor:
-                say(f"reuse = {threshold:.4g}: SSIM {found[-1]:.4f} is below the floor, {prompt!r}")
+                say(
+                    f"cache_threshold = {threshold:.4g}: SSIM {found[-1]:.4f} is below the floor, {prompt!r}"
+                )
                 return None
         say(
-            f"reuse = {threshold:.4g}: SSIM at least {min(found):.4f}, {np.mean(counts):.1f} "
+            f"cache_threshold = {threshold:.4g}: SSIM at least {min(found):.4f}, {np.mean(counts):.1f} "
             f"evaluations of {full}"
         )
         return found, counts
@@ -188,7 +195,7 @@ def calibrate(
             high = middle
         else:
             low, best, result = middle, threshold, found
-    return Proof(
+    return CacheCalibration(
         best,
         floor,
         tuple(prompts),

@@ -39,14 +39,14 @@ def files(asked: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def steered(
+def read_controls(
     asked: Mapping[str, Any],
     signals: Collection[str],
     shape: tuple[int, ...],
     fps: float,
     mean: float,
     flow_points: int,
-    holds: bool = False,
+    first_frame: bool = False,
 ) -> dict[str, np.ndarray]:
     """Entries of a batch of one clip of `shape` (t, h, w, c), from what is asked by name:
 
@@ -59,7 +59,7 @@ def steered(
     """
     for name in asked:
         signal = "known_frames" if name in KNOWN else name
-        if signal not in signals and not (holds and name == "image"):
+        if signal not in signals and not (first_frame and name == "image"):
             raise ConfigError(
                 f"--{name}: this model was not trained with the signal {signal!r}; "
                 f"it reads: {', '.join(signals)}."
@@ -67,7 +67,7 @@ def steered(
     out: dict[str, np.ndarray] = {}
     if given := {name: asked[name] for name in KNOWN if name in asked}:
         known = _known_frames(given, shape, mean)
-        out |= known if "known_frames" in signals else {"held": known["known"][0]}
+        out |= known if "known_frames" in signals else {"first_frame": known["known"][0]}
     if "motion" in asked:
         out["motion"] = np.asarray(asked["motion"], np.float32)
     tracks = {

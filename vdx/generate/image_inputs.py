@@ -23,7 +23,7 @@ def open_picture(name: str, path: str) -> Image.Image:
         raise ConfigError(f"--{name}={path} is not a picture that can be read: {error}.") from error
 
 
-def moving_pictures(name: str, path: str, fps: float) -> Iterator[Image.Image]:
+def iter_frames(name: str, path: str, fps: float) -> Iterator[Image.Image]:
     """A video's pictures nearest to 0, 1/fps, 2/fps, ... seconds, one at a time; of a file that
     is one picture, that picture without end. Raises ConfigError."""
     if Path(path).suffix.lower() not in VIDEOS:
@@ -40,7 +40,7 @@ def fitted(picture: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(resized, np.float32) / 127.5 - 1
 
 
-def on_white(picture: Image.Image, height: int, width: int) -> np.ndarray:
+def letterbox(picture: Image.Image, height: int, width: int) -> np.ndarray:
     """float32 [h w 3] in [-1, 1]: the whole picture in the middle of a white one, as
     `WanVACEPipeline` of diffusers shows a reference: first its sides become multiples of CUT,
     then it is interpolated linearly, also where it shrinks."""

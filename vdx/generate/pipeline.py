@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import lookup
-from vdx.diffusion.guidance import Guidance, guided, questions
+from vdx.diffusion.guidance import Guidance, guided_denoiser, stack_branches
 from vdx.diffusion.samplers import (
     SAMPLERS,
     Carry,
-    Rows,
-    advance,
-    evaluations,
-    hold,
-    time_grid,
+    StepTable,
+    clamp_known_frames,
+    run_steps,
+    step_table,
+    uniform_timesteps,
 )
-from vdx.diffusion.step_cache import Reuse
-from vdx.diffusion.timesteps import GRIDS, Grid
+from vdx.diffusion.step_cache import StepCache
+from vdx.diffusion.timesteps import TIMESTEPS, Timesteps
 from vdx.models.conditioning.signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
@@ -43,24 +43,26 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     steps: int = 20
     guidance: float = 3.0
-    guide: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    rescale: float = 0.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    grid: str = ""
+    signal_guidance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    timesteps: str = ""
     shift: float = 1.0
     batch: int = 16
-    reuse: float = 0.0
+    cache_threshold: float = 0.0
 
     def __post_init__(self):
         lookup(self.sampler, SAMPLERS, "config.sample.sampler")
-        if self.grid:
-            lookup(self.grid, GRIDS, "config.sample.grid")
+        if self.timesteps:
+            lookup(self.timesteps, TIMESTEPS, "config.sample.timesteps")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(
                 f"sample.steps = {self.steps} and sample.batch = {self.batch} must be positive."
             )
-        if self.reuse < 0:
-            raise ValueError(f"sample.reuse = {self.reuse} must not be negative.")
+        if self.cache_threshold < 0:
+            raise ValueError(
+                f"sample.cache_threshold = {self.cache_threshold} must not be negative."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,11 @@ class Generator:
     sampling: Sampling
     frame_shape: tuple[int, int, int]
     mean: float = 0.0
-    holds: bool = False
+    first_frame: bool = False
 
     def __post_init__(self):
-        for name in self.sampling.guide:
-            lookup(name, self.model.signals, "config.sample.guide")
+        for name in self.sampling.signal_guidance:
+            lookup(name, self.model.signals, "config.sample.signal_guidance")
 
     def __call__(
         self,
@@ -89,7 +91,7 @@ class Generator:
         num_frames: int,
         fps: float,
         noise: np.ndarray | None = None,
-        steer: Mapping[str, np.ndarray] | None = None,
+        controls: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """float32 [n t h w c], one clip a prompt, at most `sampling.batch` at a time.
 
@@ -105,13 +107,13 @@ class Generator:
                 f"{(len(prompts), *shape)} [b t h w c]."
             )
         self.check(shape)
-        self.check_steering(steer := steer or {})
+        self.check_controls(controls := controls or {})
         chunk, out = self.at_once(len(prompts)), []
         for start in range(0, len(prompts), chunk):
             # The last chunk is filled up by repetition, so that one program serves all.
             rows = [min(i, len(prompts) - 1) for i in range(start, start + chunk)]
             batch = self.batch([prompts[i] for i in rows], num_frames, fps)
-            batch |= {k: np.asarray(v)[rows] for k, v in steer.items()}
+            batch |= {k: np.asarray(v)[rows] for k, v in controls.items()}
             given = None if noise is None else noise[np.asarray(rows)]
             x0, _ = self.from_seeds(
                 params, batch, np.asarray([seeds[i] for i in rows]), given, None, shape
@@ -123,10 +125,13 @@ class Generator:
         """Raises ValueError for a clip [t h w c] that cannot be drawn."""
         self.model.num_tokens((1, *shape))
 
-    def check_steering(self, steer: Mapping[str, np.ndarray]) -> None:
+    def check_controls(self, controls: Mapping[str, np.ndarray]) -> None:
         """Raises ConfigError for entries that no signal of the model reads."""
-        known = {**self.model.parts()[1].example(), **({"held": None} if self.holds else {})}
-        for key in steer:
+        known = {
+            **self.model.conditioning.dummy_batch(),
+            **({"first_frame": None} if self.first_frame else {}),
+        }
+        for key in controls:
             lookup(key, known, "This model's signals")
 
     def batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict:
@@ -174,37 +179,43 @@ class Generator:
         """(x0 [b t h w c] for a batch of conditions from noise [b t h w c], which evaluations
         asked the network); threshold: as of `advance`. Pure."""
         carry, known, batch = self.start(noise), None, dict(batch)
-        if (first := batch.pop("held", None)) is not None:
-            free = (jnp.arange(noise.shape[1]) > 0).astype(jnp.float32)
+        if (first := batch.pop("first_frame", None)) is not None:
+            is_generated = (jnp.arange(noise.shape[1]) > 0).astype(jnp.float32)
             known = (
                 jnp.zeros_like(noise).at[:, 0].set(first),
-                jnp.broadcast_to(free, noise.shape[:2]),
+                jnp.broadcast_to(is_generated, noise.shape[:2]),
             )
-        carry, asked = self.advance(params, batch, None, carry, self.rows(), key, known, threshold)
+        carry, asked = self.run_steps(
+            params, batch, None, carry, self.step_table(), key, known, threshold
+        )
         x0 = carry[0] if first is None else carry[0].at[:, 0].set(first)
         return x0 + self.mean, asked
 
     @functools.cached_property
-    def grid(self) -> Grid | None:
+    def timesteps(self) -> Timesteps | None:
         s = self.sampling
-        return GRIDS[s.grid](s.steps, s.shift) if s.grid else None
+        return TIMESTEPS[s.timesteps](s.steps, s.shift) if s.timesteps else None
 
-    def rows(self) -> Rows:
+    def step_table(self) -> StepTable:
         """The evaluations of the network that make a clip."""
         s = self.sampling
-        times = self.grid.times if self.grid else time_grid(self.process, s.steps, s.shift)
-        return evaluations(self.process, SAMPLERS[s.sampler](), times)
+        times = (
+            self.timesteps.times
+            if self.timesteps
+            else uniform_timesteps(self.process, s.steps, s.shift)
+        )
+        return step_table(self.process, SAMPLERS[s.sampler](), times)
 
     def start(self, noise: Array) -> Carry:
         return SAMPLERS[self.sampling.sampler]().start(jnp.asarray(noise, jnp.float32))
 
-    def advance(
+    def run_steps(
         self,
         params: Params,
         batch: Batch,
         negative: Batch | None,
         carry: Carry,
-        rows: Rows,
+        rows: StepTable,
         key: PRNGKeyArray,
         known: tuple[Array, Array] | None = None,
         threshold: float | Array | None = None,
@@ -213,50 +224,58 @@ class Generator:
         the first array of the carry. Pure.
 
         Guidance leads from the conditions `negative` to those of `batch`; None: the same without
-        their text. known: what `samplers.hold` takes. threshold: in the place of sampling.reuse.
+        their text. known: what `samplers.hold` takes. threshold: in the place of sampling.cache_threshold.
         """
         conditions = self.conditions(params, batch, negative, carry[0].shape)
         guidance = self.guidance(batch, negative)
-        ports, x = questions(conditions, guidance), jnp.repeat(carry[0], guidance.answers, 0)
+        ports, x = (
+            stack_branches(conditions, guidance),
+            jnp.repeat(carry[0], guidance.num_branches, 0),
+        )
         # XLA does not move this out of the loop over steps: the layers are a loop themselves.
-        told = self.model.told(params, x, jnp.zeros(len(x)), ports)
-        denoise = guided(
-            lambda x, t, ports: self.model.run(params, x, self.tell(t), ports, told=told),
+        cross_kv = self.model.precompute_cross_kv(params, x, jnp.zeros(len(x)), ports)
+        denoise = guided_denoiser(
+            lambda x, t, ports: self.model.run(
+                params, x, self.network_time(t), ports, cross_kv=cross_kv
+            ),
             conditions,
             guidance,
         )
         if known is not None:
-            denoise = hold(denoise, *known)
-        threshold = self.sampling.reuse if threshold is None else threshold
+            denoise = clamp_known_frames(denoise, *known)
+        threshold = self.sampling.cache_threshold if threshold is None else threshold
         plain = isinstance(threshold, int | float) and threshold == 0
-        return advance(
+        return run_steps(
             denoise,
             self.process,
             SAMPLERS[self.sampling.sampler](),
             carry,
             rows,
             key,
-            None if plain else Reuse(threshold, self.sampling.interval),
+            None if plain else StepCache(threshold, self.sampling.guidance_interval),
         )
 
-    def guides(self, batch: Batch) -> list[tuple[set[str], float]]:
+    def guidance_branches(self, batch: Batch) -> list[tuple[set[str], float]]:
         """(signals, scale) of what guidance strengthens one after the other, the text last."""
-        s, absent = self.sampling, self.model.absent(batch)
-        known = [*(({name}, scale) for name, scale in s.guide.items()), (set(TEXT), s.guidance)]
+        s, absent = self.sampling, self.model.missing_signals(batch)
+        known = [
+            *(({name}, scale) for name, scale in s.signal_guidance.items()),
+            (set(TEXT), s.guidance),
+        ]
         return [(names, scale) for names, scale in known if scale != 1.0 and names - absent]
 
     def guidance(self, batch: Batch, negative: Batch | None = None) -> Guidance:
         """As `advance` guides from `negative` to `batch`."""
         s = self.sampling
-        scales = [s.guidance] if negative else [scale for _, scale in self.guides(batch)]
-        return Guidance(tuple(scales), s.rescale, s.interval)
+        scales = [s.guidance] if negative else [scale for _, scale in self.guidance_branches(batch)]
+        return Guidance(tuple(scales), s.guidance_rescale, s.guidance_interval)
 
     def conditions(
         self, params: Params, batch: Batch, negative: Batch | None, shape: tuple[int, ...]
     ) -> list[Ports]:
         """What the network is told of clips of `shape` [b t h w c], from the fewest conditions to
         all."""
-        absent, whole = self.model.absent(batch), self.model.completed(batch, shape)
+        absent, whole = self.model.missing_signals(batch), self.model.fill_missing(batch, shape)
 
         def ports(batch: Batch, untold: set[str]) -> Ports:
             drop = {
@@ -267,12 +286,12 @@ class Generator:
 
         if negative:
             return [ports({**whole, **negative}, set()), ports(whole, set())]
-        guides = [names for names, _ in self.guides(batch)]
+        guides = [names for names, _ in self.guidance_branches(batch)]
         return [ports(whole, set().union(*guides[i:])) for i in range(len(guides) + 1)]
 
-    def tell(self, t: Array) -> Array:
+    def network_time(self, t: Array) -> Array:
         """What the network is fed at time t."""
-        return (self.grid or self.process).network_time(t)
+        return (self.timesteps or self.process).network_time(t)
 
 
 def laid_out(batch: Batch) -> Batch:

@@ -21,15 +21,15 @@ from vdx.diffusion.samplers import Carry
 from vdx.generate.decode import Decoder
 from vdx.generate.image_inputs import (
     fitted,
+    iter_frames,
+    letterbox,
     mask_channels,
-    moving_pictures,
-    on_white,
     open_picture,
 )
 from vdx.generate.pipeline import Generator
-from vdx.generate.pretrained_request import PublicRequest, start_noise
+from vdx.generate.pretrained_request import PretrainedRequest, start_noise
 from vdx.interop.lora import open_lora
-from vdx.interop.pretrained import EXPERTS, PublicModel
+from vdx.interop.pretrained import EXPERTS, PretrainedModel
 from vdx.models.adapters.lora import Adapted, adapt
 from vdx.models.encoders.clip import preprocess
 from vdx.models.encoders.text_tokens import PromptTokenizer
@@ -41,10 +41,12 @@ PROMPTS = 8  # encoded at once
 PIXELS = 2**20  # of a frame, times the latent frames that the VAE computes at once
 
 
-class PublicGenerator:
-    """Draws the clips of a request; `say` is told what has been done, and how long it took."""
+class PretrainedGenerator:
+    """Draws the clips of a request; `say` is control what has been done, and how long it took."""
 
-    def __init__(self, model: PublicModel, request: PublicRequest, mesh: Mesh, say: Say = print):
+    def __init__(
+        self, model: PretrainedModel, request: PretrainedRequest, mesh: Mesh, say: Say = print
+    ):
         self.model, self.request, self.mesh, self.say = model, request, mesh, say
         self.parts = mesh.shape["data"] * mesh.shape["fsdp"]  # clips drawn at once
         self.chunk = max(1, PIXELS // (request.height * request.width))
@@ -111,9 +113,9 @@ class PublicGenerator:
         return {"text": np.concatenate(features)[: len(ids)], "text_mask": mask}
 
     def pictures(self) -> Arrays:
-        """What the transformer is told of the pictures, b = 1: `image_tokens` and `concat`, or
+        """What the transformer is control of the pictures, b = 1: `image_tokens` and `concat`, or
         `known`, the latents of the first frame."""
-        r, held = self.request, self.model.first_frame_is_held
+        r, held = self.request, self.model.clamps_first_frame
         given = [
             open_picture(name, path)
             for name, path in (("image", r.image), ("last_image", r.last_image))
@@ -158,7 +160,7 @@ class PublicGenerator:
         r = self.request
 
         def read(name: str, path: str, mode: str) -> np.ndarray:
-            frames = itertools.islice(moving_pictures(name, path, r.fps), r.num_frames)
+            frames = itertools.islice(iter_frames(name, path, r.fps), r.num_frames)
             return np.stack([fitted(f.convert(mode), r.height, r.width) for f in frames])
 
         shape = r.num_frames, r.height, r.width
@@ -170,17 +172,17 @@ class PublicGenerator:
         )
         anew = mask[..., None] > 0.5
         references = [
-            on_white(open_picture("reference", path), r.height, r.width)[None]
+            letterbox(open_picture("reference", path), r.height, r.width)[None]
             for path in reversed(r.reference)
         ]
         stays, changes, *seen = self.encode(
             *(x[None] for x in (clip * ~anew, clip * anew, *references))
         )
         mask = mask_channels(mask, stays.shape[1], self.model.components["vae"].module.rates[1])
-        told = np.concatenate([stays, changes, mask[None]], -1)
+        control = np.concatenate([stays, changes, mask[None]], -1)
         # A reference stays as it is, and its mask is black.
-        rows = [np.pad(x, [(0, 0)] * 4 + [(0, told.shape[-1] - x.shape[-1])]) for x in seen]
-        return {"control": np.concatenate([*rows, told], 1)}
+        rows = [np.pad(x, [(0, 0)] * 4 + [(0, control.shape[-1] - x.shape[-1])]) for x in seen]
+        return {"control": np.concatenate([*rows, control], 1)}
 
     def denoise(self, text: Arrays, pictures: Arrays) -> np.ndarray:
         """Latents [n t h w c]."""
@@ -188,8 +190,8 @@ class PublicGenerator:
         scene = {k: np.repeat(v, self.parts, 0) for k, v in pictures.items()}
         known = None
         if "known" in scene:
-            free = (np.arange(r.latents(self.model)[0]) > 0).astype(np.float32)
-            known = scene.pop("known"), np.repeat(free[None], self.parts, 0)
+            is_generated = (np.arange(r.latents(self.model)[0]) > 0).astype(np.float32)
+            known = scene.pop("known"), np.repeat(is_generated[None], self.parts, 0)
 
         def conditions(rows: np.ndarray) -> Arrays:
             return scene | {name: values[rows] for name, values in text.items()}
@@ -205,7 +207,7 @@ class PublicGenerator:
             carries = carries or [
                 jax.tree.map(np.asarray, generator.start(noise[rows])) for rows in chunks
             ]
-            plan = generator.rows()
+            plan = generator.step_table()
             last = (
                 len(plan["t"])
                 if expert is experts[-1]
@@ -224,11 +226,11 @@ class PublicGenerator:
                         for path, weight in adapters
                     ),
                 )
-            advance = self.jitted(functools.partial(_advance, generator))
+            run_steps = self.jitted(functools.partial(_advance, generator))
             for i, rows in enumerate(chunks):
                 start = time.perf_counter()
                 carries[i], asked = jax.block_until_ready(
-                    advance(
+                    run_steps(
                         params,
                         conditions(rows),
                         negative,
@@ -241,7 +243,7 @@ class PublicGenerator:
                 self.done(
                     f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(r.prompts)}: "
                     f"evaluations {first + 1} to {last} of {len(plan['t'])}"
-                    f"{f', {asked.sum()} made' if r.reuse else ''}",
+                    f"{f', {asked.sum()} made' if r.cache_threshold else ''}",
                     start,
                 )
             first = last
@@ -274,7 +276,7 @@ class PublicGenerator:
 def _advance(
     generator: Generator, params, batch, negative, carry, rows, seed, known
 ) -> tuple[Carry, Array]:
-    return generator.advance(params, batch, negative, carry, rows, jax.random.key(seed), known)
+    return generator.run_steps(params, batch, negative, carry, rows, jax.random.key(seed), known)
 
 
 def shown_mask(shown: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:

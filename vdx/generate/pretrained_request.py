@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from vdx.config.build import ConfigError, fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
-from vdx.diffusion.timesteps import GRIDS
+from vdx.diffusion.timesteps import TIMESTEPS
 from vdx.generate.control_inputs import file_digest
-from vdx.generate.image_inputs import moving_pictures, open_picture
+from vdx.generate.image_inputs import iter_frames, open_picture
 from vdx.generate.pipeline import Sampling
 from vdx.interop.lora import open_lora
-from vdx.interop.pretrained import EXPERTS, PublicModel, open_public
+from vdx.interop.pretrained import EXPERTS, PretrainedModel, open_pretrained
 from vdx.parallel import MeshSpec
 
 FILES = ("image", "last_image", "control", "control_mask", "init_noise")
@@ -25,7 +25,7 @@ LORAS = ("lora", "lora_2")
 
 
 @dataclasses.dataclass(frozen=True)
-class PublicRequest:
+class PretrainedRequest:
     """All that decides the clips, besides the weights.
 
     image, last_image: files of pictures that the clip begins and ends with. control: a video
@@ -47,7 +47,7 @@ class PublicRequest:
     height: int
     width: int
     sampler: str
-    grid: str
+    timesteps: str
     steps: int
     shift: float
     guidance: tuple[float, ...]
@@ -62,18 +62,18 @@ class PublicRequest:
     init_noise: str | None = None
     lora: tuple[str, ...] = ()
     lora_2: tuple[str, ...] = ()
-    reuse: float = 0.0
+    cache_threshold: float = 0.0
     digests: dict = dataclasses.field(default_factory=dict)
 
     def sampling(self, expert: int = 0) -> Sampling:
         return Sampling(
             sampler=self.sampler,
-            grid=self.grid,
+            timesteps=self.timesteps,
             steps=self.steps,
             shift=self.shift,
             guidance=self.guidance[expert % len(self.guidance)],
             batch=1,
-            reuse=self.reuse,
+            cache_threshold=self.cache_threshold,
         )
 
     def adapters(self, expert: int) -> list[tuple[str, float]]:
@@ -92,9 +92,9 @@ class PublicRequest:
 
     def network_time(self, t: np.ndarray) -> np.ndarray:
         """What the network is fed at times of the grid."""
-        return GRIDS[self.grid](self.steps, self.shift).network_time(t)
+        return TIMESTEPS[self.timesteps](self.steps, self.shift).network_time(t)
 
-    def latents(self, model: PublicModel) -> tuple[int, int, int, int]:
+    def latents(self, model: PretrainedModel) -> tuple[int, int, int, int]:
         """(t, h, w, c) of a clip's latents; those of the references are before it."""
         vae = model.components["vae"].module
         frames, side = vae.rates
@@ -115,7 +115,7 @@ def weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def recommended(model: PublicModel) -> dict[str, Any]:
+def recommended(model: PretrainedModel) -> dict[str, Any]:
     """What those who released the model draw it with, as far as the folder does not say it."""
     wan: dict[str, Any] = {
         "height": 480,
@@ -125,7 +125,7 @@ def recommended(model: PublicModel) -> dict[str, Any]:
         "steps": 50,
         "guidance": (5.0,),
     }
-    if model.first_frame_is_held:
+    if model.clamps_first_frame:
         wan |= {"height": 704, "width": 1280, "num_frames": 121, "fps": 24.0}
     elif model.boundary:
         wan |= {"steps": 40, "guidance": (3.5, 3.5) if model.reads_images else (4.0, 3.0)}
@@ -138,16 +138,16 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def default_mesh(model: PublicModel) -> dict[str, int]:
+def default_mesh(model: PretrainedModel) -> dict[str, int]:
     """As many devices as heads allow share the work on one clip (tensor), the others hold shares
     of the weights and of the clips (fsdp)."""
-    heads = [e.module.backbone["heads"] for e in model.experts]
+    heads = [e.module.backbone_config["heads"] for e in model.experts]
     encoder = model.components["text_encoder"].module
     tensor = math.gcd(jax.device_count(), encoder.heads, *heads)
     return {"data": 1, "fsdp": -1, "tensor": tensor}
 
 
-def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
+def complete(model: PretrainedModel, given: Mapping[str, Any]) -> PretrainedRequest:
     """A request from what was `given`; the rest is from the model's folder, or recommended.
 
     Without a size the frame has the proportions of the image or the control, and the recommended
@@ -156,11 +156,11 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
     """
     given = {k: v for k, v in given.items() if v is not None}
     fields = recommended(model) | {"seed": 0, "dtype": model.dtype}
-    if not {"sampler", "grid", "shift"} <= given.keys():
+    if not {"sampler", "timesteps", "shift"} <= given.keys():
         fields |= model.schedule()
     shown = next((name for name in ("image", "control") if name in given), None)
     if shown and not {"height", "width"} & given.keys():
-        first = next(moving_pictures(shown, given[shown], 1.0))
+        first = next(iter_frames(shown, given[shown], 1.0))
         fields["height"], fields["width"] = shape_for(
             fields["height"] * fields["width"], _unit(model), *first.size
         )
@@ -170,7 +170,7 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
         )
         rate = model.components["vae"].module.rates[0]
         fields["num_frames"] = 1 + (length - 1) // rate * rate
-    request = fill(PublicRequest, fields | given, "request")
+    request = fill(PretrainedRequest, fields | given, "request")
     return dataclasses.replace(
         request, digests={name: file_digest(name, path) for name, path in request.files().items()}
     )
@@ -178,7 +178,7 @@ def complete(model: PublicModel, given: Mapping[str, Any]) -> PublicRequest:
 
 def prepare(
     folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
-) -> tuple[PublicModel, PublicRequest, Mesh]:
+) -> tuple[PretrainedModel, PretrainedRequest, Mesh]:
     """(model, request, mesh), checked in all that can be without reading anything large.
 
     given: what the command line says. made: the request of a manifest, of which it can replace
@@ -186,9 +186,9 @@ def prepare(
     """
     if made is not None:
         request = remake(made, given)
-        model = open_public(folder, request.dtype)
+        model = open_pretrained(folder, request.dtype)
     else:
-        model = open_public(folder, given.get("dtype") or default_dtype())
+        model = open_pretrained(folder, given.get("dtype") or default_dtype())
         request = complete(model, {**given, "mesh": given.get("mesh") or default_mesh(model)})
     mesh = fill(MeshSpec, request.mesh, "mesh").make()
     check(request, model, mesh)
@@ -196,9 +196,9 @@ def prepare(
     return model, request, mesh
 
 
-def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PublicRequest:
+def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PretrainedRequest:
     """The request of a manifest; files and the mesh may lie elsewhere now."""
-    request = fill(PublicRequest, fields, "manifest.request")
+    request = fill(PretrainedRequest, fields, "manifest.request")
     moved = {
         k: v
         for k, v in given.items()
@@ -218,17 +218,17 @@ def shape_for(area: int, unit: int, width: int, height: int) -> tuple[int, int]:
 
 def _length(name: str, path: str, fps: float, most: int) -> int:
     """How many frames a file shows at this rate, of so many."""
-    return sum(1 for _ in itertools.islice(moving_pictures(name, path, fps), most))
+    return sum(1 for _ in itertools.islice(iter_frames(name, path, fps), most))
 
 
-def _unit(model: PublicModel) -> int:
+def _unit(model: PretrainedModel) -> int:
     """Heights and widths are multiples of this."""
     return model.components["vae"].module.rates[1] * max(
-        model.experts[0].module.backbone["patch"][1:]
+        model.experts[0].module.backbone_config["patch"][1:]
     )
 
 
-def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
+def check(request: PretrainedRequest, model: PretrainedModel, mesh: Mesh) -> None:
     """Raises ConfigError that lists all that the request asks and the model cannot do."""
     frames, unit = model.components["vae"].module.rates[0], _unit(model)
     low = 1 + max(0, (request.num_frames - 1) // frames) * frames
@@ -269,7 +269,7 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
                 request.last_image
                 and model.reads_images
                 and (
-                    model.first_frame_is_held or ("image_tokens" in model.signals and not positions)
+                    model.clamps_first_frame or ("image_tokens" in model.signals and not positions)
                 ),
                 f"last_image = {request.last_image}: this model reads a first one alone",
             ),
@@ -298,7 +298,7 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
     if problems:
         raise ConfigError("\n  ".join([f"{model.path} cannot draw this:", *problems]))
     lookup(request.sampler, SAMPLERS, "sampler")
-    lookup(request.grid, GRIDS, "grid")(request.steps, request.shift)
+    lookup(request.timesteps, TIMESTEPS, "timesteps")(request.steps, request.shift)
     for name, path in request.files().items():
         if file_digest(name, path) != request.digests.get(name):
             raise ConfigError(
@@ -322,7 +322,7 @@ def check(request: PublicRequest, model: PublicModel, mesh: Mesh) -> None:
     start_noise(request, model)
 
 
-def start_noise(request: PublicRequest, model: PublicModel) -> np.ndarray:
+def start_noise(request: PretrainedRequest, model: PretrainedModel) -> np.ndarray:
     """Noise float32 [n t h w c]. Raises ConfigError for init_noise of another shape or type."""
     shape, count = request.latents(model), len(request.prompts)
     if request.init_noise is None:

@@ -66,7 +66,7 @@ def write_sheet(
     write_webp(path, np.concatenate(rows, 1), fps)
 
 
-def draw_wall(
+def draw_sample_grid(
     generator: Generator,
     params: Params,
     prompts: Sequence[str],
@@ -76,10 +76,10 @@ def draw_wall(
     fps: float,
 ) -> None:
     """Clip i of the wall has prompt i and seed i. Every process draws, the first one writes the
-    clips and all of them as one picture, `wall.webp`."""
+    clips and all of them as one picture, `sample_grid.webp`."""
     seeds = list(range(len(prompts)))
     videos = to_uint8(generator(params, prompts, seeds, num_frames=num_frames, fps=fps))
     if jax.process_index() == 0:
         rows = [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
-        write_sheet(folder / "wall.webp", videos, prompts, fps, columns=4)
+        write_sheet(folder / "sample_grid.webp", videos, prompts, fps, columns=4)
         write_json(folder / "samples.json", write_clips(folder, videos, fps, rows))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vdx.data.sources import open_video, pixels
-from vdx.files import whole_or_not
+from vdx.files import atomic_write
 from vdx.types import Array
 
 __all__ = ["frames_at", "read_video", "to_uint8", "to_uint8_there", "write_video", "write_webp"]
@@ -59,7 +59,7 @@ def write_video(
     height, width = (factor * n for n in first.shape[:2])
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
     with (
-        whole_or_not(path) as part,
+        atomic_write(path) as part,
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out,
     ):
         # x264's macroblock tree makes other bytes of the same frames from time to time.
@@ -138,7 +138,7 @@ def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
     _check(frames, fps)
     ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)  # milliseconds, no drift
     images = [Image.fromarray(frame) for frame in frames]
-    with whole_or_not(path) as part:
+    with atomic_write(path) as part:
         images[0].save(
             part,
             format="WEBP",

@@ -33,7 +33,7 @@ from vdx.interop.load import (
     open_weights,
     write_parts,
 )
-from vdx.interop.safetensors import Stored
+from vdx.interop.safetensors import StoredArray
 from vdx.interop.vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan, wan_from_config, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
@@ -52,7 +52,7 @@ class Component:
     """
 
     config: Mapping[str, Any]
-    source: Mapping[str, Stored]
+    source: Mapping[str, StoredArray]
     module: Any
     shapes: Params
     public: Rows
@@ -89,7 +89,7 @@ class Component:
 
     def _renamed(
         self, own: bool
-    ) -> Iterator[tuple[str, Stored, Callable[[np.ndarray], np.ndarray]]]:
+    ) -> Iterator[tuple[str, StoredArray, Callable[[np.ndarray], np.ndarray]]]:
         name = naming(self.public)
         for key, place in assign(self.source, self.shapes, self.rows).items():
             known: tuple[str, Layout] | None = (place.slot, KEEP) if own else name(place.slot)
@@ -101,12 +101,12 @@ def _both(here: Layout, there: Layout) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: there.theirs(here.ours(x))
 
 
-def is_own(source: Mapping[str, Stored]) -> bool:
+def is_own(source: Mapping[str, StoredArray]) -> bool:
     """Whether these are keys of vdx's layout: no public one has a slash."""
     return any("/" in key for key in source)
 
 
-def _component(source: Mapping[str, Stored], rows: Rows, **fields) -> Component:
+def _component(source: Mapping[str, StoredArray], rows: Rows, **fields) -> Component:
     """`rows` are those of the file, unless it is in vdx's own layout."""
     if is_own(source):
         rows = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from vdx.config.build import ConfigError, lookup
 from vdx.interop.keymap import KEEP, LINEAR, Row, WeightsError, listed, patches
-from vdx.interop.safetensors import Stored
+from vdx.interop.safetensors import StoredArray
 from vdx.models.encoders.clip import CLIPTextModel, CLIPVisionModel
 from vdx.models.encoders.t5 import T5Encoder
 
@@ -171,7 +171,7 @@ _WAN_OUTSIDE = {
 _WAN_KEY = re.compile(r"visual\.(?:transformer\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
 
 
-def clip_names(source: Mapping[str, Stored]) -> dict[str, Stored]:
+def clip_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
     """The same arrays by the names of transformers, if they are those of the original Wan's CLIP:
     queries, keys and values, which it stacks in one, are parts of that one. Its text model and
     the heads, which Wan does not read, are left out."""
@@ -198,7 +198,7 @@ def clip_names(source: Mapping[str, Stored]) -> dict[str, Stored]:
     return out
 
 
-def clip_vision_config(source: Mapping[str, Stored]) -> dict[str, Any]:
+def clip_vision_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
     """The config.json of transformers for the vision model that Wan reads, from its arrays in
     either layout; they do not tell the width of a head, which is 80, nor the activation.
 

@@ -77,7 +77,7 @@ def first_half(pixels: int) -> Layout:
 def latte_rows(model: Denoiser, variance: bool = True) -> list[Row]:
     """The rows of a Latte model; variance: whether the file's last layer predicts one too. `null`,
     the dropped text, is zero until it is given: it is what T5 makes of the empty caption."""
-    network = model.parts()[0]
+    network = model.backbone
     patch = network.patch[1:]
 
     def dense(layers, theirs: str, ours: str, index: str = "") -> Iterator[Row]:

@@ -32,13 +32,13 @@ from vdx.interop.keymap import (
     place_of,
 )
 from vdx.interop.pth import read_pth
-from vdx.interop.safetensors import Stored, read_header, write
+from vdx.interop.safetensors import StoredArray, read_header, write
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
 from vdx.types import Params
 
-READERS: dict[str, Callable[[Path], dict[str, Stored]]] = {
+READERS: dict[str, Callable[[Path], dict[str, StoredArray]]] = {
     ".safetensors": read_header,
     ".pth": read_pth,
     ".pt": read_pth,
@@ -51,7 +51,7 @@ FLOAT32 = re.compile(r"(bias|scale|table|null)$|^network/time/")
 BLOCKWISE = ("block", "window", "sink")  # fields of mixers
 
 
-def open_weights(path: str | Path) -> dict[str, Stored]:
+def open_weights(path: str | Path) -> dict[str, StoredArray]:
     """key -> where the array lies, of one file, or of a folder that holds one model in one file
     or in the parts that its `.safetensors.index.json` names. Reads headers only.
 
@@ -80,7 +80,7 @@ def open_weights(path: str | Path) -> dict[str, Stored]:
     )
 
 
-def _parts(index: Path) -> dict[str, Stored]:
+def _parts(index: Path) -> dict[str, StoredArray]:
     """The arrays that an index names, each from the part that it says."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict):
@@ -120,10 +120,10 @@ def abstract_params(
     return jax.tree_util.tree_map_with_path(one, shapes, param_shardings(mesh, shapes))
 
 
-Parts = dict[str, list[tuple[Stored, Place]]]
+Parts = dict[str, list[tuple[StoredArray, Place]]]
 
 
-def match(source: Mapping[str, Stored], like: Params, rows: Sequence[Row]) -> Parts:
+def match(source: Mapping[str, StoredArray], like: Params, rows: Sequence[Row]) -> Parts:
     """path of our parameter -> what fills it. Raises WeightsError that lists every key and every
     shape that disagrees; reads nothing."""
     parts: Parts = defaultdict(list)
@@ -146,7 +146,10 @@ def laid_out(layout: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -
 
 
 def load_params(
-    source: Mapping[str, Stored], like: Params, rows: Sequence[Row], optional: str | None = None
+    source: Mapping[str, StoredArray],
+    like: Params,
+    rows: Sequence[Row],
+    optional: str | None = None,
 ) -> Params:
     """Our parameters from files, of the shapes, types and shardings of `like`.
 
@@ -186,7 +189,7 @@ def _dims(network: Transformer) -> tuple[int, int, int, tuple[Any, ...]]:
 def load_model(
     model: Denoiser,
     theirs: Denoiser,
-    source: Mapping[str, Stored],
+    source: Mapping[str, StoredArray],
     rows: Sequence[Row],
     path: str | Path,
     mesh: Mesh,
@@ -200,7 +203,7 @@ def load_model(
     WeightsError for a model that is another network, also where no array tells, and as
     `load_params`.
     """
-    there, here = theirs.parts()[0], model.parts()[0]
+    there, here = theirs.backbone, model.backbone
     facts: dict[str, Callable] = {
         "(width, depth, heads, pattern)": _dims,
         "hidden features": Transformer.hidden,
@@ -234,7 +237,7 @@ def load_model(
     return load_params(source, like, rows, trained)
 
 
-def _load(leaf, parts: Sequence[tuple[Stored, Place]]) -> jax.Array:
+def _load(leaf, parts: Sequence[tuple[StoredArray, Place]]) -> jax.Array:
     """One parameter. Every array of the file is looked at once, and every share that lies on
     this host is filled once, however many devices hold it."""
     sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])

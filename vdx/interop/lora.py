@@ -27,9 +27,9 @@ from vdx.config.build import lookup
 from vdx.files import read_json
 from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, place_of
 from vdx.interop.load import export_plan, open_weights
-from vdx.interop.safetensors import Stored, read_file, write
+from vdx.interop.safetensors import StoredArray, read_file, write
 from vdx.interop.wan import original_name, wan_transformer_rows
-from vdx.models.adapters.lora import A, B, Change
+from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
@@ -77,7 +77,7 @@ def adapter_rows(rows: Sequence[Row], plan: Mapping[str, Any]) -> list[Row]:
     return out
 
 
-def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> Change:
+def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> WeightDelta:
     """What a LoRA file, or a folder that holds one, changes in a Wan model: float32 arrays on
     the host, with every scale in them. See vdx.models.adapters.lora.adapt.
 
@@ -118,7 +118,7 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> C
                 problems or ["it holds nothing for it"],
             )
         )
-    return Change(factors.stacked(), deltas.arrays)
+    return WeightDelta(factors.stacked(), deltas.arrays)
 
 
 def write_lora(
@@ -155,7 +155,7 @@ def write_lora(
     )
 
 
-def _open(path: Path, part: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]]:
     """The arrays, and peft's settings of the part where the file, or one beside it, has them."""
     source = open_weights(path)
     beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
@@ -177,8 +177,8 @@ def _open(path: Path, part: str) -> tuple[dict[str, Stored], dict[str, Any]]:
 
 
 def _by_layer(
-    source: Mapping[str, Stored], plan: Mapping[str, Any], part: str, problems: list[str]
-) -> dict[str, dict[str, Stored]]:
+    source: Mapping[str, StoredArray], plan: Mapping[str, Any], part: str, problems: list[str]
+) -> dict[str, dict[str, StoredArray]]:
     """{layer of diffusers: {"A", "B", "bias", "alpha", "diff" or "diff_b": array}}."""
     known = {key.removesuffix(".weight").removesuffix(".bias") for key in plan}
     names = {
@@ -187,7 +187,7 @@ def _by_layer(
         for dotted in (layer, original_name(layer))
         for name in (dotted, dotted.replace(".", "_"))
     }
-    out: dict[str, dict[str, Stored]] = defaultdict(dict)
+    out: dict[str, dict[str, StoredArray]] = defaultdict(dict)
     for key, stored in source.items():
         whole = PART.match(key)
         assert whole, key  # it matches anything
@@ -205,7 +205,7 @@ def _by_layer(
 
 
 def _pair(
-    layer: str, arrays: Mapping[str, Stored], plan: Mapping[str, Any], problems: list[str]
+    layer: str, arrays: Mapping[str, StoredArray], plan: Mapping[str, Any], problems: list[str]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """float32 (A [r in ...], B [out r ...]) of a layer, if it has them and they fit."""
     found = arrays.keys() & {"A", "B", "alpha", "bias"}
@@ -227,11 +227,11 @@ def _pair(
     return _float32(arrays["A"]), _float32(arrays["B"])
 
 
-def _float32(stored: Stored) -> np.ndarray:
+def _float32(stored: StoredArray) -> np.ndarray:
     return np.asarray(stored.read(), np.float32)
 
 
-def _scale(layer: str, rank: int, alpha: Stored | None, settings: Mapping[str, Any]) -> float:
+def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[str, Any]) -> float:
     """Of a layer's product B A. A file's own alpha goes before peft's settings."""
     if alpha is not None:
         return float(_float32(alpha).reshape(())) / rank

@@ -20,7 +20,7 @@ from vdx.files import read_json, write_json
 from vdx.interop.components import COMPONENTS, Component, open_component
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import empty_folder
-from vdx.interop.safetensors import Stored
+from vdx.interop.safetensors import StoredArray
 from vdx.models.encoders.clip import MEAN, STD
 
 VACE = "WanVACEPipeline"
@@ -71,7 +71,7 @@ SAMPLE = 1024  # bytes looked at in the beginning, middle and end of every array
 
 
 @dataclasses.dataclass(frozen=True)
-class PublicModel:
+class PretrainedModel:
     """index: its model_index.json. scheduler: its scheduler_config.json. tokenizer: a folder.
     dtype: of the kernels and matrix products of its text encoder and transformers."""
 
@@ -93,7 +93,7 @@ class PublicModel:
         return self.index.get("boundary_ratio") or 0.0
 
     @property
-    def first_frame_is_held(self) -> bool:
+    def clamps_first_frame(self) -> bool:
         """An image enters as the clip's first latent frame, which stays as it is (TI2V)."""
         return bool(self.index.get("expand_timesteps"))
 
@@ -103,7 +103,7 @@ class PublicModel:
 
     @property
     def reads_images(self) -> bool:
-        return self.first_frame_is_held or "concat" in self.signals
+        return self.clamps_first_frame or "concat" in self.signals
 
     @property
     def reads_control(self) -> bool:
@@ -111,7 +111,7 @@ class PublicModel:
         return "control" in self.signals
 
     def schedule(self) -> dict[str, Any]:
-        """{"sampler", "grid", "shift"} as the scheduler has them.
+        """{"sampler", "timesteps", "shift"} as the scheduler has them.
 
         Raises WeightsError for a scheduler that vdx has nothing like.
         """
@@ -119,9 +119,9 @@ class PublicModel:
         if name not in SCHEDULERS:
             raise WeightsError(
                 f"The scheduler of {self.path} is {name}; known are "
-                f"{', '.join(SCHEDULERS)}. Say --sampler, --grid and --shift."
+                f"{', '.join(SCHEDULERS)}. Say --sampler, --timesteps and --shift."
             )
-        sampler, grid, shift, wanted = SCHEDULERS[name]
+        sampler, timesteps, shift, wanted = SCHEDULERS[name]
         other = [
             f"{key} = {self.scheduler[key]!r}, not {value!r}"
             for key, value in wanted.items()
@@ -131,11 +131,15 @@ class PublicModel:
             raise WeightsError(
                 listed(
                     f"The {name} of {self.path} is not one that vdx has; say "
-                    "--sampler, --grid and --shift to go on without it:",
+                    "--sampler, --timesteps and --shift to go on without it:",
                     other,
                 )
             )
-        return {"sampler": sampler, "grid": grid, "shift": float(self.scheduler.get(shift, 1.0))}
+        return {
+            "sampler": sampler,
+            "timesteps": timesteps,
+            "shift": float(self.scheduler.get(shift, 1.0)),
+        }
 
     def check(self, mesh: Mesh) -> None:
         """Raises ValueError if a file does not fit its network, or a network the mesh."""
@@ -178,7 +182,7 @@ class PublicModel:
         write_json(out / INDEX, self.index)  # last: without it the folder is no model
 
 
-def _pieces(stored: Stored) -> Iterator[bytes]:
+def _pieces(stored: StoredArray) -> Iterator[bytes]:
     size = stored.extent() * stored.dtype.itemsize
     with stored.file.open("rb") as f:
         for start in {0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)}:
@@ -215,7 +219,7 @@ def processor(size: int) -> dict[str, Any]:
     }
 
 
-def open_public(path: str | Path, dtype: str = "float32") -> PublicModel:
+def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel:
     """The model in a folder of diffusers or of vdx.convert. dtype: see PublicModel.
 
     Raises WeightsError for a folder that is none, lacks a part, or is of a kind that vdx does
@@ -260,14 +264,14 @@ def open_public(path: str | Path, dtype: str = "float32") -> PublicModel:
     )
 
 
-def assemble(*fields: Any) -> PublicModel:
+def assemble(*fields: Any) -> PretrainedModel:
     """A PublicModel of its fields. Raises WeightsError for parts that do not belong together."""
-    model = PublicModel(*fields)
+    model = PretrainedModel(*fields)
     _check(model)
     return model
 
 
-def _check(model: PublicModel) -> None:
+def _check(model: PretrainedModel) -> None:
     """Raises WeightsError for parts that do not belong together."""
     parts, first = model.components, model.experts[0]
     encoder, tokens = parts.get("image_encoder"), model.signals.get("image_tokens")

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from vdx.interop.keymap import WeightsError
-from vdx.interop.safetensors import Stored
+from vdx.interop.safetensors import StoredArray
 
 STORAGES = {
     f"{name}Storage": np.dtype(dtype)
@@ -73,7 +73,7 @@ class _Names(pickle.Unpickler):
         return _Storage(*pid)
 
 
-def read_pth(path: str | Path) -> dict[str, Stored]:
+def read_pth(path: str | Path) -> dict[str, StoredArray]:
     """Where the arrays of a state dict lie, by "a.b.c" if dictionaries are nested.
 
     Raises WeightsError for a file that is not torch's zip format, is cut off, or contains
@@ -109,14 +109,14 @@ def _tensors(content: Any, prefix: str) -> Iterator[tuple[str, _Tensor]]:
             yield from _tensors(value, f"{prefix}{key}.")
 
 
-def _stored(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Tensor) -> Stored:
+def _stored(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Tensor) -> StoredArray:
     """Where a tensor lies; raises ValueError for one that is not within its storage."""
     storage, offset = tensor.storage, int(tensor.offset)
     shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.strides))
     if not isinstance(storage, _Storage) or storage.dtype not in STORAGES.values():
         raise ValueError("a tensor lies over no storage")
     info, size = archive.getinfo(f"{root}data/{storage.key}"), storage.dtype.itemsize
-    out = Stored(path, storage.dtype, shape, _begins(path, info) + offset * size, strides)
+    out = StoredArray(path, storage.dtype, shape, _begins(path, info) + offset * size, strides)
     if (
         info.compress_type
         or min((offset, *shape, *strides)) < 0

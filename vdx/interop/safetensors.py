@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from vdx.files import whole_or_not
+from vdx.files import atomic_write
 from vdx.interop.keymap import WeightsError
 
 DTYPES = {
@@ -42,7 +42,7 @@ LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredArray:
     """An array in a file. `offset` in bytes; `strides` in entries, None: row after row."""
 
     file: Path
@@ -63,7 +63,7 @@ class Stored:
             flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False
         )
 
-    def rows(self, start: int, stop: int) -> "Stored":
+    def rows(self, start: int, stop: int) -> "StoredArray":
         """Where [start:stop] of it lies. Reads nothing."""
         step = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
         return dataclasses.replace(
@@ -72,7 +72,7 @@ class Stored:
             offset=self.offset + start * step * self.dtype.itemsize,
         )
 
-    def squeezed(self) -> "Stored":
+    def squeezed(self) -> "StoredArray":
         """Without its leading axes of size one."""
         axes = next((i for i, n in enumerate(self.shape) if n != 1), 0)
         return dataclasses.replace(
@@ -88,7 +88,7 @@ class Stored:
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
 
 
-def read_header(path: str | Path) -> dict[str, Stored]:
+def read_header(path: str | Path) -> dict[str, StoredArray]:
     """Where the arrays of a file lie; reads nothing but the header.
 
     Raises WeightsError for a file that is not of this format or is cut off.
@@ -96,7 +96,7 @@ def read_header(path: str | Path) -> dict[str, Stored]:
     return read_file(path)[0]
 
 
-def read_file(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def read_file(path: str | Path) -> tuple[dict[str, StoredArray], dict[str, str]]:
     """As `read_header`, and what the writer of the file noted in it."""
     path = Path(path)
     size = path.stat().st_size
@@ -126,9 +126,9 @@ def read_file(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _stored(
     path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]
-) -> Stored:
+) -> StoredArray:
     first, last = data_offsets
-    out = Stored(path, DTYPES[dtype], tuple(shape), start + first)
+    out = StoredArray(path, DTYPES[dtype], tuple(shape), start + first)
     if (
         first < 0
         or min(shape, default=0) < 0
@@ -153,7 +153,7 @@ def write(
         header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole_or_not(path) as part, part.open("wb") as f:
+    with atomic_write(path) as part, part.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.truncate(8 + len(text) + end)
         for key, value in arrays:

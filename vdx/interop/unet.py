@@ -36,7 +36,7 @@ from vdx.interop.load import (
     open_weights,
     write_parts,
 )
-from vdx.interop.safetensors import Stored
+from vdx.interop.safetensors import StoredArray
 from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,
@@ -123,7 +123,7 @@ def unet_rows(
     default as the public models have it. `null`, the dropped text, is not in the files, and zero
     until it is given.
     """
-    network = model.parts()[0]
+    network = model.backbone
     temporal = network.dims()[1].temporal
     linear = temporal.convs if linear is None else linear
     motion = "temp_attentions" if temporal.convs else "motion_modules"
@@ -172,7 +172,7 @@ class Files:
     """A network in one or several folders. configs: class -> config; source: for load_params."""
 
     configs: Mapping[str, Mapping[str, Any]]
-    source: Mapping[str, Stored]
+    source: Mapping[str, StoredArray]
 
     @property
     def base(self) -> Mapping[str, Any]:
@@ -196,7 +196,7 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> Files:
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     configs: dict[str, Mapping[str, Any]] = {}
-    source: dict[str, Stored] = {}
+    source: dict[str, StoredArray] = {}
     for path in map(Path, paths):
         arrays, given = open_weights(path), (path if path.is_dir() else path.parent) / "config.json"
         if any(".temporal_transformer." in key for key in arrays):
@@ -232,7 +232,7 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> Files:
     return Files(configs, source)
 
 
-def _of_diffusers(source: Mapping[str, Stored]) -> dict[str, Stored]:
+def _of_diffusers(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
     out = {}
     for key, stored in source.items():
         for old, new in ORIGINAL:
@@ -277,7 +277,7 @@ def load_unet(
 def _differences(model: Denoiser, files: Files) -> list[str]:
     """What is another in the model than in the files, as far as arrays do not tell it."""
     backbone, signals = unet_from_config(files.base)
-    here, there = model.parts()[0], Denoiser(backbone, signals).parts()[0]
+    here, there = model.backbone, Denoiser(backbone, signals).backbone
     assert isinstance(here, UNet) and isinstance(there, UNet)
     names = ["channels", "widths", "layers", "attention", "groups", "stem"]
     if there.temporal != "none":
@@ -319,7 +319,7 @@ def _differences(model: Denoiser, files: Files) -> list[str]:
 
 
 def _control_differences(model: Denoiser, files: Files) -> list[str]:
-    here, wrong = model.parts()[0], []
+    here, wrong = model.backbone, []
     for name in set(CONTROLS) & set(files.configs):
         config = files.configs[name]
         fields, signal = control_from_config(config)

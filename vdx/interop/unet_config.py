@@ -189,7 +189,7 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
 
     Raises WeightsError for one that diffusers does not have.
     """
-    network, signals = model.parts()[0], model.signals
+    network, signals = model.backbone, model.signals
     names = {temporal: (name, kind) for name, (temporal, kind) in CLASSES.items()}
     text = {"project": True, "features": Embeddings.features, **signals.get("embeddings", {})}
     if (
@@ -263,7 +263,7 @@ def control_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 
 def control_config(model: Denoiser) -> dict[str, Any]:
     """The `config.json` of diffusers for the control branch of a U-Net of ours."""
-    network = model.parts()[0]
+    network = model.backbone
     names = {kind: (name, blocks) for name, (kind, blocks) in CONTROLS.items()}
     if network.control not in names or "embeddings" not in model.signals:
         raise WeightsError(

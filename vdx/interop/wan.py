@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
-from vdx.interop.safetensors import Stored
+from vdx.interop.safetensors import StoredArray
 from vdx.models.conditioning.signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
@@ -125,7 +125,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     `null`, the dropped text, is not in the files; it is what UMT5 makes of the empty caption, and
     zero until it is given.
     """
-    network, signals = model.parts()[0], model.signals
+    network, signals = model.backbone, model.signals
     _, depth, heads, pattern = network.dims()
 
     def rows(layers: Layers, theirs: str, ours: str, index: str = "") -> Iterator[Row]:
@@ -156,7 +156,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     return out
 
 
-def diffusers_names(source: Mapping[str, Stored]) -> dict[str, Stored]:
+def diffusers_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
     """The same arrays by the names of diffusers, whichever of the layouts they are in."""
     for part in TRAINED:
         if any(key.startswith(part) for key in source):
@@ -328,7 +328,7 @@ class Wan:
     the fields of the Denoiser that it is."""
 
     config: dict[str, Any]
-    source: dict[str, Stored]
+    source: dict[str, StoredArray]
     backbone: dict[str, Any]
     signals: dict[str, Any]
 

@@ -16,8 +16,8 @@ from vdx.interop.components import open_component
 from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
-from vdx.interop.pretrained import VACE, PublicModel, assemble
-from vdx.interop.safetensors import Stored
+from vdx.interop.pretrained import VACE, PretrainedModel, assemble
+from vdx.interop.safetensors import StoredArray
 from vdx.interop.vae import VIDEO_VAES
 
 # part: where it may lie in the folder, relative patterns
@@ -46,7 +46,7 @@ UNIPC = {
 
 def open_original(
     path: str | Path, given: Mapping[str, str | Path], dtype: str = "float32"
-) -> PublicModel:
+) -> PretrainedModel:
     """The model whose transformer is in `path`, a folder or a file; `given`: where other parts
     are, a row of PLACES each, if not beside it. Reads headers.
 
@@ -136,7 +136,7 @@ def _config(part: str, where: Path) -> dict[str, Any] | None:
     return known[part](open_weights(where)) if part in known else None
 
 
-def umt5_config(source: Mapping[str, Stored]) -> dict[str, Any]:
+def umt5_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
     """The config.json of transformers for a UMT5 in the original's layout or in its own.
 
     Raises WeightsError for other arrays.
@@ -180,7 +180,7 @@ def umt5_config(source: Mapping[str, Stored]) -> dict[str, Any]:
     }
 
 
-def vae_config(source: Mapping[str, Stored]) -> dict[str, Any]:
+def vae_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
     """The config.json of diffusers for the VAE of Wan 2.1 or 2.2, which the number of its latent
     channels tells apart, or for one of other widths. Raises WeightsError for another."""
     names = (

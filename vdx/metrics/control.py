@@ -18,11 +18,11 @@ from vdx.config.build import lookup
 from vdx.data.motion import motion_score
 from vdx.data.scenes.signals import depth, flow
 from vdx.data.scenes.source import CAMERAS, SPEEDS, STEER, VELOCITIES, Scene
-from vdx.data.signals import told
+from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
 from vdx.metrics.prompt_following import read_angles, read_attributes, track_object
 
-__all__ = ["STEERING", "Metric", "psnr", "rank_correlation", "scene_truth", "steering_scores"]
+__all__ = ["CONTROL_METRICS", "Metric", "control_scores", "psnr", "rank_correlation", "scene_truth"]
 
 Truth = Mapping[str, Any]
 Score = tuple[float, float]  # the value, and the share of clips (or frames) that could be read
@@ -67,7 +67,7 @@ def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dic
         "depth": depth(scene, times, height, width),
         "pan": CAMERAS[scene.camera],
         "fps": fps,
-        "flow": told(flow(scene, times, height, width), 0, np.random.default_rng(0)),
+        "flow": sparse_flow_hints(flow(scene, times, height, width), 0, np.random.default_rng(0)),
         "actions": scene.objects[0].actions(times),
         "motion": motion_score(video, fps),
         "words": scene.objects[0].motion,
@@ -76,7 +76,7 @@ def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dic
     }
 
 
-def steering_scores(
+def control_scores(
     kind: str, videos: Sequence[np.ndarray], truths: Sequence[Truth], fps: float | Sequence[float]
 ) -> dict[str, Any]:
     """A line of the report about one row of STEERING.
@@ -89,7 +89,7 @@ def steering_scores(
     Values that cannot be read are NaN. Raises ConfigError for an unknown kind and ValueError if
     the numbers of clips and truths differ or there are none.
     """
-    metric = lookup(kind, STEERING, "steering")
+    metric = lookup(kind, CONTROL_METRICS, "steering")
     if len(videos) != len(truths) or not len(videos):
         raise ValueError(
             f"steering_scores needs one truth for each clip, and at least one: got "
@@ -268,7 +268,7 @@ def _still_picture(place: int) -> dict[str, Any]:
     }
 
 
-STEERING: dict[str, Metric] = {
+CONTROL_METRICS: dict[str, Metric] = {
     "first_frame": Metric(
         "first_frame", "first frame as given", "dB", 30.0, True, **_still_picture(0)
     ),

@@ -90,7 +90,7 @@ class EmbedMLP(nn.Module):
         )(x)
 
 
-def told(emb: Array, vector: Array, t: int) -> Array:
+def add_vector(emb: Array, vector: Array, t: int) -> Array:
     """The time embedding [b d] or [b t d] and a vector [b d] or, one for each frame of the clip,
     [b t*k d], of which one of the t frames of tokens hears its k; in the calling module's scope."""
     if vector.ndim == 3:
@@ -218,7 +218,7 @@ def rope_table(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def turned(
+def shift_rope(
     rope: tuple[Any, Any], frames: Int[Array, ""], head_width: int, theta: float = 1e4
 ) -> tuple[Array, Array]:
     """A `rope_table` moved on by a traced number of frames, exact for 2**20 and more of them.

@@ -25,16 +25,16 @@ from vdx.models.layers import (
     MLP,
     EmbedMLP,
     LayerNorm,
+    add_vector,
     layer_norm,
     low_frequencies,
     place_table,
     plane_table,
     rope_table,
+    shift_rope,
     sincos_table,
-    told,
-    turned,
 )
-from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, MixContext, Past
+from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, CachePosition, MixContext
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
 
@@ -340,7 +340,7 @@ class Transformer(nn.Module):
         x: Float[Array, "b t h w c"],
         time: Float[Array, "b"],
         ports: Ports,
-        past: Past | None = None,
+        past: CachePosition | None = None,
     ) -> Float[Array, "b t h w c"]:
         width, depth, heads, pattern = self.dims()
         dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
@@ -371,7 +371,7 @@ class Transformer(nn.Module):
 
         emb = EmbedMLP(width, name="time")(time * self.time_scale)  # b d or b t d
         if ports.vector is not None:
-            emb = told(emb, ports.vector, grid[0])
+            emb = add_vector(emb, ports.vector, grid[0])
         modulation = nn.Dense(
             6 * width, name="modulation", dtype=jnp.float32, kernel_init=nn.initializers.zeros
         )(nn.silu(emb))
@@ -391,7 +391,7 @@ class Transformer(nn.Module):
 
         rope = rope_table(grid, width // heads, self.rope_theta)
         context = MixContext(
-            rope if past is None else turned(rope, past.start, width // heads, self.rope_theta),
+            rope if past is None else shift_rope(rope, past.start, width // heads, self.rope_theta),
             past,
             self.attention,
             self.context,
@@ -400,7 +400,7 @@ class Transformer(nn.Module):
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
         layers = nn.scan(
             period,
-            variable_axes={"params": 0, "lora": 0, "cache": 0, "told": 0},
+            variable_axes={"params": 0, "lora": 0, "cache": 0, "cross_kv": 0},
             split_rngs={"params": True, "lora": True},
             in_axes=nn.broadcast,
             length=depth // len(pattern),

@@ -130,8 +130,8 @@ class Job:
         e = self.experiment
         if self.what == "sample":
             generator = e.generator()
-            told = 1 + len(generator.guides(_conditions(self, 1)))
-            forwards = len(generator.rows()["t"]) * told
+            branches = 1 + len(generator.guidance_branches(_conditions(self, 1)))
+            forwards = len(generator.step_table()["t"]) * branches
         elif self.what == "train" and e.part is None:
             forwards = 3
         else:
@@ -143,7 +143,7 @@ class Job:
         """Operations that the traced program states, what remat recomputes included, but not what
         an attention kernel does again by itself."""
         mesh, job = MeshSpec().make(jax.devices()[:1]), self
-        if isinstance(self.experiment.model.parts()[0], Transformer):
+        if isinstance(self.experiment.model.backbone, Transformer):
             job = self.with_backbone(attention="xla")
         with jax.set_mesh(mesh):
             function, args = job.program(mesh)
@@ -167,10 +167,10 @@ def _train(job: Job, mesh: Any) -> tuple[Any, tuple]:
 
 def _conditions(job: Job, rows: int) -> dict[str, Any]:
     """What a generator is told, as shapes that lie on every device."""
-    conditioning = job.experiment.model.parts()[1]
+    conditioning = job.experiment.model.conditioning
     shapes = {
         k: (v.shape[1:], v.dtype)
-        for k, v in jax.eval_shape(lambda: conditioning.example(job.clip)).items()
+        for k, v in jax.eval_shape(lambda: conditioning.dummy_batch(job.clip)).items()
     }
     return {
         k: jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -195,7 +195,7 @@ def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
 
 def _decode(job: Job, mesh: Any) -> tuple[Any, tuple]:
     """As vdx.generate.pretrained decodes a clip."""
-    network = job.experiment.model.parts()[0]
+    network = job.experiment.model.backbone
     if (make := VAES.get(network.channels)) is None:
         raise ConfigError(
             f"--what=decode: latents of {network.channels} channels are of no VAE "
@@ -258,12 +258,12 @@ def least_memory(
         "gradients": bytes_held(state.params),
         "kept": 0.0,
     }
-    network = job.experiment.model.parts()[0]
+    network = job.experiment.model.backbone
     if isinstance(network, Transformer):
         depth, periods = network.dims()[1], network.dims()[1] // len(network.dims()[3])
         least["kept"] = (
             _token_bytes(job, mesh, clips)
-            / job.experiment.optimizer.accumulate
+            / job.experiment.optimizer.grad_accum_steps
             * (periods + depth * KEPT.get(remat or network.remat, 0))
         )
     return least
@@ -271,7 +271,7 @@ def least_memory(
 
 def _token_bytes(job: Job, mesh: Any, clips: int) -> float:
     """Of all tokens of one device, once."""
-    network, parts = job.experiment.model.parts()[0], dict(mesh.shape)
+    network, parts = job.experiment.model.backbone, dict(mesh.shape)
     return (
         math.prod(network.grid(job.clip))
         * network.dims()[0]
@@ -285,7 +285,7 @@ def sent(job: Job, mesh: Any, clips: int | None = None) -> float:
     """A rough number of bytes that a device sends to train a step: weights gathered twice where
     they are split, gradients summed, tokens exchanged over context and tensor."""
     parts, (state, _, frozen) = dict(mesh.shape), _arguments(job, mesh)
-    network, clips = job.experiment.model.parts()[0], clips or job.clips
+    network, clips = job.experiment.model.backbone, clips or job.clips
     size = jnp.dtype(network.dtype).itemsize
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.params, frozen)))
     trained, total = bytes_held(state.params), 0.0

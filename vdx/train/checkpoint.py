@@ -227,8 +227,8 @@ class Checkpoints:
         step = self.manager.best_step() if self.best else None
         if step is None:
             raise CheckpointError(
-                f"{self.path} has no best step: set config.train.best to a "
-                "metric such as 'heldout/loss' when training."
+                f"{self.path} has no best step: set config.train.best_metric to a "
+                "metric such as 'validation/loss' when training."
             )
         return step
 

@@ -14,7 +14,7 @@ from vdx.parallel import BATCH, like_batch
 from vdx.types import Batch
 
 
-class Work(NamedTuple):
+class StepCost(NamedTuple):
     """What a step does: clips and tokens of its batch, and operations of the model: three forward
     passes, as a backward pass is two, whatever remat repeats; 0 where no MFU can be said."""
 
@@ -29,7 +29,7 @@ def peak_flops(mesh: Mesh) -> float:
     return 0.0 if chip is None else chip.flops * mesh.size
 
 
-class Programs:
+class StepCompiler:
     """(compiled step, its Work) for a batch. Every shape of batch is compiled once, in a thread
     beside the loop: first that of the first batch, then the others that `samples` tells of, while
     the first steps are taken.
@@ -48,7 +48,7 @@ class Programs:
         mesh: Mesh,
         samples: Callable[[], Iterable[tuple[int, Mapping]]],
     ):
-        self.step, self.like, self.frozen = step, like, frozen
+        self.step, self.abstract_state, self.frozen = step, like, frozen
         self.model, self.mesh, self.samples = experiment.model, mesh, samples
         self.known: dict[frozenset, Future] = {}
         self.thread = ThreadPoolExecutor(1, "compile")
@@ -63,7 +63,7 @@ class Programs:
             if clip:
                 self.model.num_tokens((batch, *clip, self.model.channels))
 
-    def __call__(self, batch: Batch) -> tuple[Callable[..., tuple], Work]:
+    def __call__(self, batch: Batch) -> tuple[Callable[..., tuple], StepCost]:
         first, made = not self.known, self.begin(batch)
         if first:
             for local, example in self.samples():
@@ -77,7 +77,7 @@ class Programs:
             self.known[shapes] = self.thread.submit(self.compiled, batch)
         return self.known[shapes]
 
-    def compiled(self, batch: Mapping[str, Any]) -> tuple[Callable[..., tuple], Work]:
+    def compiled(self, batch: Mapping[str, Any]) -> tuple[Callable[..., tuple], StepCost]:
         with jax.set_mesh(self.mesh):  # which each thread has its own of
             clips, *clip = batch["latents" if "latents" in batch else "video"].shape
             flops, text = 0.0, batch.get("text")
@@ -89,8 +89,8 @@ class Programs:
                         (*clip[:3], self.model.channels), None if text is None else text.shape[1]
                     )
                 )
-            work = Work(clips, clips * self.model.num_tokens((clips, *clip)), flops)
-            return self.step.lower(self.like, batch, self.frozen).compile(), work
+            work = StepCost(clips, clips * self.model.num_tokens((clips, *clip)), flops)
+            return self.step.lower(self.abstract_state, batch, self.frozen).compile(), work
 
     def close(self) -> None:
         """Begins no other; one that is under way is left to end."""

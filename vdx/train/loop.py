@@ -12,15 +12,15 @@ from flax.traverse_util import flatten_dict
 
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, host_file, write_json
-from vdx.models.attention.backends import chosen
+from vdx.models.attention.backends import selected_backends
 from vdx.models.conditioning.signals import NULL
 from vdx.models.transformer import check_remat
 from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.checksum import whole_digest
-from vdx.train.compile import Programs, peak_flops
+from vdx.train.compile import StepCompiler, peak_flops
 from vdx.train.log import Log
-from vdx.train.preemption import Preempted, Stop, Watchdog, peers
+from vdx.train.preemption import Preempted, PreemptionHandler, Watchdog, exit_if_peer_lost
 from vdx.train.program import train_program
 from vdx.train.state import TrainState
 from vdx.train.step import make_eval_step
@@ -30,7 +30,7 @@ class BadNumbers(ValueError):
     """Batch after batch was refused, also after going back; the message names the batches."""
 
 
-class Window:
+class MetricsAccumulator:
     """Metrics of the steps since the last log row; they travel with the checkpoints, so that a
     resumed run logs the same losses."""
 
@@ -77,20 +77,24 @@ class Evaluation:
 
     def __init__(self, experiment, mesh):
         t = experiment.training
-        self.levels, self.mesh, self.key = t.levels, mesh, jax.random.key(1234)
+        self.levels, self.mesh, self.key = t.eval_times, mesh, jax.random.key(1234)
         size = min(t.eval_clips, experiment.data.loader["global_batch"])
         self.sets: dict[str, list[Mapping]] = {}
-        for name, heldout in (("heldout", True), ("seen", False)):
+        for name, validation in (("validation", True), ("train_eval", False)):
             # Another seed than training's: other windows of the clips that training sees.
             batches = experiment.batches(
-                heldout=heldout, seed=experiment.seed + 1, workers=0, global_batch=size, buckets=()
+                validation=validation,
+                seed=experiment.seed + 1,
+                workers=0,
+                global_batch=size,
+                buckets=(),
             )
             self.sets[name] = [
                 put_batch(mesh, next(batches)) for _ in range(max(1, t.eval_clips // size))
             ]
             batches.close()
         self.step = jax.jit(
-            make_eval_step(experiment.objective, t.levels), out_shardings=replicated(mesh)
+            make_eval_step(experiment.objective, t.eval_times), out_shardings=replicated(mesh)
         )
 
     def __call__(self, params) -> dict[str, float]:
@@ -116,7 +120,7 @@ class Run:
 
 
 @dataclasses.dataclass
-class Flying:
+class PendingStep:
     """A step that has been dispatched and whose numbers have not been looked at."""
 
     step: int
@@ -127,7 +131,7 @@ class Flying:
 
 
 def train(
-    experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None], stop: Stop
+    experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None], stop: PreemptionHandler
 ) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
 
@@ -139,9 +143,11 @@ def train(
     batches = experiment.batches(workdir=workdir)
     try:
         with (
-            Checkpoints(workdir, t.keep, t.keep_every, t.best) as checkpoints,
-            Watchdog(t.stuck_after, (dump_workers, kill_workers, checkpoints.wait)) as watchdog,
-            peers(kill_workers),
+            Checkpoints(workdir, t.max_to_keep, t.keep_period, t.best_metric) as checkpoints,
+            Watchdog(
+                t.watchdog_seconds, (dump_workers, kill_workers, checkpoints.wait)
+            ) as watchdog,
+            exit_if_peer_lost(kill_workers),
         ):
             trainer = Trainer(experiment, workdir, mesh, batches, checkpoints, watchdog)
             if jax.process_index() == 0:  # not before: what is there may not fit this config
@@ -164,7 +170,7 @@ class Trainer:
         self, experiment, workdir: Path, mesh, batches, checkpoints: Checkpoints, watchdog: Watchdog
     ):
         self.experiment, self.t = experiment, experiment.training
-        check_remat(experiment.model.parts()[0].remat, jax.local_devices()[0])
+        check_remat(experiment.model.backbone.remat, jax.local_devices()[0])
         self.workdir, self.mesh, self.batches = workdir, mesh, batches
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
@@ -173,11 +179,11 @@ class Trainer:
             jax.vmap(experiment.optimizer.rate(self.t.steps))(np.arange(self.t.steps + 1))
         )
         self.peak = peak_flops(mesh)
-        step, self.like = train_program(experiment, mesh)
-        self.bad: list[Flying] = []  # the steps in a row that were refused
+        step, self.abstract_state = train_program(experiment, mesh)
+        self.bad: list[PendingStep] = []  # the steps in a row that were refused
         self.rollbacks = 0
-        self.flying: Flying | None = None
-        self.window = Window()
+        self.flying: PendingStep | None = None
+        self.window = MetricsAccumulator()
         # The weights beside what is trained, and their digest, which every checkpoint keeps.
         self.frozen = self.base = self.given = None
         if experiment.part is not None:
@@ -187,7 +193,9 @@ class Trainer:
             null = flatten_dict(self.frozen, sep="/").get(NULL)
             if null is not None and jax.process_index() == 0:
                 np.save(workdir / "null.npy", np.asarray(null, np.float32))
-        self.programs = Programs(step, self.like, self.frozen, experiment, mesh, batches.samples)
+        self.programs = StepCompiler(
+            step, self.abstract_state, self.frozen, experiment, mesh, batches.samples
+        )
         self.state, origin = self.start()
         self.given = None
         self.step = int(self.state.step)
@@ -200,15 +208,17 @@ class Trainer:
         """(state, where it is from): of the workdir's own checkpoints, else of `config.resume`,
         else at step 0."""
         resume = self.experiment.resume
-        if mine := self.checkpoints.restore(self.like):
-            return self.adopt(*mine), f"Goes on from step {int(mine[0].step)} of {self.workdir}."
+        if mine := self.checkpoints.restore(self.abstract_state):
+            return self.resume_from(
+                *mine
+            ), f"Goes on from step {int(mine[0].step)} of {self.workdir}."
         if resume:
             path, step = locate(resume)
             with Checkpoints(path, read_only=True) as other:
-                found = other.restore(self.like, step)
+                found = other.restore(self.abstract_state, step)
             if found is None:
                 raise CheckpointError(f"config.resume = {resume!r}: {path} has no checkpoint.")
-            return self.adopt(*found), f"Goes on from step {int(found[0].step)} of {resume}."
+            return self.resume_from(*found), f"Goes on from step {int(found[0].step)} of {resume}."
         return self.fresh()
 
     def fresh(self) -> tuple[TrainState, str]:
@@ -217,17 +227,19 @@ class Trainer:
         experiment, params, origin = self.experiment, None, "new weights"
         if experiment.part is not None:
             params = self.given or experiment.read_frozen(self.mesh)[1]
-            origin = "new adapters" if experiment.lora else experiment.described(params)
+            origin = (
+                "new adapters" if experiment.lora else experiment.describe_initialisation(params)
+            )
             origin += f" beside the weights of {experiment.weights}"
         if experiment.init_from:
             path, step = locate(experiment.init_from)
             with Checkpoints(path, read_only=True) as other:
-                params, step, _ = other.restore_params(self.like.params, step=step)
+                params, step, _ = other.restore_params(self.abstract_state.params, step=step)
             origin = f"the averaged weights of {experiment.init_from}, step {step}"
         elif experiment.weights and experiment.part is None:
             params = experiment.with_null(experiment.read_weights(self.mesh))
             origin = f"the weights of {experiment.weights}"
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         made = jax.jit(experiment.init, out_shardings=shardings, donate_argnums=0)(params)
         return made, f"Starts with {origin}."
 
@@ -235,22 +247,22 @@ class Trainer:
         """The averaged parameters that the network runs with."""
         return self.experiment.objective.whole(self.state.ema, self.frozen)
 
-    def adopt(self, state: TrainState, progress: Mapping[str, Any]) -> TrainState:
+    def resume_from(self, state: TrainState, progress: Mapping[str, Any]) -> TrainState:
         check_base(progress, self.base, f"step {int(state.step)}")
         self.batches.seek(progress["position"])
-        self.window = Window(progress["window"])
-        self.bad = [Flying(**b, metrics={}) for b in progress["bad"]]
+        self.window = MetricsAccumulator(progress["window"])
+        self.bad = [PendingStep(**b, metrics={}) for b in progress["bad"]]
         self.rollbacks = progress["rollbacks"]
         return state
 
     # Steps
 
-    def run(self, on_sample, stop: Stop) -> TrainState:
-        t, said = self.t, chosen()
+    def run(self, on_sample, stop: PreemptionHandler) -> TrainState:
+        t, said = self.t, selected_backends()
         stop.polled = True
         while self.step < t.steps:
             self.take_step()
-            if new := [line for line in chosen() if line not in said]:
+            if new := [line for line in selected_backends() if line not in said]:
                 said += new
                 self.log.say(f"Attention: {'; '.join(new)}.")
             stopping = stop.requested()
@@ -259,9 +271,9 @@ class Trainer:
                 or self.step == t.steps
                 or self.due(t.eval_every, t.save_every, t.sample_every)
             )
-            if pause and len(self.bad) < t.bad_in_row:
-                self.settle()
-            if len(self.bad) >= t.bad_in_row:
+            if pause and len(self.bad) < t.max_bad_steps:
+                self.collect_pending()
+            if len(self.bad) >= t.max_bad_steps:
                 self.roll_back()
                 continue
             scores = None
@@ -293,13 +305,13 @@ class Trainer:
         step, work = self.programs(batch)
         self.state, metrics = step(self.state, batch, self.frozen)
         self.step += 1
-        self.settle()
-        self.flying = Flying(
+        self.collect_pending()
+        self.flying = PendingStep(
             self.step, self.batches.position - 1, list(self.batches.last_keys), metrics, work
         )
         self.log.bar.update()
 
-    def settle(self) -> None:
+    def collect_pending(self) -> None:
         """Takes note of the step in flight."""
         if self.flying is None:
             return
@@ -347,7 +359,7 @@ class Trainer:
 
     # Bad numbers
 
-    def refused(self, done: Flying, row: Mapping[str, Any]) -> None:
+    def refused(self, done: PendingStep, row: Mapping[str, Any]) -> None:
         """Names a refused batch in the log; every process those of its own records."""
         host = jax.process_index()
         path = host_file(self.workdir / "refused_batches.jsonl", host)
@@ -372,23 +384,30 @@ class Trainer:
     def roll_back(self) -> None:
         """To the newest step before the streak of refused ones; the data moves on."""
         first, t = self.bad[0].step, self.t
-        if self.rollbacks >= t.rollbacks:
+        if self.rollbacks >= t.max_rollbacks:
             names = "".join(
                 f"\n  step {b.step}, batch {b.position}: {', '.join(b.keys)}" for b in self.bad
             )
             raise BadNumbers(
                 f"{len(self.bad)} batches in a row gave a loss or a gradient that is not finite, "
                 f"or spikes, after going back {self.rollbacks} times. Look at these records, or "
-                "lower the learning rate; config.train.spike, bad_in_row and rollbacks set the "
+                "lower the learning rate; config.train.max_grad_norm_ratio, bad_in_row and rollbacks set the "
                 f"limits. refused_batches.jsonl has the numbers:{names}"
             )
         position, rollbacks = self.batches.position, self.rollbacks + 1
-        found = self.checkpoints.restore(self.like, before=first)
+        found = self.checkpoints.restore(self.abstract_state, before=first)
         self.state = found[0] if found else self.fresh()[0]
         self.step = int(self.state.step)
         self.checkpoints.delete_after(self.step)
         self.batches.seek(position)
-        self.bad, self.flying, self.window, self.rollbacks = [], None, Window(), rollbacks
-        self.log.say(f"{t.bad_in_row} refused in a row: back to step {self.step}, with new data.")
+        self.bad, self.flying, self.window, self.rollbacks = (
+            [],
+            None,
+            MetricsAccumulator(),
+            rollbacks,
+        )
+        self.log.say(
+            f"{t.max_bad_steps} refused in a row: back to step {self.step}, with new data."
+        )
         self.log.bar.n = self.step
         self.log.bar.refresh()

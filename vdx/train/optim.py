@@ -67,25 +67,27 @@ METHODS = {"adamw": _adamw, "muon": _muon}
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A row of METHODS after clipping: linear warm-up over `warmup` steps, then `schedule`."""
+    """A row of METHODS after clipping: linear warm-up over `warmup_steps` steps, then `schedule`."""
 
-    method: str = "adamw"
+    name: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "cosine"
-    warmup: int = 100
+    warmup_steps: int = 100
     end_factor: float = 0.0
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: float = 1.0  # largest global norm of the gradient
-    accumulate: int = 1  # microbatches per step
+    max_grad_norm: float = 1.0  # largest global norm of the gradient
+    grad_accum_steps: int = 1  # microbatches per step
 
     def rate(self, steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
         body = lookup(self.schedule, SCHEDULES, "config.optim.schedule")
-        warm = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup, 1))
-        return optax.join_schedules([warm, body(self, max(steps - self.warmup, 1))], [self.warmup])
+        warm = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))
+        return optax.join_schedules(
+            [warm, body(self, max(steps - self.warmup_steps, 1))], [self.warmup_steps]
+        )
 
     def make(self, steps: int) -> optax.GradientTransformation:
         def decays(params: Params):
@@ -93,7 +95,7 @@ class Optimizer:
                 lambda path, _: NO_DECAY.search(path_str(path)) is None, params
             )
 
-        method = lookup(self.method, METHODS, "config.optim.method")
+        method = lookup(self.name, METHODS, "config.optim.name")
         return optax.chain(
-            optax.clip_by_global_norm(self.clip), method(self, self.rate(steps), decays)
+            optax.clip_by_global_norm(self.max_grad_norm), method(self, self.rate(steps), decays)
         )

@@ -28,12 +28,12 @@ __all__ = [
     "PREEMPTED",
     "STUCK",
     "Preempted",
-    "Stop",
+    "PreemptionHandler",
     "Watchdog",
     "WorkdirInUse",
-    "leave",
-    "own",
-    "peers",
+    "exit_if_peer_lost",
+    "exit_now",
+    "lock_workdir",
 ]
 
 PREEMPTED, STUCK = 42, 75
@@ -46,7 +46,7 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED)
 
 
-class Stop:
+class PreemptionHandler:
     """SIGTERM and SIGINT, answered between two steps; a context manager.
 
     One process: our handler remembers the signal. Several: JAX's own handler of SIGTERM tells
@@ -62,7 +62,7 @@ class Stop:
         self._calls = 0
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "PreemptionHandler":
         if threading.current_thread() is threading.main_thread():
             # A handler of SIGTERM of ours would take the place of JAX's.
             for number in (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,):
@@ -141,7 +141,7 @@ class Watchdog:
 
     def _end(self) -> None:
         print(
-            f"\nNo step for {self.seconds:g} s (config.train.stuck_after): ending with exit "
+            f"\nNo step for {self.seconds:g} s (config.train.watchdog_seconds): ending with exit "
             f"code {STUCK}. Every thread's stack, the latest call first:",
             file=sys.stderr,
             flush=True,
@@ -155,7 +155,7 @@ class Watchdog:
         os._exit(STUCK)
 
 
-def leave(code: int, message: str) -> NoReturn:
+def exit_now(code: int, message: str) -> NoReturn:
     """Ends the program with a message as its last words, once all is closed.
 
     At once: Python's own way out waits for the other processes, which wait in turn for this one,
@@ -167,7 +167,7 @@ def leave(code: int, message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def peers(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
+def exit_if_peer_lost(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Ends this process with STUCK when one of its peers has ended. What is in the block may have
     a save under way, which cannot finish without the peer and must not be waited for."""
     try:
@@ -178,7 +178,7 @@ def peers(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
         if jax.process_count() == 1 or not lost or "RESOURCE_EXHAUSTED" in str(error):
             raise
         before_exit()
-        leave(
+        exit_now(
             STUCK,
             f"process {jax.process_index()} of {jax.process_count()} lost touch with "
             f"another one, whose log says why: {str(error).splitlines()[0]:.300}",
@@ -190,7 +190,7 @@ class WorkdirInUse(ValueError):
 
 
 @contextlib.contextmanager
-def own(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this process; the kernel lets go of it however the process ends.
 
     Raises WorkdirInUse, which names the holder.

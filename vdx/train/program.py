@@ -22,7 +22,11 @@ def train_program(experiment: Any, mesh: Mesh) -> tuple[Callable[..., tuple], Tr
     )
     t = experiment.training
     step = make_train_step(
-        experiment.objective, experiment.tx, t.ema, experiment.optimizer.accumulate, t.spike
+        experiment.objective,
+        experiment.tx,
+        t.ema,
+        experiment.optimizer.accumulate,
+        t.max_grad_norm_ratio,
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))), like
 
@@ -35,10 +39,10 @@ def abstract_batch(
     clip: [t h w c] of the model's space. text: tokens of cached text, in place of those that the
     signal has by itself. Cached arrays are float16, as vdx.data.records writes them.
     """
-    conditioning, cached = experiment.model.parts()[1], experiment.clip is None
-    example = jax.eval_shape(lambda: conditioning.example(clip))
+    conditioning, cached = experiment.model.conditioning, experiment.clip is None
+    example = jax.eval_shape(lambda: conditioning.dummy_batch(clip))
     x0 = jax.ShapeDtypeStruct((1, *clip), jnp.float32)
-    made = jax.eval_shape(lambda x: conditioning.derived(jax.random.key(0), x), x0)
+    made = jax.eval_shape(lambda x: conditioning.from_clip(jax.random.key(0), x), x0)
     shapes = {k: (v.shape[1:], v.dtype) for k, v in example.items() if k not in made}
     if cached:
         shapes = {

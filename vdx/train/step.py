@@ -11,7 +11,7 @@ import optax
 from vdx.config.build import ConfigError
 from vdx.diffusion.losses import bin_by_time, denoising_error, denoising_loss
 from vdx.models.adapters.lora import Adapted, Lora
-from vdx.models.adapters.trainable import Part
+from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
 from vdx.train.state import TrainState
 from vdx.types import Array, Batch, Params, PRNGKeyArray
@@ -39,7 +39,7 @@ class Objective:
     weight: Any
     bins: int = 5
     mean: float = 0.0
-    part: Lora | Part | None = None
+    part: Lora | Trainable | None = None
     first_frame: float = 0.0
     forcing: bool = False
 
@@ -47,7 +47,7 @@ class Objective:
         if self.forcing and self.first_frame:
             raise ConfigError(
                 f"config.first_frame = {self.first_frame} sets times, and so does "
-                "config.forcing: choose one."
+                "config.diffusion_forcing: choose one."
             )
 
     def whole(
@@ -57,7 +57,7 @@ class Objective:
         if self.part is None:
             return trained
         assert frozen is not None
-        return self.part.beside(frozen, trained, key)
+        return self.part.combine(frozen, trained, key)
 
     def clean(self, batch: Batch) -> Array:
         """x0 [b t h w c] float32: cached latents as they are, or pixels from uint8 to [-1, 1],
@@ -79,13 +79,13 @@ class Objective:
 
         known: bool [b], clips whose first frame is given; it has no part in their loss.
         """
-        learnt, frames = None, noise.shape[1]
+        loss_mask, frames = None, noise.shape[1]
         if known is not None:
             first = (jnp.arange(frames) == 0) & (frames > 1)  # not of an image
-            learnt = ~(known[:, None] & first)  # b t
-            t = jnp.where(learnt, t[:, None], 0.0)
+            loss_mask = ~(known[:, None] & first)  # b t
+            t = jnp.where(loss_mask, t[:, None], 0.0)
         return denoising_loss(
-            self.process, self.weight, *self.predict(params, batch, t, noise, drop), t, learnt
+            self.process, self.weight, *self.predict(params, batch, t, noise, drop), t, loss_mask
         )
 
     def predict(
@@ -108,7 +108,7 @@ class Objective:
         k_time, k_noise, k_drop = jax.random.split(key, 3)
         clips, tokens = x0.shape[0], self.model.num_tokens(x0.shape)
         if self.forcing:
-            size = self.model.parts()[0].patch[0] * (self.model.block or 1)
+            size = self.model.backbone.patch[0] * (self.model.block or 1)
             blocks = -(-x0.shape[1] // size)
             t = self.times.sample(k_time, clips * blocks, tokens).reshape(clips, blocks)
             t = jnp.repeat(t, size, 1)[:, : x0.shape[1]]
@@ -117,15 +117,18 @@ class Objective:
         noise = jax.random.normal(k_noise, x0.shape)
         return t, noise, self.model.random_drop(k_drop, x0.shape[0])
 
-    def derived(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+    def from_clip(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """The batch with what signals make of its own clips, such as known frames."""
-        return {**batch, **self.model.derived(jax.random.fold_in(key, _DERIVED), self.clean(batch))}
+        return {
+            **batch,
+            **self.model.from_clip(jax.random.fold_in(key, _DERIVED), self.clean(batch)),
+        }
 
     def loss(
         self, params: Params | Adapted, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Array, Metrics]:
         (t, noise, drop), known = self.draw(batch, key), None
-        batch = self.derived(batch, key)
+        batch = self.from_clip(batch, key)
         if self.first_frame:
             known = jax.random.bernoulli(
                 jax.random.fold_in(key, _FIRST_FRAME), self.first_frame, t.shape
@@ -213,7 +216,7 @@ def make_eval_step(objective: Objective, levels: tuple[float, ...]):
     """
 
     def evaluate(params: Params | Adapted, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array]:
-        x0, batch = objective.clean(batch), objective.derived(batch, key)
+        x0, batch = objective.clean(batch), objective.from_clip(batch, key)
         b = x0.shape[0]
 
         def at(level_key):

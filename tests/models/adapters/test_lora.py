@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
-from vdx.models.adapters.lora import Change, Lora, adapt, dense_kernels, joined, merged
+from vdx.models.adapters.lora import Lora, WeightDelta, adapt, concat_factors, dense_kernels, merged
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec, param_shardings, put_batch, replicated
 from vdx.train.state import init_state, state_shardings
@@ -108,7 +108,7 @@ def test_new_adapters_change_no_bit(run, params, kernels):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(new)} == {"float32"}
     a = new["network"]["layers"]["block_1"]["time"]["q"]["lora_a"]
     assert a.shape == (2, 48, 3) and 0.9 < np.abs(a).max() * np.sqrt(48) <= 1 and a.std() > 0.05
-    want, got = run(params), run(EVERY.beside(params, new))
+    want, got = run(params), run(EVERY.combine(params, new))
     assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
@@ -116,7 +116,7 @@ def test_beside_the_kernels_is_merged_into_them(run, params, kernels):
     """In every dense layer there is: scanned, control blocks, embeddings of every signal."""
     factors = drawn(EVERY, kernels)
     lora = dataclasses.replace(EVERY, alpha=1.2)
-    got = run(lora.beside(params, factors))
+    got = run(lora.combine(params, factors))
     np.testing.assert_allclose(got, run(merged(params, factors, 0.4)), atol=1e-5)
     assert np.abs(got - run(params)).max() > 0.1
 
@@ -128,15 +128,17 @@ def test_every_adapter_acts(run, params, kernels):
     for path in kernels:
         layer = path.removesuffix("kernel")
         alone = {k: v if k.startswith(layer) else np.zeros_like(v) for k, v in factors.items()}
-        got = run(EVERY.beside(params, unflatten_dict(alone, sep="/")))
+        got = run(EVERY.combine(params, unflatten_dict(alone, sep="/")))
         assert np.abs(got - want).max() > 1e-4, path
 
 
 def test_several_at_once(run, params, kernels):
     """Of other ranks, in other places and of other strengths: the sum of all that they do."""
-    one = Change(drawn(EVERY, kernels), weight=0.5)
+    one = WeightDelta(drawn(EVERY, kernels), weight=0.5)
     some = Lora(rank=5, targets=("block_0/.*kernel$",))
-    two = Change(drawn(some, some.chosen(kernels), 1), {"network/table": normal(2, 48)}, -0.7)
+    two = WeightDelta(
+        drawn(some, some.selected_backends(kernels), 1), {"network/table": normal(2, 48)}, -0.7
+    )
     want = merged(merged(params, one.factors, 0.5), two.factors, -0.7)
     want["network"]["table"] = params["network"]["table"] - 0.7 * two.deltas["network/table"]
     np.testing.assert_allclose(run(adapt(params, one, two)), run(want), atol=1e-5)
@@ -145,15 +147,15 @@ def test_several_at_once(run, params, kernels):
         adapt(params, one, two, merge=True),
         want,
     )
-    trained = dataclasses.replace(EVERY, alpha=1.5).beside(params, one.factors)  # scale 0.5
+    trained = dataclasses.replace(EVERY, alpha=1.5).combine(params, one.factors)  # scale 0.5
     np.testing.assert_allclose(run(adapt(trained, two)), run(want), atol=1e-5)
     with pytest.raises(ValueError, match="This network has no network/tabel"):
-        adapt(params, Change({}, {"network/tabel": np.zeros(2)}))
+        adapt(params, WeightDelta({}, {"network/tabel": np.zeros(2)}))
 
 
 def test_joined_ranks():
     one, two = ({"q": {"lora_a": normal(2, 6, r), "lora_b": normal(2, r, 4)}} for r in (1, 3))
-    both = joined((one, 2.0), (two, 1.0))["q"]
+    both = concat_factors((one, 2.0), (two, 1.0))["q"]
     assert both["lora_a"].shape == (2, 6, 4) and both["lora_b"].shape == (2, 4, 4)
     np.testing.assert_allclose(
         both["lora_a"] @ both["lora_b"],
@@ -164,7 +166,7 @@ def test_joined_ranks():
 
 def test_in_bfloat16_they_add_to_what_the_layer_gives(run, params, kernels, quick):
     half = Denoiser({**BACKBONE, "dtype": "bfloat16"}, SIGNALS)
-    adapted = EVERY.beside(params, drawn(EVERY, kernels))
+    adapted = EVERY.combine(params, drawn(EVERY, kernels))
     want, got = run(adapted), runner(half, quick)(adapted)
     assert got.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
@@ -182,12 +184,12 @@ def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
     """Neither W + A B nor a gradient of W: the products of the program are all smaller."""
     odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)  # no other such sizes
     shapes = jax.eval_shape(odd.new_params, jax.random.key(0))
-    found = EVERY.chosen(dense_kernels(odd.new_params))
+    found = EVERY.selected_backends(dense_kernels(odd.new_params))
     factors = jax.eval_shape(lambda: EVERY.new_factors(jax.random.key(0), found))
     keep = odd.drop_masks(B, False)
 
     def loss(factors, base):
-        p = EVERY.beside(base, factors)
+        p = EVERY.combine(base, factors)
         return jnp.square(odd.run(p, X, TIME, BATCH, keep, method="train_view")).mean()
 
     def products(*argnums):
@@ -212,7 +214,7 @@ def test_dropout_drops_what_a_reads():
     lora = Lora(rank=1, dropout=0.25, alpha=2.0)
     base = {"d": {"kernel": jnp.zeros((8, 1))}}
     factors = {"d": {"lora_a": jnp.ones((8, 1)), "lora_b": jnp.ones((1, 1))}}
-    call = lambda key: lora.beside(base, factors, key).apply(
+    call = lambda key: lora.combine(base, factors, key).apply(
         One(), jnp.ones((4000, 8)), method="__call__"
     )[:, 0]
     one, other = call(jax.random.key(0)), call(jax.random.key(1))
@@ -246,7 +248,7 @@ def test_layers_of_a_scan_drop_differently():
     factors = {"layers": {"d": {"lora_a": jnp.ones((3, 8, 1)), "lora_b": jnp.ones((3, 1, 1))}}}
     y = (
         Lora(rank=1, dropout=0.5)
-        .beside(base, factors, jax.random.key(0))
+        .combine(base, factors, jax.random.key(0))
         .apply(Net(), jnp.ones((50, 8)), method="__call__")[..., 0]
     )
     assert np.abs(y[0] - y[1]).max() > 0 and np.abs(y[1] - y[2]).max() > 0
@@ -259,8 +261,8 @@ def test_layers_of_the_transformer_drop(randomise, quick):
         Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)),
         runner(plain, quick),
     )
-    factors = drawn(lora, lora.chosen(dense_kernels(plain.new_params)))
-    one, other = (run(lora.beside(params, factors, jax.random.key(i))) for i in (0, 1))
+    factors = drawn(lora, lora.selected_backends(dense_kernels(plain.new_params)))
+    one, other = (run(lora.combine(params, factors, jax.random.key(i))) for i in (0, 1))
     assert np.abs(one - other).max() > 1e-3
 
 
@@ -268,16 +270,18 @@ def test_layers_of_the_transformer_drop(randomise, quick):
 
 
 def test_targets(kernels):
-    chosen = set(Lora().chosen(kernels))
+    selected_backends = set(Lora().selected_backends(kernels))
     assert {
         "network/layers/block_0/full/q/kernel",
         "network/layers/block_1/cross/image_v/kernel",
         "network/layers/block_1/mlp/down/kernel",
         "network/layers/control/full/out/kernel",
-    } <= chosen
-    assert all(path.startswith("network/layers/") for path in chosen)
-    assert not any("hint" in path for path in chosen) and len(chosen) == 3 * 12
-    assert set(Lora(targets=("time/q/", "^network/patch")).chosen(kernels)) == {
+    } <= selected_backends
+    assert all(path.startswith("network/layers/") for path in selected_backends)
+    assert (
+        not any("hint" in path for path in selected_backends) and len(selected_backends) == 3 * 12
+    )
+    assert set(Lora(targets=("time/q/", "^network/patch")).selected_backends(kernels)) == {
         "network/layers/block_1/time/q/kernel",
         "network/patch/kernel",
     }
@@ -295,7 +299,7 @@ def test_targets(kernels):
 )
 def test_sections_that_cannot_be_meant(fields, message, kernels):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
-        Lora(**fields).chosen(kernels)
+        Lora(**fields).selected_backends(kernels)
 
 
 def test_a_convolution_is_no_target():
@@ -314,7 +318,9 @@ def test_a_convolution_is_no_target():
 def test_factors_lie_as_their_kernels(kernels):
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()
     lora = Lora(rank=3, targets=("block_0/full", "modulation"))
-    shapes = jax.eval_shape(lambda: lora.new_factors(jax.random.key(0), lora.chosen(kernels)))
+    shapes = jax.eval_shape(
+        lambda: lora.new_factors(jax.random.key(0), lora.selected_backends(kernels))
+    )
     where = jax.tree.map(lambda s: s.spec, param_shardings(mesh, shapes))["network"]
     full = where["layers"]["block_0"]["full"]
     assert full["q"] == {"lora_a": P(None, "fsdp", None), "lora_b": P(None, None, "tensor")}
@@ -334,7 +340,7 @@ def trained(randomise):
                 "--config.model.signals.embeddings.length=None",
                 "--config.lora.dropout=0.1",
                 "--config.lora.targets=['kernel$']",
-                "--config.optim.warmup=1",
+                "--config.optim.warmup_steps=1",
             ],
         )
     )

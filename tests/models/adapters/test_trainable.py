@@ -15,7 +15,7 @@ from vdx.data.records import latent_features, write_records
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_rows
 from vdx.interop.unet import load_unet, save_unet
-from vdx.models.adapters.trainable import Part
+from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.loop import Run, train
@@ -34,7 +34,7 @@ def experiment(*args: str) -> Experiment:
             f"{ROOT}/configs/motion_module_sd15.py:smoke",
             [
                 "--config.train.eval_every=0",
-                "--config.optim.warmup=1",
+                "--config.optim.warmup_steps=1",
                 "--config.model.backbone.widths=(16,)",
                 "--config.model.backbone.attention=(False,)",
                 "--config.model.backbone.remat='none'",
@@ -46,7 +46,7 @@ def experiment(*args: str) -> Experiment:
 
 def image_model() -> Denoiser:
     made = experiment()
-    return Denoiser({**made.model.backbone, "temporal": "none"}, made.model.signals)
+    return Denoiser({**made.model.backbone_config, "temporal": "none"}, made.model.signals)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def place(tmp_path_factory, randomise) -> tuple[str, ...]:
     ]
     write_records(
         root / "data",
-        {"train": rows[:16], "heldout": rows[16:]},
+        {"train": rows[:16], "validation": rows[16:]},
         latent_features((3, 4, 4, 4), 16),
         metadata={"latents": [3, 4, 4, 4], "text": [77, 16], "null": NULL.tolist()},
     )
@@ -98,10 +98,10 @@ def facts(workdir: Path, step: int = 4) -> dict:
 
 
 def test_split_and_beside():
-    frozen, trained = Part("motion").split(TREE)
+    frozen, trained = Trainable("motion").split(TREE)
     assert frozen == {"a": TREE["a"]} and trained == {"b": TREE["b"]}
-    assert Part("motion").beside(frozen, trained) == TREE
-    assert Part("motion").beside(TREE, {"b": {"motion": {"kernel": 4}}})["b"] == {
+    assert Trainable("motion").combine(frozen, trained) == TREE
+    assert Trainable("motion").combine(TREE, {"b": {"motion": {"kernel": 4}}})["b"] == {
         "motion": {"kernel": 4}
     }
 
@@ -116,7 +116,7 @@ def test_split_and_beside():
 )
 def test_a_part_that_cannot_be_meant(pattern, message):
     with pytest.raises(ConfigError, match=message):
-        Part(pattern).check(TREE)
+        Trainable(pattern).check(TREE)
 
 
 def test_adapters_and_a_part_at_once():
@@ -132,7 +132,7 @@ def test_at_first_it_is_the_image_model(place, mesh, fresh):
     assert not given
     params = made.objective.whole(fresh, frozen)
     image = image_model()
-    image = Denoiser({**image.backbone, "dtype": "float32"}, image.signals)
+    image = Denoiser({**image.backbone_config, "dtype": "float32"}, image.signals)
     rng = np.random.default_rng(1)
     x, tokens = rng.normal(size=(1, 3, 4, 4, 4)), rng.normal(size=(1, 77, 16))
     x, ports = x.astype(np.float32), Ports(tokens=jnp.float32(tokens))

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.attention.backends import BACKENDS, CONTEXTS, Ask, attend, choose, chosen
+from vdx.models.attention.backends import (
+    BACKENDS,
+    CONTEXTS,
+    AttentionSpec,
+    attend,
+    select_backend,
+    selected_backends,
+)
 from vdx.parallel import AXES, MeshSpec, platform
 
 RNG = np.random.default_rng(0)
@@ -55,8 +62,8 @@ def definition(q, k, v, mask=None, bias=0.0, scale=None, causal=False):
 
 def with_gradients(f):
     def run(q, k, v, dy):
-        y, back = jax.vjp(f, q, k, v)
-        return y, *back(dy)
+        y, reshard_to_frames = jax.vjp(f, q, k, v)
+        return y, *reshard_to_frames(dy)
 
     return run
 
@@ -73,7 +80,7 @@ def difference(got, want):
 def ask_of(case, **changes):
     queries, keys, width, hides = CASES[case]
     mask = hides.get("mask")
-    return Ask(
+    return AttentionSpec(
         **{
             "queries": queries,
             "keys": keys,
@@ -118,7 +125,7 @@ def test_backends_are_the_definition(backend, case, wanted, quick):
     hides = CASES[case][3]
     args, want = wanted(case)
     run = with_gradients(lambda *a: attend(*a, backend=backend, **hides))
-    if BACKENDS[backend].lacks(ask_of(case)):
+    if BACKENDS[backend].unsupported(ask_of(case)):
         with pytest.raises(ConfigError, match=f"model.attention = '{backend}'.*'auto' takes"):
             run(*args)
     else:
@@ -170,7 +177,7 @@ def test_cudnn_is_given_what_it_takes(mask, monkeypatch, quick):
     assert difference([got], [want]) < 0.01
 
 
-BIG = Ask(4096, 4096, 64, "bfloat16")
+BIG = AttentionSpec(4096, 4096, 64, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,7 @@ BIG = Ask(4096, 4096, 64, "bfloat16")
     ],
 )
 def test_auto_takes_what_suits_the_device_and_can_do_it(platform, changes, name):
-    assert choose(Ask(**{**vars(BIG), "platform": platform, **changes})) == name
+    assert select_backend(AttentionSpec(**{**vars(BIG), "platform": platform, **changes})) == name
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_auto_takes_what_suits_the_device_and_can_do_it(platform, changes, name)
 )
 def test_what_a_backend_cannot_do(backend, changes, message):
     with pytest.raises(ConfigError, match=message):
-        choose(Ask(**{**vars(BIG), **changes}), backend)
+        select_backend(AttentionSpec(**{**vars(BIG), **changes}), backend)
 
 
 def test_the_platform_is_that_of_the_mesh():
@@ -225,7 +232,7 @@ def test_the_platform_is_that_of_the_mesh():
 def test_what_was_chosen_can_be_asked():
     one = jax.ShapeDtypeStruct((1, 1234, 2, 16), jnp.bfloat16)
     jax.eval_shape(attend, one, one, one)
-    assert "1234 queries, 1234 keys of 16 in bfloat16: blockwise" in chosen()
+    assert "1234 queries, 1234 keys of 16 in bfloat16: blockwise" in selected_backends()
 
 
 def test_blockwise_never_holds_all_scores(quick):

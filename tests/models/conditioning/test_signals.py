@@ -126,7 +126,7 @@ def signal(request, randomise):
     name = request.param
     module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
     shapes = jax.eval_shape(
-        module.init, jax.random.key(0), module.example(), {name: jnp.zeros(1, bool)}
+        module.init, jax.random.key(0), module.dummy_batch(), {name: jnp.zeros(1, bool)}
     ).get("params", {})
     params = randomise(shapes)
     run = jax.jit(
@@ -175,7 +175,7 @@ def test_a_null_value_is_learned(name, randomise, quick):
 
 def test_dropped_text_is_the_empty_caption(randomise):
     module = Conditioning(WIDTH, {"text": FIELDS["text"]})
-    example, drop = module.example(), lambda *d: {"text": jnp.array(d)}
+    example, drop = module.dummy_batch(), lambda *d: {"text": jnp.array(d)}
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), example, drop(False)))
     got = module.apply(params, captions("a red ball"), drop(True))
     want = module.apply(params, captions(""), drop(False))
@@ -346,13 +346,13 @@ def test_every_signal_changes_the_prediction(randomise):
 def test_known_frames_are_those_of_the_clip():
     x0 = RNG.normal(size=(2000, 3, 1, 1, 2)).astype(np.float32)
     module = Conditioning(WIDTH, {"known_frames": {"channels": 2, "first": 0.8, "last": 0.3}})
-    got = jax.tree.map(np.asarray, module.derived(jax.random.key(0), x0))
+    got = jax.tree.map(np.asarray, module.from_clip(jax.random.key(0), x0))
     mask = got["known_mask"]
     assert not mask[:, 1].any() and abs(mask[:, 0].mean() - 0.8) < 0.04
     assert abs(mask[:, 2].mean() - 0.3) < 0.04
     assert abs((mask[:, 0] * mask[:, 2]).mean() - 0.24) < 0.04  # each on its own
     np.testing.assert_array_equal(got["known"], x0 * mask[..., None, None, None])
-    image = module.derived(jax.random.key(0), x0[:, :1])["known_mask"]  # both ends at once
+    image = module.from_clip(jax.random.key(0), x0[:, :1])["known_mask"]  # both ends at once
     assert abs(np.asarray(image).mean() - 0.86) < 0.04
 
 
@@ -361,10 +361,10 @@ def test_what_a_batch_lacks_is_dropped_or_asked_for():
     model, shape = Denoiser(SMALL, names), (2, 2, 4, 4, 3)
     depth = {"depth": np.zeros((2, 2, 4, 4, 1), np.float32)}
     batch = depth | BATCHES["fps"][0]
-    assert model.absent(batch) == {"motion"}
-    assert model.completed(batch, shape)["motion"].shape == (2,)
+    assert model.missing_signals(batch) == {"motion"}
+    assert model.fill_missing(batch, shape)["motion"].shape == (2,)
     with pytest.raises(ConfigError, match=r"never trained without 'depth'.*give it"):
-        model.absent(BATCHES["fps"][0])
+        model.missing_signals(BATCHES["fps"][0])
 
 
 def test_a_vector_for_each_frame_reaches_the_tokens_of_that_frame(randomise):

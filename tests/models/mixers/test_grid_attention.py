@@ -11,7 +11,7 @@ from vdx.config.build import ConfigError, build
 from vdx.models.attention.backends import CONTEXTS, attend
 from vdx.models.attention.layers import CrossAttention, SelfAttention
 from vdx.models.layers import rope_table
-from vdx.models.mixers.grid_attention import MIXERS, REACH, MixContext
+from vdx.models.mixers.grid_attention import MAX_RELATIVE_DISTANCE, MIXERS, MixContext
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 GRID, WIDTH, HEADS = (3, 2, 4), 24, 2
@@ -116,7 +116,11 @@ def mix_by_loop(p, x, spec, sees):
             scores = np.array([q[a][n] @ k[b][n] for b in seen]) / np.sqrt(WIDTH // HEADS)
             if "distance_table" in p:
                 scores += [
-                    p["distance_table"][REACH + np.clip(b[0] - a[0], -REACH, REACH), n]
+                    p["distance_table"][
+                        MAX_RELATIVE_DISTANCE
+                        + np.clip(b[0] - a[0], -MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE),
+                        n,
+                    ]
                     for b in seen
                 ]
             mixed = softmax(scores) @ np.array([v[b][n] for b in seen])
@@ -237,7 +241,7 @@ def test_attention_over_time_knows_distances_alone(spec, randomise):
     """The same clip a frame later in a longer one, far from both ends: the same answer. Distances
     beyond REACH share a bias, so that clips may be longer than any in training."""
     module = MIXERS["time"](heads=HEADS, **{"window": 3, **spec})
-    clip = RNG.normal(size=(1, 2 * REACH + 8, 1, 1, WIDTH)).astype(np.float32)
+    clip = RNG.normal(size=(1, 2 * MAX_RELATIVE_DISTANCE + 8, 1, 1, WIDTH)).astype(np.float32)
     context = MixContext(rope=rope_table((clip.shape[1], 1, 1), WIDTH // HEADS))
     image = jax.eval_shape(
         module.init,
@@ -253,7 +257,7 @@ def test_attention_over_time_knows_distances_alone(spec, randomise):
 
 def test_distances_beyond_the_reach_share_a_bias(randomise):
     module = MIXERS["time"](heads=HEADS, positions="relative")
-    clip = RNG.normal(size=(1, REACH + 4, 1, 1, WIDTH)).astype(np.float32)
+    clip = RNG.normal(size=(1, MAX_RELATIVE_DISTANCE + 4, 1, 1, WIDTH)).astype(np.float32)
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), clip, CONTEXT)["params"])
     want = mix_by_loop(params, clip[0], {"name": "time", "positions": "relative"}, CASES["time"][1])
     got = module.apply({"params": params}, clip, CONTEXT)[0]

@@ -300,7 +300,7 @@ def test_maps_of_another_size(randomise):
 def test_a_stem_is_a_rearrangement(randomise, quick):
     """Patches in, patches out: with a network that is the identity nothing moves."""
     made = model(stem=(1, 2, 3), attention=(False, False))
-    assert made.parts()[0].patch == (1, 4, 6)
+    assert made.backbone.patch == (1, 4, 6)
     params = shapes(made)
     assert params["network"]["encoder"]["conv_in"]["kernel"].shape == (3, 3, 24, 8)
     assert params["network"]["conv_out"]["kernel"].shape == (3, 3, 8, 24)

@@ -46,7 +46,7 @@ __all__ = [
     "Scene",
     "Scenes",
     "describe",
-    "is_heldout",
+    "is_validation",
 ]
 
 # The velocity of each motion in units of the object's speed.
@@ -76,22 +76,22 @@ BOTTOM = {
     "triangle": 0.56,
     "star": 1.12 * math.cos(math.pi / 5),
 }  # lowest point of an upright shape, in radii
-HELDOUT_ONE_IN = 5
+VALIDATION_ONE_IN = 5
 
 
-def is_heldout(colour: str, shape: str, motion: str) -> bool:
-    """Whether the combination belongs to the "heldout" split: about one in five does."""
-    return zlib.crc32(f"{colour} {shape} {motion}".encode()) % HELDOUT_ONE_IN == 0
+def is_validation(colour: str, shape: str, motion: str) -> bool:
+    """Whether the combination belongs to the "validation" split: about one in five does."""
+    return zlib.crc32(f"{colour} {shape} {motion}".encode()) % VALIDATION_ONE_IN == 0
 
 
 @functools.lru_cache
 def _triples(shapes, colours, motions, split: str) -> tuple[tuple[str, str, str], ...]:
     """The (colour, shape, motion) combinations of a split; what is round cannot visibly turn."""
-    wanted = {"train": (False,), "heldout": (True,), "all": (False, True)}[split]
+    wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     return tuple(
         (c, s, m)
         for c, s, m in itertools.product(colours, shapes, motions)
-        if not (m == "turn" and s in ("circle", "ring")) and is_heldout(c, s, m) in wanted
+        if not (m == "turn" and s in ("circle", "ring")) and is_validation(c, s, m) in wanted
     )
 
 
@@ -318,7 +318,7 @@ def _gap(objects: list[Object]) -> float:
 class Scenes:
     """A source of `size` procedural clips; clip i depends on (seed, split, i) and the vocabulary.
 
-    split: "train" never shows a held-out (colour, shape, motion), "heldout" shows only those,
+    split: "train" never shows a held-out (colour, shape, motion), "validation" shows only those,
     "all" shows both. shapes ... sizes restrict the vocabulary. duration: seconds of a clip.
     Raises ConfigError for an unknown word and for a selection that is empty.
     """
@@ -358,8 +358,8 @@ class Scenes:
                     )
             if not chosen:
                 raise ConfigError(f"Scenes.{field} is empty. Known: {', '.join(words)}.")
-        if self.split not in ("train", "heldout", "all"):
-            raise ConfigError(f"Scenes.split is {self.split!r}. Known: train, heldout, all.")
+        if self.split not in ("train", "validation", "all"):
+            raise ConfigError(f"Scenes.split is {self.split!r}. Known: train, validation, all.")
         if self.max_objects not in (1, 2):
             raise ConfigError(f"Scenes.max_objects is {self.max_objects}, expected 1 or 2.")
         if min(self.height, self.width, self.size) < 1 or self.seed < 0 or self.duration <= 0:
@@ -389,7 +389,7 @@ class Scenes:
         """Scene `index`, the same in every process. Raises IndexError outside [0, size)."""
         if not 0 <= index < self.size:
             raise IndexError(f"Scenes has clips 0 to {self.size - 1}, not {index}.")
-        split = ("train", "heldout", "all").index(self.split)
+        split = ("train", "validation", "all").index(self.split)
         # Counter-based, so that any clip is drawn without the ones before it.
         rng = np.random.Generator(np.random.Philox(key=((4 * self.seed + split) << 64) + index))
         settings = _settings(self.backgrounds, self.cameras)

@@ -23,12 +23,12 @@ __all__ = [
     "A",
     "Adapted",
     "B",
-    "Change",
     "Lora",
+    "WeightDelta",
     "adapt",
-    "added",
+    "add_deltas",
+    "concat_factors",
     "dense_kernels",
-    "joined",
     "merged",
 ]
 
@@ -148,14 +148,14 @@ class Lora:
             out[f"{layer}/{B}"] = jnp.zeros((*layers, self.rank, fan_out), jnp.float32)
         return unflatten_dict(out, sep="/")
 
-    def beside(self, base: Params, factors: Params, key: PRNGKeyArray | None = None) -> Adapted:
+    def combine(self, base: Params, factors: Params, key: PRNGKeyArray | None = None) -> Adapted:
         """key: of a training step; without it nothing is dropped."""
         key = None if key is None or not self.dropout else jax.random.fold_in(key, _DROPOUT)
         return Adapted(base, factors, key, self.scale, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class WeightDelta:
     """One of several changes to a network: factors, whole differences of other parameters by
     their paths (of norms and biases, as some public files have them), and its strength."""
 
@@ -164,7 +164,7 @@ class Change:
     weight: float = 1.0
 
 
-def adapt(params: Params | Adapted, *changes: Change, merge: bool = False) -> Params | Adapted:
+def adapt(params: Params | Adapted, *changes: WeightDelta, merge: bool = False) -> Params | Adapted:
     """A network with several changes at once, beside its kernels or merged into them.
 
     Beside costs two small products a kernel and keeps the factors' precision; merged costs
@@ -176,12 +176,12 @@ def adapt(params: Params | Adapted, *changes: Change, merge: bool = False) -> Pa
         parts = [(params.factors, params.scale), *parts]
         params = params.base
     for change in changes:
-        params = added(params, change.deltas, change.weight)
-    factors = joined(*parts)
+        params = add_deltas(params, change.deltas, change.weight)
+    factors = concat_factors(*parts)
     return merged(params, factors) if merge else Adapted(params, factors)
 
 
-def joined(*parts: tuple[Params, float]) -> Params:
+def concat_factors(*parts: tuple[Params, float]) -> Params:
     """One set of factors that acts as the weighted sum of several: their ranks in a row."""
     halves: dict[str, list[Array]] = {}
     for factors, weight in parts:
@@ -202,7 +202,7 @@ def merged(params: Params, factors: Params, scale: float = 1.0) -> Params:
     for path in halves:
         if path.endswith(A):  # one after another: a product is as large as its kernel
             a, b = (halves[path.removesuffix(A) + h].astype(jnp.float32) for h in (A, B))
-            params = added(
+            params = add_deltas(
                 params,
                 {path.removesuffix(A) + "kernel": jnp.matmul(a, b, precision="highest")},
                 scale,
@@ -210,7 +210,7 @@ def merged(params: Params, factors: Params, scale: float = 1.0) -> Params:
     return params
 
 
-def added(params: Params, deltas: Mapping[str, Any], weight: float = 1.0) -> Params:
+def add_deltas(params: Params, deltas: Mapping[str, Any], weight: float = 1.0) -> Params:
     """Parameters with `weight` times these differences, path -> array, added to some of them."""
     leaves = _flat(params)
     if unknown := sorted(set(deltas) - set(leaves)):

@@ -11,7 +11,7 @@ from vdx.types import Params, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Trainable:
     """The parameters whose paths, such as "network/up_0_1/motion/proj_in/kernel", a regex finds."""
 
     pattern: str
@@ -40,7 +40,7 @@ class Part:
         frozen, trained = (unflatten_dict(half, sep="/") for half in halves)
         return frozen, trained
 
-    def beside(self, frozen: Params, trained: Params, key: PRNGKeyArray | None = None) -> Params:
+    def combine(self, frozen: Params, trained: Params, key: PRNGKeyArray | None = None) -> Params:
         """The whole network, with what is trained in its place."""
         return overlaid(frozen, trained)
 

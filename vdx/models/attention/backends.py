@@ -51,7 +51,7 @@ def attend(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if mask is None else jnp.asarray(mask)
-    ask = Ask(
+    spec = AttentionSpec(
         q.shape[-3],
         k.shape[-3],
         q.shape[-1],
@@ -61,8 +61,8 @@ def attend(
         causal,
         platform(),
     )
-    name = choose(ask, backend)
-    _note(ask, name)
+    name = select_backend(spec, backend)
+    _note(spec, name)
 
     def flat(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         rows = math.prod(q.shape[:-3])
@@ -76,10 +76,10 @@ def attend(
         return flat(q, k, v, mask)
     meet = lookup(context, CONTEXTS, "model.context")
     if meet is not None and mesh.shape["context"] > 1:
-        if q.ndim != 4 or q.shape[1] != k.shape[1] or causal or ask.bias or ask.mask == 3:
+        if q.ndim != 4 or q.shape[1] != k.shape[1] or causal or spec.bias or spec.mask == 3:
             raise ConfigError(
                 f"model.context = {context!r} is for tokens that all see the same, "
-                f"one another. Here: {ask}. 'gather' can do it."
+                f"one another. Here: {spec}. 'gather' can do it."
             )
         return _split(partial(meet, flat, scale=scale), q, k, v, mask)
     if name == "xla":  # which the compiler splits by itself
@@ -88,7 +88,7 @@ def attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class AttentionSpec:
     """What is asked of a backend. mask: its axes, 2 for [b s], 3 for [b q s], 0 for none."""
 
     queries: int
@@ -101,33 +101,34 @@ class Ask:
     platform: str = "cpu"
 
 
-def choose(ask: Ask, backend: str = "auto") -> str:
+def select_backend(spec: AttentionSpec, backend: str = "auto") -> str:
     """The row of BACKENDS that does it. Raises ConfigError if the one that is named cannot."""
     if backend != "auto":
-        why = lookup(backend, BACKENDS, "model.attention").lacks(ask)
+        why = lookup(backend, BACKENDS, "model.attention").unsupported(spec)
         if why:
             raise ConfigError(
-                f"model.attention = {backend!r} {why}. Here: {ask}. 'auto' takes a "
+                f"model.attention = {backend!r} {why}. Here: {spec}. 'auto' takes a "
                 "backend that can."
             )
         return backend
-    if ask.queries * ask.keys <= SMALL:
+    if spec.queries * spec.keys <= SMALL:
         return "xla"
     return next(
-        (name for name in PREFERRED.get(ask.platform, ()) if not BACKENDS[name].lacks(ask)), "xla"
+        (name for name in PREFERRED.get(spec.platform, ()) if not BACKENDS[name].unsupported(spec)),
+        "xla",
     )
 
 
-def chosen() -> list[str]:
+def selected_backends() -> list[str]:
     """What the programs that this process has traced so far attend with, in words."""
     return list(_CHOSEN)
 
 
-def _note(ask: Ask, name: str) -> None:
-    line = f"{ask.queries} queries, {ask.keys} keys of {ask.width} in {ask.dtype}: {name}"
+def _note(spec: AttentionSpec, name: str) -> None:
+    line = f"{spec.queries} queries, {spec.keys} keys of {spec.width} in {spec.dtype}: {name}"
     if line not in _CHOSEN:
         _CHOSEN[line] = None
-        logging.info("Attention on %s, %s", ask.platform, line)
+        logging.info("Attention on %s, %s", spec.platform, line)
 
 
 def _over(size: int, *axes: str) -> tuple[str, ...] | None:
@@ -195,15 +196,15 @@ def _cudnn(q, k, v, mask, bias, scale, causal) -> Array:
     )
 
 
-def _cudnn_lacks(ask: Ask) -> str:
-    if ask.platform != "gpu":
+def _cudnn_lacks(spec: AttentionSpec) -> str:
+    if spec.platform != "gpu":
         return "needs a GPU"
-    if ask.dtype not in ("bfloat16", "float16") or ask.width > 128 or ask.width % 8:
+    if spec.dtype not in ("bfloat16", "float16") or spec.width > 128 or spec.width % 8:
         return "takes bfloat16 or float16, and heads of at most 128, a multiple of 8"
-    if ask.bias:
+    if spec.bias:
         return "adds no bias"
     # A mask becomes a bias, whose gradient cuDNN has for even sizes.
-    odd = ask.mask and (ask.queries % 2 or ask.keys % 2)
+    odd = spec.mask and (spec.queries % 2 or spec.keys % 2)
     return "with a mask takes even numbers of queries and keys" if odd else ""
 
 
@@ -261,21 +262,21 @@ class Backend:
     lacks(ask) -> why it cannot do that, or ""."""
 
     run: Callable[..., Array]
-    lacks: Callable[[Ask], str]
+    unsupported: Callable[[AttentionSpec], str]
 
 
 BACKENDS: dict[str, Backend] = {
     # Writes out all scores. The compiler's own, on any device.
-    "xla": Backend(_xla, lambda ask: ""),
+    "xla": Backend(_xla, lambda spec: ""),
     # In blocks, in plain JAX, on any device.
-    "blockwise": Backend(_blockwise, lambda ask: "adds no bias" if ask.bias else ""),
+    "blockwise": Backend(_blockwise, lambda spec: "adds no bias" if spec.bias else ""),
     # A kernel for GPUs, of NVIDIA's library.
     "cudnn": Backend(_cudnn, _cudnn_lacks),
     # A Pallas kernel for TPUs; elsewhere interpreted, for tests.
     "splash": Backend(
         _splash,
-        lambda ask: (
-            "adds no bias and has one mask for all queries" if ask.bias or ask.mask == 3 else ""
+        lambda spec: (
+            "adds no bias and has one mask for all queries" if spec.bias or spec.mask == 3 else ""
         ),
     ),
 }

@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
     With image tokens [b m e] the same queries also attend to those, by keys and values of their
     own, and both answers are added (Ye et al. 2023, IP-Adapter; Wan image-to-video). qk_norm:
     queries and keys are RMS-normalised across all heads (Wan). attention: the backend, see attend.
-    The keys and values are what the collection "told" holds, if it is given; made mutable it is
+    The keys and values are what the collection "cross_kv" holds, if it is given; made mutable it is
     filled.
     """
 
@@ -63,15 +63,15 @@ class CrossAttention(nn.Module):
         width, (t, h, w) = x.shape[-1], x.shape[1:4]
 
         def keys_and_values(tokens: Array, prefix: str = "") -> tuple[Array, Array]:
-            if self.has_variable("told", f"{prefix}kv"):
-                return self.get_variable("told", f"{prefix}kv")
+            if self.has_variable("cross_kv", f"{prefix}kv"):
+                return self.get_variable("cross_kv", f"{prefix}kv")
             k = nn.Dense(width, name=f"{prefix}k", dtype=self.dtype)(tokens)
             v = nn.Dense(width, name=f"{prefix}v", dtype=self.dtype)(tokens)
             if self.qk_norm:
                 k = RMSNorm(name=f"{prefix}k_norm")(k)
             k, v = (rearrange(a, "b l (n d) -> b l n d", n=self.heads) for a in (k, v))
-            if self.is_mutable_collection("told") and not self.is_initializing():
-                self.put_variable("told", f"{prefix}kv", (k, v))
+            if self.is_mutable_collection("cross_kv") and not self.is_initializing():
+                self.put_variable("cross_kv", f"{prefix}kv", (k, v))
             return k, v
 
         q = nn.Dense(width, name="q", dtype=self.dtype)(x)

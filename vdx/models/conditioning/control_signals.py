@@ -38,14 +38,14 @@ class KnownFrames(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {
             "known": jnp.zeros((1, *clip[:3], self.channels)),
             "known_mask": jnp.zeros((1, clip[0])),
         }
 
     @nn.nowrap
-    def derived(self, key: PRNGKeyArray, x0: Array) -> Batch:
+    def from_clip(self, key: PRNGKeyArray, x0: Array) -> Batch:
         """The entries of a training batch, from its clips x0 [b t h w c]."""
         b, t = x0.shape[:2]
         place, (first, last) = jnp.arange(t), jax.random.uniform(key, (2, b, 1))
@@ -74,7 +74,7 @@ class Reference(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"reference": jnp.zeros((1, self.height, self.columns, 3), jnp.uint8)}
 
     @nn.compact
@@ -106,7 +106,7 @@ class DenseMap(nn.Module):
     scale = 1.0  # brings the map's values to about one
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {self.key: jnp.zeros((1, *clip[:3], self.features))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
@@ -157,7 +157,7 @@ class Actions(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"actions": jnp.zeros((1, clip[0]), jnp.int32)}
 
     @nn.compact
@@ -178,7 +178,7 @@ class Scalar(nn.Module):
     floor = 0.0  # added before the logarithm, for numbers that may be 0
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {self.key: jnp.ones(1)}
 
     @nn.compact
@@ -204,7 +204,7 @@ class FrameRateClass(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"fps": jnp.ones(1)}
 
     @nn.compact
@@ -228,7 +228,7 @@ class Motion(Scalar):
     key, floor = "motion", 1.0
 
 
-STEERING: dict[str, Callable[..., nn.Module]] = {
+CONTROL_SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "known_frames": KnownFrames,
     "reference": Reference,
     "depth": Depth,

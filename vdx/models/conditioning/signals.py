@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vdx.config.build import ConfigError, build
-from vdx.models.conditioning.control_signals import STEERING, Clip, kept
+from vdx.models.conditioning.control_signals import CONTROL_SIGNALS, Clip, kept
 from vdx.models.encoders.text import ENCODERS, FROZEN, Tokenize
 from vdx.models.layers import MLP, LayerNorm
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
@@ -43,7 +43,7 @@ class Text(nn.Module):
         return self.net(parent=None).tokenizer()
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         length = self.net(parent=None).length
         return {"text": jnp.zeros((1, length), jnp.int32), "text_mask": jnp.ones((1, length), bool)}
 
@@ -98,7 +98,7 @@ class Embeddings(nn.Module):
         return encoder.tokenizer()
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         if self.encoder is not None:
             self.tokenizer()  # says now what is wrong with it
         n = self.null_tokens
@@ -150,7 +150,7 @@ class ImageTokens(nn.Module):
     dropout: float = 0.1
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"image_tokens": jnp.zeros((1, self.positions or 1, self.features))}
 
     @nn.compact
@@ -184,7 +184,7 @@ class Concat(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         return {"concat": jnp.zeros((1, *clip[:3], self.channels))}
 
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
@@ -205,7 +205,7 @@ class Control(nn.Module):
     dropout: float = 0.0
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         t, h, w = clip[:3]
         return {"control": jnp.zeros((1, t, h * self.side, w * self.side, self.channels))}
 
@@ -221,7 +221,7 @@ SIGNALS: dict[str, Callable[..., nn.Module]] = {
     "image_tokens": ImageTokens,
     "concat": Concat,
     "control": Control,
-    **STEERING,
+    **CONTROL_SIGNALS,
 }
 NULL = "conditioning/embeddings/null"  # the parameter that stands for a dropped caption
 TEXT = ("text", "embeddings")  # what captions become, and what plain guidance strengthens
@@ -287,31 +287,31 @@ class Conditioning(nn.Module):
         )
 
     @nn.nowrap
-    def example(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
         """A batch of one with the keys, types and feature sizes that the signals read, for a clip
         of (t, h, w, c)."""
         return {
             k: v
             for name in self.signals
-            for k, v in self.row(name, parent=None).example(clip).items()
+            for k, v in self.row(name, parent=None).dummy_batch(clip).items()
         }
 
     @nn.nowrap
-    def derived(self, key: PRNGKeyArray, x0: Array) -> Batch:
+    def from_clip(self, key: PRNGKeyArray, x0: Array) -> Batch:
         """The entries of a training batch that signals make of its clips x0 [b t h w c]."""
         out: dict[str, Array] = {}
         for i, name in enumerate(self.signals):
             row = self.row(name, parent=None)
-            if hasattr(row, "derived"):
-                out |= row.derived(jax.random.fold_in(key, i), x0)
+            if hasattr(row, "from_clip"):
+                out |= row.from_clip(jax.random.fold_in(key, i), x0)
         return out
 
     @nn.nowrap
-    def absent(self, batch: Batch) -> set[str]:
+    def missing_signals(self, batch: Batch) -> set[str]:
         """Signals that a batch has nothing for. A text is always given. Raises ConfigError for
         one that this model cannot do without: it never saw it dropped."""
         rows = {name: self.row(name, parent=None) for name in self.signals if name not in TEXT}
-        lost = {name for name, row in rows.items() if not set(row.example()) <= set(batch)}
+        lost = {name for name, row in rows.items() if not set(row.dummy_batch()) <= set(batch)}
         for name in lost:
             if not rows[name].dropout:
                 raise ConfigError(
@@ -321,12 +321,12 @@ class Conditioning(nn.Module):
         return lost
 
     @nn.nowrap
-    def completed(self, batch: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
+    def fill_missing(self, batch: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
         """A batch for clips of `shape` [b t h w c] with an entry for every signal."""
         examples = {
             k: v
-            for name in self.absent(batch)
-            for k, v in self.row(name, parent=None).example(shape[1:]).items()
+            for name in self.missing_signals(batch)
+            for k, v in self.row(name, parent=None).dummy_batch(shape[1:]).items()
         }
         return {
             **batch,

@@ -77,8 +77,8 @@ class ByteEncoder(nn.Module):
 def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:
     """A hash of the n ids that end at each place, nothing before the first; not negative."""
     h = jnp.zeros(ids.shape, jnp.uint32)
-    for back in range(n):
-        earlier = jnp.pad(ids, ((0, 0), (back, 0)))[:, : ids.shape[1]]
+    for reshard_to_frames in range(n):
+        earlier = jnp.pad(ids, ((0, 0), (reshard_to_frames, 0)))[:, : ids.shape[1]]
         h = h * np.uint32(1_000_003) + earlier.astype(jnp.uint32)
     return ((h ^ (h >> 15)) & np.uint32(0x7FFFFFFF)).astype(jnp.int32)
 

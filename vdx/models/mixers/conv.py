@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from vdx.config.build import ConfigError
-from vdx.parallel import back, constrain, platform
+from vdx.parallel import constrain, platform, reshard_to_frames
 from vdx.types import Array, Float
 
 Size = tuple[int, int, int]
@@ -176,4 +176,4 @@ class ConvMixer(nn.Module):
                 name=name,
             )(x)
             x = constrain(x, "b t h w d", context=split)
-        return back(nn.Dense(width, name="out", dtype=self.dtype)(x), split)
+        return reshard_to_frames(nn.Dense(width, name="out", dtype=self.dtype)(x), split)

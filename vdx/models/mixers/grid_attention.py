@@ -24,11 +24,11 @@ from vdx.models.attention.backends import attend
 from vdx.models.layers import RMSNorm, apply_rope
 from vdx.models.mixers.conv import ConvMixer
 from vdx.models.mixers.recurrent import Recurrent
-from vdx.parallel import back, constrain
+from vdx.parallel import constrain, reshard_to_frames
 from vdx.types import Array, Bool, Float
 
 
-class Past(flax.struct.PyTreeNode):
+class CachePosition(flax.struct.PyTreeNode):
     """What came before the block that a network is given alone (see vdx.generate.blockwise).
 
     start: int32 [], frames of tokens before it. blocks: how many blocks the cache of a mixer
@@ -45,19 +45,19 @@ class MixContext(flax.struct.PyTreeNode):
     on other devices (see attend)."""
 
     rope: tuple[Any, Any]
-    past: Past | None = None
+    past: CachePosition | None = None
     attention: str = flax.struct.field(pytree_node=False, default="auto")
     across: str = flax.struct.field(pytree_node=False, default="gather")
 
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch. Then the
 # number of tokens that each one sees.
-OVER: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
+ATTENTION_AXES: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
     "full": ("b t h w n d", "b (t h w) n d", "t", lambda t, h, w: t * h * w),
     "space": ("b t h w n d", "b t (h w) n d", "t", lambda t, h, w: h * w),
     "time": ("b t h w n d", "b h w t n d", "h", lambda t, h, w: t),
 }
-REACH = 32  # distances in time beyond this many frames have one bias
+MAX_RELATIVE_DISTANCE = 32  # distances in time beyond this many frames have one bias
 
 
 class GridAttention(nn.Module):
@@ -104,7 +104,7 @@ class GridAttention(nn.Module):
 
     @nn.nowrap
     def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        t, whole = grid[0], OVER[self.over][3](*grid)
+        t, whole = grid[0], ATTENTION_AXES[self.over][3](*grid)
         seen = (
             whole
             if self.block is None
@@ -130,7 +130,7 @@ class GridAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b t h w d"], context: MixContext
     ) -> Float[Array, "b t h w d"]:
-        width, split = x.shape[-1], OVER[self.over][2]
+        width, split = x.shape[-1], ATTENTION_AXES[self.over][2]
         # What is attended over must lie on one device, so the context axis splits another one
         # (for "full" see CONTEXTS in attend.py).
         x = constrain(x, "b t h w d", context=split)
@@ -144,10 +144,10 @@ class GridAttention(nn.Module):
         if self.block is None or context.past is None:
             y = self.within(context, q, k, v)
         else:
-            y = self.answers(context, q, *self.after_past(k, v, self.block, context.past))
+            y = self.answers(context, q, *self.append_to_cache(k, v, self.block, context.past))
         y = rearrange(y, "b t h w n d -> b t h w (n d)")
         y = nn.Dense(width, name="out", dtype=self.dtype)(y)
-        return back(y, split)
+        return reshard_to_frames(y, split)
 
     def answers(
         self,
@@ -159,7 +159,7 @@ class GridAttention(nn.Module):
         bias: Float[Array, "1 n q s"] | None = None,
     ) -> Array:
         """seen: bool [s], frames of the keys that are, or for "time" [q s]; None: all."""
-        grid, flat = OVER[self.over][:2]
+        grid, flat = ATTENTION_AXES[self.over][:2]
         sizes, frames = dict(zip("bthw", q.shape[:4], strict=True)), k.shape[1]
         q, k, v = (rearrange(a, f"{grid} -> {flat}") for a in (q, k, v))
         if self.block and self.over == "full":  # a block's frames may lie on one device
@@ -182,7 +182,9 @@ class GridAttention(nn.Module):
             out.append(self.answers(context, q[:, start:stop], *seen))
         return jnp.concatenate(out, 1)
 
-    def after_past(self, k: Array, v: Array, size: int, past: Past) -> tuple[Array, Array, Array]:
+    def append_to_cache(
+        self, k: Array, v: Array, size: int, past: CachePosition
+    ) -> tuple[Array, Array, Array]:
         """Keys and values of the past and then of this block, and which frames are seen [s]."""
         blocks = past.blocks if self.window is None else self.sink + self.window
         index, out = past.start // size, []
@@ -238,10 +240,13 @@ class TimeAttention(GridAttention):
             table = self.param(
                 "distance_table",
                 nn.initializers.normal(0.02),
-                (2 * REACH + 1, self.heads),
+                (2 * MAX_RELATIVE_DISTANCE + 1, self.heads),
                 jnp.float32,
             )
-            rows = table[np.clip(_ahead(frames), -REACH, REACH) + REACH]
+            rows = table[
+                np.clip(_ahead(frames), -MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE)
+                + MAX_RELATIVE_DISTANCE
+            ]
             bias = rearrange(rows, "q s n -> 1 n q s")
         return self.answers(context, q, k, v, self.mask(frames), bias)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.parallel import back, constrain
+from vdx.parallel import constrain, reshard_to_frames
 from vdx.types import Array, Float
 
 STRENGTH = 8.0  # of the decay's gate, in Griffin's words c
@@ -105,7 +105,7 @@ class Recurrent(nn.Module):
         if self.bidirectional:
             h = h + Direction(self.dtype, True, name="backward")(x, v, jnp.zeros_like(state))
         y = nn.Dense(width, name="out", dtype=self.dtype)((nn.gelu(q) * h).astype(self.dtype))
-        return state, back(y, "h")
+        return state, reshard_to_frames(y, "h")
 
     def step(
         self, state: Float[Array, "b h w d"], x: Float[Array, "b h w d"]

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vdx.config.build import build, lookup
 from vdx.models.attention.backends import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, rope_table, sinusoidal, told
+from vdx.models.layers import MLP, EmbedMLP, LayerNorm, add_vector, rope_table, sinusoidal
 from vdx.models.mixers.grid_attention import MIXERS, MixContext
 from vdx.models.transformer import REMAT
 from vdx.models.vae.blocks import down_conv, split_space
@@ -25,7 +25,7 @@ from vdx.parallel import constrain
 from vdx.types import Array, Bool, Float
 
 # Which axes of the grid attend to one another; the rest is batch.
-OVER = {"space": "b t (h w) n d", "time": "b h w t n d", "tokens": "b (t h w) n d"}
+ATTENTION_AXES = {"space": "b t (h w) n d", "time": "b h w t n d", "tokens": "b (t h w) n d"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PlainAttention(nn.Module):
         tokens: Float[Array, "b l e"] | None = None,
         mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b t h w d"]:
-        width, flat = x.shape[-1], OVER[self.over]
+        width, flat = x.shape[-1], ATTENTION_AXES[self.over]
         sizes = dict(zip("bthw", x.shape[:4], strict=True))
 
         def project(name: str, y: Array) -> Array:
@@ -267,7 +267,7 @@ class Encoder(nn.Module):
         layer = layer_of(self.remat)
         emb = EmbedMLP(4 * first, sinusoid=first, name="time")(time)
         if vector is not None:
-            emb = told(emb, vector, x.shape[1])
+            emb = add_vector(emb, vector, x.shape[1])
         emb = emb.reshape(len(x), -1, 1, 1, emb.shape[-1])
 
         x = nn.Conv(first, (3, 3), dtype=common.dtype, name="conv_in")(x)
