@@ -48,7 +48,8 @@ from vdx.experiment import Experiment
 from vdx.files import write_json
 from vdx.hardware import GIB
 from vdx.main import exit_on_user_error
-from vdx.models.transformer import REMAT, Transformer
+from vdx.models.remat import REMAT
+from vdx.models.transformer import Transformer
 from vdx.parallel import AXES, MeshSpec
 from vdx.planning.estimate import PROGRAMS, Job, Slice, abstract_mesh, least_memory, plan, sent
 from vdx.sample import mesh_spec

@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from vdx.models.layers import (
-    ACTIVATIONS,
-    MLP,
-    EmbedMLP,
-    LayerNorm,
-    RMSNorm,
-    apply_rope,
-    layer_norm,
-    place_table,
-    rope_table,
-    sinusoidal,
-)
+from vdx.models.layers import ACTIVATIONS, MLP, EmbedMLP, LayerNorm, RMSNorm, layer_norm
+from vdx.models.positions import apply_rope, place_table, rope_table, sinusoidal
 
 RNG = np.random.default_rng(0)
 X = 3 * RNG.normal(size=(2, 3, 12)) + 1

@@ -26,8 +26,9 @@ from vdx.interop.wan import (
 )
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import RMSNorm, layer_norm, rope_table
+from vdx.models.layers import RMSNorm, layer_norm
 from vdx.models.mixers import grid_attention
+from vdx.models.positions import rope_table
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")

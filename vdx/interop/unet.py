@@ -50,7 +50,7 @@ from vdx.interop.unet_config import (
     unknown,
 )
 from vdx.interop.vae import dense_rows, norm_rows, residual_rows
-from vdx.models.conditioning.signals import NULL
+from vdx.models.conditioning.text_signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.models.unet.blocks import frame_positions
 from vdx.models.unet.unet import UNet

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vdx.interop.keymap import WeightsError, listed
-from vdx.models.conditioning.signals import Embeddings
+from vdx.models.conditioning.text_signals import Embeddings
 from vdx.models.denoiser import Denoiser
 
 TOKENS = 77  # of CLIP, all of which are read, also those of the empty caption

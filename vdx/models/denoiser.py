@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from vdx.config.build import ConfigError, build
 from vdx.flops import traced
 from vdx.models.adapters.lora import Adapted
-from vdx.models.conditioning.signals import Conditioning, Drop
+from vdx.models.conditioning.conditioning import Conditioning, Drop
 from vdx.models.encoders.text import Tokenize
-from vdx.models.mixers.grid_attention import CachePosition
+from vdx.models.mixers.context import CachePosition
 from vdx.models.transformer import Transformer
 from vdx.models.unet.unet import UNet
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray

@@ -11,30 +11,19 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 
-from vdx.config.build import ConfigError, build, lookup
+from vdx.config.build import ConfigError, lookup
 from vdx.models.attention.backends import BACKENDS, CONTEXTS
-from vdx.models.attention.blockwise import SAVED
-from vdx.models.attention.layers import CrossAttention
-from vdx.models.layers import (
-    MLP,
-    EmbedMLP,
-    LayerNorm,
-    add_vector,
-    layer_norm,
-    low_frequencies,
-    place_table,
-    plane_table,
-    rope_table,
-    shift_rope,
-    sincos_table,
-)
-from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, CachePosition, MixContext
+from vdx.models.blocks import CROSS, Period, mixer_of, modulate
+from vdx.models.layers import EmbedMLP, add_vector
+from vdx.models.mixers.context import CachePosition, MixContext
+from vdx.models.mixers.table import PATTERNS
+from vdx.models.patches import low_frequencies
+from vdx.models.positions import place_table, plane_table, rope_table, shift_rope, sincos_table
+from vdx.models.remat import REMAT
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
 
@@ -49,137 +38,6 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
     "wan_5b": (3072, 30, 24, 14336 / 3072),  # Wan 2.2 TI2V
     "wan_14b": (5120, 40, 40, 13824 / 5120),  # Wan 2.1, and each expert of Wan 2.2 A14B
 }
-
-_policies = jax.checkpoint_policies
-# What is kept from the forward pass for the backward pass; beside it the input of every layer.
-REMAT = {
-    "none": None,
-    "full": _policies.nothing_saveable,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
-    "save_attention": _policies.save_only_these_names(SAVED),
-    # As "full", but those inputs wait in the host's memory.
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["residual"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-# Whether cross-attention is normalised, its input and its queries and keys, and is in every block.
-CROSS = {
-    "normed": True,  # Wan
-    "plain": False,  # PixArt-alpha and Latte: in no block over time alone
-}
-
-
-def check_remat(name: str, device: Any) -> None:
-    """Raises ConfigError for a policy that needs memory of the host which the device lacks."""
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if name == "offload" and "pinned_host" not in kinds:
-        raise ConfigError(
-            f"config.model.backbone.remat = 'offload' needs memory of the kind "
-            f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Take "
-            "'full', which keeps the same on the device."
-        )
-
-
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    return layer_norm(x) * (1 + scale) + shift
-
-
-def mixer_of(spec: Mapping[str, Any], heads: int = 1) -> Any:
-    """The free-standing mixer of a spec. Raises ConfigError for one that cannot be."""
-    return build(spec, MIXERS, "model.pattern", heads=heads, dtype=jnp.float32, parent=None)
-
-
-class Block(nn.Module):
-    """One mixer, cross-attention to the text, one MLP, each a residual.
-
-    An image, a clip of one frame, passes a block over time alone by (Latte's
-    enable_temporal_attentions = False), so that images train and test the other blocks.
-    """
-
-    mixer: Mapping[str, Any]
-    heads: int
-    hidden: int
-    activation: str
-    cross: str
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b t h w d"],
-        modulation: Float[Array, "b t 6 d"],
-        ports: Ports,
-        context: MixContext,
-    ) -> Float[Array, "b t h w d"]:
-        x = checkpoint_name(x, "residual")
-        mixer = build(
-            self.mixer,
-            MIXERS,
-            "model.pattern",
-            heads=self.heads,
-            dtype=self.dtype,
-            name=self.mixer["name"],
-        )
-        if (
-            mixer.temporal
-            and x.shape[1] == 1
-            and context.past is None
-            and not self.is_initializing()
-        ):
-            return x
-        table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
-        rows = (modulation + table)[:, :, None, None]  # b t 1 1 6 d
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows[..., i, :] for i in range(6))
-
-        y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
-        x = (x + gate1 * y).astype(x.dtype)
-        normed = CROSS[self.cross]
-        if ports.tokens is not None and (normed or not mixer.temporal):
-            cross = CrossAttention(self.heads, self.dtype, normed, context.attention, name="cross")
-            x = x + cross(
-                LayerNorm(name="cross_norm")(x) if normed else x,
-                ports.tokens,
-                ports.tokens_mask,
-                ports.image_tokens,
-            )
-        y = MLP(self.hidden, self.activation, self.dtype, name="mlp")(
-            modulate(x, shift2, scale2).astype(self.dtype)
-        )
-        x = (x + gate2 * y).astype(x.dtype)
-        return constrain(x, "b t h w d", context="t")
-
-
-class Period(nn.Module):
-    """One pass through the pattern; `nn.scan` repeats it over the depth.
-
-    Control tokens (Jiang et al. 2025, VACE) pass through a block of their own, and a projection
-    of them is added to the clip's after the first block. Positions of frames [t 1 1 d] are added
-    once, before the first block over time alone (Latte).
-    """
-
-    pattern: tuple[Mapping[str, Any], ...]
-    block: dict
-
-    @nn.compact
-    def __call__(self, carry, modulation, ports, context):
-        x, control, frames = carry
-        for i, mixer in enumerate(self.pattern):
-            if frames is not None and mixer_of(mixer).temporal:
-                x, frames = x + frames, jnp.zeros_like(frames)
-            x = Block(mixer, **self.block, name=f"block_{i}")(x, modulation, ports, context)
-            if control is not None and i == 0:
-                control = Block(mixer, **self.block, name="control")(
-                    control, modulation, ports, context
-                )
-                hint = nn.Dense(
-                    x.shape[-1], name="hint", dtype=x.dtype, kernel_init=nn.initializers.zeros
-                )(control)
-                scale = ports.control_scale[:, None, None, None, None]
-                x = (x + scale * hint).astype(x.dtype)
-        return (x, control, frames), None
 
 
 class Transformer(nn.Module):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
+from vdx.models.convolution import PADDINGS, Conv3D
 from vdx.models.mixers import conv
-from vdx.models.mixers.conv import PADDINGS, Conv3D, ConvMixer
+from vdx.models.mixers.conv import ConvMixer
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 5, 4, 6, 3)).astype(np.float32)

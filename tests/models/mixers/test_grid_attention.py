@@ -10,8 +10,10 @@ import pytest
 from vdx.config.build import ConfigError, build
 from vdx.models.attention.backends import CONTEXTS, attend
 from vdx.models.attention.layers import CrossAttention, SelfAttention
-from vdx.models.layers import rope_table
-from vdx.models.mixers.grid_attention import MAX_RELATIVE_DISTANCE, MIXERS, MixContext
+from vdx.models.mixers.context import MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.mixers.time_attention import MAX_RELATIVE_DISTANCE
+from vdx.models.positions import rope_table
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 GRID, WIDTH, HEADS = (3, 2, 4), 24, 2

@@ -13,15 +13,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from absl import logging
-from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from vdx.config.build import ConfigError, lookup
-from vdx.models.attention.blockwise import SAVED, blockwise
 from vdx.models.attention.context_parallel import ring, ulysses
-from vdx.parallel import BATCH, platform
+from vdx.models.attention.kernels import _blockwise, _cudnn, _splash, _xla
+from vdx.models.attention.sharding import _gather, _split
+from vdx.parallel import platform
 from vdx.types import Array, Bool, Float
 
 SMALL = 128 * 128  # queries x keys, up to which the scores are simply written out
@@ -131,71 +129,6 @@ def _note(spec: AttentionSpec, name: str) -> None:
         logging.info("Attention on %s, %s", spec.platform, line)
 
 
-def _over(size: int, *axes: str) -> tuple[str, ...] | None:
-    """The mesh axes, if they divide an axis of this size."""
-    parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
-    return axes if parts > 1 and size % parts == 0 else None
-
-
-def _gather(
-    run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array | None, causal: bool
-) -> Array:
-    """run(q, k, v, mask) on every device's clips, heads and queries, with all keys."""
-    queries = q.ndim == 4  # the axis after b is theirs
-    batch, heads = _over(len(q), *BATCH), _over(q.shape[-2], "tensor")
-    along = None if queries and causal else _over(q.shape[1], "context")
-    here = P(batch, along, *[None] * (q.ndim - 4), heads)
-    there = P(batch, None, heads) if queries else here
-    hides = (
-        P()
-        if mask is None
-        else P(batch if len(mask) > 1 else None, along if queries and mask.ndim == 3 else None)
-    )
-    return jax.shard_map(
-        run, in_specs=(here, there, there, hides), out_specs=here, check_vma=False
-    )(q, k, v, mask)
-
-
-def _split(run: Callable[..., Array], q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """run(q, k, v, mask) on every device's clips, heads and tokens, queries and keys alike."""
-    tokens = q.shape[1]
-    fill = -tokens % jax.sharding.get_abstract_mesh().shape["context"]
-    if fill:  # keys that nobody sees
-        q, k, v = (jnp.pad(a, ((0, 0), (0, fill), (0, 0), (0, 0))) for a in (q, k, v))
-        mask = jnp.ones((1, tokens), bool) if mask is None else mask
-        mask = jnp.pad(mask, ((0, 0), (0, fill)))
-    batch = _over(len(q), *BATCH)
-    here = P(batch, "context", _over(q.shape[2], "tensor"))
-    hides = P() if mask is None else P(batch if len(mask) > 1 else None, "context")
-    y = jax.shard_map(run, in_specs=(here, here, here, hides), out_specs=here, check_vma=False)(
-        q, k, v, mask
-    )
-    return y[:, :tokens]
-
-
-def _xla(q, k, v, mask, bias, scale, causal) -> Array:
-    mask = None if mask is None else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
-    y = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, is_causal=causal)
-    return checkpoint_name(y, SAVED)
-
-
-def _blockwise(q, k, v, mask, bias, scale, causal) -> Array:
-    rows = (rearrange(a, "b s n d -> (b n) s d") for a in (q, k, v))
-    seen = mask[:, None] if mask is not None and mask.ndim == 2 else mask
-    return rearrange(blockwise(*rows, seen, scale, causal), "(b n) q d -> b q n d", b=len(q))
-
-
-def _cudnn(q, k, v, mask, bias, scale, causal) -> Array:
-    if mask is not None:
-        mask = jnp.broadcast_to(
-            mask[:, None] if mask.ndim == 3 else mask[:, None, None],
-            (len(mask), 1, q.shape[1], k.shape[1]),
-        )
-    return jax.nn.dot_product_attention(
-        q, k, v, None, mask, scale=scale, is_causal=causal, implementation="cudnn"
-    )
-
-
 def _cudnn_lacks(spec: AttentionSpec) -> str:
     if spec.platform != "gpu":
         return "needs a GPU"
@@ -206,54 +139,6 @@ def _cudnn_lacks(spec: AttentionSpec) -> str:
     # A mask becomes a bias, whose gradient cuDNN has for even sizes.
     odd = spec.mask and (spec.queries % 2 or spec.keys % 2)
     return "with a mask takes even numbers of queries and keys" if odd else ""
-
-
-def _splash(q, k, v, mask, bias, scale, causal) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    (queries, block_q), (keys, block_k) = (_tiles(a.shape[1], q.shape[-1]) for a in (q, k))
-    inner = math.gcd(block_k, 512)
-    hides = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
-    # Made anew in every trace: it holds arrays.
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([hides] * q.shape[2]),
-        residual_checkpoint_name=SAVED,
-        interpret=platform() != "tpu",
-        block_sizes=splash.BlockSizes(
-            block_q=block_q,
-            block_kv=block_k,
-            block_kv_compute=inner,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_k,
-            block_kv_dkv_compute=inner,
-            block_q_dq=block_q,
-            block_kv_dq=block_k,
-        ),
-    )
-    segments = None
-    if mask is not None or keys != k.shape[1]:  # all that is seen is one segment
-        seen = jnp.ones((1, k.shape[1]), bool) if mask is None else mask
-        seen = jnp.pad(seen, ((0, 0), (0, keys - k.shape[1]))).astype(jnp.int32)
-        segments = splash.SegmentIds(
-            jnp.ones((len(q), queries), jnp.int32), jnp.broadcast_to(seen, (len(q), keys))
-        )
-
-    def tiled(x: Array, size: int) -> Array:
-        return jnp.pad(
-            rearrange(x, "b s n d -> b n s d"), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0))
-        )
-
-    y = jax.vmap(kernel)(
-        tiled((q * scale).astype(q.dtype), queries), tiled(k, keys), tiled(v, keys), segments
-    )
-    return rearrange(y[:, :, : q.shape[1]], "b n q d -> b q n d")
-
-
-def _tiles(length: int, width: int) -> tuple[int, int]:
-    """(padded length, block): equal blocks as large as the vector memory holds."""
-    step, most = 128 if length <= 512 else 256, 1024 if width <= 128 else 512
-    block = -(-length // (-(-length // most) * step)) * step
-    return -(-length // block) * block, block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,24 +2,13 @@
 actions. Rows of `conditioning.SIGNALS`; what they have in common is said there.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vdx.config.build import ConfigError, build
-from vdx.models.encoders.vision import VISION
-from vdx.models.layers import MLP, EmbedMLP
+from vdx.config.build import ConfigError
+from vdx.models.conditioning.base import Clip, kept
 from vdx.types import Array, Batch, Bool, Ports, PRNGKeyArray
-
-Clip = tuple[int, ...]  # (t, h, w, c) of the noisy clip
-
-
-def kept(x: Array, drop: Bool[Array, "b"]) -> Array:
-    """float32 x, zero where dropped."""
-    return jnp.where(drop.reshape(-1, *(1,) * (x.ndim - 1)), 0.0, x.astype(jnp.float32))
 
 
 class KnownFrames(nn.Module):
@@ -59,37 +48,6 @@ class KnownFrames(nn.Module):
         known, mask = batch["known"], batch["known_mask"]
         mask = jnp.broadcast_to(mask[..., None, None, None], (*known.shape[:4], 1))
         return Ports(concat=kept(jnp.concatenate([known, mask.astype(known.dtype)], -1), drop))
-
-
-class Reference(nn.Module):
-    """A picture of what the clip is to show (batch key `reference` uint8 [b h w 3]), read by an
-    `encoder`, a row of VISION, that is trained with the denoiser. Port `image_tokens`.
-    Null value: features of zero.
-    """
-
-    width: int
-    encoder: Mapping[str, Any]
-    height: int = 32
-    columns: int = 32
-    dropout: float = 0.1
-
-    @nn.nowrap
-    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
-        return {"reference": jnp.zeros((1, self.height, self.columns, 3), jnp.uint8)}
-
-    @nn.compact
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        picture = batch["reference"]
-        if picture.shape[1:3] != (self.height, self.columns):
-            raise ConfigError(
-                f"The reference picture is {picture.shape[1:3]} (h, w); this model reads "
-                f"config.model.signals.reference.height, columns = {self.height}, {self.columns}."
-            )
-        encoder = build(
-            self.encoder, VISION, "config.model.signals.reference.encoder", name="encoder"
-        )
-        x = encoder(picture.astype(jnp.float32) / 127.5 - 1.0)
-        return Ports(image_tokens=kept(nn.Dense(self.width, name="project")(x), drop))
 
 
 class DenseMap(nn.Module):
@@ -168,76 +126,41 @@ class Actions(nn.Module):
         return Ports(vector=embed(jnp.where(drop[:, None], self.count, batch["actions"])))
 
 
-class Scalar(nn.Module):
-    """A number per clip, on a scale where doubling is one step. Port `vector`. Null value: a
-    learned vector."""
+class Concat(nn.Module):
+    """Channels beside the noisy clip (batch key `concat` [b t h w channels]), such as the latents
+    of known frames and a mask that says which. Port `concat`. Null value: zeros."""
 
     width: int
-    dropout: float = 0.1
-    key = ""
-    floor = 0.0  # added before the logarithm, for numbers that may be 0
-
-    @nn.nowrap
-    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
-        return {self.key: jnp.ones(1)}
-
-    @nn.compact
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        value = jnp.log2(batch[self.key].astype(jnp.float32) + self.floor)
-        # 100 a doubling: the sinusoid then tells neighbouring rates apart.
-        emb = EmbedMLP(self.width, name="embed")(100.0 * value)
-        null = self.param("null", nn.initializers.normal(0.02), (self.width,), jnp.float32)
-        return Ports(vector=jnp.where(drop[:, None], null, emb))
-
-
-class FrameRate(Scalar):
-    """Frames per second of the clip (batch key `fps`)."""
-
-    key = "fps"
-
-
-class FrameRateClass(nn.Module):
-    """Whether the clip has 16 frames per second or another rate (batch key `fps`), as SkyReels-V2
-    reads it. Port `modulation`. Null value: zeros."""
-
-    width: int
+    channels: int
     dropout: float = 0.0
 
     @nn.nowrap
     def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
-        return {"fps": jnp.ones(1)}
+        return {"concat": jnp.zeros((1, *clip[:3], self.channels))}
 
-    @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
-        other = (jnp.round(batch["fps"]) != 16).astype(jnp.int32)
-        x = MLP(self.width, "silu", out=6 * self.width, name="project")(
-            nn.Embed(2, self.width, name="embed")(other)
+        return Ports(concat=kept(batch["concat"], drop))
+
+
+class Control(nn.Module):
+    """What control blocks read (batch key `control` [b t h w channels]), in Wan VACE the latents
+    of what stays, of what changes, and a mask; in a U-Net maps of pixels. Port `control`. Null
+    value: hints of weight 0.
+
+    side: how many times as high and wide as the clip it is.
+    """
+
+    width: int
+    channels: int
+    side: int = 1
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def dummy_batch(self, clip: Clip = (1, 1, 1, 1)) -> Batch:
+        t, h, w = clip[:3]
+        return {"control": jnp.zeros((1, t, h * self.side, w * self.side, self.channels))}
+
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Ports:
+        return Ports(
+            control=kept(batch["control"], drop), control_scale=1.0 - drop.astype(jnp.float32)
         )
-        return Ports(modulation=kept(x.reshape(-1, 6, self.width), drop))
-
-
-class Duration(Scalar):
-    """Number of pixel frames of the clip (batch key `num_frames`)."""
-
-    key = "num_frames"
-
-
-class Motion(Scalar):
-    """Strength of motion (batch key `motion`), as vdx.data.motion measures it."""
-
-    key, floor = "motion", 1.0
-
-
-CONTROL_SIGNALS: dict[str, Callable[..., nn.Module]] = {
-    "known_frames": KnownFrames,
-    "reference": Reference,
-    "depth": Depth,
-    "pose": Pose,
-    "flow": Flow,
-    "camera": Camera,
-    "actions": Actions,
-    "motion": Motion,
-    "fps": FrameRate,
-    "fps_class": FrameRateClass,
-    "num_frames": Duration,
-}

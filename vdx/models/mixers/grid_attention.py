@@ -10,45 +10,20 @@ says of itself:
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from vdx.config.build import ConfigError
 from vdx.models.attention.backends import attend
-from vdx.models.layers import RMSNorm, apply_rope
-from vdx.models.mixers.conv import ConvMixer
-from vdx.models.mixers.recurrent import Recurrent
+from vdx.models.layers import RMSNorm
+from vdx.models.mixers.context import CachePosition, MixContext
+from vdx.models.positions import apply_rope
 from vdx.parallel import constrain, reshard_to_frames
-from vdx.types import Array, Bool, Float
-
-
-class CachePosition(flax.struct.PyTreeNode):
-    """What came before the block that a network is given alone (see vdx.generate.blockwise).
-
-    start: int32 [], frames of tokens before it. blocks: how many blocks the cache of a mixer
-    without a window holds.
-    """
-
-    start: Array
-    blocks: int = flax.struct.field(pytree_node=False)
-
-
-class MixContext(flax.struct.PyTreeNode):
-    """What a mixer may need besides the tokens: rotary tables [t h w 1 d/2] (cos, sin), the past
-    of a block that comes alone, and the backend of attention and how "full" attention meets keys
-    on other devices (see attend)."""
-
-    rope: tuple[Any, Any]
-    past: CachePosition | None = None
-    attention: str = flax.struct.field(pytree_node=False, default="auto")
-    across: str = flax.struct.field(pytree_node=False, default="gather")
-
+from vdx.types import Array, Float
 
 # einops patterns: which axes of the token grid attend to one another; the rest is batch. Then the
 # number of tokens that each one sees.
@@ -57,7 +32,6 @@ ATTENTION_AXES: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] 
     "space": ("b t h w n d", "b t (h w) n d", "t", lambda t, h, w: h * w),
     "time": ("b t h w n d", "b h w t n d", "h", lambda t, h, w: t),
 }
-MAX_RELATIVE_DISTANCE = 32  # distances in time beyond this many frames have one bias
 
 
 class GridAttention(nn.Module):
@@ -214,99 +188,3 @@ class SpaceAttention(GridAttention):
     """The tokens of one frame attend to one another."""
 
     over = "space"
-
-
-class TimeAttention(GridAttention):
-    """The tokens of one place attend to one another.
-
-    block: 1 is causal. window: without blocks, those at most so many frames away are seen.
-    positions: also "relative", a learned bias for each head and each distance in frames (Shaw et
-    al. 2018; as scores, Raffel et al. 2020), the same beyond REACH. The number of frames may
-    differ between training and use.
-    """
-
-    over = "time"
-    temporal = True
-    known_positions = ("rope", "relative", "none")
-
-    @nn.nowrap
-    def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])  # what is hidden as well
-
-    def within(self, context: MixContext, q: Array, k: Array, v: Array) -> Array:
-        """One product with a mask: so few tokens are not worth a program for each block."""
-        frames, bias = q.shape[1], None
-        if self.positions == "relative":
-            table = self.param(
-                "distance_table",
-                nn.initializers.normal(0.02),
-                (2 * MAX_RELATIVE_DISTANCE + 1, self.heads),
-                jnp.float32,
-            )
-            rows = table[
-                np.clip(_ahead(frames), -MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE)
-                + MAX_RELATIVE_DISTANCE
-            ]
-            bias = rearrange(rows, "q s n -> 1 n q s")
-        return self.answers(context, q, k, v, self.mask(frames), bias)
-
-    @nn.nowrap
-    def mask(self, frames: int) -> Bool[Array, "q s"] | None:
-        """True on what each frame may see; None: all."""
-        if self.block is None:
-            return None if self.window is None else jnp.asarray(abs(_ahead(frames)) <= self.window)
-        mask = np.zeros((frames, frames), bool)
-        for i, (start, stop) in enumerate(_blocks(frames, self.block)):
-            for at, to in self.seen(i, frames):
-                mask[start:stop, at:to] = True
-        return jnp.asarray(mask)
-
-
-def _ahead(frames: int) -> np.ndarray:
-    """[q s]: by how many frames the key is ahead of the query."""
-    return np.arange(frames) - np.arange(frames)[:, None]
-
-
-class NoExchange(nn.Module):
-    """Every token is on its own: attention in which a token sees itself alone, which is its value.
-    The control that a mixer is compared with."""
-
-    heads: int
-    dtype: jnp.dtype = jnp.float32
-    over = "none"
-    temporal = False  # so that the frames of a clip are as many images
-
-    @nn.nowrap
-    def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * 4.0 * width**2
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t h w d"], context: MixContext
-    ) -> Float[Array, "b t h w d"]:
-        v = nn.Dense(x.shape[-1], name="v", dtype=self.dtype)(x)
-        return nn.Dense(x.shape[-1], name="out", dtype=self.dtype)(v)
-
-
-MIXERS: dict[str, Callable[..., Any]] = {
-    "full": GridAttention,
-    "space": SpaceAttention,
-    "time": TimeAttention,
-    "conv": ConvMixer,
-    "recurrent": Recurrent,
-    "none": NoExchange,
-}
-
-# Names for block patterns; a config may also spell a pattern out, with names or specs
-# {"name": row of MIXERS, **fields}, e.g. ("space", "full", {"name": "time", "block": 1}).
-PATTERNS: dict[str, tuple[str | dict[str, Any], ...]] = {
-    "full": ("full",),
-    "factorized": ("space", "time"),  # Latte, VDM: space within a frame, then time at a place
-    "factorized_causal": ("space", {"name": "time", "block": 1}),
-    "conv": ("space", {"name": "conv", "kernel": (3, 1, 1)}),
-    "recurrent": ("space", "recurrent"),
-    "latte": tuple(
-        {"name": name, "positions": "none", "qk_norm": False} for name in ("space", "time")
-    ),  # its `sincos` positions are added
-    "frames": ("space", "none"),  # independent frames
-}

@@ -17,9 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from vdx.config.build import build, lookup
 from vdx.models.attention.backends import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, add_vector, rope_table, sinusoidal
-from vdx.models.mixers.grid_attention import MIXERS, MixContext
-from vdx.models.transformer import REMAT
+from vdx.models.layers import MLP, EmbedMLP, LayerNorm, add_vector
+from vdx.models.mixers.context import MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.positions import rope_table, sinusoidal
+from vdx.models.remat import REMAT
 from vdx.models.vae.blocks import down_conv, split_space
 from vdx.parallel import constrain
 from vdx.types import Array, Bool, Float

@@ -15,7 +15,7 @@ from einops import rearrange
 from vdx.config.build import ConfigError, lookup
 from vdx.flops import traced
 from vdx.models.image_blocks import GroupNorm
-from vdx.models.transformer import REMAT
+from vdx.models.remat import REMAT
 from vdx.models.unet.blocks import Common, Encoder, layer_of, temporal_of
 from vdx.models.unet.controlnet import CONTROLS, ControlNet
 from vdx.models.vae.blocks import double

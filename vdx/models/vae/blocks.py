@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.models.attention.backends import attend
+from vdx.models.convolution import convolve
 from vdx.models.layers import RMSNorm
-from vdx.models.mixers.conv import convolve
 from vdx.parallel import constrain
 from vdx.types import Array, Float, PRNGKeyArray
 
