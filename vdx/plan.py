@@ -243,7 +243,7 @@ def fits_grid(job: Job, mesh: dict[str, int]) -> None:
     """Raises ValueError for a mesh over which heads or frames of tokens do not divide."""
     network = job.experiment.model.backbone
     frames = network.grid(job.clip)[0]
-    heads = network.dims()[2] if isinstance(network, Transformer) else network.heads
+    heads = network.dims().heads if isinstance(network, Transformer) else network.heads
     if frames % mesh["context"] or heads % mesh["tensor"]:
         raise ValueError(f"{mesh}: {frames} frames of tokens, {heads} heads")
 

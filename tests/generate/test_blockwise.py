@@ -175,10 +175,10 @@ def test_on_eight_devices_it_is_that_of_one(sizes, cached):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "space", "block": 2}, "of a mixer that looks over time"),
+        ({"name": "space", "block": 2}, "of a mixer that attends over time"),
         ({"name": "full", "block": 0}, "one or more frames"),
         ({"name": "full", "window": 2}, "block"),
-        ({"name": "full", "block": 2, "sink": 1}, "beside a window"),
+        ({"name": "full", "block": 2, "sink": 1}, "a sink needs a window"),
         ({"name": "full", "block": 2, "window": 0}, "one or more blocks"),
     ],
 )

@@ -70,7 +70,7 @@ class Denoiser(nn.Module):
     @property
     def conditioning(self) -> Conditioning:
         """The conditioning signals, unbound."""
-        return Conditioning(self.backbone.dims()[0], self.signals, parent=None)
+        return Conditioning(self.backbone.dims().width, self.signals, parent=None)
 
     @nn.nowrap
     def new_params(self, key: PRNGKeyArray) -> Params:

@@ -1,7 +1,7 @@
-"""Layers that more than one network uses: norms, embeddings, rotary positions, the MLP.
+"""Layers that more than one network uses: norms, embeddings, the MLP.
 
-Mixed precision: parameters are float32; matrix products run in the module's `dtype`; norms,
-modulation and softmax run in float32 because their sums lose too much in bfloat16.
+Mixed precision: parameters are float32. Matrix products run in the module's `dtype`. Norms,
+modulation and softmax run in float32, because their sums lose too much in bfloat16.
 """
 
 from collections.abc import Callable
@@ -12,27 +12,32 @@ import jax
 import jax.numpy as jnp
 
 from vdx.models.positions import sinusoidal
-from vdx.types import Array, Float
+from vdx.types import Array, DTypeLike, Float
 
 
-def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
-    """The first half of the features, gated by the second (Shazeer 2020)."""
+def along_last(vector: Float[Array, "d"], x: Array) -> Array:
+    """Reshape a vector to broadcast along the last axis of x."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def geglu(x: Float[Array, "*batch d2"]) -> Float[Array, "*batch d"]:
+    """Gate the first half of the features by the second (Shazeer 2020)."""
     x, gate = jnp.split(x, 2, -1)
     return x * nn.gelu(gate, approximate=False)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": nn.gelu,  # tanh form, as in Wan and T5
-    "gelu_exact": partial(nn.gelu, approximate=False),  # BERT, CLIP ViT-H
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
-    "silu": nn.silu,
-    "geglu": geglu,  # the U-Nets
-    "relu2": lambda x: jnp.square(nn.relu(x)),  # Primer (So et al. 2021); the cheapest on a CPU
-}
+def quick_gelu(x: Array) -> Array:
+    """Approximate GELU by a sigmoid, as OpenAI's CLIP does."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+def relu_squared(x: Array) -> Array:
+    """Square the positive part (So et al. 2021, Primer)."""
+    return jnp.square(nn.relu(x))
 
 
 def layer_norm(x: Array, eps: float = 1e-6) -> Array:
-    """LayerNorm without parameters over the last axis, in float32; the modulation scales it."""
+    """Normalise the last axis without parameters, in float32; the modulation scales it."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     var = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -42,65 +47,92 @@ def layer_norm(x: Array, eps: float = 1e-6) -> Array:
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
 
-    eps: float = 1e-6
+    eps: float = 1e-6  # added to the mean square
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Normalise x and return it in its dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype)
+        return (x32 * along_last(scale, x)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with scale and bias, in float32, returned in the input's dtype."""
+    """LayerNorm with scale and bias, in float32."""
 
-    eps: float = 1e-6
+    eps: float = 1e-6  # added to the variance
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Normalise x and return it in its dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
+        y = layer_norm(x, self.eps) * along_last(scale, x) + along_last(bias, x)
+        return y.astype(x.dtype)
 
 
 class EmbedMLP(nn.Module):
-    """Sinusoid -> dense -> SiLU -> dense: the embedding of a scalar (time, frame rate, ...)."""
+    """Sinusoid -> dense -> SiLU -> dense: the embedding of a number (time, frame rate, ...)."""
 
-    width: int
-    sinusoid: int = 256
+    width: int  # features of the embedding
+    sinusoid: int = 256  # features of the sinusoid
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Array:
+    def __call__(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch d"]:
+        """Embed numbers, in float32."""
         x = sinusoidal(x, self.sinusoid)  # float32: a bfloat16 time loses neighbouring steps
         x = nn.silu(nn.Dense(self.width, name="up", dtype=jnp.float32)(x))
-        # Small at first (Peebles & Xie 2023), or it would modulate at random what it knows not.
+        # Small at first (Peebles & Xie 2023): a large embedding would modulate at random.
         return nn.Dense(
             self.width, name="down", dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02)
         )(x)
 
 
-def add_vector(emb: Array, vector: Array, t: int) -> Array:
-    """The time embedding [b d] or [b t d] and a vector [b d] or, one for each frame of the clip,
-    [b t*k d], of which one of the t frames of tokens hears its k; in the calling module's scope."""
-    if vector.ndim == 3:
-        if vector.shape[1] > t:
-            vector = vector.reshape(len(vector), t, -1)
-            vector = nn.Dense(emb.shape[-1], name="frames", dtype=jnp.float32)(vector)
-        return (emb if emb.ndim == 3 else emb[:, None]) + vector
-    return emb + (vector if emb.ndim == 2 else vector[:, None])
+def add_vector(
+    emb: Float[Array, "b *t d"], vector: Float[Array, "b *frames d"], t: int
+) -> Float[Array, "b *out d"]:
+    """Add a vector to the time embedding, in the calling module's scope.
+
+    Args:
+        emb: the time embedding, [b d], or [b t d] with one row for each of the t frames of tokens.
+        vector: [b d], or [b t*k d] with one row for each frame of the clip.
+        t: frames of tokens. With k > 1 a dense layer maps the k vectors of a frame of tokens to
+            one.
+
+    Returns:
+        [b d], or [b t d] if either input has one row a frame.
+    """
+    if vector.ndim == 2:
+        return emb + (vector if emb.ndim == 2 else vector[:, None])
+
+    if vector.shape[1] > t:
+        vector = vector.reshape(len(vector), t, -1)  # b t (k d)
+        vector = nn.Dense(emb.shape[-1], name="frames", dtype=jnp.float32)(vector)
+    return (emb if emb.ndim == 3 else emb[:, None]) + vector
 
 
 class MLP(nn.Module):
-    """dense -> activation -> dense, back to the input's width unless `out` is given."""
+    """dense -> activation -> dense."""
 
-    hidden: int
-    activation: str = "gelu"
-    dtype: jnp.dtype = jnp.float32
-    out: int | None = None
+    hidden: int  # features between the layers
+    activation: str = "gelu"  # a row of ACTIVATIONS
+    dtype: DTypeLike = jnp.float32  # of the matrix products
+    out: int | None = None  # features of the result; None: those of the input
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch f"]:
+        """Map features to features."""
         h = nn.Dense(self.hidden, name="up", dtype=self.dtype)(x)
         h = ACTIVATIONS[self.activation](h)
         return nn.Dense(self.out or x.shape[-1], name="down", dtype=self.dtype)(h)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": nn.gelu,  # tanh form, as in Wan and T5
+    "gelu_exact": partial(nn.gelu, approximate=False),  # BERT, CLIP ViT-H
+    "quick_gelu": quick_gelu,  # OpenAI's CLIP
+    "silu": nn.silu,
+    "geglu": geglu,  # the U-Nets
+    "relu2": relu_squared,  # the cheapest on a CPU
+}

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass."""
+"""Rematerialisation: the activations that the forward pass keeps for the backward pass."""
 
 from typing import Any
 
@@ -7,19 +7,24 @@ import jax
 from vdx.config.build import ConfigError
 from vdx.models.attention.blockwise import SAVED
 
+RESIDUAL = "residual"  # the checkpoint name of a block's input
+
 _policies = jax.checkpoint_policies
 
-
-# What is kept from the forward pass for the backward pass; beside it the input of every layer.
+# Each policy also keeps the input of every layer.
 REMAT = {
+    # Keep every activation.
     "none": None,
+    # Keep nothing else; recompute each layer.
     "full": _policies.nothing_saveable,
+    # Keep the results of matrix products with parameters.
     "dots": _policies.dots_with_no_batch_dims_saveable,
+    # Keep the results of attention and the sums of its softmax.
     "save_attention": _policies.save_only_these_names(SAVED),
-    # As "full", but those inputs wait in the host's memory.
+    # Like "full", with the inputs of the layers moved to the host's memory.
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["residual"],
+        names_which_can_be_offloaded=[RESIDUAL],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -27,11 +32,15 @@ REMAT = {
 
 
 def check_remat(name: str, device: Any) -> None:
-    """Raises ConfigError for a policy that needs memory of the host which the device lacks."""
+    """Check that a device has the memory that a policy needs.
+
+    Raises:
+        ConfigError: the policy is "offload" and the device has no pinned host memory.
+    """
     kinds = [memory.kind for memory in device.addressable_memories()]
     if name == "offload" and "pinned_host" not in kinds:
         raise ConfigError(
-            f"config.model.backbone.remat = 'offload' needs memory of the kind "
-            f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Take "
-            "'full', which keeps the same on the device."
+            "config.model.backbone.remat = 'offload' needs memory of the kind "
+            f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Set "
+            "'full', which keeps the same arrays on the device."
         )

@@ -208,10 +208,10 @@ def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("across", CONTEXTS)
-def test_however_its_tokens_meet_on_eight_devices(across, mixer, quick):
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_however_its_tokens_meet_on_eight_devices(context, mixer, quick):
     """As above, with kernels that XLA cannot split, and keys that travel."""
-    on_eight_devices(mixer, "full", quick, attention="blockwise", across=across)
+    on_eight_devices(mixer, "full", quick, attention="blockwise", context_parallel=context)
 
 
 @pytest.mark.parametrize("grid", [(128, 2, 2), (2, 12, 12)])

@@ -1,4 +1,4 @@
-"""Attention over time."""
+"""Self-attention over time: between the tokens of one place."""
 
 import math
 
@@ -7,59 +7,70 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from vdx.models.mixers.context import MixContext
-from vdx.models.mixers.grid_attention import GridAttention, _blocks
-from vdx.types import Array, Bool
+from vdx.models.mixers.context import Grid, MixContext
+from vdx.models.mixers.grid_attention import GridAttention, attend_over
+from vdx.types import Array, Bool, Float
 
-MAX_RELATIVE_DISTANCE = 32  # distances in time beyond this many frames have one bias
+MAX_RELATIVE_DISTANCE = 32  # frames; larger distances share one bias
 
 
 class TimeAttention(GridAttention):
-    """The tokens of one place attend to one another.
+    """Self-attention between the tokens of one place.
 
-    block: 1 is causal. window: without blocks, those at most so many frames away are seen.
-    positions: also "relative", a learned bias for each head and each distance in frames (Shaw et
-    al. 2018; as scores, Raffel et al. 2020), the same beyond REACH. The number of frames may
-    differ between training and use.
+    block: 1 is causal. window: without blocks it counts frames, and a token attends to those at
+    most so far away. positions: also "relative", a learned bias for each head and each distance in
+    frames (Shaw et al. 2018; added to the scores, Raffel et al. 2020), the same beyond
+    MAX_RELATIVE_DISTANCE. The number of frames may differ between training and use.
     """
 
-    over = "time"
+    axes = "time"
     temporal = True
     known_positions = ("rope", "relative", "none")
 
-    @nn.nowrap
-    def flops(self, grid: tuple[int, int, int], width: int) -> float:
-        return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])  # what is hidden as well
+    @property
+    def causal_block(self) -> int | None:
+        """Return the frames of a block; None with biases of distances, which no cache keeps."""
+        return None if self.positions == "relative" else self.block
 
-    def within(self, context: MixContext, q: Array, k: Array, v: Array) -> Array:
-        """One product with a mask: so few tokens are not worth a program for each block."""
-        frames, bias = q.shape[1], None
-        if self.positions == "relative":
-            table = self.param(
-                "distance_table",
-                nn.initializers.normal(0.02),
-                (2 * MAX_RELATIVE_DISTANCE + 1, self.heads),
-                jnp.float32,
-            )
-            rows = table[
-                np.clip(_ahead(frames), -MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE)
-                + MAX_RELATIVE_DISTANCE
-            ]
-            bias = rearrange(rows, "q s n -> 1 n q s")
-        return self.answers(context, q, k, v, self.mask(frames), bias)
+    @nn.nowrap
+    def flops(self, grid: Grid, width: int) -> float:
+        """Return the operations of one forward pass of one clip; hidden scores count too."""
+        return math.prod(grid) * width * (8.0 * width + 4.0 * grid[0])
+
+    def full_clip(
+        self,
+        context: MixContext,
+        q: Float[Array, "b t h w n d"],
+        k: Float[Array, "b t h w n d"],
+        v: Float[Array, "b t h w n d"],
+    ) -> Float[Array, "b t h w n d"]:
+        """Attend by one product with a mask: a program for each block does not pay for few keys."""
+        frames = q.shape[1]
+        bias = self.distance_bias(frames) if self.positions == "relative" else None
+        return attend_over(self.axes, context, q, k, v, self.mask(frames), bias)
+
+    def distance_bias(self, frames: int) -> Float[Array, "1 n q s"]:
+        """Return the learned bias of each pair of frames."""
+        table = self.param(
+            "distance_table",
+            nn.initializers.normal(0.02),
+            (2 * MAX_RELATIVE_DISTANCE + 1, self.heads),
+            jnp.float32,
+        )
+        distances = frame_distances(frames)
+        distances = np.clip(distances, -MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE)
+        return rearrange(table[distances + MAX_RELATIVE_DISTANCE], "q s n -> 1 n q s")
 
     @nn.nowrap
     def mask(self, frames: int) -> Bool[Array, "q s"] | None:
-        """True on what each frame may see; None: all."""
-        if self.block is None:
-            return None if self.window is None else jnp.asarray(abs(_ahead(frames)) <= self.window)
-        mask = np.zeros((frames, frames), bool)
-        for i, (start, stop) in enumerate(_blocks(frames, self.block)):
-            for at, to in self.seen(i, frames):
-                mask[start:stop, at:to] = True
-        return jnp.asarray(mask)
+        """Return True where frame q attends to frame s; None: everywhere."""
+        if self.layout is not None:
+            return jnp.asarray(self.layout.mask(frames))
+        if self.window is not None:
+            return jnp.asarray(abs(frame_distances(frames)) <= self.window)
+        return None
 
 
-def _ahead(frames: int) -> np.ndarray:
-    """[q s]: by how many frames the key is ahead of the query."""
-    return np.arange(frames) - np.arange(frames)[:, None]
+def frame_distances(frames: int) -> np.ndarray:
+    """Return the distances [q s] in frames from the query to the key, positive if it is later."""
+    return np.arange(frames)[None] - np.arange(frames)[:, None]

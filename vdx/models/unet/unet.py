@@ -5,7 +5,7 @@ weights, as diffusers has them, are configurations of this class (vdx.interop.un
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,13 @@ from vdx.models.unet.controlnet import CONTROLS, ControlNet
 from vdx.models.vae.blocks import double
 from vdx.parallel import constrain
 from vdx.types import Array, Float, Ports
+
+
+class UNetDims(NamedTuple):
+    """The resolved dimensions of a U-Net."""
+
+    width: int  # features that conditions are projected to
+    common: Common  # the fields that all blocks share
 
 
 class UNet(nn.Module):
@@ -66,7 +73,7 @@ class UNet(nn.Module):
         (t, h, w), times = self.stem, 2 ** (len(self.widths) - 1)
         return t, h * times, w * times
 
-    def dims(self) -> tuple[int, Common]:
+    def dims(self) -> UNetDims:
         """(features that conditions are projected to, what all blocks share), checked."""
         temporal = temporal_of(self.temporal)
         common = Common(
@@ -91,7 +98,7 @@ class UNet(nn.Module):
                     raise ConfigError(
                         f"model.widths = {self.widths} are not multiples of model.{name} = {part}."
                     )
-        return 4 * self.widths[0], common
+        return UNetDims(4 * self.widths[0], common)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Places of the first level of a clip [t h w c]; raises ValueError if the levels do not
@@ -145,7 +152,7 @@ class UNet(nn.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports
     ) -> Float[Array, "b t h w c"]:
-        _, common = self.dims()
+        common = self.dims().common
         self.check(x, time, ports)
         st, sh, sw = self.stem
         time = time if time.ndim == 1 else time[:, ::st]
