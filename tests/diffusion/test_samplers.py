@@ -15,8 +15,8 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import PREDICTIONS, PROCESSES, RectifiedFlow, VariancePreserving, expand
-from vdx.diffusion.samplers import SAMPLERS, sample, uniform_timesteps
-from vdx.diffusion.timesteps import TIMESTEPS
+from vdx.diffusion.samplers import SAMPLERS, sample
+from vdx.diffusion.timesteps import TIMESTEPS, uniform_timesteps
 
 MEAN = np.array([0.8, -0.5, 0.1, 0.0, -1.2])
 VARIANCE = np.array([0.04, 0.5, 1.0, 0.001, 2.0])
