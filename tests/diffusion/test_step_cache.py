@@ -1,4 +1,4 @@
-"""Evaluations that are not made, against a loop that says the rule once more."""
+"""The step cache against a loop that states its rule once more."""
 
 import itertools
 
