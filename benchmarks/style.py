@@ -1,4 +1,4 @@
-"""Measures how a codebase reads: the five rows of the table in vdx's style guide.
+"""Measure how a codebase reads: the five rows of the table in vdx's style guide.
 
 Run on vdx and on any other codebase, one column a folder:
 
@@ -26,13 +26,13 @@ def is_test(path: Path) -> bool:
 
 
 def comment_lines(text: str) -> set[int]:
-    """Returns the numbers of the lines with a comment, alone or after code."""
+    """Return the numbers of the lines with a comment, alone or after code."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
 
 
 def docstring_lines(tree: ast.AST) -> set[int]:
-    """Returns the numbers of the lines inside docstrings."""
+    """Return the numbers of the lines inside docstrings."""
     found: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
@@ -42,19 +42,19 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def lines_of(function: ast.AST) -> range:
-    """Returns the numbers of a function's lines, from `def` on, decorators excluded."""
+    """Return the numbers of a function's lines, from `def` on, decorators excluded."""
     return range(function.lineno, function.end_lineno + 1)
 
 
 def is_tuple_packed(node: ast.AST) -> bool:
-    """Returns whether a node is `a, b = x, y`; unpacking the result of a call is not."""
+    """Return whether a node is `a, b = x, y`; unpacking the result of a call is not."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     return any(isinstance(target, ast.Tuple) for target in node.targets)
 
 
 def count(text: str) -> Counter:
-    """Counts, in the text of one file, what the rows of the table are made of."""
+    """Count, in the text of one file, what the rows of the table are made of."""
     tree = ast.parse(text)
     nodes = list(ast.walk(tree))
     functions = [node for node in nodes if isinstance(node, FUNCTIONS)]
@@ -79,7 +79,7 @@ def count(text: str) -> Counter:
 
 
 def measure(folder: Path) -> dict[str, str]:
-    """Returns the rows of the table for one folder."""
+    """Return the rows of the table for one folder."""
     paths = [path for path in folder.rglob("*.py") if not is_test(path.relative_to(folder))]
     if not paths:
         raise ValueError(f"{folder} holds no Python file; give the folder of a package")
