@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.types import Array, Float, Int
+from vdx.types import Array, DTypeLike, Float, Int
 
 
 def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
@@ -106,7 +106,7 @@ class MLP(nn.Module):
 
     hidden: int
     activation: str = "gelu"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     out: int | None = None
 
     @nn.compact

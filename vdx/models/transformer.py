@@ -36,7 +36,7 @@ from vdx.models.layers import (
 )
 from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, MixContext, Past
 from vdx.parallel import constrain
-from vdx.types import Array, Float, Ports
+from vdx.types import Array, DTypeLike, Float, Ports
 
 # width, depth, heads, hidden features of the MLP for each feature of the width
 SIZES: dict[str, tuple[int, int, int, float]] = {
@@ -104,7 +104,7 @@ class Block(nn.Module):
     hidden: int
     activation: str
     cross: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from vdx.config.build import ConfigError
 from vdx.parallel import back, constrain, platform
-from vdx.types import Array, Float
+from vdx.types import Array, DTypeLike, Float
 
 Size = tuple[int, int, int]
 PADDINGS = {"zeros": "constant", "edge": "edge"}  # as jnp.pad names them
@@ -90,7 +90,7 @@ class Conv3D(nn.Module):
     causal: bool = False
     padding: str = "zeros"
     depthwise: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         centred = self.kernel[self.causal :]
@@ -130,7 +130,7 @@ class ConvMixer(nn.Module):
     """
 
     heads: int  # not used
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel: Size = (3, 3, 3)
     separable: bool = False
     causal: bool = False
