@@ -17,7 +17,7 @@ import numpy as np
 from vdx.types import Array, DTypeLike, Float, Int
 
 
-def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
+def geglu(x: Float[Array, "... e"]) -> Float[Array, "... d"]:
     """The first half of the features, gated by the second (Shazeer 2020)."""
     x, gate = jnp.split(x, 2, -1)
     return x * nn.gelu(gate, approximate=False)

@@ -19,10 +19,10 @@ PADDINGS = {"zeros": "constant", "edge": "edge"}  # as jnp.pad names them
 
 def convolve(
     x: Float[Array, "b t h w c"],
-    kernel: Float[Array, "i j k c f"],
+    kernel: Float[Array, "i j k _ f"],
     stride: Size = (1, 1, 1),
     space: Any = ((0, 0), (0, 0)),
-) -> Float[Array, "b t h w f"]:
+) -> Float[Array, "b T H W f"]:
     """The convolution (as networks say it: no flip) of x with a kernel.
 
     There is no padding in time, and in space zeros, (before, after) for h and w. Depthwise, each

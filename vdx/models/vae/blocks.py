@@ -35,7 +35,7 @@ class Posterior(flax.struct.PyTreeNode):
     scale: Array
 
     @classmethod
-    def of(cls, moments: Float[Array, "b t h w 2z"], shift, scale) -> "Posterior":
+    def of(cls, moments: Float[Array, "b t h w e"], shift, scale) -> "Posterior":
         """From mean and logarithm of the variance along the last axis."""
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, -1)
         return cls(mean, jnp.clip(logvar, *LOGVAR), jnp.float32(shift), jnp.float32(scale))
