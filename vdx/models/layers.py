@@ -66,7 +66,9 @@ class LayerNorm(nn.Module):
         return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
-def sinusoidal(x: Float[Array, "..."], width: int, max_period: float = 1e4) -> Array:
+def sinusoidal(
+    x: Float[Array, "..."] | Int[Array, "..."], width: int, max_period: float = 1e4
+) -> Array:
     """[...] -> [... width]: cosines then sines of x at geometric frequencies (Vaswani 2017)."""
     half = width // 2
     freqs = np.exp(-np.log(max_period) * np.arange(half) / half).astype(np.float32)

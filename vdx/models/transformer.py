@@ -110,7 +110,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b t h w d"],
-        modulation: Float[Array, "b t 6 d"],
+        modulation: Float[Array, "b #t 6 d"],
         ports: Ports,
         context: MixContext,
     ) -> Float[Array, "b t h w d"]:

@@ -76,7 +76,7 @@ class ControlNet(nn.Module):
         vector: Array | None,
         tokens: Array | None,
         mask: Array | None,
-        control: Float[Array, "b t H W c"],
+        control: Float[Array, "b t H W k"],
         scale: Float[Array, "b"],
     ) -> tuple[list[Array], Array]:
         common = dataclasses.replace(self.common, temporal=CONTROLS[self.kind])
