@@ -141,9 +141,7 @@ def test_a_pixel_goes_where_the_flow_says(motion):
 
 
 def test_the_background_flows_with_the_camera():
-    found = flow(
-        scene("circle", "grow", camera="pan left", background="dots"), TIMES, **SIZE
-    )
+    found = flow(scene("circle", "grow", camera="pan left", background="dots"), TIMES, **SIZE)
     corner = found[:-1, 0, 0]
     np.testing.assert_allclose(corner, [[0.1 / 8 * 48, 0]] * 7, rtol=1e-5)
 
