@@ -10,13 +10,8 @@ import numpy as np
 from einops import rearrange
 
 from vdx.config.build import ConfigError
-<<<<<<< HEAD
 from vdx.parallel import constrain, platform, reshard_to_frames
-from vdx.types import Array, Float
-=======
-from vdx.parallel import back, constrain, platform
 from vdx.types import Array, DTypeLike, Float
->>>>>>> net
 
 Size = tuple[int, int, int]
 PADDINGS = {"zeros": "constant", "edge": "edge"}  # as jnp.pad names them

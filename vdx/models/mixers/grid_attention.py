@@ -24,13 +24,8 @@ from vdx.models.attention.backends import attend
 from vdx.models.layers import RMSNorm, apply_rope
 from vdx.models.mixers.conv import ConvMixer
 from vdx.models.mixers.recurrent import Recurrent
-<<<<<<< HEAD
 from vdx.parallel import constrain, reshard_to_frames
-from vdx.types import Array, Bool, Float
-=======
-from vdx.parallel import back, constrain
 from vdx.types import Array, Bool, DTypeLike, Float
->>>>>>> net
 
 
 class CachePosition(flax.struct.PyTreeNode):
