@@ -22,7 +22,7 @@ class Rope(NamedTuple):
 
 
 def sinusoidal(
-    x: Float[Array, "*batch"], width: int, max_period: float = 1e4
+    x: Float[Array, "*batch"] | Int[Array, "*batch"], width: int, max_period: float = 1e4
 ) -> Float[Array, "*batch d"]:
     """Return cosines, then sines of x at geometric frequencies (Vaswani et al. 2017)."""
     half = width // 2

@@ -150,7 +150,10 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports
+        self,
+        x: Float[Array, "b t h w c"],
+        time: Float[Array, "b"] | Float[Array, "b t"],
+        ports: Ports,
     ) -> Float[Array, "b t h w c"]:
         common = self.dims().common
         self.check(x, time, ports)
