@@ -160,7 +160,9 @@ def _key_name(key: Any) -> str:
 
 
 def param_shardings(mesh: Mesh, params: Any, rules: Rules = PARAM_RULES) -> Any:
-    """Return a NamedSharding for every parameter; `params` may be abstract (ShapeDtypeStruct).
+    """Return a NamedSharding for every parameter.
+
+    `params` may be abstract (ShapeDtypeStruct).
 
     Raises:
         ValueError: a parameter has no rule or a size that does not divide, or a rule names an axis
@@ -195,9 +197,10 @@ def param_shardings(mesh: Mesh, params: Any, rules: Rules = PARAM_RULES) -> Any:
 
 
 def opt_shardings(mesh: Mesh, opt_state: Any, params_shardings: Any) -> Any:
-    """Return shardings of the optimizer state: moments like their parameters, the rest replicated.
+    """Return shardings of the optimizer state.
 
-    The path of a moment ends in the path of its parameter.
+    Moments are sharded like their parameters, the rest is replicated. The path of a moment ends in
+    the path of its parameter.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params_shardings)[0]
     sharding_of = {path_str(path): sharding for path, sharding in leaves}
@@ -238,7 +241,10 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
 def abstract_batch(
     mesh: Mesh, example: Mapping[str, np.ndarray], local: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of `put_batch`, for `local` examples (without an axis b) a process."""
+    """Return the shapes of `put_batch`, for `local` examples a process.
+
+    The example has no axis b.
+    """
     return {
         name: jax.ShapeDtypeStruct(
             (local * jax.process_count(), *array.shape),

@@ -1,4 +1,4 @@
-"""The model that is trained: conditioning signals and a backbone, with one set of parameters."""
+"""The model that is trained: conditioning signals and a backbone."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -94,7 +94,9 @@ class Denoiser(nn.Module):
 
     @nn.nowrap
     def new_params(self, key: PRNGKeyArray) -> Params:
-        """Return fresh parameters. They depend on no size of the clip, so one patch is enough.
+        """Return fresh parameters.
+
+        They depend on no size of the clip, so a clip of one patch is enough.
 
         Raises:
             ConfigError: the backbone or a signal cannot be built.
@@ -129,11 +131,11 @@ class Denoiser(nn.Module):
 
     @nn.nowrap
     def flops(self, shape: tuple[int, ...], text: int | None = None) -> float:
-        """Return the operations of one forward pass of one clip [t h w c], with its conditioning.
+        """Return the operations of one forward pass of one clip [t h w c].
 
-        They are those of matrix products and convolutions, two to a multiply-add. A training step
-        takes three times that. `text` is the number of tokens of cached text; captions that are
-        encoded here have their own length.
+        The conditioning is included. The operations are those of matrix products and convolutions,
+        two to a multiply-add. A training step takes three times that. `text` is the number of
+        tokens of cached text; captions that are encoded here have their own length.
         """
         conditioning = self.conditioning
         batch = jax.eval_shape(lambda: conditioning.dummy_batch(shape))

@@ -37,7 +37,7 @@ def relu_squared(x: Array) -> Array:
 
 
 def layer_norm(x: Array, eps: float = 1e-6) -> Array:
-    """Normalise the last axis without parameters, in float32; the modulation scales it."""
+    """Normalise the last axis without parameters, in float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     var = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -73,7 +73,7 @@ class LayerNorm(nn.Module):
 
 
 class EmbedMLP(nn.Module):
-    """Sinusoid -> dense -> SiLU -> dense: the embedding of a number (time, frame rate, ...)."""
+    """The embedding of a number: sinusoid -> dense -> SiLU -> dense."""
 
     width: int  # features of the embedding
     sinusoid: int = 256  # features of the sinusoid

@@ -1,4 +1,4 @@
-"""Patches: cutting a clip into them, and an initializer for their projection to features."""
+"""Patches of a clip, and an initializer for their projection to features."""
 
 import math
 from collections.abc import Callable

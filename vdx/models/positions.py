@@ -1,4 +1,4 @@
-"""Positions: sinusoids of numbers, tables that are added to tokens, and rotary tables.
+"""Positions: sinusoids, tables that are added to tokens, and rotary tables.
 
 Angles of tables are built in float64, because a float32 angle of many turns has lost its fraction.
 """
@@ -33,7 +33,10 @@ def sinusoidal(
 
 
 def _features_of_axes(width: int) -> Grid:
-    """Divide features over t, h and w as Wan does: 2 * (width // 6) for h and w, the rest for t."""
+    """Divide features over t, h and w as Wan does.
+
+    2 * (width // 6) are for h and for w, the rest for t.
+    """
     space = 2 * (width // 6)
     return width - 2 * space, space, space
 
@@ -72,16 +75,19 @@ def place_table(grid: Grid, width: int) -> np.ndarray:
 
 
 def sincos_table(places: np.ndarray, width: int) -> np.ndarray:
-    """Return sines, then cosines of places [n] as [n width], float64 (Vaswani et al. 2017)."""
+    """Return sines, then cosines of places [n] as [n width], float64.
+
+    The frequencies are geometric (Vaswani et al. 2017).
+    """
     angles = places[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
     return np.concatenate([np.sin(angles), np.cos(angles)], -1)
 
 
 def plane_table(grid: tuple[int, int], width: int, base: int) -> np.ndarray:
-    """Return fixed positions [h w width] within a frame (Peebles & Xie 2023, DiT; Latte).
+    """Return fixed positions [h w width] within a frame.
 
-    The column is in the first half of the features, the row in the second. Both axes are `base`
-    places long, for every grid.
+    They are those of DiT (Peebles & Xie 2023) and Latte. The column is in the first half of the
+    features, the row in the second. Both axes are `base` places long, for every grid.
     """
     height, breadth = grid
     shape = (height, breadth, width // 2)
@@ -115,10 +121,10 @@ def _rope_frequencies(features: int, theta: float) -> np.ndarray:
 
 
 def shift_rope(rope: Rope, frames: Int[Array, ""], head_width: int, theta: float = 1e4) -> Rope:
-    """Move a `rope_table` on by a traced number of frames, exact for 2**20 frames and more.
+    """Shift a `rope_table` by a traced number of frames.
 
-    Angles are counted in units of 2**-32 turns. Such integers wrap around as angles do, where a
-    float32 angle of many turns has lost its fraction.
+    It is exact for 2**20 frames and more. Angles are counted in units of 2**-32 turns. Such
+    integers wrap around as angles do, where a float32 angle of many turns has lost its fraction.
     """
     features_of_time, _, _ = _features_of_axes(head_width)  # the first features of a head
     freqs = _rope_frequencies(features_of_time, theta)

@@ -1,4 +1,4 @@
-"""Rematerialisation: the activations that the forward pass keeps for the backward pass."""
+"""Rematerialisation: the activations that are kept for the backward pass."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _policies = jax.checkpoint_policies
 
 # Each policy also keeps the input of every layer.
 REMAT = {
-    # Keep every activation.
+    # Keep all activations.
     "none": None,
     # Keep nothing else; recompute each layer.
     "full": _policies.nothing_saveable,

@@ -1,8 +1,9 @@
-"""The spatiotemporal transformer: patches -> blocks of (mixer, cross-attention, MLP) -> patches.
+"""The spatiotemporal transformer.
 
-Modulation is adaLN-single (Chen et al. 2023, PixArt-alpha; also Wan): one projection of the
-time embedding for the whole network plus a learned table in each block. The design is that of
-Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/interop/wan.py).
+Its stages are patches -> blocks of (mixer, cross-attention, MLP) -> patches. Modulation is
+adaLN-single (Chen et al. 2023, PixArt-alpha; also Wan): one projection of the time embedding for
+the whole network plus a learned table in each block. The design is that of Wan 2.1 and 2.2, so that
+their weights are a configuration of this class (vdx/interop/wan.py).
 """
 
 import math
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
     def skip_network(
         self, concat: Float[Array, "b T H W c"] | None
     ) -> Float[Array, "b t h w k"] | float:
-        """Map the concatenated channels to the prediction, if `skip` is set; otherwise zero."""
+        """Map the concatenated channels to the prediction, or return 0 without `skip`."""
         if concat is None or not self.skip:
             return 0.0
         project = nn.Dense(
@@ -270,7 +271,7 @@ class Transformer(nn.Module):
         vector: Float[Array, "b *frames d"] | None,
         grid: Grid,
     ) -> Float[Array, "b d"] | Float[Array, "b n d"]:
-        """Embed the time of each clip [b d] or of each frame of tokens [b n d], and the vector.
+        """Embed the time and the vector, for each clip or for each frame of tokens.
 
         Raises:
             ValueError: the time is neither [b] nor [b t].
@@ -328,7 +329,7 @@ class Transformer(nn.Module):
         return ports
 
     def mix_context(self, grid: Grid, past: CachePosition | None) -> MixContext:
-        """Build the rotary tables, moved to the place of a block, and the options of attention."""
+        """Build the rotary tables, those of a block at its place in the clip."""
         head_width = self.dims().head_width
         rope = rope_table(grid, head_width, self.rope_theta)
         if past is not None:

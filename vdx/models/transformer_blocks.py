@@ -1,4 +1,4 @@
-"""The blocks of the transformer: mixer, cross-attention and MLP, and one pass through a pattern."""
+"""The blocks of the transformer, and one pass through a pattern of them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -112,6 +112,7 @@ class Block(nn.Module):
         attention = CrossAttention(self.heads, self.dtype, normed, backend, name="cross")
         if normed:
             x = LayerNorm(name="cross_norm")(x)
+        assert ports.tokens is not None
         return attention(x, ports.tokens, ports.tokens_mask, ports.image_tokens)
 
 
@@ -157,6 +158,7 @@ class Period(nn.Module):
             x = self.block(spec, f"block_{i}")(x, modulation, ports, context)
             if control is not None and i == 0:
                 control = self.block(spec, "control")(control, modulation, ports, context)
+                assert ports.control_scale is not None
                 x = self.add_hint(x, control, ports.control_scale)
         return Stream(x, control, frame_positions), None
 

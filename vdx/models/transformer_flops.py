@@ -15,9 +15,10 @@ SINUSOID = 256  # features of the sinusoid of the time
 
 
 def transformer_flops(network: Transformer, shape: tuple[int, ...], ports: Ports) -> float:
-    """Return the operations of the matrix products of one forward pass of one clip [t h w c].
+    """Return the operations of one forward pass of one clip [t h w c].
 
-    A multiply-add counts as two. The ports may be of a batch of any size; their shapes are enough.
+    They are those of the matrix products. A multiply-add counts as two. The ports may be of a batch
+    of any size; their shapes are enough.
     """
     dims = network.dims()
     grid = network.grid(shape)

@@ -1,4 +1,4 @@
-"""Attention as one function, computed by the backend that suits the device and the sizes.
+"""Attention as one function, computed by the backend that suits the device.
 
 All backends are exact. `BACKENDS`, at the bottom, states the limits of each. "auto" takes the
 first one that is able, of those preferred on the platform that the program is compiled for;
@@ -149,7 +149,7 @@ def select_backend(spec: AttentionSpec, backend: str = "auto") -> str:
 
 
 def selected_backends() -> list[str]:
-    """Return the selections of all programs that this process has traced, one line each."""
+    """Return one line for each selection in the programs that are traced so far."""
     return list(_SELECTED)
 
 
@@ -162,7 +162,7 @@ def _log_selection(spec: AttentionSpec, name: str) -> None:
 
 
 def _check_tokens_may_be_split(context: str, spec: AttentionSpec, same_tokens: bool) -> None:
-    """Check that queries and keys are the same tokens, and all attend to the same ones.
+    """Check that all tokens attend to one another.
 
     Raises:
         ConfigError: they are not, so the keys must be gathered.

@@ -137,7 +137,7 @@ class _Row:
     def scores(
         self, block: Array, q: Float[Array, "q d"], block_mask: list[Array]
     ) -> tuple[Float[Array, "q s"], Bool[Array, "..."] | None]:
-        """Return the scores of a block before they are scaled, and its mask (None: no mask)."""
+        """Return the scores of a block before they are scaled, and its mask."""
         mask = block_mask[0] if self.mask_of_each else self.mask
         if self.causal:
             query = (block * self.size + jnp.arange(self.size))[:, None]
@@ -151,7 +151,7 @@ class _Row:
 
 
 def _block_size(queries: int, keys: int) -> int:
-    """Return the queries in a block: at most 512, and BLOCK scores where keys are many."""
+    """Return the queries in a block, from 128 to 512, fewer with many keys."""
     most = min(max(BLOCK // keys, 128), 512)
     blocks = -(-queries // most)
     return -(-queries // blocks)

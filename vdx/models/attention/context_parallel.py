@@ -1,4 +1,4 @@
-"""Exact attention between tokens on several devices, along the mesh axis `context`.
+"""Exact attention between tokens that are split over the mesh axis `context`.
 
 The functions run on every device (inside jax.shard_map), on its share of the tokens.
 """

@@ -52,7 +52,10 @@ def cudnn_attention(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, scale: float, ca
 
 
 def splash_attention(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, scale: float, causal: bool) -> Q:
-    """Attend by a Pallas kernel for TPUs; there is no bias, and one mask for all queries."""
+    """Attend by a Pallas kernel for TPUs.
+
+    There is no bias, and one mask for all queries.
+    """
     queries, block_q = _tiles(q.shape[1], q.shape[-1])
     keys, block_k = _tiles(k.shape[1], q.shape[-1])
 
@@ -77,7 +80,10 @@ def _with_heads(mask: Mask) -> Array | None:
 def _splash_kernel(
     heads: int, queries: int, keys: int, block_q: int, block_k: int, causal: bool
 ) -> Callable[..., Array]:
-    """Build the kernel for padded sizes. It holds arrays, so each trace builds its own."""
+    """Build the kernel for padded sizes.
+
+    It holds arrays, so each trace builds its own.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     inner = math.gcd(block_k, 512)

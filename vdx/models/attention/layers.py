@@ -33,7 +33,10 @@ class SelfAttention(nn.Module):
 def encoder_layers(
     x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None, depth: int, heads: int
 ) -> Float[Array, "b l d"]:
-    """Run pre-norm layers of self-attention and MLP, then a norm, in the calling module's scope."""
+    """Run pre-norm layers of self-attention and MLP, then a norm.
+
+    Their parameters are in the calling module's scope.
+    """
     for i in range(depth):
         x = x + SelfAttention(heads, name=f"attention_{i}")(LayerNorm(name=f"norm_a{i}")(x), mask)
         x = x + MLP(4 * x.shape[-1], name=f"mlp_{i}")(LayerNorm(name=f"norm_b{i}")(x))

@@ -18,7 +18,7 @@ Attend = Callable[[Array, Array, Array, Array | None], Array]
 
 
 def mesh_axes_for(size: int, *axes: str) -> tuple[str, ...] | None:
-    """Return the mesh axes that split an axis of this size, or None if they do not divide it."""
+    """Return the mesh axes, or None if they do not divide an axis of this size."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape[axis] for axis in axes)
     return axes if parts > 1 and size % parts == 0 else None
@@ -66,9 +66,10 @@ def attend_to_split(
     v: Float[Array, "b l n d"],
     mask: Bool[Array, "c l"] | None,
 ) -> Float[Array, "b l n d"]:
-    """Attend on every device for its clips, heads and tokens; keys are split like queries.
+    """Attend on every device for its clips, heads and tokens.
 
-    `attend` must exchange keys between devices, as the rows of CONTEXTS do.
+    Keys are split like queries. `attend` must exchange keys between devices, as the rows of
+    CONTEXTS do.
     """
     tokens = q.shape[1]
     missing = -tokens % jax.sharding.get_abstract_mesh().shape["context"]

@@ -43,7 +43,7 @@ class Conditioning(nn.Module):
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
-        """Return a batch of one with the keys, types and feature sizes that the signals read."""
+        """Return a batch of one with the keys, types and sizes of all signals."""
         batch: dict[str, Array] = {}
         for name in self.signals:
             batch |= self.signal(name, parent=None).dummy_batch(clip)

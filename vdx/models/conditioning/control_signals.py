@@ -58,9 +58,10 @@ class KnownFrames(nn.Module):
 
 
 class Concat(nn.Module):
-    """Channels that are concatenated to the noisy clip (batch key `concat` [b t h w channels]).
+    """Channels that are concatenated to the noisy clip.
 
-    An example is the latents of known frames, and a mask of these. Port `concat`. Null value:
+    An example is the latents of known frames, and a mask of these. Batch key `concat`
+    [b t h w channels]. Port `concat`. Null value:
     zeros.
     """
 

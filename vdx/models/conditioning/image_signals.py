@@ -16,10 +16,10 @@ TORCH_EPS = 1e-5  # of Wan's norms here, torch's default, unlike those of the bl
 
 
 class ImageTokens(nn.Module):
-    """Features of images from a frozen encoder (batch key `image_tokens` [b m features]).
+    """Features of images from a frozen encoder.
 
-    They pass through norm, MLP and norm, as CLIP's do in Wan. Port `image_tokens`. Null value:
-    features of zero.
+    Batch key `image_tokens` [b m features]. They pass through norm, MLP and norm, as CLIP's do in
+    Wan. Port `image_tokens`. Null value: features of zero.
     """
 
     width: int  # features of the network
@@ -62,9 +62,10 @@ class ImageTokens(nn.Module):
 
 
 class Reference(nn.Module):
-    """An image of the content that the clip must show (batch key `reference` uint8 [b h w 3]).
+    """An image of the content that the clip must show.
 
-    The encoder is trained with the denoiser. Port `image_tokens`. Null value: features of zero.
+    Batch key `reference` uint8 [b h w 3]. The encoder is trained with the denoiser. Port
+    `image_tokens`. Null value: features of zero.
     """
 
     width: int  # features of the network

@@ -57,9 +57,9 @@ class Motion(Scalar):
 
 
 class FrameRateClass(nn.Module):
-    """A class of frame rates, 16 per second or another (batch key `fps`), as in SkyReels-V2.
+    """A class of frame rates, 16 per second or another, as in SkyReels-V2.
 
-    Port `modulation`. Null value: zeros.
+    Batch key `fps`. Port `modulation`. Null value: zeros.
     """
 
     width: int  # features of the network

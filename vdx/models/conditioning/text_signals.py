@@ -17,10 +17,10 @@ TEXT = ("text", "embeddings")  # the signals of captions, which plain guidance s
 
 
 class Text(nn.Module):
-    """Captions (batch keys `text`, `text_mask`) through an encoder trained with the denoiser.
+    """Captions through an encoder that is trained with the denoiser.
 
-    Port `tokens`; with `pooled` also `vector`. Null value: the empty caption, encoded like any
-    other.
+    Batch keys `text` and `text_mask` [b l]. Port `tokens`; with `pooled` also `vector`. Null value:
+    the empty caption, encoded like any other.
     """
 
     width: int  # features of the network
@@ -137,7 +137,7 @@ class Embeddings(nn.Module):
     def with_null(
         self, x: Float[Array, "b l f"], mask: Bool[Array, "b l"], drop: Bool[Array, "b"]
     ) -> tuple[Float[Array, "b k f"], Bool[Array, "b k"]]:
-        """Put the null tokens in the place of dropped captions, and lengthen both to the longer."""
+        """Replace dropped captions by the null tokens; both are padded to one length."""
         n = self.null_tokens
         shape = (self.features,) if n == 1 else (n, self.features)
         null = self.param("null", nn.initializers.normal(0.02), shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Block-causal attention: the frames that a block attends to, and a cache of their keys.
+"""Block-causal attention: the frames that a block attends to, and their cache.
 
 A clip is divided into blocks of frames. A token attends to its own block, all of it, and to blocks
 before it (Yin et al. 2024, CausVid). With a window it attends to the last `window` of those before
@@ -78,9 +78,10 @@ class CachedKeys(NamedTuple):
 
 
 def visible_in_cache(layout: BlockLayout, past: CachePosition, num_frames: int) -> Bool[Array, "s"]:
-    """Return True on the cached frames that are filled and on those of the current block.
+    """Return True on the visible frames of the cache and of the current block.
 
-    Slots are filled in order, and every slot of a full window holds a visible block.
+    Cached frames are visible once they are filled. Slots are filled in order, and every slot of a
+    full window holds a visible block.
 
     Args:
         layout: the blocks.
@@ -98,7 +99,10 @@ def attend_by_block(
     k: Float[Array, "b t h w n d"],
     v: Float[Array, "b t h w n d"],
 ) -> Float[Array, "b t h w n d"]:
-    """Attend block by block, each to its visible frames; hidden scores are not computed."""
+    """Attend block by block, each to its visible frames.
+
+    Hidden scores are not computed.
+    """
     frames = q.shape[1]
     out = []
     for i, (start, stop) in enumerate(layout.blocks(frames)):

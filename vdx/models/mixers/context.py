@@ -1,6 +1,6 @@
 """The interface of mixers, and their input besides the tokens."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 
@@ -11,7 +11,7 @@ __all__ = ["CachePosition", "Grid", "MixContext", "Mixer"]
 
 
 class CachePosition(flax.struct.PyTreeNode):
-    """The position of a block that a network processes alone (see vdx.generate.blockwise)."""
+    """The position of a block that is processed alone (see vdx.generate.blockwise)."""
 
     start: Array  # int32 [], frames of tokens before the block
     # Blocks in the cache of a mixer without a window.
@@ -28,8 +28,9 @@ class MixContext(flax.struct.PyTreeNode):
     context_parallel: str = flax.struct.field(pytree_node=False, default="gather")
 
 
+@runtime_checkable
 class Mixer(Protocol):
-    """A linen module `(heads, dtype, **fields)` that lets the tokens of a clip exchange data."""
+    """A linen module `(heads, dtype, **fields)` that mixes the tokens of a clip."""
 
     @property
     def temporal(self) -> bool:

@@ -13,7 +13,7 @@ from vdx.types import Array, DTypeLike, Float
 
 
 class ConvMixer(nn.Module):
-    """A depthwise convolution of the token grid, then a dense layer that mixes features.
+    """A depthwise convolution of the token grid, then a dense layer over features.
 
     Depthwise, because the blocks' MLPs mix features anyway (Chollet 2017; Liu et al. 2022,
     ConvNeXt). The kernel [t h w] then costs its size for a token and feature; full channels would

@@ -86,7 +86,7 @@ def attend_over(
 
 
 class GridAttention(nn.Module):
-    """Self-attention over the token grid: all tokens of the clip attend to one another.
+    """Self-attention between all tokens of the clip.
 
     With a past in the context, the tokens are one block of a clip. The keys and values of the
     blocks before it are in the collection "cache". Where that is mutable, those of the block itself
@@ -151,7 +151,7 @@ class GridAttention(nn.Module):
 
     @nn.nowrap
     def flops(self, grid: Grid, width: int) -> float:
-        """Return the operations of one forward pass of one clip; hidden scores are not counted."""
+        """Return the operations of one forward pass of one clip, hidden scores excluded."""
         frames = grid[0]
         visible: float = ATTENTION_AXES[self.axes].visible(*grid)
         if self.layout is not None:

@@ -1,4 +1,4 @@
-"""The mixer that lets no token read another: the control that a mixer is compared with."""
+"""The mixer without exchange: the control that other mixers are compared with."""
 
 import math
 from typing import ClassVar

@@ -52,13 +52,19 @@ def linear_scan(
 def half_lives(
     key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "f"]:
-    """Initialize L: half-lives spread geometrically over the features, for half-open gates."""
+    """Initialize L for half-lives spread geometrically over the features.
+
+    They are those of half-open gates.
+    """
     lives = np.geomspace(*HALF_LIVES, shape[-1])
     return jnp.asarray(np.log(np.expm1(np.log(2) / (STRENGTH / 2 * lives))), dtype)
 
 
 class Direction(nn.Module):
-    """The recurrence in one direction of time, in float32: the decay is a product of many."""
+    """The recurrence in one direction of time.
+
+    It is float32, because the decay is a product of many factors.
+    """
 
     dtype: DTypeLike = jnp.float32  # of the matrix products
     reverse: bool = False  # from the last frame to the first
@@ -86,7 +92,7 @@ class Direction(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A state for each place of the token grid, read through a gate: out(gelu(q(x)) * h).
+    """A state for each place, read through a gate: out(gelu(q(x)) * h).
 
     A token reads its own frame and earlier ones. A clip may be processed in windows, or frame by
     frame in constant memory: `run` returns the state for the next window, and the result is that

@@ -29,7 +29,10 @@ class TimeAttention(GridAttention):
 
     @property
     def causal_block(self) -> int | None:
-        """Return the frames of a block; None with biases of distances, which no cache keeps."""
+        """Return the frames of a block.
+
+        It is None with biases of distances, which no cache keeps.
+        """
         return None if self.positions == "relative" else self.block
 
     @nn.nowrap
@@ -44,7 +47,10 @@ class TimeAttention(GridAttention):
         k: Float[Array, "b t h w n d"],
         v: Float[Array, "b t h w n d"],
     ) -> Float[Array, "b t h w n d"]:
-        """Attend by one product with a mask: a program for each block does not pay for few keys."""
+        """Attend by one product with a mask.
+
+        Keys are few, so that a program for each block would not pay.
+        """
         frames = q.shape[1]
         bias = self.distance_bias(frames) if self.positions == "relative" else None
         return attend_over(self.axes, context, q, k, v, self.mask(frames), bias)
@@ -72,5 +78,5 @@ class TimeAttention(GridAttention):
 
 
 def frame_distances(frames: int) -> np.ndarray:
-    """Return the distances [q s] in frames from the query to the key, positive if it is later."""
+    """Return the distances [q s] from query to key in frames, positive if it is later."""
     return np.arange(frames)[None] - np.arange(frames)[:, None]
