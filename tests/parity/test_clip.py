@@ -7,13 +7,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from vdx.config.build import ConfigError
-from vdx.interop.components import open_component
-from vdx.interop.encoders import (
+from vdx.interop.clip import (
     clip_rows,
     clip_text_from_config,
     clip_vision_config,
     clip_vision_from_config,
 )
+from vdx.interop.components import open_component
 from vdx.interop.keymap import WeightsError, export, gather
 from vdx.interop.load import open_weights
 from vdx.models.encoders.clip import preprocess

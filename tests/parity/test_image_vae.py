@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError, assign, export, gather
-from vdx.interop.vae import image_vae_from_config, image_vae_rows
+from vdx.interop.video_vae import image_vae_from_config, image_vae_rows
 from vdx.models.vae.image_vae import GroupNorm, ImageVAE
 from vdx.parallel import MeshSpec, param_shardings
 

@@ -14,7 +14,7 @@ from vdx.config.build import ConfigError
 from vdx.generate.decode import Decoder
 from vdx.generate.video_io import to_uint8
 from vdx.interop.keymap import export, gather
-from vdx.interop.vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
+from vdx.interop.video_vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
 from vdx.models.vae.blocks import FrameAttention, Posterior, ResidualBlock
 from vdx.models.vae.video_vae import VideoVAE
 from vdx.parallel import MeshSpec, param_shardings

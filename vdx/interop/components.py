@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.encoders import (
+from vdx.interop.clip import (
     clip_names,
     clip_rows,
     clip_vision_from_config,
@@ -34,7 +34,7 @@ from vdx.interop.load import (
     write_parts,
 )
 from vdx.interop.safetensors import StoredArray
-from vdx.interop.vae import video_vae_from_config, video_vae_rows
+from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan, wan_from_config, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params

@@ -1,7 +1,7 @@
 """The image autoencoder of Stable Diffusion, frame by frame: a latent video without time.
 
 The design and the meaning of the fields are those of `AutoencoderKL` in diffusers (Rombach et
-al. 2022), so that public weights are a configuration of this class (vdx.interop.vae).
+al. 2022), so that public weights are a configuration of this class (vdx.interop.video_vae).
 """
 
 import flax.linen as nn
