@@ -15,7 +15,8 @@ from vdx.generate.decode import Decoder
 from vdx.generate.video_io import to_uint8
 from vdx.interop.keymap import export, gather
 from vdx.interop.video_vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
-from vdx.models.vae.blocks import FrameAttention, Posterior, ResidualBlock
+from vdx.models.vae.blocks import FrameAttention, ResidualBlock
+from vdx.models.vae.posterior import Posterior
 from vdx.models.vae.video_vae import VideoVAE
 from vdx.parallel import MeshSpec, param_shardings
 
@@ -491,7 +492,7 @@ def test_posterior_is_the_references():
     moments = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 8)).astype(np.float32)
     moments[0, 0, 0, 0] = 50  # the variance is held
     shift, scale = np.arange(4, dtype=np.float32), np.float32([1, 2, 3, 4])
-    got = Posterior.of(moments, shift, scale)
+    got = Posterior.from_moments(moments, shift, scale)
     want = wan.DiagonalGaussianDistribution(channels_first(moments))
     np.testing.assert_array_equal(got.mean, channels_last(want.mean))
     np.testing.assert_array_equal(got.logvar, channels_last(want.logvar))

@@ -49,7 +49,7 @@ from vdx.interop.unet_config import (
     unet_from_config,
     unknown,
 )
-from vdx.interop.video_vae import dense_rows, norm_rows, residual_rows
+from vdx.interop.image_vae import dense_rows, norm_rows, residual_rows
 from vdx.models.conditioning.signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.models.unet.blocks import frame_positions
