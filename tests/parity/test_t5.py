@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.interop.clip import t5_from_config, t5_rows
 from vdx.interop.keymap import WeightsError, export, gather
+from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.models.encoders import t5
 from vdx.models.encoders.t5 import SIZES, T5Encoder, distance_buckets
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
