@@ -93,7 +93,10 @@ LATENT = {
 
 
 def video_vae_rows(vae: VideoVAE, original: bool = False) -> tuple[Row, ...]:
-    """Return the keys of `AutoencoderKLWan` in diffusers, or (`original`) of the Wan team's files."""
+    """Return the keys of `AutoencoderKLWan` in diffusers, or of the Wan team's files.
+
+    original: the latter.
+    """
     rows: list[Row] = []
     for ours, names in LATENT.items():
         rows += _layer_rows(names.of(original), ours, original)
