@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vdx.config.build import ConfigError, lookup
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
@@ -97,6 +97,7 @@ def clip_rows(keys: Collection[str], model: CLIPTextModel | CLIPVisionModel) -> 
     Keys that are not used: the other tower, the heads of contrastive training, and the parts that
     a vision model without `use_last` leaves out.
     """
+    # The tower of the model, and the other one.
     if isinstance(model, CLIPVisionModel):
         prefix = "vision_model."
         rows = _vision(model.patch)
@@ -110,6 +111,7 @@ def clip_rows(keys: Collection[str], model: CLIPTextModel | CLIPVisionModel) -> 
         other_prefix = "vision_model."
         other_rows = _vision(1)
 
+    # Files of one tower may have no prefix.
     if not any(key.startswith(prefix) for key in keys):
         prefix = ""
     return (
@@ -146,10 +148,10 @@ _WAN_KEY = re.compile(r"visual\.(?:transformer\.(\d+)\.)?(.+?)(\.weight|\.bias)?
 
 
 def clip_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
-    """Rename the arrays of the original Wan's CLIP as transformers does; others stay as they are.
+    """Rename the arrays of the original Wan's CLIP as transformers does.
 
-    Wan stacks queries, keys and values in one array: here they are parts of it. Its text model
-    and the heads, which Wan does not read, are left out.
+    Other files stay as they are. Wan stacks queries, keys and values in one array: here they are
+    parts of it. Its text model and the heads, which Wan does not read, are left out.
     """
     if "visual.patch_embedding.weight" not in source:
         return dict(source)
@@ -163,8 +165,11 @@ def clip_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
             renamed[key] = stored
             continue
 
+        # Where it is, by the names of transformers.
         number, layer, leaf = match.groups(default="")
         prefix = f"vision_model.encoder.layers.{number}." if number else "vision_model."
+
+        # Three equal parts of the first axis are queries, keys, values.
         size, rest = divmod(math.prod(stored.shape[:1]), 3)
         if layer == "attn.to_qkv" and not rest:
             for i, part in enumerate("qkv"):
@@ -179,13 +184,20 @@ def clip_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
 # Configs
 
 
-def clip_vision_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
-    """Derive the config.json of transformers from the arrays of the vision model that Wan reads.
+class _VisionSizes(NamedTuple):
+    """Shapes of arrays that decide the sizes of a vision model."""
 
-    The arrays are in either layout. They do not determine the width of a head, which is 80, nor
-    the activation. Raises WeightsError for other arrays.
+    patch_kernel: tuple[int, ...]  # [width 3 patch patch]
+    positions: tuple[int, ...]  # [1 + patches width]
+    up: tuple[int, ...]  # [hidden width], of the first MLP
+    depth: int  # layers in the file
+
+
+def _vision_sizes(source: Mapping[str, StoredArray]) -> _VisionSizes:
+    """Look up the sizes, by the names of transformers.
+
+    Raises WeightsError for other arrays.
     """
-    source = clip_names(source)
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in source) else ""
     needed = [
         f"{prefix}embeddings.patch_embedding.weight",
@@ -202,27 +214,38 @@ def clip_vision_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
             )
         )
 
+    depth = 0
+    while f"{prefix}encoder.layers.{depth}.mlp.fc1.weight" in source:
+        depth += 1
     patch_kernel, positions, up = (source[key].shape for key in needed)
-    width = patch_kernel[0]
-    patch = patch_kernel[-1]
+    return _VisionSizes(patch_kernel, positions, up, depth)
+
+
+def clip_vision_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
+    """Derive the config.json of the vision model that Wan reads, from its arrays.
+
+    The arrays are in either layout. They do not determine the width of a head, which is 80, nor
+    the activation. Raises WeightsError for other arrays.
+    """
+    sizes = _vision_sizes(clip_names(source))
+    width = sizes.patch_kernel[0]
+    patch = sizes.patch_kernel[-1]
+    patches_in_image = sizes.positions[0] - 1  # the first position is the class token's
     if width % HEAD_WIDTH:
         raise WeightsError(
             f"The weights of CLIP's vision model are {width} wide, which is no "
             f"number of heads of {HEAD_WIDTH}, as Wan's has: give the folder of "
             "transformers with its config.json."
         )
-    depth = 0
-    while f"{prefix}encoder.layers.{depth}.mlp.fc1.weight" in source:
-        depth += 1
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
         "hidden_size": width,
-        "intermediate_size": up[0],
-        "num_hidden_layers": depth,
+        "intermediate_size": sizes.up[0],
+        "num_hidden_layers": sizes.depth,
         "num_attention_heads": width // HEAD_WIDTH,
         "patch_size": patch,
-        "image_size": math.isqrt(positions[0] - 1) * patch,  # one position is the class token's
+        "image_size": math.isqrt(patches_in_image) * patch,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
     }
@@ -250,7 +273,10 @@ def _tower_config(config: Mapping[str, Any], tower: str) -> Mapping[str, Any]:
 
 
 def _shared_fields(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
-    """Return the fields that both towers have; missing ones have transformers' default."""
+    """Return the fields that both towers have.
+
+    Missing ones have transformers' default.
+    """
     fields = config_fields(
         config,
         {
@@ -261,11 +287,13 @@ def _shared_fields(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
         },
         f"CLIP {tower} model",
     )
+
     if fields["width"] % fields["heads"]:
         raise ConfigError(
             f"config.json of a CLIP: hidden_size = {fields['width']} does not "
             f"divide into {fields['heads']} heads."
         )
+
     activation = lookup(
         config.get("hidden_act", "quick_gelu"), _ACTIVATIONS, "config.json of a CLIP: hidden_act"
     )

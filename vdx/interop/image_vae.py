@@ -50,7 +50,10 @@ def residual_rows(theirs: str, ours: str) -> Iterator[Row]:
 
 
 def image_vae_rows() -> tuple[Row, ...]:
-    """Return the keys of `AutoencoderKL` in diffusers, the same for all its configurations."""
+    """Return the table between the keys of `AutoencoderKL` and our parameters.
+
+    It is the same for all configurations.
+    """
     rows = [
         *dense_rows("quant_conv", "quant_conv", patches((1, 1))),
         *dense_rows("post_quant_conv", "post_quant_conv", patches((1, 1))),

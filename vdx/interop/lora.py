@@ -65,13 +65,17 @@ def adapter_rows(rows: Sequence[Row], plan: Mapping[str, Any]) -> list[Row]:
     for row in rows:
         if row.path is None or not row.source.endswith(".weight") or "/kernel" not in row.path:
             continue
+
         layer = row.source.removesuffix(".weight")
         shape = plan[row.source][0]
         extent = len(shape) - 2  # axes of a convolution's kernel
+
+        # The layout of the weight is that of its outputs, or of a convolution's inputs.
         if extent:
             layouts = {"A": row.layout, "B": _outputs(extent)}
         else:
             layouts = {"A": LINEAR, "B": row.layout}
+
         for half, leaf in (("A", A), ("B", B)):
             path = row.path.replace("kernel", leaf)
             factors.append(Row(f"{layer}.lora_{half}.weight", path, layouts[half]))
@@ -98,6 +102,7 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
     "transformer" (high noise) or "transformer_2". Raises WeightsError that lists every key and
     shape that is not of this model.
     """
+    # The names and shapes of the model's weights in diffusers.
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     rows = wan_transformer_rows(model)
     plan = export_plan(shapes, rows)
@@ -107,6 +112,7 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
     layers = _by_layer(source, plan, part, problems)
     factors = _Factors(flat(shapes), place_of(adapter_rows(rows, plan)))
     deltas = _Deltas(flat(shapes), place_of(rows))
+
     for layer, arrays in layers.items():
         scale = 1.0
         pair = _read_pair(layer, arrays, plan, problems)
@@ -116,6 +122,7 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
         for key, delta in _read_deltas(layer, arrays, plan, scale, problems).items():
             deltas.add(key, delta)
 
+    # Raise once, with everything that is wrong.
     if not layers and not problems:
         problems.append("it holds nothing for it")
     if problems:
@@ -133,11 +140,13 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
     source = open_weights(path)
     settings: dict[str, Any] = {}
 
+    # peft's own file.
     folder = path if path.is_dir() else path.parent
     settings_file = folder / "adapter_config.json"
     if settings_file.is_file() and any(key.startswith("base_model.") for key in source):
         settings = read_json(settings_file)
 
+    # The headers that diffusers writes.
     files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
     prefix = f"{part}."
     for file in files:
@@ -156,17 +165,21 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
 def _by_layer(
     source: Mapping[str, StoredArray], plan: Mapping[str, Any], part: str, problems: list[str]
 ) -> dict[str, dict[str, StoredArray]]:
-    """Return {layer of diffusers: {"A", "B", "bias", "alpha", "diff" or "diff_b": array}}.
+    """Return {layer of diffusers: {kind: array}}.
 
-    Keys that are of no layer of this model, or come twice, are added to `problems`.
+    Kinds are A, B, bias, alpha, diff and diff_b. Keys that are of no layer of this model, or come
+    twice, are added to `problems`.
     """
     names = _layer_names(plan)
     layers: dict[str, dict[str, StoredArray]] = defaultdict(dict)
     for key, stored in source.items():
+        # Skip the other expert.
         whole = PART.match(key)
         assert whole, key  # it matches anything
         if whole["part"] not in (None, part):
             continue
+
+        # Find the layer.
         leaf = LEAF.match(whole["rest"])
         if leaf is None:
             problems.append(f"{key}: unknown kind")
@@ -176,6 +189,7 @@ def _by_layer(
             continue
 
         layer = names[leaf["layer"]]
+        # Find the kind.
         kind = leaf["other"]
         if kind is None:
             kind = "bias" if leaf["of"] == "bias" else HALVES[leaf["half"]]
@@ -217,7 +231,9 @@ def _read_pair(
         problems.append(f"{layer}: has {', '.join(sorted(found))} without its partners")
         return None
 
-    weight = plan[f"{layer}.weight"][0] if f"{layer}.weight" in plan else ()
+    weight: tuple[int, ...] = ()
+    if f"{layer}.weight" in plan:
+        weight = plan[f"{layer}.weight"][0]
     a = arrays["A"].shape
     b = arrays["B"].shape
     ones = (1,) * (len(weight) - 2)  # a convolution's extent is in A
@@ -236,12 +252,15 @@ def _read_deltas(
     problems: list[str],
 ) -> dict[str, np.ndarray]:
     """Return {key of diffusers: whole difference} of a layer; misfits are problems."""
+    # Tables are keys without `.weight`.
     weight = f"{layer}.weight" if f"{layer}.weight" in plan else layer
     bias = f"{layer}.bias"
     deltas: dict[str, np.ndarray] = {}
+
     for kind, key, times in (("diff", weight, 1.0), ("diff_b", bias, 1.0), ("bias", bias, scale)):
         if kind not in arrays:
             continue
+
         shape = arrays[kind].shape
         if key not in plan:
             problems.append(f"{layer}, {kind}: is {shape} for {key} which is not there")
@@ -258,7 +277,10 @@ def _float32(stored: StoredArray) -> np.ndarray:
 
 
 def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[str, Any]) -> float:
-    """Return the scale of a layer's product B A: the file's own alpha goes before peft's."""
+    """Return the scale of a layer's product B A.
+
+    The file's own alpha takes precedence over peft's settings.
+    """
     if alpha is not None:
         return float(_float32(alpha).reshape(())) / rank
     value = settings.get("lora_alpha")
@@ -345,11 +367,13 @@ def write_lora(
     `scale` is multiplied into B, so that all readers agree, however they treat an alpha. Raises
     ConfigError for an unknown layout, WeightsError for factors of layers that it cannot name.
     """
+    # The rows of the factors.
     layer_name = lookup(layout, LAYOUTS, "layout")
     weight_rows = wan_transformer_rows(model)
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     rows = adapter_rows(weight_rows, export_plan(shapes, weight_rows))
 
+    # Multiply the scale into B.
     scaled = {}
     for key, value in flat(factors).items():
         scaled[key] = np.asarray(value) * np.float32(scale if key.endswith(B) else 1)
@@ -359,5 +383,6 @@ def write_lora(
         layer, _, leaf = key.partition(".lora_")
         return f"{layer_name(layer, part)}.lora_{leaf}"
 
+    # Write under the layout's names.
     plan = {rename(key): planned for key, planned in export_plan(tree, rows).items()}
     write(path, plan, ((rename(key), value) for key, value in export(tree, rows)))

@@ -42,7 +42,10 @@ _LEAVES = {"norm_a": ("scale", KEEP), "norm_b": ("scale", KEEP), "distance": ("t
 
 
 def t5_rows(keys: Collection[str], model: T5Encoder) -> tuple[Row, ...]:
-    """Return the table between the keys of a T5 file, which decide its layout, and `model`."""
+    """Return the table between the keys of a T5 file and `model`.
+
+    The keys decide the layout.
+    """
     if "token_embedding.weight" in keys:
         block = "blocks.{i}"
         parts = _WAN
@@ -60,6 +63,7 @@ def t5_rows(keys: Collection[str], model: T5Encoder) -> tuple[Row, ...]:
 
     for ours, theirs in parts.items():
         leaf, layout = _LEAVES.get(ours, ("kernel", LINEAR))
+        # T5 has its one bias in the first layer.
         if ours == "distance" and model.shared_bias:
             rows.append(Row(f"{block.format(i=0)}.{theirs}.weight", "distance/table"))
         else:
@@ -68,9 +72,10 @@ def t5_rows(keys: Collection[str], model: T5Encoder) -> tuple[Row, ...]:
 
 
 def config_fields(config: Mapping[str, Any], names: Mapping[str, str], of: str) -> dict[str, Any]:
-    """Return {our field: value} for names, ours -> theirs, that a config.json must have.
+    """Return {our field: value} for the sizes in a config.json.
 
-    of: the kind of model, for the message. Raises ConfigError for missing names.
+    names: ours -> theirs, which it must have. of: the kind of model, for the message. Raises
+    ConfigError for missing names.
     """
     missing = [theirs for theirs in names.values() if theirs not in config]
     if missing:
@@ -87,17 +92,22 @@ def t5_from_config(config: Mapping[str, Any], dtype: str = "float32") -> T5Encod
     Raises ConfigError for another kind of model, for a T5 older than v1.1, whose MLP has no
     gate, and for missing sizes.
     """
+    # The kind of model.
     shared_bias = lookup(
         str(config.get("model_type")),
         {"umt5": False, "t5": True},
         "config.json of a T5: model_type",
     )
+
+    # The defaults are those of transformers: T5's is the ungated MLP.
     mlp = config.get("feed_forward_proj", "relu" if shared_bias else "gated-gelu")
     if mlp != "gated-gelu":
         raise ConfigError(
             f"config.json of a T5: feed_forward_proj = {mlp!r}; only 'gated-gelu' "
             "(T5 v1.1, UMT5) is known here."
         )
+
+    # Sizes, which have no default.
     sizes = config_fields(
         config,
         {
@@ -110,6 +120,7 @@ def t5_from_config(config: Mapping[str, Any], dtype: str = "float32") -> T5Encod
         },
         "T5",
     )
+
     return T5Encoder(
         **sizes,
         shared_bias=shared_bias,

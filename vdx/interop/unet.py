@@ -1,7 +1,8 @@
-"""Public U-Nets as those of vdx.models.unet.unet, and back: of images, with motion modules, 3D.
+"""Public U-Nets as those of vdx.models.unet.unet, and back.
 
-References: `UNet2DConditionModel`, `UNetMotionModel`, `UNet3DConditionModel` and `MotionAdapter` of
-diffusers. A network may be in several folders, such as an image model and a motion adapter.
+They are of images, with motion modules, and 3D. References: `UNet2DConditionModel`,
+`UNetMotionModel`, `UNet3DConditionModel` and `MotionAdapter` of diffusers. A network may be in
+several folders, such as an image model and a motion adapter.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ class UNetFiles:
 
     @property
     def has_control(self) -> bool:
-        """Whether a control branch is among the files."""
+        """True if a control branch is among the files."""
         return any(name in CONTROLS for name in self.configs)
 
     def has_linear_projections(self, prefix: str = "") -> bool:
@@ -84,7 +85,7 @@ class UNetFiles:
 
 
 def open_unet(paths: str | Path | Sequence[str | Path]) -> UNetFiles:
-    """Open the U-Net in a folder of diffusers, and the parts added to it in further ones.
+    """Open the U-Net in a folder of diffusers, and parts added in further ones.
 
     Those are motion modules, also in AnimateDiff's own files, and a control branch. Reads headers
     only. Raises WeightsError for a folder with none of these, and for two of a kind.
@@ -94,6 +95,8 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> UNetFiles:
     names = ", ".join(map(str, paths))
     configs: dict[str, Mapping[str, Any]] = {}
     source: dict[str, StoredArray] = {}
+
+    # No key is in two parts.
     for path in map(Path, paths):
         config, arrays = _open_part(path)
         repeated = sorted(set(arrays) & set(source))
@@ -103,6 +106,7 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> UNetFiles:
         configs[config["_class_name"]] = config
         source |= arrays
 
+    # One of the parts is a whole network.
     if sum(name in CLASSES for name in configs) != 1:
         raise WeightsError(
             f"{names} should hold one of {', '.join(CLASSES)} and hold: {', '.join(configs)}."
@@ -114,6 +118,8 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
     """Return (config, arrays by diffusers' keys) of one folder or file."""
     arrays = open_weights(path)
     folder = path if path.is_dir() else path.parent
+
+    # AnimateDiff's own files have no config.
     if any(".temporal_transformer." in key for key in arrays):
         return {"_class_name": ADAPTER}, _rename_animatediff(arrays)
     if not (folder / "config.json").exists():
@@ -128,6 +134,8 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
     known = (*CLASSES, ADAPTER, *CONTROLS)
     if name not in known:
         raise WeightsError(f"{path} is a {name}; U-Nets are made of {', '.join(known)}.")
+
+    # So that its keys are not those of the way down.
     if name in CONTROLS:
         arrays = {f"{CONTROL}{key}": stored for key, stored in arrays.items()}
     return config, arrays
@@ -149,25 +157,30 @@ def load_unet(
     dtype: str = "float32",
     trained: str | None = None,
 ) -> Params:
-    """Load the parameters of `model` onto the mesh, from files as `open_unet` reads them.
+    """Load the parameters of `model` onto the mesh.
 
-    dtype: of the kernels. trained: a regex of paths that stay float32; those of them that the
-    files do not have are left out. A control branch without files begins as a copy of the way
-    down. `null`, the dropped text, is zero: no file has it. Raises WeightsError for files as
-    `open_unet`, and for a model that is another network than theirs.
+    The files are read by `open_unet`. dtype: of the kernels. trained: a regex of paths that stay
+    float32; those of them that the files do not have are left out. A control branch without files
+    begins as a copy of the way down. `null`, the dropped text, is zero: no file has it. Raises
+    WeightsError for files as `open_unet`, and for a model that is another network than theirs.
     """
     files = open_unet(paths)
+
     wrong = find_differences(model, files.configs, files.base)
     if wrong:
         raise WeightsError(listed(f"The model is not that of {paths}:", wrong))
 
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     params = abstract_params(shapes, mesh, dtype, trained)
+
     linear = files.has_linear_projections()
+
+    # The control branch comes from the files.
     if files.has_control:
         rows = unet_rows(model, linear, files.has_linear_projections(CONTROL))
         return load_params(files.source, params, rows, trained)
 
+    # The control branch is a copy of the way down, under keys of its own.
     rows = unet_rows(model, linear, control_linear=linear)
     ours = flat(params)
     place = place_of(rows)
@@ -205,17 +218,20 @@ def save_unet(
     part: str = "unet",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a new folder that diffusers reads, of the whole network or of a row of PARTS.
+    """Write a new folder that diffusers reads.
 
-    `params` need not have the other parts. Raises WeightsError for a folder that is not empty,
-    and a network that diffusers does not have.
+    It has the whole network, or a row of PARTS. `params` need not have the other parts. Raises
+    WeightsError for a folder that is not empty, and a network that diffusers does not have.
     """
     config = PARTS[part].config(model)
     rows = unet_rows(model)
+
+    # The parameters of the part.
     pattern = re.compile(PARTS[part].pattern)
     kept = {name: leaf for name, leaf in flat(params).items() if pattern.search(name)}
     tree = unflatten_dict(kept, sep="/")
 
+    # What is written: the arrays, then tables of positions that ours do not have.
     plan = {key.removeprefix(CONTROL): facts for key, facts in export_plan(tree, rows).items()}
     tables = {
         _position_key(key): width
@@ -237,5 +253,8 @@ def save_unet(
 
 
 def _position_key(key: str) -> str:
-    """Return the key of a motion module's table of positions, from that of its projection."""
+    """Return the key of a motion module's table of positions.
+
+    key: of its first projection.
+    """
     return key.replace(".proj_in.weight", ".transformer_blocks.0.pos_embed.pe")

@@ -1,4 +1,7 @@
-"""The configs of diffusers for U-Nets and the parts added to them, as fields of ours, and back."""
+"""The configs of diffusers for U-Nets, as fields of ours, and back.
+
+Motion adapters and control branches have configs too.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -121,10 +124,11 @@ def unknown(config: Mapping[str, Any]) -> list[str]:
 
 
 def unet_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (backbone, signals) of a Denoiser for a network's `config.json` in diffusers.
+    """Return (backbone, signals) of a Denoiser for a network's `config.json`.
 
     Raises WeightsError that lists the missing keys, or the parts that our U-Net does not have.
     """
+    # Is it a U-Net?
     name = config.get("_class_name")
     if name not in CLASSES:
         raise WeightsError(f"This config is of {name}; U-Nets are {', '.join(CLASSES)}.")
@@ -132,6 +136,7 @@ def unet_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     if missing:
         raise WeightsError(listed("This is not the config of a U-Net:", missing))
 
+    # Is it one of ours?
     temporal, kind = CLASSES[name]
     widths = tuple(config["block_out_channels"])
     attention = tuple("CrossAttn" in block for block in config["down_block_types"])
@@ -145,6 +150,7 @@ def unet_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     if problems:
         raise WeightsError(listed("A U-Net that vdx does not have:", problems))
 
+    # The backbone, in our fields.
     backbone = {
         "name": "unet",
         "channels": config["out_channels"],
@@ -159,6 +165,11 @@ def unet_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     if temporal == "motion":
         backbone["motion_middle"] = bool(config.get("use_motion_mid_block", True))
 
+    return backbone, _signals(config)
+
+
+def _signals(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the signals of a network: the text, and channels next to the clip."""
     signals: dict[str, Any] = {
         "embeddings": {
             "features": single(config["cross_attention_dim"]),
@@ -170,13 +181,16 @@ def unet_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     extra = config["in_channels"] - config["out_channels"]
     if extra:
         signals["concat"] = {"channels": extra}
-    return backbone, signals
+    return signals
 
 
 def _block_problems(
     config: Mapping[str, Any], attention: Sequence[bool], kind: str
 ) -> Iterator[str]:
-    """Yield the lists of blocks that differ from those of our U-Net with the same attention."""
+    """Yield the lists of blocks that our U-Net does not have.
+
+    attention: of its levels.
+    """
     for way, levels in (("down", attention), ("up", attention[::-1])):
         given = list(config[f"{way}_block_types"])
         ours = _block_types(way, levels, kind)
@@ -241,8 +255,11 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
     """
     network: UNet = model.backbone
     signals = model.signals
+    # kind -> class of diffusers
     names = {public.kind: name for name, public in CLASSES.items()}
     text = {"project": True, "features": Embeddings.features, **signals.get("embeddings", {})}
+
+    # Raise for parts that diffusers does not have.
     if (
         network.temporal not in [*names]
         or network.stem != (1, 1, 1)
@@ -295,9 +312,10 @@ def _level_heads(network: UNet) -> Any:
 
 
 def motion_config(model: Denoiser) -> dict[str, Any]:
-    """Return the `config.json` of a MotionAdapter for the motion modules of a U-Net of ours.
+    """Return the `config.json` of a MotionAdapter.
 
-    Raises WeightsError for a U-Net without motion modules.
+    It is for the motion modules of a U-Net of ours. Raises WeightsError for a U-Net without motion
+    modules.
     """
     config = unet_config(model)
     if config["_class_name"] != "UNetMotionModel":
@@ -337,7 +355,9 @@ def control_config(model: Denoiser) -> dict[str, Any]:
     Raises WeightsError for a branch that diffusers does not have.
     """
     network: UNet = model.backbone
+    # kind -> class of diffusers
     names = {public.kind: name for name, public in CONTROLS.items()}
+
     if network.control not in names or "embeddings" not in model.signals:
         raise WeightsError(
             f"model.control = {network.control!r} is no branch that diffusers has: "

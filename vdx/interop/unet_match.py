@@ -1,4 +1,4 @@
-"""Differences between a U-Net of ours and public files that their arrays do not show."""
+"""Differences between a U-Net of ours and files that arrays do not show."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,20 +24,22 @@ ADAPTER_FIELDS = {"motion_num_attention_heads": "heads", "motion_norm_num_groups
 def find_differences(
     model: Denoiser, configs: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
 ) -> list[str]:
-    """Return the differences between a model and the configs of files, one message each.
+    """Return the differences between a model and the configs of files.
 
-    configs: class in diffusers -> its config; base: that of the whole network. Raises
-    WeightsError for a config that is no U-Net of ours.
+    Each is one message. configs: class in diffusers -> its config; base: that of the whole network.
+    Raises WeightsError for a config that is no U-Net of ours.
     """
     backbone, signals = unet_from_config(base)
     here = model.backbone
     there = Denoiser(backbone, signals).backbone
+
     adapter = configs.get(ADAPTER, {})
     wrong = [
         *_network_differences(here, there),
         *_adapter_differences(here, adapter),
         *unknown(adapter),
     ]
+
     for name, config in configs.items():
         if name in CONTROLS:
             wrong += _control_differences(model, name, config)
@@ -45,8 +47,9 @@ def find_differences(
 
 
 def _network_differences(here: UNet, there: UNet) -> Iterator[str]:
-    """Yield the fields, then the sizes of heads, that differ from those of the weights."""
+    """Yield the fields, then the sizes of heads, that the weights have otherwise."""
     has_temporal = there.temporal != "none"
+    # Without a temporal part the weights say nothing about it.
     names = FIELDS + TEMPORAL_FIELDS if has_temporal else FIELDS
     for name in names:
         ours = getattr(here, name)
@@ -79,7 +82,7 @@ def _adapter_differences(here: UNet, adapter: Mapping[str, Any]) -> Iterator[str
 
 
 def _text_differences(model: Denoiser, needed: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the fields of the text signal that differ from those that the network needs."""
+    """Yield the fields of the text signal that the network needs otherwise."""
     text = model.signals.get("embeddings", {})
     for key in ("project", "length"):
         if text.get(key) != needed[key]:
@@ -89,6 +92,7 @@ def _text_differences(model: Denoiser, needed: Mapping[str, Any]) -> Iterator[st
 def _control_differences(model: Denoiser, name: str, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the differences from a control branch of class `name`."""
     here = model.backbone
+    # Fields of the backbone.
     fields, signal = control_from_config(config)
     fields["groups"] = config.get("norm_num_groups", 32)
     for field, value in fields.items():
@@ -99,11 +103,13 @@ def _control_differences(model: Denoiser, name: str, config: Mapping[str, Any]) 
                 f"the {name} have {value}"
             )
 
+    # Heads, in space and in motion modules.
     their_heads = single(config.get("num_attention_heads") or config.get("attention_head_dim", 8))
     blocks = here.dims().blocks
     our_heads = single([blocks.heads_at(width)[0] for width in here.widths])
     if their_heads != our_heads:
         yield f"config.model.backbone: heads = {our_heads}, but the {name} has {their_heads}"
+
     motion_heads = config.get("motion_num_attention_heads", here.heads)
     if single(motion_heads) != here.heads:
         yield (
@@ -111,6 +117,7 @@ def _control_differences(model: Denoiser, name: str, config: Mapping[str, Any]) 
             f"motion_num_attention_heads = {motion_heads}"
         )
 
+    # The signal that reads the maps.
     ours = model.signals.get("control", {})
     for key, value in signal.items():
         if ours.get(key, 1) != value:

@@ -1,7 +1,8 @@
-"""The keys of diffusers' U-Nets, motion modules and control branches, as paths of our parameters.
+"""The keys of diffusers' U-Nets as paths of our parameters.
 
-A network may come in several folders, such as an image model and a motion adapter. The keys of a
-control branch begin with "control." here, which the files do not have.
+Motion modules and control branches have keys too. A network may come in several folders, such as an
+image model and a motion adapter. The keys of a control branch begin with "control." here, which the
+files do not have.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,10 @@ def _encoder_rows(theirs: str, ours: str, linear: bool, motion: str) -> Iterator
 
 
 def _layer_rows(block: str, ours: str, linear: bool, motion: str) -> Iterator[Row]:
-    """Yield the rows of the layers at index j of a block's lists. motion: name of one list."""
+    """Yield the rows of the layers at index j of a block's lists.
+
+    motion: the name of the list of motion modules.
+    """
     yield from residual_rows(f"{block}.resnets.{{j}}", f"{ours}/res")
     yield from _time_conv_rows(f"{block}.temp_convs.{{j}}", f"{ours}/time_convs")
     yield from transformer_rows(f"{block}.attentions.{{j}}", f"{ours}/space", linear)
@@ -67,10 +71,12 @@ def transformer_rows(theirs: str, ours: str, linear: bool) -> Iterator[Row]:
     of one layer each.
     """
     yield from norm_rows(f"{theirs}.norm", f"{ours}/norm")
+    # Around the layer.
     layout = LINEAR if linear else patches((1, 1))
     for name in ("proj_in", "proj_out"):
         yield from dense_rows(f"{theirs}.{name}", f"{ours}/{name}", layout)
 
+    # The layer: norms, attentions, the MLP.
     theirs = f"{theirs}.transformer_blocks.0"
     ours = f"{ours}/layer"
     for i in (1, 2, 3):

@@ -130,7 +130,10 @@ def _layer_rows(theirs: str, ours: str, original: bool) -> Iterator[Row]:
 
 
 def _gamma(axes: int) -> Layout:
-    """Return the layout of a norm's scale, which Wan stores with `axes` trailing axes of size 1."""
+    """Return the layout of a norm's scale.
+
+    Wan stores it with `axes` trailing axes of size 1.
+    """
     return Layout(lambda x: x.reshape(-1), lambda x: x.reshape(-1, *[1] * axes))
 
 
@@ -153,7 +156,10 @@ def _level_layers(vae: VideoVAE, coder: str) -> list[list[str]]:
 
 
 def _original_levels(vae: VideoVAE, coder: str) -> Iterator[tuple[str, str]]:
-    """Yield (the Wan team's name, our name) of the layers of the levels, without `encoder.`."""
+    """Yield (the Wan team's name, our name) of the layers of the levels.
+
+    Both lack `encoder.` or `decoder.`.
+    """
     way = "up" if coder == "decoder" else "down"
     count = 0  # Wan 2.1 numbers the layers of all levels in one list
     for i, names in enumerate(_level_layers(vae, coder)):
@@ -164,7 +170,10 @@ def _original_levels(vae: VideoVAE, coder: str) -> Iterator[tuple[str, str]]:
 
 
 def _diffusers_levels(vae: VideoVAE, coder: str) -> Iterator[tuple[str, str]]:
-    """Yield (diffusers' name, our name) of the layers of the levels, without `encoder.`."""
+    """Yield (diffusers' name, our name) of the layers of the levels.
+
+    Both lack `encoder.` or `decoder.`.
+    """
     way = "up" if coder == "decoder" else "down"
     in_one_list = coder == "encoder" and not vae.is_residual
     sampler = f"{way}sampler" if vae.is_residual else f"{way}samplers.0"
@@ -189,6 +198,8 @@ def video_vae_from_config(config: Mapping[str, Any], dtype: str = "float32") -> 
     fields = fields_of_class(config, "AutoencoderKLWan")
     for key in ("dropout", "clip_output"):  # of training; no longer read by the class
         fields.pop(key, None)
+
+    # They follow from other fields; they are compared below.
     factors = {
         "temporal": fields.pop("scale_factor_temporal", None),
         "spatial": fields.pop("scale_factor_spatial", None),

@@ -1,9 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021): a kernel W acts as W + scale A B; only A and B are learned.
+"""Low-rank adapters (Hu et al. 2021): kernels W act as W + scale A B.
 
-The factors of a kernel [*layers in out] are `lora_a` [*layers in r] and `lora_b` [*layers r out].
-They form a tree like that of the parameters, with two leaves in the place of the kernel. In
-training they act next to the frozen kernel, y = x W + scale (x A) B, so that no array of the
-kernel's size is made.
+Only A and B are learned. A kernel [*layers in out] has two factors, in a tree like that of the
+parameters, in the place of the kernel:
+
+    lora_a    A [*layers in r]
+    lora_b    B [*layers r out]
+
+In training they act next to the frozen kernel, y = x W + scale (x A) B. No array of the kernel's
+size is made.
 """
 
 import dataclasses
@@ -33,8 +37,8 @@ __all__ = [
     "merge_factors",
 ]
 
-A = "lora_a"  # [*layers in r]
-B = "lora_b"  # [*layers r out]
+A = "lora_a"
+B = "lora_b"
 # The projections of attention and of the MLPs.
 BLOCKS = r"network/layers/.*/(q|k|v|image_k|image_v|out|up|down)/kernel$"
 _DROPOUT = 0x10A  # folded into the key of a step; its other draws split that key
@@ -77,8 +81,8 @@ class Adapted(flax.struct.PyTreeNode):
             return y
 
         x = args[0].astype(y.dtype)
-        a = layer.get_variable("lora", A).astype(y.dtype)
-        b = layer.get_variable("lora", B).astype(y.dtype)
+        a: Array = layer.get_variable("lora", A).astype(y.dtype)
+        b: Array = layer.get_variable("lora", B).astype(y.dtype)
         if layer.has_rng("lora"):
             keep = jax.random.bernoulli(layer.make_rng("lora"), 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
@@ -90,9 +94,10 @@ def _is_dense(context: nn.module.InterceptorContext) -> bool:
 
 
 def dense_kernels(new_params: Callable[[PRNGKeyArray], Params]) -> dict[str, Any]:
-    """Return path -> abstract kernel of every dense layer: those that may have factors.
+    """Return path -> abstract kernel of every dense layer.
 
-    new_params: creates the network's parameters; it is traced, not run.
+    These kernels may have factors. new_params: creates the network's parameters; it is traced, not
+    run.
     """
     paths = set()
 
@@ -113,7 +118,10 @@ def dense_kernels(new_params: Callable[[PRNGKeyArray], Params]) -> dict[str, Any
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The `lora` section of a config: which kernels have factors, and how these are trained."""
+    """The `lora` section of a config.
+
+    It selects the kernels that have factors, and sets how these are trained.
+    """
 
     rank: int = 16
     alpha: float | None = None  # the product A B is scaled by alpha / rank; None: by 1
@@ -168,7 +176,10 @@ class Lora:
         return unflatten_dict(factors, sep="/")
 
     def combine(self, base: Params, factors: Params, key: PRNGKeyArray | None = None) -> Adapted:
-        """Return the adapted network. Without the key of a training step nothing is dropped."""
+        """Return the adapted network.
+
+        key: of a training step; without it nothing is dropped.
+        """
         if key is not None:
             key = jax.random.fold_in(key, _DROPOUT) if self.dropout else None
         return Adapted(base, factors, key, self.scale, self.dropout)
@@ -185,11 +196,12 @@ class WeightDelta:
 
 
 def adapt(params: Params | Adapted, *changes: WeightDelta, merge: bool = False) -> Params | Adapted:
-    """Apply several changes to a network at once, as adapters or merged into its kernels.
+    """Apply several changes to a network at once.
 
-    Adapters cost two small products per kernel and keep the factors' precision. Merged changes
-    cost nothing, and in bfloat16 round W + A B to 8 bits. Whole differences are always added.
-    Raises ValueError for a path that the network does not have.
+    They are adapters, or merged into its kernels. Adapters cost two small products per kernel and
+    keep the factors' precision. Merged changes cost nothing, and in bfloat16 round W + A B to 8
+    bits. Whole differences are always added. Raises ValueError for a path that the network does not
+    have.
     """
     weighted = [(change.factors, change.weight) for change in changes]
     if isinstance(params, Adapted):
@@ -203,7 +215,10 @@ def adapt(params: Params | Adapted, *changes: WeightDelta, merge: bool = False) 
 
 
 def concat_factors(*weighted: tuple[Params, float]) -> Params:
-    """Return factors that act as the weighted sum of several: their ranks are concatenated."""
+    """Return factors that act as the weighted sum of several.
+
+    Their ranks are concatenated.
+    """
     found: dict[str, list[Array]] = {}
     for factors, weight in weighted:
         for path, value in _flat(factors).items():

@@ -1,4 +1,7 @@
-"""Training a part of a network: a regex selects what is learned, the rest stays as it was read."""
+"""Training of a part of a network.
+
+A regex selects the parameters that are learned; the rest stays as it was read.
+"""
 
 import dataclasses
 import re
@@ -17,7 +20,10 @@ class Trainable:
     pattern: str  # searched for in paths such as "network/up_0_1/motion/proj_in/kernel"
 
     def check(self, shapes: Params) -> None:
-        """Raise ConfigError for a pattern that is no regex, or matches nothing or everything."""
+        """Raise ConfigError for a pattern that selects no part.
+
+        It is no regex, or it matches nothing or everything.
+        """
         try:
             frozen, trained = self.split(shapes)
         except re.error as error:
@@ -44,7 +50,10 @@ class Trainable:
         return unflatten_dict(frozen, sep="/"), unflatten_dict(trained, sep="/")
 
     def combine(self, frozen: Params, trained: Params, key: PRNGKeyArray | None = None) -> Params:
-        """Return the whole network. `key` is not used: it is for `Lora.combine`'s signature."""
+        """Return the whole network.
+
+        `key` is not used; `Lora.combine` has the same signature.
+        """
         return overlay(frozen, trained)
 
 

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018) as MiniLM uses it, and its weights from torch's state dict."""
+"""BERT (Devlin et al. 2018) as MiniLM uses it, and its public weights."""
 
 import re
 from collections.abc import Mapping
@@ -75,7 +75,10 @@ KEYS: tuple[KeyRule, ...] = (
 
 
 def _path(key: str, rules: tuple[KeyRule, ...]) -> str | None:
-    """Return our path for a source key, None if it is not used. Raises KeyError without a rule."""
+    """Return our path for a source key, None if it is not used.
+
+    Raises KeyError without a rule.
+    """
     layer, _, leaf = key.rpartition(".")
     for rule in rules:
         match = re.fullmatch(rule.pattern, layer)
@@ -101,6 +104,7 @@ def import_weights(
     params: dict[str, Any] = {}
     problems = []
     for key, value in source.items():
+        # Find the place.
         try:
             path = _path(key, rules)
         except KeyError:
@@ -109,6 +113,7 @@ def import_weights(
         if path is None:
             continue
 
+        # torch's kernels are [out in].
         if path.endswith("/kernel"):
             value = value.T
         if path not in expected:

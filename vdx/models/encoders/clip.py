@@ -1,8 +1,8 @@
-"""CLIP (Radford et al. 2021): a causal text transformer and a vision transformer, frozen.
+"""CLIP (Radford et al. 2021): frozen text and vision transformers.
 
-The text model gives AnimateDiff the features of its prompts. The vision model (ViT-H of OpenCLIP)
-gives Wan's image-to-video those of its reference image. Each is one stack of pre-norm layers
-after its embeddings.
+The text transformer is causal. The text model gives AnimateDiff the features of its prompts. The
+vision model (ViT-H of OpenCLIP) gives Wan's image-to-video those of its reference image. Each is
+one stack of pre-norm layers after its embeddings.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,10 @@ LARGEST_ID_EOS = 2  # `eos` of older files, which means: the end token is the la
 
 
 class Features(NamedTuple):
-    """Float32 features at three depths. `last` and `pooled` are None without the last layer."""
+    """Features at three depths, float32.
+
+    `last` and `pooled` are None without the last layer.
+    """
 
     last: Float[Array, "b l d"] | None  # of the last layer; of text: normalised
     penultimate: Float[Array, "b l d"]  # of the layer before
@@ -35,7 +38,10 @@ class Features(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each a residual after its norm. Also carries the layer's input."""
+    """Attention and MLP, each a residual after its norm.
+
+    The layer also carries its input.
+    """
 
     heads: int
     hidden: int  # features inside the MLP
@@ -75,6 +81,7 @@ class Encoder(nn.Module):
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
         """Return (features after the last layer, features after the one before it)."""
+        # Parameters of all layers are stacked along a first axis.
         scanned = nn.scan(
             Layer,
             variable_axes={"params": 0},
@@ -82,6 +89,7 @@ class Encoder(nn.Module):
             in_axes=nn.broadcast,
             length=self.depth,
         )
+
         layers = scanned(
             self.heads,
             self.hidden,
@@ -91,6 +99,8 @@ class Encoder(nn.Module):
             self.dtype,
             name="layers",
         )
+
+        # The carry is (features, features one layer before).
         (last, penultimate), _ = layers((x, x), mask)
         return last, penultimate
 
@@ -177,6 +187,8 @@ class CLIPVisionModel(nn.Module):
                 f"pixels are {pixels.shape}; this CLIP reads [b {self.image} "
                 f"{self.image} 3]. Pass frames through `preprocess`."
             )
+
+        # [b l d], the class token first.
         x = self._embed(pixels)
         encoder = Encoder(
             self.depth if self.use_last else self.depth - 1,
@@ -188,9 +200,12 @@ class CLIPVisionModel(nn.Module):
             dtype=jnp.dtype(self.dtype),
             name="encoder",
         )
+
         x, penultimate = encoder(x, None)
         if not self.use_last:
             return Features(None, x, None)
+
+        # The class token stands for the whole image.
         pooled = LayerNorm(self.eps, name="norm")(x[:, 0])
         return Features(x, penultimate, pooled)
 
@@ -218,11 +233,12 @@ class CLIPVisionModel(nn.Module):
 def preprocess(
     frames: Sequence[UInt8[np.ndarray, "_ _ 3"]], size: int = 224
 ) -> Float[np.ndarray, "b size size 3"]:
-    """Resize the shorter side to `size` (bicubic), crop the centre, apply MEAN and STD.
+    """Resize frames, crop their centre and normalise their colours.
 
-    Runs on the host, as transformers' CLIPImageProcessor does and therefore as diffusers prepares
-    Wan's images. Wan's own code squeezes the whole frame into the square instead. Raises
-    ValueError for frames that are not uint8 [h w 3].
+    The shorter side becomes `size` (bicubic), and MEAN and STD are those of CLIP. Runs on the host,
+    as transformers' CLIPImageProcessor does and therefore as diffusers prepares Wan's images. Wan's
+    own code squeezes the whole frame into the square instead. Raises ValueError for frames that are
+    not uint8 [h w 3].
     """
     images = []
     for frame in frames:
@@ -230,10 +246,13 @@ def preprocess(
             raise ValueError(
                 f"A frame is {frame.dtype} {frame.shape}; CLIP's pictures are uint8 [h w 3]."
             )
+
+        # Resize.
         shorter = min(frame.shape[:2])
         h, w = (size * side // shorter for side in frame.shape[:2])
         resized = Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC)
 
+        # Crop the centre, and scale to [0, 1].
         top = (h - size) // 2
         left = (w - size) // 2
         crop = np.asarray(resized)[top : top + size, left : left + size]

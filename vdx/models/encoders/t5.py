@@ -1,7 +1,7 @@
 """T5 encoders (Raffel et al. 2020): UMT5, which reads Wan's prompts, and T5 v1.1.
 
 Both have the form of T5 v1.1 (Shazeer 2020: gated tanh-GELU, no biases). There is an RMS norm
-before each part, attention lacks the scale 1 / sqrt(d), and a bias for the distance between two
+before each part, and attention lacks the scale 1 / sqrt(d). A bias for the distance between two
 tokens takes the place of positions. UMT5 (Chung et al. 2023) learns that bias in every layer, T5
 once for all layers.
 """
@@ -29,11 +29,11 @@ SIZES: dict[str, dict[str, Any]] = {
 def distance_buckets(
     length: int, buckets: int = 32, farthest: int = 128
 ) -> Int[np.ndarray, "length length"]:
-    """Return int32 [q k]: the bucket of the distance k - q (Raffel et al. 2020, section 2.1).
+    """Return the bucket of every distance k - q, int32 [q k].
 
-    Half of the buckets are for keys after the query. In each half, the first half of the buckets
-    hold one distance each, and the rest grow geometrically up to `farthest`. Larger distances are
-    in the last one.
+    The rule is that of Raffel et al. 2020, section 2.1. Half of the buckets are for keys after the
+    query. In each half, the first half of the buckets hold one distance each, and the rest grow
+    geometrically up to `farthest`. Larger distances are in the last one.
     """
     distance = np.arange(length)[None] - np.arange(length)[:, None]
     far = np.abs(distance)
@@ -64,7 +64,10 @@ class DistanceBias(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and the gated MLP, each a residual; `nn.scan` repeats it over the depth."""
+    """Attention and the gated MLP, each a residual.
+
+    `nn.scan` repeats the layer over the depth.
+    """
 
     heads: int
     head_width: int
@@ -81,7 +84,10 @@ class Layer(nn.Module):
         bucket: Int[Array, "l l"],
         bias: Float[Array, "1 n l l"] | None,
     ) -> tuple[Float[Array, "b l d"], None]:
-        """Return (features, None), the form that `nn.scan` carries on. bias: None: the layer's."""
+        """Return (features, None), the form that `nn.scan` carries on.
+
+        bias: of a shared table; None: the layer has its own.
+        """
         if bias is None:
             bias = DistanceBias(self.heads, self.buckets, name="distance")(bucket)
         x = x + self._attention(RMSNorm(self.eps, name="norm_a")(x), mask, bias)
@@ -133,6 +139,7 @@ class T5Encoder(nn.Module):
         x = nn.Embed(self.vocabulary, self.width, name="words")(ids).astype(jnp.float32)
         x = constrain(x, "b l d")
 
+        # [l l], and the bias that all layers share, if they do.
         bucket = jnp.asarray(distance_buckets(ids.shape[1], self.buckets, self.farthest))
         bias = None
         if self.shared_bias:
@@ -154,5 +161,7 @@ class T5Encoder(nn.Module):
             jnp.dtype(self.dtype),
             name="layers",
         )
+
+        # [b l d]
         x, _ = layers(x, mask, bucket, bias)
         return RMSNorm(self.eps, name="norm")(x)

@@ -1,8 +1,12 @@
-"""Text encoders. ENCODERS are trained with the denoiser, FROZEN ones run on the host.
+"""Text encoders: trained with the denoiser, or frozen on the host.
 
-A row of ENCODERS has `tokenizer()`, a host function caption -> (ids int32 [l], mask bool [l])
-for the data pipeline, and `__call__(ids [b l], mask [b l]) -> (features [b m d], mask [b m])`.
-A row of FROZEN has `width` d and a `tokenizer()` that gives features [l d] in place of ids.
+A row of ENCODERS is trained with the denoiser. It has two methods:
+
+    tokenizer()             returns a host function caption -> (ids int32 [l], mask bool [l])
+    __call__(ids, mask)     [b l], [b l] -> (features [b m d], mask [b m])
+
+A row of FROZEN runs on the host. Its `width` is d, and its `tokenizer()` returns a host function
+caption -> (features [l d], mask bool [l]).
 """
 
 from collections.abc import Callable
@@ -87,7 +91,10 @@ class ByteEncoder(nn.Module):
 
 
 def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:
-    """Hash the n ids that end at each position (zeros before the first), to int32 >= 0."""
+    """Hash the n ids that end at each position.
+
+    Ids before the first are zero. A hash is an int32 of at least 0.
+    """
     h = jnp.zeros(ids.shape, jnp.uint32)
     for shift in range(n):
         earlier = jnp.pad(ids, ((0, 0), (shift, 0)))[:, : ids.shape[1]]
@@ -97,7 +104,7 @@ def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:
 
 
 def word_index(ids: Int[Array, "b l"], longest: int = 12) -> Int[Array, "b l"]:
-    """Number the word of each byte.
+    """Return the number of each byte's word.
 
     A space ends its word, and so do `longest` bytes: otherwise a sentence without spaces would be
     one word.

@@ -1,4 +1,4 @@
-"""Prompts for pretrained text encoders: cleaned, as token ids of a few lengths, padded.
+"""Prompts for pretrained text encoders, as padded token ids.
 
 Runs on the host. The tokenizers come with the weights.
 """
@@ -15,11 +15,12 @@ from vdx.types import Bool, Int
 
 
 def clean_prompt(text: str) -> str:
-    """Undo HTML entities twice, and make every run of white space one space, none at the ends.
+    """Undo HTML entities twice and normalise white space.
 
-    This is Wan's cleaning, except that Wan first calls `ftfy.fix_text` (and diffusers does where
-    ftfy is installed). That repairs broken encodings and straightens quotation marks. Here a
-    prompt means the same on every machine; call it yourself for prompts that need it.
+    Every run of white space becomes one space, and there is none at the ends. This is Wan's
+    cleaning, except that Wan first calls `ftfy.fix_text` (and diffusers does where ftfy is
+    installed). That repairs broken encodings and straightens quotation marks. Here a prompt means
+    the same on every machine; call it yourself for prompts that need it.
     """
     text = html.unescape(html.unescape(text)).strip()
     # Python's white space has four control characters more than that of the reference.

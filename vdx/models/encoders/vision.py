@@ -1,4 +1,7 @@
-"""Image encoders that are trained with the denoiser (frozen ones: vdx/models/encoders/clip.py)."""
+"""Image encoders that are trained with the denoiser.
+
+Frozen ones are in vdx/models/encoders/clip.py.
+"""
 
 from collections.abc import Callable
 
@@ -13,7 +16,10 @@ from vdx.types import Array, Float
 
 
 class PatchEncoder(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021): one feature vector per patch."""
+    """A small vision transformer: one feature vector per patch.
+
+    Reference: Dosovitskiy et al. 2021.
+    """
 
     patch: int = 8  # side of a patch, in pixels
     width: int = 96  # features of a patch

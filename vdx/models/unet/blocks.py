@@ -1,4 +1,4 @@
-"""Blocks of the U-Nets: attention in space, in time and to text, convolution in time.
+"""Blocks of the U-Nets: attention in space, in time, to text; convolutions.
 
 Clips stay [b t h w c] throughout; layers of images treat t as a part of the batch. The references
 are the blocks of diffusers' `UNet2DConditionModel`, `UNetMotionModel` and `UNet3DConditionModel`,
@@ -68,6 +68,7 @@ class GridAttention(nn.Module):
         b, t, h, w, width = x.shape
         flat = ATTENTION_AXES[self.axes]
 
+        # Project, and flatten what attends into one axis.
         q = rearrange(self._project("q", x, width), f"b t h w (n d) -> {flat}", n=self.heads)
         if tokens is None:
             source = x
@@ -78,6 +79,7 @@ class GridAttention(nn.Module):
         k = rearrange(self._project("k", source, width), split, n=self.heads)
         v = rearrange(self._project("v", source, width), split, n=self.heads)
 
+        # [... s n d], then back to the grid.
         y = attend(q, k, v, mask)
         y = rearrange(y, f"{flat} -> b t h w (n d)", b=b, t=t, h=h, w=w)
         return nn.Dense(width, name="out", dtype=self.dtype)(y)
@@ -87,9 +89,9 @@ class GridAttention(nn.Module):
 
 
 class SpaceLayer(nn.Module):
-    """Attention within each frame, attention to the text if there is any, then a gated MLP.
+    """Attention within each frame, attention to the text, then a gated MLP.
 
-    Each is a residual after a norm.
+    Without a text there is no attention to it. Each is a residual after a norm.
     """
 
     heads: int
@@ -175,7 +177,10 @@ def frame_positions(frames: int, width: int) -> Float[Array, "t 1 1 d"]:
 
 
 class SpaceTransformer(nn.Module):
-    """Norm, projection, a SpaceLayer, and back: a residual, which at first changes nothing."""
+    """Norm, projection, a SpaceLayer, and back.
+
+    A residual, which at first changes nothing.
+    """
 
     heads: int
     width: int  # features of the layer inside
@@ -249,7 +254,10 @@ class TimeConvs(nn.Module):
 
 
 class Layer(nn.Module):
-    """A residual, then convolution in time, attention and a motion module, where there are any."""
+    """A residual, then the layers that connect positions and frames.
+
+    These are convolutions in time, attention and a motion module, where there are any.
+    """
 
     features: int  # channels of the output
     attention: bool  # attention within frames and to the text
@@ -267,10 +275,13 @@ class Layer(nn.Module):
         """Apply the layer. `emb` embeds the time of the clip, or of each frame."""
         config = self.config
         width = self.features
+
+        # `remat` may keep the features between layers by this name.
         x = checkpoint_name(x, "residual")
         x = ImageResidual(width, config.groups, config.dtype, 1e-5, name="res")(x, emb)
         x = constrain(x, "b t h w c", context="t")
 
+        # Space and time, where this level has them.
         if config.temporal.convs:
             x = TimeConvs(config.groups, config.dtype, name="time_convs")(x)
         if self.attention:
@@ -283,6 +294,9 @@ class Layer(nn.Module):
 
 
 def layer_class(remat: str) -> type[Layer]:
-    """Return Layer, or a Layer that keeps less of the forward pass. `remat`: a row of REMAT."""
+    """Return Layer, or a Layer that keeps less of the forward pass.
+
+    remat: a row of REMAT.
+    """
     policy = lookup(remat, REMAT, "model.remat")
     return Layer if policy is None else nn.remat(Layer, policy=policy)

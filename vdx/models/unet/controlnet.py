@@ -1,7 +1,7 @@
-"""Control branches of a U-Net: a copy of its way down that reads a map of the clip to generate.
+"""Control branches of a U-Net: copies of its way down that read a map.
 
-References: Zhang et al. 2023, ControlNet; Guo et al. 2023, SparseCtrl; `ControlNetModel` and
-`SparseControlNetModel` of diffusers.
+The map shows what to generate. References: Zhang et al. 2023, ControlNet; Guo et al. 2023,
+SparseCtrl; `ControlNetModel` and `SparseControlNetModel` of diffusers.
 """
 
 import dataclasses
@@ -49,7 +49,10 @@ class Hint(nn.Module):
 
 
 class ControlNet(nn.Module):
-    """A branch whose results are added to a U-Net's skips and deepest features; zero at first."""
+    """A branch whose results are added to a U-Net's skips and deepest features.
+
+    Fresh, they are zero.
+    """
 
     kind: str  # a row of CONTROLS
     hint: tuple[int, ...]  # widths of the map's convolutions
@@ -70,7 +73,9 @@ class ControlNet(nn.Module):
     ) -> tuple[list[Array], Float[Array, "b t i j d"]]:
         """Return what is added to (skips, deepest features), multiplied by `scale`."""
         config = dataclasses.replace(self.config, temporal=CONTROLS[self.kind])
+        # [b t H W m] -> [b t h w d]
         hint = Hint(self.hint, self.widths[0], config.dtype, name="hint")(control)
+        # SparseCtrl does not read the noisy clip.
         if self.kind == "sparse":
             x = jnp.zeros_like(x)
 
@@ -85,6 +90,7 @@ class ControlNet(nn.Module):
         )
         encoded = encoder(x, conditions, hint)
 
+        # Each result passes a projection of its own.
         skips = [self._scaled(y, f"out_{i}", scale) for i, y in enumerate(encoded.skips)]
         return skips, self._scaled(encoded.deepest, "out_middle", scale)
 

@@ -27,6 +27,11 @@ class Encoded(NamedTuple):
     skips: list[Array]  # features [b t h w c] after each layer on the way down
     deepest: Float[Array, "b t h w c"]  # features after the middle
 
+    def plus(self, skips: list[Array], deepest: Array) -> "Encoded":
+        """Add the results of a control branch."""
+        summed = [a + b for a, b in zip(self.skips, skips, strict=True)]
+        return Encoded(self.emb, summed, self.deepest + deepest)
+
 
 class Encoder(nn.Module):
     """The way down and the middle."""

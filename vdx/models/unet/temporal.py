@@ -23,12 +23,19 @@ class Temporal:
     mixer: Mapping[str, Any] | None = None  # a row of MIXERS with its fields, for attention
 
     def has_motion(self, attention: bool) -> bool:
-        """Return whether a level has motion modules; `attention`: whether it has attention."""
+        """Return whether a level has motion modules.
+
+        attention: the level has attention.
+        """
         return self.motion and (attention or self.everywhere)
 
 
 def temporal_of(spec: str | Mapping[str, Any]) -> Temporal:
-    """Return a row of TEMPORAL, or motion modules around the row of MIXERS that a spec names."""
+    """Return the temporal part that a config names.
+
+    That is a row of TEMPORAL, or motion modules around a mixer, a row of MIXERS with its fields.
+    Raises ConfigError for unknown names and fields.
+    """
     if isinstance(spec, str):
         return lookup(spec, TEMPORAL, "model.temporal")
     # Built once here, so that a wrong spec raises before the network is traced.

@@ -1,7 +1,8 @@
-"""U-Nets: of images (Stable Diffusion 1.5), with motion modules (AnimateDiff), 3D (ModelScope).
+"""U-Nets of images, with motion modules, and 3D.
 
-References: Rombach et al. 2022; Guo et al. 2023, AnimateDiff; Wang et al. 2023, ModelScope. Their
-weights, in diffusers' layout, are configurations of this class (vdx.interop.unet).
+These are Stable Diffusion 1.5, AnimateDiff and ModelScope. References: Rombach et al. 2022; Guo et
+al. 2023, AnimateDiff; Wang et al. 2023, ModelScope. Their weights, in diffusers' layout, are
+configurations of this class (vdx.interop.unet).
 """
 
 from collections.abc import Mapping
@@ -69,16 +70,23 @@ class UNet(nn.Module):
         return t, h * times, w * times
 
     def dims(self) -> UNetDims:
-        """Return sizes and layers. Raises ConfigError for fields that contradict one another."""
+        """Return sizes and layers.
+
+        Raises ConfigError for fields that contradict one another.
+        """
+        # Names of other tables: an unknown one raises.
         temporal = temporal_of(self.temporal)
         lookup(self.remat, REMAT, "model.remat")
         lookup(self.control, {"none": None, **CONTROLS}, "model.control")
+
+        # One entry of `attention` for each level.
         if len(self.attention) != len(self.widths) or not self.widths:
             raise ConfigError(
                 f"model.attention = {self.attention} needs one entry for each of the levels "
                 f"model.widths = {self.widths}."
             )
 
+        # Features divide into groups and heads at every level.
         divisors = {
             "groups": self.groups,
             "heads": self.heads,
@@ -91,6 +99,7 @@ class UNet(nn.Module):
                         f"model.widths = {self.widths} are not multiples of "
                         f"model.{name} = {divisor}."
                     )
+
         blocks = BlockConfig(
             self.heads,
             self.head_width,
@@ -116,10 +125,10 @@ class UNet(nn.Module):
 
     @nn.nowrap
     def flops(self, shape: tuple[int, ...], ports: Ports) -> float:
-        """Count the operations of one forward pass of one clip [t h w c], two to a multiply-add.
+        """Count the operations of one forward pass of one clip [t h w c].
 
-        Matrix products and convolutions are counted in the traced network. ports: of a batch of
-        one; shapes are enough.
+        A multiply-add is two operations. Matrix products and convolutions are counted in the traced
+        network. ports: of a batch of one; shapes are enough.
         """
         x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -132,12 +141,17 @@ class UNet(nn.Module):
         ValueError for sizes, ConfigError for a port that it lacks, or needs and does not get.
         """
         self.grid(x.shape[1:])
+
+        # A time for each clip or for each frame.
         if time.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(
                 f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
                 "for each clip [b] or for each frame [b t]."
             )
+
+        # No port is ignored in silence.
         unused = ["image_tokens", "add"]
+
         if self.control == "none":
             unused.append("control")
         for port in unused:
@@ -177,7 +191,11 @@ class UNet(nn.Module):
 
         encoded = self._encode(x, ports, conditions, config)
         if ports.control is not None:
-            encoded = self._add_control(encoded, x, ports, conditions, config)
+            scale = ports.control_scale
+            if scale is None:
+                scale = jnp.ones(len(x))  # the branch acts fully
+            skips, deepest = self._control(x, ports.control, scale, conditions, config)
+            encoded = encoded.plus(skips, deepest)
         y = self._decode(encoded, conditions, config)
         return self._head(y)
 
@@ -217,16 +235,15 @@ class UNet(nn.Module):
         )
         return encoder(self._patchify(x), conditions)
 
-    def _add_control(
+    def _control(
         self,
-        encoded: Encoded,
         x: Float[Array, "b t h w c"],
-        ports: Ports,
+        control: Float[Array, "b s H W m"],
+        scale: Float[Array, "b"],
         conditions: Conditions,
         config: BlockConfig,
-    ) -> Encoded:
-        """Add the results of the control branch to the skips and the deepest features."""
-        scale = jnp.ones(len(x)) if ports.control_scale is None else ports.control_scale
+    ) -> tuple[list[Array], Float[Array, "b s i j d"]]:
+        """Run the control branch: what it adds to (skips, deepest features)."""
         branch = ControlNet(
             self.control,
             self.hint,
@@ -237,9 +254,7 @@ class UNet(nn.Module):
             config,
             name="control",
         )
-        more, deepest = branch(self._patchify(x), conditions, ports.control, scale)
-        skips = [a + b for a, b in zip(encoded.skips, more, strict=True)]
-        return Encoded(encoded.emb, skips, encoded.deepest + deepest)
+        return branch(self._patchify(x), conditions, control, scale)
 
     def _decode(
         self, encoded: Encoded, conditions: Conditions, config: BlockConfig

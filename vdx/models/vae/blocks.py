@@ -1,4 +1,4 @@
-"""Layers of the video autoencoders: causal convolution, resampling, residuals, attention.
+"""Layers of the video autoencoders: causal convolutions, resampling.
 
 Everything is causal in time: a frame is computed from itself and earlier frames. A clip may
 therefore be processed in pieces. Each convolution leaves its last input frames to the next piece
@@ -159,9 +159,10 @@ class Upsample(nn.Module):
 def mean_down(
     x: Float[Array, "b t h w c"], features: int, time: int, space: int
 ) -> Float[Array, "b s i j f"]:
-    """Move blocks of time x space x space pixels into channels, averaged in groups to `features`.
+    """Move blocks of pixels into channels, averaged in groups to `features`.
 
-    Zero frames before the clip fill its first block (Wan 2.2's AvgDown3D).
+    A block is time x space x space pixels. Zero frames before the clip fill its first block (Wan
+    2.2's AvgDown3D).
     """
     missing = -x.shape[1] % time
     x = jnp.pad(x, [(0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)])

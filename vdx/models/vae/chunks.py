@@ -23,7 +23,10 @@ class FrameRates(NamedTuple):
 
 
 def first_piece_length(latents: int, chunk: int) -> int:
-    """Return the latent frames of a clip's first piece, so that all later ones have `chunk`."""
+    """Return the latent frames of a clip's first piece.
+
+    It takes the remainder, so that all later pieces have `chunk` frames.
+    """
     return 1 + (latents - 1) % chunk
 
 
@@ -37,14 +40,19 @@ def causal_chunks(
     """
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} latent frames must be positive.")
+
+    # Sizes and places, in frames of the input and of the output.
     latents = 1 + (x.shape[1] - 1) // rates.inputs
     head = first_piece_length(latents, chunk)
     input_start = 1 + (head - 1) * rates.inputs
     output_start = 1 + (head - 1) * rates.outputs
 
+    # The first piece.
     y, history = step({}, x[:, :input_start], True)
     if head == latents:
         return y
+
+    # Room for the whole output, which the loop fills.
     frames = 1 + (latents - 1) * rates.outputs
     out = jnp.zeros((len(y), frames, *y.shape[2:]), y.dtype)
     out = jax.lax.dynamic_update_slice_in_dim(out, y, 0, 1)
@@ -57,5 +65,6 @@ def causal_chunks(
         start = output_start + i * chunk * rates.outputs
         return history, jax.lax.dynamic_update_slice_in_dim(out, y, start, 1)
 
+    # Pieces of one size.
     _, out = jax.lax.fori_loop(0, (latents - head) // chunk, body, (history, out))
     return out

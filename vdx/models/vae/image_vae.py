@@ -1,4 +1,4 @@
-"""The image autoencoder of Stable Diffusion, frame by frame: a latent video without time.
+"""The image autoencoder of Stable Diffusion, applied frame by frame.
 
 The design and the meaning of the fields are those of `AutoencoderKL` in diffusers (Rombach et
 al. 2022), so that public weights are a configuration of this class (vdx.interop.image_vae).
@@ -99,11 +99,11 @@ class ImageDecoder(ImageCoder):
 
 
 class ImageVAE(nn.Module):
-    """An autoencoder of frames: encode(pixels in [-1, 1]) -> Posterior, decode(latents) -> pixels.
+    """An autoencoder of frames.
 
-    Axes before h, such as b and t, are a batch of frames. h and w are multiples of
-    2^(levels - 1). Normalised latents are (z - shift_factor) * scaling_factor. Raises ConfigError
-    for widths that do not divide into groups.
+    encode(pixels in [-1, 1]) -> Posterior; decode(latents) -> pixels. Axes before h, such as b and
+    t, are a batch of frames. h and w are multiples of 2^(levels - 1). Normalised latents are (z -
+    shift_factor) * scaling_factor. Raises ConfigError for widths that do not divide into groups.
     """
 
     # The names of the fields are the reference's; the values are Stable Diffusion 1's.
@@ -127,6 +127,8 @@ class ImageVAE(nn.Module):
                 f"image VAE: block_out_channels {self.block_out_channels} must be "
                 f"multiples of norm_num_groups {self.norm_num_groups}."
             )
+
+        # Encoder and decoder have the same levels in opposite orders.
         dtype = jnp.dtype(self.dtype)
         self.encoder = ImageEncoder(
             self.block_out_channels,
@@ -136,6 +138,7 @@ class ImageVAE(nn.Module):
             attention=self.mid_block_add_attention,
             dtype=dtype,
         )
+
         self.decoder = ImageDecoder(
             self.block_out_channels[::-1],
             blocks=self.layers_per_block + 1,
@@ -144,6 +147,8 @@ class ImageVAE(nn.Module):
             attention=self.mid_block_add_attention,
             dtype=dtype,
         )
+
+        # 1x1 convolutions are dense layers.
         if self.use_quant_conv:
             self.quant_conv = nn.Dense(2 * self.latent_channels, dtype=dtype)
         if self.use_post_quant_conv:
@@ -152,13 +157,19 @@ class ImageVAE(nn.Module):
     def __call__(
         self, pixels: Float[Array, "... h w 3"], key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "... h w 3"], Posterior]:
-        """Return (reconstruction, posterior), from a sample, or from the mode without a key."""
+        """Return (reconstruction, posterior).
+
+        The reconstruction is of a sample, or of the mode without a key.
+        """
         posterior = self.encode(pixels)
         latents = posterior.mode() if key is None else posterior.sample(key)
         return self.decode(latents), posterior
 
     def encode(self, pixels: Float[Array, "... h w 3"]) -> Posterior:
-        """Return the posterior of the latents. Raises ValueError for sizes that do not divide."""
+        """Return the posterior of the latents.
+
+        Raises ValueError for sizes that do not divide.
+        """
         *batch, h, w, c = pixels.shape
         side = 2 ** (len(self.block_out_channels) - 1)
         if h % side or w % side:

@@ -48,7 +48,10 @@ class Posterior(flax.struct.PyTreeNode):
         return self._normalise(self.mean + jnp.exp(0.5 * self.logvar) * noise)
 
     def kl(self) -> Float[Array, "b"]:
-        """Return the KL divergence of z, before normalisation, from N(0, 1), in nats per clip."""
+        """Return the KL divergence of z from N(0, 1), in nats per clip.
+
+        z is taken before normalisation.
+        """
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1 - self.logvar
         return 0.5 * terms.reshape(len(terms), -1).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Large frames in tiles: any function of frames, computed tile by tile, with blended seams."""
+"""Functions of large frames, computed tile by tile, with blended seams."""
 
 import dataclasses
 import math
@@ -42,10 +42,10 @@ def blend_weights(starts: Int[np.ndarray, "n"], tile: int) -> Float[np.ndarray, 
 
 @dataclasses.dataclass(frozen=True)
 class TilePlan:
-    """Where tiles start in the input and in the output, each array over (height, width).
+    """The places of tiles in the input and in the output.
 
-    A tile may start at multiples of `step` in the input, which become multiples of `rise` in the
-    output.
+    Each array is over (height, width). A tile may start at multiples of `step` in the input, which
+    become multiples of `rise` in the output.
     """
 
     extent: Int[np.ndarray, "2"]  # size of a tile of the input
@@ -74,14 +74,16 @@ def tiled(
     tile: int | tuple[int, int],
     overlap: int,
 ) -> Float[Array, "... H W C"]:
-    """Compute fn(x) on tiles of `tile` (height, width) that overlap by at least `overlap`.
+    """Compute fn(x) on overlapping tiles.
 
-    Sizes are in pixels of `x`. `fn` may enlarge or reduce frames (decode, encode) and change the
-    axes before them. Tiles have one size, so that one program serves all. They are computed one
-    after another, so that one is in memory. An axis no longer than a tile is not cut. Beyond a
-    tile's edge `fn` reads its own padding: choose an overlap of about twice its reach.
-    Raises ValueError for sizes that do not divide into such tiles.
+    Tiles are `tile` (height, width) large and overlap by at least `overlap`. Sizes are in pixels of
+    `x`. `fn` may enlarge or reduce frames (decode, encode) and change the axes before them. Tiles
+    have one size, so that one program serves all. They are computed one after another, so that one
+    is in memory. An axis no longer than a tile is not cut. Beyond a tile's edge `fn` reads its own
+    padding: choose an overlap of about twice its reach. Raises ValueError for sizes that do not
+    divide into such tiles.
     """
+    # Check the sizes.
     size = np.array(x.shape[-3:-1])
     extent = np.minimum(np.broadcast_to(tile, 2), size)
     cut = extent < size
@@ -90,9 +92,12 @@ def tiled(
             f"Tiles of {tile} with overlap {overlap}: tiles must be larger than "
             "their overlap, which is not negative."
         )
+
+    # One tile is the whole frame.
     if not cut.any():
         return fn(x)
 
+    # The shape of one output decides where tiles may start.
     tile_shape = (*x.shape[:-3], *extent.tolist(), x.shape[-1])
     piece = jax.eval_shape(fn, jax.ShapeDtypeStruct(tile_shape, x.dtype))
     plan = _plan(size, extent, piece.shape[-3:-1], tile, overlap)
@@ -127,7 +132,10 @@ def _blend_tiles(
     plan: TilePlan,
     piece: jax.ShapeDtypeStruct,
 ) -> Float[Array, "... H W C"]:
-    """Add up the outputs of all tiles, each multiplied by its share. `piece`: one output."""
+    """Add up the outputs of all tiles, each multiplied by its share.
+
+    piece: one output.
+    """
     tile_shape = (*x.shape[:-3], *plan.extent.tolist(), x.shape[-1])
     row_shares, column_shares = plan.shares()
     corners = plan.corners()
@@ -137,12 +145,14 @@ def _blend_tiles(
         def corner(ndim: int, unit: np.ndarray) -> tuple[int | Array, ...]:
             return (*[0] * (ndim - 3), *(corners[i] * unit), 0)
 
+        # One tile, multiplied by its share.
         y = fn(jax.lax.dynamic_slice(x, corner(x.ndim, plan.step), tile_shape))
         row_share = row_shares[i // columns][:, None, None]
         column_share = column_shares[i % columns][None, :, None]
         share = (row_share * column_share).astype(y.dtype)  # [h w 1]
         y = y * jnp.broadcast_to(share, y.shape)
 
+        # Add it to the output.
         place = corner(out.ndim, plan.rise)
         before = jax.lax.dynamic_slice(out, place, y.shape)
         return jax.lax.dynamic_update_slice(out, before + y, place)

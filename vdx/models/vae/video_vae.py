@@ -1,12 +1,12 @@
-"""The causal 3D convolution autoencoder of Wan 2.1 and 2.2: 1 + 4n frames in 1 + n latents.
+"""The causal 3D convolution autoencoder of Wan 2.1 and 2.2.
 
-The design and the meaning of the fields are those of `AutoencoderKLWan` in diffusers, so that
-public weights are a configuration of this class (vdx.interop.video_vae reads them). The reference
-computes a clip latent by latent with a cache. Here a whole clip is one program, and `chunk` gives
-the same result in bounded memory.
+It turns 1 + 4n frames into 1 + n latent frames. The design and the meaning of the fields are those
+of `AutoencoderKLWan` in diffusers, so that public weights are a configuration of this class
+(vdx.interop.video_vae reads them). The reference computes a clip latent by latent with a cache.
+Here a whole clip is one program, and `chunk` gives the same result in bounded memory.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ class CompressionRates(NamedTuple):
 
 
 class VideoVAE(nn.Module):
-    """An autoencoder of clips: encode(video in [-1, 1]) -> Posterior, decode(latents) -> video.
+    """An autoencoder of clips.
 
-    A video is [b t h w 3], where t is 1 + 4n and h, w are multiples of 8 (16 for Wan 2.2). Its
-    latents are [b 1+n h/8 w/8 z_dim], normalised. Raises ConfigError for fields that contradict
-    one another.
+    encode(video in [-1, 1]) -> Posterior; decode(latents) -> video. A video is [b t h w 3], where t
+    is 1 + 4n and h, w are multiples of 8 (16 for Wan 2.2). Its latents are [b 1+n h/8 w/8 z_dim],
+    normalised. Raises ConfigError for fields that contradict one another.
     """
 
     # The names of the fields are the reference's; the values are Wan 2.1's.
@@ -65,24 +65,32 @@ class VideoVAE(nn.Module):
         """Raise ConfigError for fields that contradict one another."""
         problems = []
         levels = len(self.dim_mult)
+
+        # Levels.
         if len(self.temperal_downsample) != levels - 1:
             problems.append(
                 f"temperal_downsample {self.temperal_downsample} must have one entry for each of "
                 f"the {levels - 1} steps between the levels of dim_mult {self.dim_mult}"
             )
+
         if self.is_residual and self.attn_scales:
             problems.append("attn_scales has no meaning with is_residual")
+
+        # Channels around the patches.
         patch = self.patch_size or 1
         if self.in_channels % patch**2 or self.out_channels % patch**2:
             problems.append(
                 f"in_channels {self.in_channels} and out_channels {self.out_channels} must be "
                 f"multiples of patch_size {patch} squared"
             )
+
+        # Statistics of the latents.
         if not {len(self.latents_mean), len(self.latents_std)} <= {0, self.z_dim}:
             problems.append(
                 f"latents_mean and latents_std must have z_dim = {self.z_dim} entries, not "
                 f"{len(self.latents_mean)} and {len(self.latents_std)}"
             )
+
         if problems:
             raise ConfigError(f"video VAE: {'; '.join(problems)}.")
 
@@ -134,24 +142,29 @@ class VideoVAE(nn.Module):
     def __call__(
         self, video: Float[Array, "b t h w 3"], key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "b t h w 3"], Posterior]:
-        """Return (reconstruction, posterior), from a sample, or from the mode without a key."""
+        """Return (reconstruction, posterior).
+
+        The reconstruction is of a sample, or of the mode without a key.
+        """
         posterior = self.encode(video)
         latents = posterior.mode() if key is None else posterior.sample(key)
         return self.decode(latents), posterior
 
     def encode(self, video: Float[Array, "b t h w 3"], chunk: int | None = None) -> Posterior:
-        """Return the posterior of the latents, `chunk` latent frames at a time (None: all).
+        """Return the posterior of the latents.
 
-        Raises ValueError for a clip that does not divide into latents.
+        chunk: latent frames computed at a time; None: all. Raises ValueError for a clip that does
+        not divide into latents.
         """
         return self._posterior(self._moments(video, chunk))
 
     def decode(
         self, latents: Float[Array, "b t h w z"], chunk: int | None = None
     ) -> Float[Array, "b T H W 3"]:
-        """Return float32 pixels of normalised latents, `chunk` latent frames at a time (None: all).
+        """Return float32 pixels of normalised latents.
 
-        Pixels may leave [-1, 1] a little: clip them to show them, but not in training.
+        chunk: latent frames computed at a time; None: all. Pixels may leave [-1, 1] a little: clip
+        them to show them, but not in training.
         """
         return self._in_chunks("decode_piece", latents, chunk, FrameRates(1, self.rates.frames))
 
@@ -166,7 +179,7 @@ class VideoVAE(nn.Module):
         vae, variables = self.unbind()
 
         def moments(x: Array) -> Array:
-            return vae.apply(variables, x, chunk, method="_moments")
+            return cast(Array, vae.apply(variables, x, chunk, method="_moments"))
 
         return self._posterior(tiled(moments, video, tile, overlap))
 
@@ -181,16 +194,17 @@ class VideoVAE(nn.Module):
         vae, variables = self.unbind()
 
         def pixels(z: Array) -> Array:
-            return vae.apply(variables, z, chunk, method="decode")
+            return cast(Array, vae.apply(variables, z, chunk, method="decode"))
 
         return tiled(pixels, latents, tile, overlap)
 
     def encode_piece(
         self, video: Float[Array, "b t h w 3"], first: bool = True
     ) -> Float[Array, "b s i j m"]:
-        """Return the moments, m = 2z, of one piece: 1 + 4n frames at a clip's start, 4n later.
+        """Return the moments, m = 2z channels, of one piece of a clip.
 
-        Apply with the collection "history" mutable, and give it to the next piece.
+        A piece has 1 + 4n frames at a clip's start, 4n later. Apply with the collection "history"
+        mutable, and give it to the next piece.
         """
         p = self.patch_size or 1
         x = rearrange(video, "b t (h q) (w r) c -> b t h w (c r q)", q=p, r=p)
@@ -199,7 +213,10 @@ class VideoVAE(nn.Module):
     def decode_piece(
         self, latents: Float[Array, "b t h w z"], first: bool = True
     ) -> Float[Array, "b T H W 3"]:
-        """Return the pixels of one piece of a clip's latents; "history" as in `encode_piece`."""
+        """Return the pixels of one piece of a clip's latents.
+
+        The collection "history" is as in `encode_piece`.
+        """
         mean, std = self._latent_statistics()
         z = latents * jnp.broadcast_to(std, latents.shape)
         z = z + jnp.broadcast_to(mean, latents.shape)
@@ -242,8 +259,8 @@ class VideoVAE(nn.Module):
         vae, variables = self.unbind()
 
         def step(history: Any, piece: Array, first: bool) -> tuple[Array, Any]:
-            state = {**variables, "history": history}
-            y, state = vae.apply(state, piece, first, method=method, mutable=["history"])
-            return y, state["history"]
+            given = {**variables, "history": history}
+            y, changed = vae.apply(given, piece, first, method=method, mutable=["history"])
+            return y, changed["history"]
 
         return causal_chunks(step, x, chunk, rates)
