@@ -1,4 +1,4 @@
-"""CLIP's two towers against transformers', their tables of keys, and their pictures."""
+"""CLIP's two towers against transformers', their tables of keys, and their images."""
 
 import jax
 import jax.numpy as jnp
@@ -297,7 +297,7 @@ def test_a_file_that_is_not_the_original_wans_clip(wan_vision, tmp_path, quick):
 
 
 @pytest.mark.parametrize("shape", [(30, 41, 3), (64, 24, 3), (11, 9, 3), (17, 17, 3)])
-def test_pictures_are_transformers(shape):
+def test_preprocessed_images_are_transformers(shape):
     frame = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     processor = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     want = processor.CLIPImageProcessorPil(

@@ -163,7 +163,7 @@ def test_every_key_finds_its_place(source, like):
     np.testing.assert_array_equal(got["mlp_0"]["up"]["kernel"], want)
 
 
-def test_all_problems_are_told_at_once(source, like):
+def test_all_problems_are_listed_at_once(source, like):
     source["encoder.layer.0.surprise.weight"] = np.zeros(1)
     source["encoder.layer.1.output.dense.bias"] = np.zeros(12)
     source["encoder.layer.0.attention.self.query.bias"] = np.zeros(3)

@@ -178,7 +178,7 @@ def test_a_bias_too_many_or_too_few(public_file):
             read(public_file(source), model)
 
 
-def test_sizes_are_those_of_the_public_models():
+def test_sizes_are_those_of_the_pretrained_models():
     tiny = t5_from_config(TINY | {"model_type": "umt5"})
     assert (tiny.vocabulary, tiny.head_width, tiny.eps, tiny.buckets) == (50, 6, 1e-6, 8)
     for name, count in (("umt5-xxl", 5_680_910_336), ("t5-v1.1-xxl", 4_762_310_656)):

@@ -93,7 +93,7 @@ def reference(config):
     return model
 
 
-class Programs:
+class CompiledVAE:
     """Runs a VAE's methods on clips of its own, each program compiled once."""
 
     def __init__(self, vae, params, quick):
@@ -136,7 +136,7 @@ class Case:
         self.rows = video_vae_rows(self.vae)
         self.like = shapes(self.vae)
         self.params = gather(self.file.get, self.file, self.like, self.rows)
-        self.ours = Programs(self.vae, self.params, quick)
+        self.ours = CompiledVAE(self.vae, self.params, quick)
         self.mean, self.std = (np.float32(config[f"latents_{k}"]) for k in ("mean", "std"))
 
 
@@ -160,7 +160,7 @@ def light(request, randomise, quick):
     vae = VideoVAE(**LIGHT[request.param])
     params = randomise(shapes(vae))
     params["decoder"]["conv_out"]["kernel"] /= 4  # pixels of the size of pixels
-    return Programs(vae, params, quick)
+    return CompiledVAE(vae, params, quick)
 
 
 @pytest.mark.parametrize(("length", "chunk"), RUNS)
@@ -481,7 +481,7 @@ def test_every_parameter_learns(randomise, quick):
 
 @pytest.mark.parametrize("light", ["residual"], indirect=True)
 def test_bfloat16_products_of_float32_parameters(light):
-    half = Programs(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
+    half = CompiledVAE(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
     assert {p.dtype for p in jax.tree.leaves(shapes(half.vae))} == {np.dtype(np.float32)}
     (want, _), (got, _) = light.run("decode", 9), half.run("decode", 9)
     assert got.dtype == jnp.float32

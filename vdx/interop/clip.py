@@ -1,4 +1,4 @@
-"""Public CLIP encoders: their keys, and models from their config.json.
+"""Pretrained CLIP encoders: their keys, and models from their config.json.
 
 Files are those of transformers, one tower or both in a file, with the prefixes of transformers 4
 or without; or `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth` of the original Wan.

@@ -1,4 +1,4 @@
-"""Weights and configs of the public image autoencoders, those of Stable Diffusion.
+"""Weights and configs of the pretrained image autoencoders, those of Stable Diffusion.
 
 Also the rows of the layers that these share with the U-Nets and with the video autoencoders.
 """
@@ -10,7 +10,7 @@ from vdx.config.build import ConfigError, fill
 from vdx.interop.keymap import CONV, KEEP, LINEAR, Layout, Row, patches
 from vdx.models.vae.image_vae import ImageVAE
 
-# Our name of a matrix of attention -> its names in diffusers; most public files have the older one.
+# Our name of a matrix of attention -> its names in diffusers; most files have the older one.
 ATTENTION_NAMES = {
     "q": ("to_q", "query"),
     "k": ("to_k", "key"),
@@ -78,9 +78,9 @@ def _coder_rows(coder: str, way: str) -> Iterator[Row]:
     theirs = f"{middle}.attentions.{{j}}"
     ours = f"{coder}/middle_attention_{{j}}"
     yield from norm_rows(f"{theirs}.group_norm", f"{ours}/norm")
-    for name, public_names in ATTENTION_NAMES.items():
-        for public_name in public_names:
-            yield from dense_rows(f"{theirs}.{public_name}", f"{ours}/{name}", LINEAR)
+    for name, their_names in ATTENTION_NAMES.items():
+        for their_name in their_names:
+            yield from dense_rows(f"{theirs}.{their_name}", f"{ours}/{name}", LINEAR)
 
 
 def image_vae_from_config(config: Mapping[str, Any], dtype: str = "float32") -> ImageVAE:
@@ -97,7 +97,7 @@ def image_vae_from_config(config: Mapping[str, Any], dtype: str = "float32") -> 
         if not set(values) <= {only}:
             raise ConfigError(f"vae.{key} = {value!r} is not supported, only {only!r}.")
 
-    # The reference's defaults, which are smaller than any public VAE.
+    # The reference's defaults, which are smaller than any pretrained VAE.
     fields = {"block_out_channels": (64,), "layers_per_block": 1, **fields}
     return fill(ImageVAE, fields, "vae", dtype=dtype)
 

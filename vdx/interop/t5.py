@@ -1,4 +1,4 @@
-"""Public T5 encoders: their keys, and models from their config.json.
+"""Pretrained T5 encoders: their keys, and models from their config.json.
 
 Files are those of transformers, or `models_t5_umt5-xxl-enc-bf16.pth` of the original Wan.
 """

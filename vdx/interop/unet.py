@@ -1,4 +1,4 @@
-"""Public U-Nets as those of vdx.models.unet.unet, and back.
+"""Pretrained U-Nets as those of vdx.models.unet.unet, and back.
 
 They are of images, with motion modules, and 3D. References: `UNet2DConditionModel`,
 `UNetMotionModel`, `UNet3DConditionModel` and `MotionAdapter` of diffusers. A network may be in

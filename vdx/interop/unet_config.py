@@ -14,7 +14,7 @@ from vdx.models.unet.unet import UNet
 TOKENS = 77  # of CLIP; all are read, also those of the empty caption
 
 
-class PublicClass(NamedTuple):
+class DiffusersClass(NamedTuple):
     """A class of diffusers."""
 
     kind: str  # our field `temporal` of a whole network, or `control` of a branch
@@ -23,16 +23,16 @@ class PublicClass(NamedTuple):
 
 # Whole networks, the adapter of motion modules, and control branches.
 CLASSES = {
-    "UNet2DConditionModel": PublicClass("none", "2D"),
-    "UNetMotionModel": PublicClass("motion", "Motion"),
-    "UNet3DConditionModel": PublicClass("3d", "3D"),
+    "UNet2DConditionModel": DiffusersClass("none", "2D"),
+    "UNetMotionModel": DiffusersClass("motion", "Motion"),
+    "UNet3DConditionModel": DiffusersClass("3d", "3D"),
 }
 ADAPTER = "MotionAdapter"
 CONTROLS = {
-    "ControlNetModel": PublicClass("image", "2D"),
-    "SparseControlNetModel": PublicClass("sparse", "Motion"),
+    "ControlNetModel": DiffusersClass("image", "2D"),
+    "SparseControlNetModel": DiffusersClass("sparse", "Motion"),
 }
-# Keys that have one value in all public models; a tuple of these means the same.
+# Keys that have one value in all pretrained models; a tuple of these means the same.
 FIXED = {
     "flip_sin_to_cos": True,
     "act_fn": "silu",
@@ -256,7 +256,7 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
     network: UNet = model.backbone
     signals = model.signals
     # kind -> class of diffusers
-    names = {public.kind: name for name, public in CLASSES.items()}
+    names = {row.kind: name for name, row in CLASSES.items()}
     text = {"project": True, "features": Embeddings.features, **signals.get("embeddings", {})}
 
     # Raise for parts that diffusers does not have.
@@ -268,7 +268,7 @@ def unet_config(model: Denoiser) -> dict[str, Any]:
     ):
         raise WeightsError(
             f"diffusers has no U-Net of model.temporal = {network.temporal!r}, stem = "
-            f"{network.stem} and signals {dict(signals)}: it knows {', '.join(names)}, a stem of "
+            f"{network.stem} and signals {dict(signals)}: it has {', '.join(names)}, a stem of "
             "(1, 1, 1), embeddings that are not projected, concat and control."
         )
 
@@ -356,12 +356,12 @@ def control_config(model: Denoiser) -> dict[str, Any]:
     """
     network: UNet = model.backbone
     # kind -> class of diffusers
-    names = {public.kind: name for name, public in CONTROLS.items()}
+    names = {row.kind: name for name, row in CONTROLS.items()}
 
     if network.control not in names or "embeddings" not in model.signals:
         raise WeightsError(
             f"model.control = {network.control!r} is no branch that diffusers has: "
-            f"it knows {', '.join(names)}, beside embeddings."
+            f"it has {', '.join(names)}, with the signal embeddings."
         )
 
     name = names[network.control]

@@ -21,7 +21,7 @@ def unet_rows(
     """Return the table between the keys of diffusers and our parameters.
 
     linear: the projections around attention in space are matrices, or convolutions; None: as the
-    public models have it. control_linear: the same in the control branch. `null`, the dropped
+    pretrained models have it. control_linear: the same in the control branch. `null`, the dropped
     text, is in no file; it is zero until it is set.
     """
     network = model.backbone

@@ -1,4 +1,4 @@
-"""Weights and configs of the public video autoencoders, Wan 2.1 and 2.2.
+"""Weights and configs of the pretrained video autoencoders, Wan 2.1 and 2.2.
 
 There are two layouts: that of diffusers (`vae/diffusion_pytorch_model.safetensors` with a
 `config.json`) and the original (`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, and files made from them),
@@ -13,7 +13,7 @@ from vdx.interop.image_vae import dense_rows, fields_of_class
 from vdx.interop.keymap import CONV, Layout, Row, patches
 from vdx.models.vae.video_vae import VideoVAE
 
-# Configs of the public VAEs, for files that come without one. "wan2.1" has the default fields; the
+# Configs of the pretrained VAEs, for files that come without one. "wan2.1" has the default fields; the
 # statistics of the latents, one number a channel, are those of the Wan team's code.
 # fmt: off
 VIDEO_VAES: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ class Names(NamedTuple):
         return self.original if original else self.diffusers
 
 
-# Our name of a part -> its public names. Parts of a residual block:
+# Our name of a part -> its names in both layouts. Parts of a residual block:
 RESIDUAL = {
     "norm1": Names("norm1", "residual.0"),
     "conv1": Names("conv1", "residual.2"),

@@ -1,4 +1,4 @@
-"""Adapters beside kernels: they act as the merged weights would, and nothing else is touched."""
+"""Adapters of kernels act as the merged weights would, and nothing else is touched."""
 
 import dataclasses
 import functools
@@ -119,7 +119,7 @@ def test_new_adapters_change_no_bit(run, params, kernels):
     assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
-def test_beside_the_kernels_is_merged_into_them(run, params, kernels):
+def test_adapters_act_as_merged_kernels(run, params, kernels):
     """In every dense layer there is: scanned, control blocks, embeddings of every signal."""
     factors = drawn(EVERY, kernels)
     lora = dataclasses.replace(EVERY, alpha=1.2)
@@ -320,7 +320,7 @@ def test_a_convolution_is_no_target():
 # The mesh.
 
 
-def test_factors_lie_as_their_kernels(kernels):
+def test_factors_are_sharded_as_their_kernels(kernels):
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()
     lora = Lora(rank=3, targets=("block_0/full", "modulation"))
     shapes = jax.eval_shape(

@@ -1,4 +1,4 @@
-"""What U-Nets promise beside the references: the parts, the protocol of a backbone, the files."""
+"""U-Nets, where no reference decides: the parts, the protocol of a backbone, the files."""
 
 import json
 import math

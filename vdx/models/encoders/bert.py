@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018) as MiniLM uses it, and its public weights."""
+"""BERT (Devlin et al. 2018) as MiniLM uses it, and its pretrained weights."""
 
 import re
 from collections.abc import Mapping

@@ -244,7 +244,7 @@ def preprocess(
     for frame in frames:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(
-                f"A frame is {frame.dtype} {frame.shape}; CLIP's pictures are uint8 [h w 3]."
+                f"A frame is {frame.dtype} {frame.shape}; CLIP's images are uint8 [h w 3]."
             )
 
         # Resize.

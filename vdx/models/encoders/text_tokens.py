@@ -51,7 +51,7 @@ class PromptTokenizer:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No tokenizer can be read from {folder}: {error}. It is the folder "
-                "`tokenizer` beside the model's weights."
+                "`tokenizer` next to the model's weights."
             ) from error
 
     def __call__(

@@ -31,7 +31,7 @@ class PatchEncoder(nn.Module):
         """Encode images in [-1, 1]. Raises ConfigError if the patches do not tile them."""
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ConfigError(
-                f"A picture of {x.shape[1:3]} (h, w) does not divide into patches of "
+                f"An image of {x.shape[1:3]} (h, w) does not divide into patches of "
                 f"{self.patch}; set the encoder's patch."
             )
 

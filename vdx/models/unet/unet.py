@@ -181,7 +181,7 @@ class UNet(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        time: Float[Array, "b"] | Float[Array, "b t"],
+        time: Float[Array, "b *frames"],  # [b] or [b t]
         ports: Ports,
     ) -> Float[Array, "b t h w c"]:
         """Predict from a noisy clip at the time of each clip, or of each frame."""

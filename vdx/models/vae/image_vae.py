@@ -1,7 +1,7 @@
 """The image autoencoder of Stable Diffusion, applied frame by frame.
 
 The design and the meaning of the fields are those of `AutoencoderKL` in diffusers (Rombach et
-al. 2022), so that public weights are a configuration of this class (vdx.interop.image_vae).
+al. 2022), so that pretrained weights are a configuration of this class (vdx.interop.image_vae).
 """
 
 import flax.linen as nn

@@ -1,7 +1,7 @@
 """The causal 3D convolution autoencoder of Wan 2.1 and 2.2.
 
 It turns 1 + 4n frames into 1 + n latent frames. The design and the meaning of the fields are those
-of `AutoencoderKLWan` in diffusers, so that public weights are a configuration of this class
+of `AutoencoderKLWan` in diffusers, so that pretrained weights are a configuration of this class
 (vdx.interop.video_vae reads them). The reference computes a clip latent by latent with a cache.
 Here a whole clip is one program, and `chunk` gives the same result in bounded memory.
 """
