@@ -17,13 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.encoders import (
-    clip_names,
-    clip_rows,
-    clip_vision_from_config,
-    t5_from_config,
-    t5_rows,
-)
+from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
 from vdx.interop.keymap import KEEP, Layout, Row, assign, flat, naming
 from vdx.interop.load import (
     abstract_params,
@@ -34,7 +28,8 @@ from vdx.interop.load import (
     write_parts,
 )
 from vdx.interop.safetensors import StoredArray
-from vdx.interop.vae import video_vae_from_config, video_vae_rows
+from vdx.interop.t5 import t5_from_config, t5_rows
+from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan, wan_from_config, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params

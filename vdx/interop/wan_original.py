@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vdx.files import read_json
+from vdx.interop.clip import clip_vision_config
 from vdx.interop.components import open_component
-from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
 from vdx.interop.pretrained import VACE, PretrainedModel, assemble
 from vdx.interop.safetensors import StoredArray
-from vdx.interop.vae import VIDEO_VAES
+from vdx.interop.video_vae import VIDEO_VAES
 
 # part: where it may lie in the folder, relative patterns
 PLACES = {
