@@ -50,44 +50,34 @@ def attend(
     more of the batch, over context, where they divide.
 
     Args:
-        q, k, v: queries, keys and values.
-        mask: True on keys that all queries attend to [c s], or that each does [c q s], where c is
-            1 or b. Each query must attend to one key or more. None: to all.
-        bias: added to the scores.
+        mask: True on visible keys, for all queries [c s] or for each [c q s], where c is 1 or b.
+            Each query must have one visible key or more.
         scale: 1 / sqrt(d) if None.
         causal: hide the keys after each query.
-        backend: "auto" or a row of BACKENDS.
-        context: a row of CONTEXTS.
-
-    Raises:
-        ConfigError: the named backend or context does not support the call.
+        backend: "auto" or a row of BACKENDS; context: a row of CONTEXTS. Raises ConfigError if
+            they do not support the call.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if mask is None else jnp.asarray(mask)
-    spec = AttentionSpec(
-        queries=q.shape[-3],
-        keys=k.shape[-3],
-        width=q.shape[-1],
-        dtype=str(q.dtype),
-        mask=0 if mask is None else mask.ndim,
-        bias=bias is not None,
-        causal=causal,
-        platform=platform(),
-    )
+
+    spec = AttentionSpec.of(q, k, mask, bias, causal)
     name = select_backend(spec, backend)
     _log_selection(spec, name)
     on_one_device = partial(_attend_on_one_device, name, bias=bias, scale=scale, causal=causal)
 
+    # On one device, or inside of shard_map.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
         return on_one_device(q, k, v, mask)
 
+    # Queries and keys are both split.
     exchange = lookup(context, CONTEXTS, "model.context")
     if exchange is not None and mesh.shape["context"] > 1:
-        _check_tokens_may_be_split(context, spec, q.ndim == 4 and q.shape[1] == k.shape[1])
+        _check_tokens_may_be_split(context, spec, q, k)
         return attend_to_split(partial(exchange, on_one_device, scale=scale), q, k, v, mask)
 
-    if name == "xla":  # the compiler splits it
+    # Each device has all keys; the compiler splits its own attention by itself.
+    if name == "xla":
         return on_one_device(q, k, v, mask)
     return attend_to_gathered(on_one_device, q, k, v, mask, causal)
 
@@ -104,6 +94,7 @@ def _attend_on_one_device(
     causal: bool,
 ) -> Float[Array, "b *more q n d"]:
     """Run a backend with the axes of the batch joined."""
+    # A mask of each clip is repeated for the other axes of the batch.
     rows = math.prod(q.shape[:-3])
     if mask is not None and len(mask) not in (1, rows):
         mask = jnp.repeat(mask, rows // len(mask), 0)
@@ -123,6 +114,22 @@ class AttentionSpec:
     bias: bool = False
     causal: bool = False
     platform: str = "cpu"  # "cpu", "gpu" or "tpu"
+
+    @classmethod
+    def of(
+        cls, q: Array, k: Array, mask: Array | None, bias: Array | None, causal: bool
+    ) -> "AttentionSpec":
+        """Return the spec of a call on the current platform."""
+        return cls(
+            queries=q.shape[-3],
+            keys=k.shape[-3],
+            width=q.shape[-1],
+            dtype=str(q.dtype),
+            mask=0 if mask is None else mask.ndim,
+            bias=bias is not None,
+            causal=causal,
+            platform=platform(),
+        )
 
 
 def select_backend(spec: AttentionSpec, backend: str = "auto") -> str:
@@ -161,12 +168,13 @@ def _log_selection(spec: AttentionSpec, name: str) -> None:
         logging.info("Attention on %s, %s", spec.platform, line)
 
 
-def _check_tokens_may_be_split(context: str, spec: AttentionSpec, same_tokens: bool) -> None:
+def _check_tokens_may_be_split(context: str, spec: AttentionSpec, q: Array, k: Array) -> None:
     """Check that all tokens attend to one another.
 
     Raises:
         ConfigError: they are not, so the keys must be gathered.
     """
+    same_tokens = q.ndim == 4 and q.shape[1] == k.shape[1]
     if not same_tokens or spec.causal or spec.bias or spec.mask == 3:
         raise ConfigError(
             f"model.context = {context!r} is for tokens that all attend to one another. "
@@ -175,7 +183,9 @@ def _check_tokens_may_be_split(context: str, spec: AttentionSpec, same_tokens: b
 
 
 def _blockwise_unsupported(spec: AttentionSpec) -> str:
-    return "adds no bias" if spec.bias else ""
+    if spec.bias:
+        return "adds no bias"
+    return ""
 
 
 def _cudnn_unsupported(spec: AttentionSpec) -> str:

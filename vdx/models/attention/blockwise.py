@@ -52,6 +52,8 @@ def forward(
         def attend_block(_: None, block: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
             number, q, *block_mask = block
             scores, _visible = row.scores(number, q, block_mask)
+
+            # The softmax, from scores less their largest.
             largest = scores.max(-1, keepdims=True)
             # Without the barrier XLA would compute all exponentials again for their sum.
             p = lax.optimization_barrier(jnp.exp((scores - largest) * scale))
@@ -94,6 +96,8 @@ def backward(
         ) -> tuple[tuple[Array, Array], Array]:
             number, q, dy, sums, inner, *block_mask = block
             scores, visible = row.scores(number, q, block_mask)
+
+            # The softmax again, and the cotangent of the scaled scores.
             p = jnp.exp(scores * scale - sums[:, None])
             dx = p * (_dot("qd,sd->qs", dy, v) - inner[:, None])
             if visible is not None:
@@ -121,7 +125,9 @@ class _Row:
         self.k = k  # [s d]
         self.causal = causal
         self.size = size  # queries in a block
-        self.mask = None if mask is None else mask[entry]  # [1 s] or [q s]
+        self.mask = None
+        if mask is not None:
+            self.mask = mask[entry]  # [1 s] or [q s]
         self.mask_of_each = self.mask is not None and len(self.mask) > 1  # one for each query
 
     def blocks(self, *arrays: Array) -> tuple[Array, ...]:
@@ -138,8 +144,11 @@ class _Row:
         self, block: Array, q: Float[Array, "q d"], block_mask: list[Array]
     ) -> tuple[Float[Array, "q s"], Bool[Array, "..."] | None]:
         """Return the scores of a block before they are scaled, and its mask."""
-        mask = block_mask[0] if self.mask_of_each else self.mask
+        mask = self.mask
+        if self.mask_of_each:
+            (mask,) = block_mask
         if self.causal:
+            # Keys up to the query, of those that the mask shows.
             query = (block * self.size + jnp.arange(self.size))[:, None]
             not_later = query >= jnp.arange(len(self.k))[None]
             mask = not_later if mask is None else mask & not_later
@@ -159,10 +168,11 @@ def _block_size(queries: int, keys: int) -> int:
 
 def _map_rows(f: Callable[..., Any], rows: tuple[Array, ...], size: int) -> Any:
     """Map f over the rows of arrays [r ...], as many at a time as the device allows."""
-    keys = rows[2].shape[1]
-    at_once = 1 if platform() == "cpu" else max(1, SCORES // (size * keys))
-    at_once = min(at_once, len(rows[1]))
-    return lax.map(lambda row: f(*row), rows, batch_size=at_once if at_once > 1 else None)
+    _, q, k, *_ = rows
+    at_once = min(SCORES // (size * k.shape[1]), len(q))
+    if platform() == "cpu" or at_once <= 1:
+        return lax.map(lambda row: f(*row), rows)
+    return lax.map(lambda row: f(*row), rows, batch_size=at_once)
 
 
 def _cut_blocks(x: Array, size: int) -> Array:
@@ -178,8 +188,8 @@ def _join_blocks(x: Array, queries: int) -> Array:
 
 def _mask_entries(q: Float[Array, "r q d"], mask: Mask) -> Int[Array, "r"]:
     """Return the entry of the mask for each row."""
-    rows_of_entry = 1 if mask is None else len(q) // len(mask)
-    return jnp.arange(len(q)) // rows_of_entry
+    entries = len(q) if mask is None else len(mask)
+    return jnp.arange(len(q)) // (len(q) // entries)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -32,6 +32,7 @@ def ulysses(
     Each device exchanges its tokens of other heads for all tokens of its own heads, attends, and
     exchanges the results back. Heads that do not divide are filled up with empty ones.
     """
+    # Give every device the same number of heads.
     heads = q.shape[2]
     missing = -heads % lax.axis_size(AXIS)
 
@@ -60,7 +61,9 @@ def ring(
     attention to a share is `blockwise`, which returns the sums; `attend` is not used.
     """
     rows = (rearrange(a, "b s n d -> (b n) s d") for a in (q, k, v))
-    y = _ring(*rows, None if mask is None else mask[:, None], scale)
+    if mask is not None:
+        mask = mask[:, None]
+    y = _ring(*rows, mask, scale)
     return rearrange(y, "(b n) q d -> b q n d", b=len(q))
 
 

@@ -74,7 +74,9 @@ def _with_heads(mask: Mask) -> Array | None:
     """Give a mask the axes [c 1 q s] or [c 1 1 s]."""
     if mask is None:
         return None
-    return mask[:, None] if mask.ndim == 3 else mask[:, None, None]
+    if mask.ndim == 2:
+        mask = mask[:, None]
+    return mask[:, None]
 
 
 def _splash_kernel(
@@ -87,9 +89,9 @@ def _splash_kernel(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     inner = math.gcd(block_k, 512)
-    hidden = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
+    mask_class = splash.CausalMask if causal else splash.FullMask
     return splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([hidden] * heads),
+        splash.MultiHeadMask([mask_class((queries, keys))] * heads),
         residual_checkpoint_name=SAVED,
         interpret=platform() != "tpu",
         block_sizes=splash.BlockSizes(
@@ -116,7 +118,9 @@ def _visible_segment(
 
     if mask is None and keys == real_keys:
         return None
-    visible = jnp.ones((1, real_keys), bool) if mask is None else mask
+    visible = mask
+    if visible is None:
+        visible = jnp.ones((1, real_keys), bool)
     visible = jnp.pad(visible, ((0, 0), (0, keys - real_keys))).astype(jnp.int32)
     return splash.SegmentIds(
         jnp.ones((batch, queries), jnp.int32), jnp.broadcast_to(visible, (batch, keys))
@@ -131,8 +135,12 @@ def _pad_tokens(x: Float[Array, "b s n d"], size: int) -> Float[Array, "b n S d"
 
 def _tiles(length: int, width: int) -> tuple[int, int]:
     """Return (padded length, block): equal blocks as large as the vector memory holds."""
-    step = 128 if length <= 512 else 256
-    largest = 1024 if width <= 128 else 512
+    step = 256
+    if length <= 512:
+        step = 128
+    largest = 1024
+    if width > 128:
+        largest = 512
     blocks = -(-length // largest)
     block = -(-length // (blocks * step)) * step
     return -(-length // block) * block, block

@@ -21,7 +21,9 @@ def mesh_axes_for(size: int, *axes: str) -> tuple[str, ...] | None:
     """Return the mesh axes, or None if they do not divide an axis of this size."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    return axes if parts > 1 and size % parts == 0 else None
+    if parts == 1 or size % parts:
+        return None
+    return axes
 
 
 def attend_to_gathered(
@@ -37,19 +39,23 @@ def attend_to_gathered(
     The mesh axis `context` splits the axis after b: the queries or, with more of the batch after
     b, the first axis of that. Causal queries are not split, because a mask counts them from 0.
     """
-    second_is_queries = q.ndim == 4
     batch = mesh_axes_for(len(q), *BATCH)
+    second = mesh_axes_for(q.shape[1], "context")
     heads = mesh_axes_for(q.shape[-2], "tensor")
-    second = None if second_is_queries and causal else mesh_axes_for(q.shape[1], "context")
+    second_is_queries = q.ndim == 4
+    if second_is_queries and causal:
+        second = None
 
+    # Keys are split like queries, but not along their tokens.
     of_queries = P(batch, second, *[None] * (q.ndim - 4), heads)
-    of_keys = P(batch, None, heads) if second_is_queries else of_queries
-    of_mask = P()
-    if mask is not None:
-        of_mask = P(
-            batch if len(mask) > 1 else None,
-            second if second_is_queries and mask.ndim == 3 else None,
-        )
+    of_keys = of_queries
+    if second_is_queries:
+        of_keys = P(batch, None, heads)
+
+    # A mask is split along its clips and, if it has them, its queries.
+    of_mask = _mask_spec(mask, batch)
+    if mask is not None and mask.ndim == 3 and second_is_queries:
+        of_mask = P(*of_mask, second)
 
     return jax.shard_map(
         attend,
@@ -71,19 +77,20 @@ def attend_to_split(
     Keys are split like queries. `attend` must exchange keys between devices, as the rows of
     CONTEXTS do.
     """
+    # Fill up with keys that the mask hides.
     tokens = q.shape[1]
     missing = -tokens % jax.sharding.get_abstract_mesh().shape["context"]
     if missing:
-        # Fill up with keys that the mask hides.
         q, k, v = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (q, k, v))
-        mask = jnp.ones((1, tokens), bool) if mask is None else mask
+        if mask is None:
+            mask = jnp.ones((1, tokens), bool)
         mask = jnp.pad(mask, ((0, 0), (0, missing)))
 
     batch = mesh_axes_for(len(q), *BATCH)
     of_tokens = P(batch, "context", mesh_axes_for(q.shape[2], "tensor"))
-    of_mask = P()
+    of_mask = _mask_spec(mask, batch)
     if mask is not None:
-        of_mask = P(batch if len(mask) > 1 else None, "context")
+        of_mask = P(*of_mask, "context")
 
     y = jax.shard_map(
         attend,
@@ -92,3 +99,10 @@ def attend_to_split(
         check_vma=False,
     )(q, k, v, mask)
     return y[:, :tokens]
+
+
+def _mask_spec(mask: Array | None, batch: tuple[str, ...] | None) -> P:
+    """Return the sharding of a mask's first axis, which has one entry or one for each clip."""
+    if mask is None:
+        return P()
+    return P(batch if len(mask) > 1 else None)

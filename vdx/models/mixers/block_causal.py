@@ -33,7 +33,9 @@ class BlockLayout:
 
     def visible_frames(self, index: int, frames: int) -> list[Frames]:
         """Return the ranges of frames that the block number `index` attends to."""
-        first = 0 if self.window is None else max(0, index - self.window)
+        first = 0
+        if self.window is not None:
+            first = max(0, index - self.window)
         near = (first * self.size, min((index + 1) * self.size, frames))
 
         sink = min(self.sink, first) * self.size

@@ -61,7 +61,8 @@ class ConvMixer(nn.Module):
         width = x.shape[-1]
         for name, kernel in self.kernels().items():
             # An axis that is convolved must be on one device, as in attention over time.
-            split = "h" if kernel[1:] == (1, 1) else "t"
+            over_time_alone = kernel[1:] == (1, 1)
+            split = "h" if over_time_alone else "t"
             x = constrain(x, "b t h w d", context=split)
             x = Conv3D(
                 width,

@@ -52,7 +52,9 @@ class TimeAttention(GridAttention):
         Keys are few, so that a program for each block would not pay.
         """
         frames = q.shape[1]
-        bias = self.distance_bias(frames) if self.positions == "relative" else None
+        bias = None
+        if self.positions == "relative":
+            bias = self.distance_bias(frames)
         return attend_over(self.axes, context, q, k, v, self.mask(frames), bias)
 
     def distance_bias(self, frames: int) -> Float[Array, "1 n q s"]:
