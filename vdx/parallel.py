@@ -110,12 +110,14 @@ def constrain(x: Array, axes: str, context: str = "") -> Array:
     if mesh.empty:
         return x
 
+    # The mesh axes of each axis of x.
     letters = axes.split()
     mesh_axes = {"b": BATCH, "n": ("tensor",), "f": ("tensor",), context: ("context",)}
     spec = [
         mesh_axes.get(letter) if size > 1 else None  # one entry is never split
         for letter, size in zip(letters, x.shape, strict=True)
     ]
+
     for letter, size, names in zip(letters, x.shape, spec, strict=True):
         parts = math.prod(mesh.shape[name] for name in names or ())
         if size % parts:
@@ -175,12 +177,14 @@ def param_shardings(mesh: Mesh, params: Any, rules: Rules = PARAM_RULES) -> Any:
     problems: list[str] = []
 
     def shard(path: Sequence[Any], leaf: Any) -> NamedSharding | None:
+        # The first rule that matches.
         name = path_str(path)
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
         if spec is None:
             problems.append(f"{name} {leaf.shape}: no sharding rule matches")
             return None
 
+        # Rules are of the last dimensions.
         full = (None,) * (leaf.ndim - len(spec)) + tuple(spec)
         for size, axis in zip(leaf.shape, full, strict=True):
             if axis and size % mesh.shape[axis]:

@@ -38,12 +38,17 @@ def convolve(
     taps, _, _, features_in, features = kernel.shape
     frames = max(0, (x.shape[1] - taps) // stride[0] + 1)
 
+    # Each feature has its own kernel.
     if features_in < x.shape[-1]:
         x = jnp.pad(x, [(0, 0), (0, 0), *space, (0, 0)])
         return _depthwise(x, kernel[..., 0, :], stride, frames)
+
+    # Fewer frames than the kernel has.
     if frames == 0:
         height, width = _sizes_in_space(x, kernel, stride, space)
         return jnp.zeros((len(x), 0, height, width, features), jnp.float32)
+
+    # The faster form of the platform.
     if platform() == "cpu":
         return _sum_over_taps(x, kernel, stride, space, frames)
     return jax.lax.conv_general_dilated(
@@ -70,6 +75,8 @@ def _sum_over_taps(
     tap.
     """
     height, width = _sizes_in_space(x, kernel, stride, space)
+
+    # Frames are part of the batch of each 2D convolution.
     y = jnp.zeros((len(x) * frames, height, width, kernel.shape[-1]), jnp.float32)
     for i in range(kernel.shape[0]):
         tap = x[:, i : i + stride[0] * (frames - 1) + 1 : stride[0]]

@@ -103,9 +103,11 @@ def add_vector(
     Returns:
         [b d], or [b t d] if either input has one row a frame.
     """
+    # A vector of each clip.
     if vector.ndim == 2:
         return emb + (vector if emb.ndim == 2 else vector[:, None])
 
+    # A vector of each frame, or of each frame of tokens.
     if vector.shape[1] > t:
         vector = vector.reshape(len(vector), t, -1)  # b t (k d)
         vector = nn.Dense(emb.shape[-1], name="frames", dtype=jnp.float32)(vector)

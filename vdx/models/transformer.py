@@ -121,6 +121,7 @@ class Transformer(nn.Module):
         depth = self.depth or size.depth
         heads = self.heads or size.heads
 
+        # A name of PATTERNS, names of MIXERS or specs of them -> specs, which are built once.
         pattern = self.pattern
         if isinstance(pattern, str):
             pattern = lookup(pattern, PATTERNS, "model.pattern")
@@ -128,6 +129,7 @@ class Transformer(nn.Module):
         for spec in pattern:
             standalone_mixer(spec, heads)
 
+        # The other names, and the divisions.
         lookup(self.cross, CROSS, "model.cross")
         lookup(self.attention, {"auto": None, **BACKENDS}, "model.attention")
         lookup(self.context, CONTEXTS, "model.context")
@@ -231,6 +233,7 @@ class Transformer(nn.Module):
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
         x = self.embed_patches(x, "patch")
 
+        # Fixed positions.
         width = self.dims().width
         if self.absolute:
             # With blocks it is the place in the block: the length of the clip is not known.
@@ -276,6 +279,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the time is neither [b] nor [b t].
         """
+        # One time for each frame -> one for each frame of tokens.
         if time.ndim != 1:
             if time.shape != x.shape[:2]:
                 raise ValueError(
@@ -344,6 +348,7 @@ class Transformer(nn.Module):
         context: MixContext,
     ) -> Float[Array, "b t h w d"]:
         """Run all blocks: one pass through the pattern, scanned over the depth."""
+        # Recompute a pass of the pattern as the policy says, and repeat it over the depth.
         dims = self.dims()
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
@@ -354,6 +359,8 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=dims.periods,
         )
+
+        # One set of fields and, in each layer of the scan, one set of parameters.
         layers = scanned(
             dims.pattern,
             dims.heads,

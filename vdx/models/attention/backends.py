@@ -147,6 +147,7 @@ def select_backend(spec: AttentionSpec, backend: str = "auto") -> str:
             )
         return backend
 
+    # "auto": small scores are written out; else the first backend that is able.
     if spec.queries * spec.keys <= SMALL:
         return "xla"
     for name in PREFERRED.get(spec.platform, ()):

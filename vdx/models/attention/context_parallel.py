@@ -40,6 +40,7 @@ def ulysses(
         x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
         return lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True)
 
+    # All tokens of a few heads, and back.
     if mask is not None:
         mask = lax.all_gather(mask, AXIS, axis=1, tiled=True)
     y = attend(to_heads(q), to_heads(k), to_heads(v), mask)

@@ -88,6 +88,7 @@ def _splash_kernel(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    # The backward passes use the blocks of the forward pass.
     inner = math.gcd(block_k, 512)
     mask_class = splash.CausalMask if causal else splash.FullMask
     return splash.make_splash_mha_single_device(

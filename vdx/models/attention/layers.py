@@ -75,11 +75,13 @@ class CrossAttention(nn.Module):
         width = x.shape[-1]
         t, h, w = x.shape[1:4]
 
+        # Queries of the grid, as one sequence.
         q = nn.Dense(width, name="q", dtype=self.dtype)(x)
         if self.qk_norm:
             q = RMSNorm(name="q_norm")(q)
         q = rearrange(q, "b t h w (n d) -> b (t h w) n d", n=self.heads)
 
+        # Both attentions, summed.
         kv = self.keys_values(tokens, width)
         y = attend(q, kv.keys, kv.values, mask, backend=self.attention)
         if image_tokens is not None:

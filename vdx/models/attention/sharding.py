@@ -86,6 +86,7 @@ def attend_to_split(
             mask = jnp.ones((1, tokens), bool)
         mask = jnp.pad(mask, ((0, 0), (0, missing)))
 
+    # One layout for queries, keys and values.
     batch = mesh_axes_for(len(q), *BATCH)
     of_tokens = P(batch, "context", mesh_axes_for(q.shape[2], "tensor"))
     of_mask = _mask_spec(mask, batch)

@@ -71,9 +71,12 @@ class Conditioning(nn.Module):
         for name in self.signals:
             if name in TEXT:
                 continue  # a text is always given
+
             signal = self.signal(name, parent=None)
             if set(signal.dummy_batch()) <= set(batch):
                 continue
+
+            # It is missing: it may be dropped, if it was in training.
             if not signal.dropout:
                 raise ConfigError(
                     f"This model was never trained without {name!r} "

@@ -92,6 +92,8 @@ class Reference(nn.Module):
                 f"The reference image is {image.shape[1:3]} (h, w); this model reads "
                 f"config.model.signals.reference.height, columns = {self.height}, {self.columns}."
             )
+
+        # Pixels in [-1, 1] -> features [b m width].
         where = "config.model.signals.reference.encoder"
         encoder = build(self.encoder, VISION, where, name="encoder")
         x = encoder(image.astype(jnp.float32) / 127.5 - 1.0)

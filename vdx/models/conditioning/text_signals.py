@@ -57,6 +57,8 @@ class Text(nn.Module):
 
         x, mask = self.build_encoder(name="encoder")(ids, mask)
         tokens = MLP(self.width, out=self.width, name="project")(x)
+
+        # The mean of the visible tokens.
         vector = None
         if self.pooled:
             weight = mask[..., None] / mask.sum(-1)[:, None, None]

@@ -64,6 +64,7 @@ class ConvMixer(nn.Module):
             over_time_alone = kernel[1:] == (1, 1)
             split = "h" if over_time_alone else "t"
             x = constrain(x, "b t h w d", context=split)
+
             x = Conv3D(
                 width,
                 kernel,
@@ -74,4 +75,6 @@ class ConvMixer(nn.Module):
                 name=name,
             )(x)
             x = constrain(x, "b t h w d", context=split)
+
+        # Mix the features.
         return reshard_to_frames(nn.Dense(width, name="out", dtype=self.dtype)(x), split)
