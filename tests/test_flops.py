@@ -26,7 +26,7 @@ CASES = {
     "plain cross-attention": ({"pattern": "latte", "cross": "plain"}, CLIP, Ports(**TEXT)),
     "an image": ({"pattern": "factorized"}, (1, 32, 32, 4), Ports(**TEXT)),
     "image tokens": ({}, CLIP, Ports(**TEXT, image_tokens=shape(1, 257, 384))),
-    "beside": ({"skip": True, "patch": (2, 2, 2)}, CLIP, Ports(concat=shape(1, *CLIP[:3], 20))),
+    "concat": ({"skip": True, "patch": (2, 2, 2)}, CLIP, Ports(concat=shape(1, *CLIP[:3], 20))),
     "control": ({}, CLIP, Ports(control=shape(1, *CLIP[:3], 96), control_scale=shape(1))),
 }
 

@@ -1,4 +1,4 @@
-"""The recurrent mixer: the scan is the loop, the state goes on, gradients stay finite."""
+"""The recurrent mixer: the scan is the loop, the state is carried over, gradients stay finite."""
 
 import jax
 import jax.numpy as jnp
