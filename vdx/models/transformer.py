@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
     width: int  # features of a token
     depth: int  # blocks
-    heads: int
+    heads: int  # of attention
     mlp_ratio: float  # hidden features of the MLP for each feature of the width
 
 
@@ -60,7 +60,7 @@ class TransformerDims(NamedTuple):
 
     width: int  # features of a token
     depth: int  # blocks
-    heads: int
+    heads: int  # of attention
     pattern: tuple[Spec, ...]  # specs of MIXERS
 
     @property
@@ -83,11 +83,10 @@ class Transformer(nn.Module):
     # A row of PATTERNS, or a tuple of rows of MIXERS, each a name or {"name": row, **fields}. It is
     # repeated over the depth. With the port `control` each repetition has one control block.
     pattern: str | tuple[Any, ...] = "full"
-    # These four override the row of SIZES:
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
+    width: int | None = None  # features of a token; None: those of `size`
+    depth: int | None = None  # blocks; None: those of `size`
+    heads: int | None = None  # None: those of `size`
+    mlp_ratio: float | None = None  # hidden features of the MLP for each of the width
     activation: str = "gelu"  # a row of ACTIVATIONS
     # Sets the slowest rotation of the rotary positions; a grid of a few tokens needs a small one.
     rope_theta: float = 10_000.0

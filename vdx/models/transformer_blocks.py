@@ -63,7 +63,7 @@ class Block(nn.Module):
     """
 
     mixer: Spec
-    heads: int
+    heads: int  # of attention
     hidden: int  # features inside the MLP
     activation: str  # a row of ACTIVATIONS
     cross: str  # a row of CROSS
@@ -134,7 +134,7 @@ class Period(nn.Module):
 
     pattern: tuple[Spec, ...]
     # The fields of Block:
-    heads: int
+    heads: int  # of attention
     hidden: int
     activation: str
     cross: str

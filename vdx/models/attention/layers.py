@@ -14,7 +14,7 @@ from vdx.types import Array, Bool, DTypeLike, Float
 class SelfAttention(nn.Module):
     """Attention over a padded sequence."""
 
-    heads: int
+    heads: int  # of attention
     causal: bool = False  # a token attends to itself and those before it; otherwise to all
     dtype: DTypeLike = jnp.float32  # of the matrix products
 
@@ -58,7 +58,7 @@ class CrossAttention(nn.Module):
     read from the collection "cross_kv" if it is given, and written to it if it is mutable.
     """
 
-    heads: int
+    heads: int  # of attention
     dtype: DTypeLike = jnp.float32  # of the matrix products
     qk_norm: bool = True  # RMS-normalise queries and keys across all heads (Wan)
     attention: str = "auto"  # the backend, as in `attend`

@@ -25,7 +25,7 @@ class KnownFrames(nn.Module):
     channels: int = 3  # of the clip
     first: float = 1.0  # probability that the first frame is known in training
     last: float = 0.5  # the same of the last frame, independently
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -67,7 +67,7 @@ class Concat(nn.Module):
 
     width: int  # not used
     channels: int
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -89,7 +89,7 @@ class Control(nn.Module):
     width: int  # not used
     channels: int
     side: int = 1  # height and width, in those of the clip
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -112,7 +112,7 @@ class DenseMap(nn.Module):
 
     width: int  # not used
     port: str = "concat"  # or "control", which control blocks read
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
     key: ClassVar[str] = ""  # of the batch
     features: ClassVar[int] = 1
     scale: ClassVar[float] = 1.0  # brings the map's values to about one
@@ -182,7 +182,7 @@ class Actions(nn.Module):
 
     width: int  # features of the network
     count: int = 5  # kinds of actions
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:

@@ -27,7 +27,7 @@ class ImageTokens(nn.Module):
     # Learned positions for this many tokens, if m is always that (Wan first-last-frame: those of
     # both images in a row). 0: none.
     positions: int = 0
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -72,7 +72,7 @@ class Reference(nn.Module):
     encoder: Mapping[str, Any]  # a row of VISION with its fields
     height: int = 32  # of the image, in pixels
     columns: int = 32
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:

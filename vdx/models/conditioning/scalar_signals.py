@@ -19,7 +19,7 @@ class Scalar(nn.Module):
     """
 
     width: int  # features of the network
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
     key: ClassVar[str] = ""  # of the batch
     floor: ClassVar[float] = 0.0  # added before the logarithm, for numbers that may be 0
 
@@ -63,7 +63,7 @@ class FrameRateClass(nn.Module):
     """
 
     width: int  # features of the network
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:

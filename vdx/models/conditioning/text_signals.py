@@ -25,7 +25,7 @@ class Text(nn.Module):
 
     width: int  # features of the network
     encoder: Mapping[str, Any]  # a row of ENCODERS with its fields
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
     pooled: bool = True  # the mean token also enters `vector`
 
     @nn.nowrap
@@ -81,7 +81,7 @@ class Embeddings(nn.Module):
     length: int | None = None
     project: bool = True  # map them by an MLP; Stable Diffusion reads them directly
     null_tokens: int = 1  # learned tokens of the null value
-    dropout: float = 0.1
+    dropout: float = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def tokenizer(self) -> Tokenize:

@@ -26,8 +26,8 @@ class ConvMixer(nn.Module):
     separable: bool = False  # space, then time: (2+1)D (Tran et al. 2018)
     causal: bool = False  # as in Conv3D
     padding: str = "zeros"  # a row of PADDINGS
-    crosses_frames: ClassVar[bool] = True
-    causal_block: ClassVar[int | None] = None
+    crosses_frames: ClassVar[bool] = True  # as in `Mixer`
+    causal_block: ClassVar[int | None] = None  # as in `Mixer`
 
     def __post_init__(self) -> None:
         """Check the fields as Conv3D does."""

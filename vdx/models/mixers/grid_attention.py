@@ -93,7 +93,7 @@ class GridAttention(nn.Module):
     are written to it, in place of a block that no later one attends to.
     """
 
-    heads: int
+    heads: int  # of attention
     dtype: DTypeLike = jnp.float32  # of the matrix products
     positions: str = "rope"  # 3D rotary positions, or "none"
     qk_norm: bool = True  # RMS-normalise queries and keys across all heads (as Wan does)
@@ -102,9 +102,9 @@ class GridAttention(nn.Module):
     window: int | None = None  # blocks before its own that a token attends to; None: all
     sink: int = 0  # first blocks of the clip that it attends to besides the window
     axes: ClassVar[str] = "full"  # a row of ATTENTION_AXES
-    temporal: ClassVar[bool] = False
-    crosses_frames: ClassVar[bool] = True
-    known_positions: ClassVar[tuple[str, ...]] = ("rope", "none")
+    temporal: ClassVar[bool] = False  # as in `Mixer`
+    crosses_frames: ClassVar[bool] = True  # as in `Mixer`
+    known_positions: ClassVar[tuple[str, ...]] = ("rope", "none")  # values of `positions`
 
     def __post_init__(self) -> None:
         """Check the fields.

@@ -16,8 +16,8 @@ class NoExchange(nn.Module):
     heads: int  # not used
     dtype: DTypeLike = jnp.float32  # of the matrix products
     temporal: ClassVar[bool] = False  # so that the frames of a clip are independent images
-    crosses_frames: ClassVar[bool] = False
-    causal_block: ClassVar[int | None] = None
+    crosses_frames: ClassVar[bool] = False  # as in `Mixer`
+    causal_block: ClassVar[int | None] = None  # as in `Mixer`
 
     @nn.nowrap
     def flops(self, grid: Grid, width: int) -> float:

@@ -104,9 +104,9 @@ class Recurrent(nn.Module):
     dtype: DTypeLike = jnp.float32  # of the matrix products
     # Add a second recurrence, from the end of the clip, so that later frames are read too.
     bidirectional: bool = False
-    temporal: ClassVar[bool] = True
-    crosses_frames: ClassVar[bool] = True
-    causal_block: ClassVar[int | None] = None
+    temporal: ClassVar[bool] = True  # as in `Mixer`
+    crosses_frames: ClassVar[bool] = True  # as in `Mixer`
+    causal_block: ClassVar[int | None] = None  # as in `Mixer`
 
     @nn.nowrap
     def flops(self, grid: Grid, width: int) -> float:
