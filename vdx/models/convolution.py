@@ -1,5 +1,7 @@
 """3D convolution: the sum itself, and a layer with strides and paddings."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from vdx.parallel import platform
 from vdx.types import Array, DTypeLike, Float
 
 Size = tuple[int, int, int]  # frames, rows and columns
-Padding = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of rows and of columns
+Padding = Sequence[tuple[int, int]]  # (before, after) of rows and of columns
 
 # What surrounds a clip; the values are modes of jnp.pad.
 PADDINGS = {
