@@ -21,7 +21,7 @@ from vdx.types import Array, Batch, Float, Params, Ports, PRNGKeyArray
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer, "unet": UNet}
 
-Time = Float[Array, "b"] | Float[Array, "b t"]  # of each clip, or of each of its frames
+Time = Float[Array, "b *frames"]  # of each clip, or of each of its frames
 
 
 class Denoiser(nn.Module):

@@ -182,7 +182,7 @@ class Transformer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        time: Float[Array, "b"] | Float[Array, "b t"],
+        time: Float[Array, "b *frames"],
         ports: Ports,
         past: CachePosition | None = None,
     ) -> Float[Array, "b t h w c"]:
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
 
         Args:
             x: the noisy clip.
-            time: one for each clip, or one for each frame (Wan 2.2 TI2V: 0 for a known first
+            time: one for each clip [b], or one for each frame [b t] (Wan 2.2 TI2V: 0 for a known first
                 frame; diffusion forcing). A patch takes the time of its first frame.
             ports: the conditioning.
             past: set if x is one block of a clip. The collection "cache" then holds keys, values
@@ -269,8 +269,8 @@ class Transformer(nn.Module):
     def embed_time(
         self,
         x: Float[Array, "b t h w c"],
-        time: Float[Array, "b"] | Float[Array, "b s"],
-        vector: Float[Array, "b *frames d"] | None,
+        time: Float[Array, "b *frames"],
+        vector: Float[Array, "b *more d"] | None,
         grid: Grid,
     ) -> Float[Array, "b d"] | Float[Array, "b n d"]:
         """Embed the time and the vector, for each clip or for each frame of tokens.
