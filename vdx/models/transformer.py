@@ -190,8 +190,8 @@ class Transformer(nn.Module):
 
         Args:
             x: the noisy clip.
-            time: one for each clip [b], or one for each frame [b t] (Wan 2.2 TI2V: 0 for a known first
-                frame; diffusion forcing). A patch takes the time of its first frame.
+            time: one for each clip [b], or one for each frame [b t] (Wan 2.2 TI2V: 0 for a known
+                first frame; diffusion forcing). A patch takes the time of its first frame.
             ports: the conditioning.
             past: set if x is one block of a clip. The collection "cache" then holds keys, values
                 and states of the blocks before it.
