@@ -34,7 +34,7 @@ from vdx.interop.load import abstract_params
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
 from vdx.models.adapters.trainable import Trainable, overlay
-from vdx.models.conditioning.signals import NULL, Embeddings
+from vdx.models.conditioning.text_signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.mixers.grid_attention import PATTERNS, CachePosition
-from vdx.models.transformer import REMAT, SIZES, Transformer, check_remat, modulate
+from vdx.models.mixers.context import CachePosition
+from vdx.models.mixers.table import PATTERNS
+from vdx.models.remat import REMAT, check_remat
+from vdx.models.transformer import SIZES, Transformer
+from vdx.models.transformer_blocks import modulate
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
 

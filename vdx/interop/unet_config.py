@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vdx.interop.keymap import WeightsError, listed
-from vdx.models.conditioning.signals import Embeddings
+from vdx.models.conditioning.text_signals import Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.models.unet.unet import UNet
 

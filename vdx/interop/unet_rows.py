@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vdx.interop.image_vae import dense_rows, norm_rows, residual_rows
 from vdx.interop.keymap import CONV, KEEP, LINEAR, Row, patches
-from vdx.models.conditioning.signals import NULL
+from vdx.models.conditioning.text_signals import NULL
 from vdx.models.denoiser import Denoiser
 
 CONTROL = "control."  # prefix of the keys of a control branch

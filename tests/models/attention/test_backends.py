@@ -307,7 +307,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNA
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from vdx.models.attention.backends import attend, chosen
+from vdx.models.attention.backends import attend, selected_backends
 from vdx.parallel import BATCH, MeshSpec
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 for sizes, shape, context in [
@@ -326,7 +326,7 @@ for sizes, shape, context in [
         text = jax.jit(run).lower(one, one, one, one).compile().as_text()
     moved = [name for name in ("all-to-all", "collective-permute") if name in text]
     print(*shape, context, text.count('"tpu_custom_call"'), *moved, flush=True)
-print(*chosen(), sep="\n")
+print(*selected_backends(), sep="\n")
 """
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.conditioning.signals import SIGNALS, Conditioning, merge
+from vdx.models.conditioning.conditioning import Conditioning, merge
+from vdx.models.conditioning.table import SIGNALS
 from vdx.models.denoiser import Denoiser
 from vdx.models.encoders.text import ENCODERS, ngram_hashes, word_index
 from vdx.types import Ports

@@ -10,8 +10,10 @@ import pytest
 from vdx.config.build import ConfigError, build
 from vdx.models.attention.backends import CONTEXTS, attend
 from vdx.models.attention.layers import CrossAttention, SelfAttention
-from vdx.models.layers import rope_table
-from vdx.models.mixers.grid_attention import MAX_RELATIVE_DISTANCE, MIXERS, MixContext
+from vdx.models.mixers.context import MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.mixers.time_attention import MAX_RELATIVE_DISTANCE
+from vdx.models.positions import rope_table
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 GRID, WIDTH, HEADS = (3, 2, 4), 24, 2
@@ -206,10 +208,10 @@ def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("across", CONTEXTS)
-def test_however_its_tokens_meet_on_eight_devices(across, mixer, quick):
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_however_its_tokens_meet_on_eight_devices(context, mixer, quick):
     """As above, with kernels that XLA cannot split, and keys that travel."""
-    on_eight_devices(mixer, "full", quick, attention="blockwise", across=across)
+    on_eight_devices(mixer, "full", quick, attention="blockwise", context_parallel=context)
 
 
 @pytest.mark.parametrize("grid", [(128, 2, 2), (2, 12, 12)])

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from vdx.config.build import ConfigError
 from vdx.models.attention.layers import encoder_layers
-from vdx.models.layers import low_frequencies
+from vdx.models.patches import low_frequencies
 from vdx.types import Array, Float
 
 

@@ -17,9 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from vdx.config.build import build, lookup
 from vdx.models.attention.backends import attend
 from vdx.models.image_blocks import GroupNorm, ImageResidual, split_space
-from vdx.models.layers import MLP, LayerNorm, rope_table, sinusoidal
-from vdx.models.mixers.grid_attention import MIXERS, MixContext
-from vdx.models.transformer import REMAT
+from vdx.models.layers import MLP, LayerNorm
+from vdx.models.mixers.context import MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.positions import rope_table, sinusoidal
+from vdx.models.remat import REMAT
 from vdx.models.unet.temporal import Temporal
 from vdx.parallel import constrain
 from vdx.types import Array, Bool, DTypeLike, Float

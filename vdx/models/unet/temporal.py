@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vdx.config.build import build, lookup
-from vdx.models.mixers.grid_attention import MIXERS
+from vdx.models.mixers.table import MIXERS
 
 
 @dataclasses.dataclass(frozen=True)

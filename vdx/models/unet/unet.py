@@ -16,7 +16,7 @@ from einops import rearrange
 from vdx.config.build import ConfigError, lookup
 from vdx.flops import traced
 from vdx.models.image_blocks import GroupNorm, upsample_nearest
-from vdx.models.transformer import REMAT
+from vdx.models.remat import REMAT
 from vdx.models.unet.blocks import BlockConfig, layer_class
 from vdx.models.unet.controlnet import CONTROLS, ControlNet
 from vdx.models.unet.encoder import Conditions, Encoded, Encoder

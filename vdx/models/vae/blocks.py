@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.models.attention.backends import attend
+from vdx.models.convolution import convolve
 from vdx.models.image_blocks import down_conv, split_space, upsample_nearest
 from vdx.models.layers import RMSNorm
-from vdx.models.mixers.conv import convolve
 from vdx.types import Array, DTypeLike, Float
 
 # Wan divides by max(|x|, 1e-12) over the channels; with this its norm is our RMSNorm.
