@@ -13,8 +13,8 @@ from vdx.interop.image_vae import dense_rows, fields_of_class
 from vdx.interop.keymap import CONV, Layout, Row, patches
 from vdx.models.vae.video_vae import VideoVAE
 
-# Configs of the pretrained VAEs, for files that come without one. "wan2.1" has the default fields; the
-# statistics of the latents, one number a channel, are those of the Wan team's code.
+# Configs of the pretrained VAEs, for files that come without one. "wan2.1" has the default fields.
+# The statistics of the latents, one number per channel, are those of the Wan team's code.
 # fmt: off
 VIDEO_VAES: dict[str, dict[str, Any]] = {
     "wan2.1": {
