@@ -16,9 +16,11 @@ from vdx.experiment import Experiment, load, open_params, open_trained
 from vdx.files import read_rows
 from vdx.generate.pipeline import Sampling
 from vdx.interop.keymap import WeightsError
-from vdx.interop.load import export_plan, save_folder
 from vdx.interop.lora import open_lora, write_lora
-from vdx.interop.wan import load_wan, wan_config, wan_transformer_rows
+from vdx.interop.save import export_plan, save_folder
+from vdx.interop.wan import load_wan
+from vdx.interop.wan_config import wan_config
+from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.adapters.lora import Adapted, adapt
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.checksum import fingerprints

@@ -28,8 +28,8 @@ from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator, Sampling
-from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
+from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
 from vdx.models.adapters.trainable import Trainable, overlaid

@@ -14,15 +14,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vdx.interop.keymap import CONV, LINEAR, Row, WeightsError, gather
-from vdx.interop.load import (
-    abstract_params,
-    export_plan,
-    load_params,
-    open_weights,
-    save_folder,
-)
-from vdx.interop.safetensors import DTYPES, StoredArray, read_header, write
-from vdx.interop.wan import halves
+from vdx.interop.load import abstract_params, load_params, open_weights
+from vdx.interop.safetensors import DTYPES, read_header, write
+from vdx.interop.save import export_plan, save_folder
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.wan_keys import halves
 from vdx.parallel import MeshSpec
 
 RNG = np.random.default_rng(0)
@@ -311,7 +307,7 @@ STREAM = textwrap.dedent("""
     import jax, jax.numpy as jnp, numpy as np
     from vdx.interop.keymap import LINEAR, Row
     from vdx.interop.load import abstract_params, load_params, open_weights
-    from vdx.interop.wan import halves
+    from vdx.interop.wan_keys import halves
     from vdx.parallel import MeshSpec
 
     path, layers, names = sys.argv[1], 16, {"q": (5792, 5792), "up": (11584, 2896),

@@ -15,7 +15,8 @@ from vdx.files import read_json, write_json
 from vdx.generate.pretrained_request import check, complete, recommended, shape_for
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import open_pretrained
-from vdx.interop.safetensors import StoredArray, read_header, write
+from vdx.interop.safetensors import read_header, write
+from vdx.interop.stored_array import StoredArray
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

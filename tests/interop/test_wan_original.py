@@ -14,7 +14,7 @@ from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError
 from vdx.interop.load import open_weights
 from vdx.interop.pretrained import open_pretrained
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.vae import VIDEO_VAES
 from vdx.interop.wan_original import umt5_config, vae_config
 from vdx.parallel import MeshSpec

@@ -15,7 +15,7 @@ from vdx.experiment import Experiment
 from vdx.interop import latte
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.latte import is_latte, latte_denoiser, latte_rows, load_latte
-from vdx.interop.load import export_plan
+from vdx.interop.save import export_plan
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import layer_norm, plane_table, sincos_table

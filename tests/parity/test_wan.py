@@ -12,18 +12,13 @@ import numpy as np
 import pytest
 
 from vdx.interop.keymap import WeightsError, export
-from vdx.interop.load import abstract_params, export_plan, load_params, save_folder
-from vdx.interop.safetensors import StoredArray, write
-from vdx.interop.wan import (
-    IN_BLOCKS,
-    OUTSIDE,
-    SKYREELS,
-    load_wan,
-    open_wan,
-    wan_config,
-    wan_from_config,
-    wan_transformer_rows,
-)
+from vdx.interop.load import abstract_params, load_params
+from vdx.interop.safetensors import write
+from vdx.interop.save import export_plan, save_folder
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.wan import load_wan, open_wan
+from vdx.interop.wan_config import SKYREELS, wan_config, wan_from_config
+from vdx.interop.wan_keys import IN_BLOCKS, OUTSIDE, wan_transformer_rows
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import RMSNorm, layer_norm, rope_table

@@ -25,17 +25,13 @@ from vdx.interop.encoders import (
     t5_rows,
 )
 from vdx.interop.keymap import KEEP, Layout, Row, assign, flat, naming
-from vdx.interop.load import (
-    abstract_params,
-    laid_out,
-    load_params,
-    match,
-    open_weights,
-    write_parts,
-)
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.load import abstract_params, laid_out, load_params, match, open_weights
+from vdx.interop.save import write_parts
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.vae import video_vae_from_config, video_vae_rows
-from vdx.interop.wan import open_wan, wan_from_config, wan_transformer_rows
+from vdx.interop.wan import open_wan
+from vdx.interop.wan_config import wan_from_config
+from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 

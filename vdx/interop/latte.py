@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
-from vdx.interop.wan import load_wan
 from vdx.models.conditioning.signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
@@ -149,19 +148,6 @@ def is_latte(path: str | Path) -> bool:
     """Whether a file or folder of weights is of a Latte transformer. Reads headers only; raises
     WeightsError as `open_weights`."""
     return any(key.startswith(BLOCKS[1][0]) for key in open_weights(path))
-
-
-def load_transformer(
-    path: str | Path,
-    model: Denoiser,
-    mesh: Mesh,
-    dtype: str = "float32",
-    trained: str | None = None,
-) -> Params:
-    """As `load_latte` or `vdx.interop.wan.load_wan`, whichever the weights are of."""
-    if not isinstance(path, str | Path):
-        raise WeightsError(f"{path}: a transformer lies in one file or folder.")
-    return (load_latte if is_latte(path) else load_wan)(path, model, mesh, dtype, trained)
 
 
 def load_latte(

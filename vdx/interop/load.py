@@ -4,12 +4,10 @@ What is wrong with a file or a folder is said from the headers, before an array 
 never holds the model: at most the shares of one parameter that lie on its own devices.
 """
 
-import itertools
-import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,20 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from vdx.files import read_json, write_json
+from vdx.files import read_json
 from vdx.interop.keymap import (
     Place,
     Row,
     WeightsError,
     absent,
     assign,
-    export,
     flat,
     listed,
     place_of,
 )
 from vdx.interop.pth import read_pth
-from vdx.interop.safetensors import StoredArray, read_header, write
+from vdx.interop.safetensors import read_header
+from vdx.interop.stored_array import StoredArray
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
@@ -258,76 +256,3 @@ def _load(leaf, parts: Sequence[tuple[StoredArray, Place]]) -> jax.Array:
             elif ends[0][0] <= place.index < ends[0][1]:
                 share[place.index - ends[0][0]] = value[within[1:]]
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shares[bounds(index)])
-
-
-def save_folder(
-    params: Params,
-    rows: Sequence[Row],
-    config: Mapping[str, Any],
-    path: str | Path,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """A folder in the layout of diffusers: `config.json` and the weights, in parts of at most
-    `max_shard_bytes` (or of one array) with an index if they are larger than that.
-
-    Raises WeightsError for a folder that is not empty and for parameters without a row.
-    """
-    empty_folder(path)
-    write_parts(
-        path,
-        "diffusion_pytorch_model",
-        export_plan(params, rows),
-        export(params, rows),
-        max_shard_bytes,
-    )
-    write_json(Path(path) / "config.json", config)
-
-
-def empty_folder(path: str | Path) -> None:
-    """Raises WeightsError for a folder that is not empty."""
-    if Path(path).exists() and any(Path(path).iterdir()):
-        raise WeightsError(f"{path} is not empty. Name a new folder, so that no old part stays.")
-
-
-def write_parts(
-    path: str | Path,
-    stem: str,
-    plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """`stem`.safetensors in a folder, or parts of it with an index; the arrays come one by one,
-    in the order of the plan (key -> shape, dtype)."""
-    path, arrays = Path(path), iter(arrays)
-    parts: list[dict] = [{}]
-    size = total = 0
-    for key, (shape, dtype) in plan.items():
-        bytes_ = math.prod(shape) * dtype.itemsize
-        if parts[-1] and size + bytes_ > max_shard_bytes:
-            parts.append({})
-            size = 0
-        parts[-1][key] = shape, dtype
-        size, total = size + bytes_, total + bytes_
-    names = (
-        [f"{stem}.safetensors"]
-        if len(parts) == 1
-        else [f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-    )
-    for name, part in zip(names, parts, strict=True):
-        write(path / name, part, itertools.islice(arrays, len(part)))
-    if len(parts) > 1:
-        write_json(
-            path / f"{stem}.safetensors.index.json",
-            {
-                "metadata": {"total_size": total},
-                "weight_map": {
-                    key: name for name, part in zip(names, parts, strict=True) for key in part
-                },
-            },
-        )
-
-
-def export_plan(params: Params, rows: Sequence[Row]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """key -> (shape, dtype) of what `export` gives, in its order, without an array."""
-    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), params)
-    return {key: (value.shape, value.dtype) for key, value in export(empty, rows)}

@@ -26,9 +26,11 @@ from flax.traverse_util import unflatten_dict
 from vdx.config.build import lookup
 from vdx.files import read_json
 from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, place_of
-from vdx.interop.load import export_plan, open_weights
-from vdx.interop.safetensors import StoredArray, read_file, write
-from vdx.interop.wan import original_name, wan_transformer_rows
+from vdx.interop.load import open_weights
+from vdx.interop.safetensors import read_file, write
+from vdx.interop.save import export_plan
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params

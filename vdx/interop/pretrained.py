@@ -18,54 +18,15 @@ from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
 from vdx.interop.components import COMPONENTS, Component, open_component
+from vdx.interop.image_processor import _alike, processor
 from vdx.interop.keymap import WeightsError, listed
-from vdx.interop.load import empty_folder
-from vdx.interop.safetensors import StoredArray
-from vdx.models.encoders.clip import MEAN, STD
+from vdx.interop.save import empty_folder
+from vdx.interop.schedulers import SCHEDULERS
+from vdx.interop.stored_array import StoredArray
 
 VACE = "WanVACEPipeline"
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE)
 INDEX = "model_index.json"
-# Scheduler of diffusers: (our sampler, its grid, its name for the shift, what ours takes for
-# granted).
-_MULTISTEP = {
-    "solver_order": 2,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "num_train_timesteps": 1000,
-}
-SCHEDULERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "UniPCMultistepScheduler": (
-        "unipc",
-        "diffusers_unipc",
-        "flow_shift",
-        {**_MULTISTEP, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
-    ),
-    "DPMSolverMultistepScheduler": (
-        "dpmpp_2m",
-        "diffusers_dpmpp",
-        "flow_shift",
-        {**_MULTISTEP, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
-    ),
-    "FlowMatchEulerDiscreteScheduler": (
-        "euler",
-        "diffusers_euler",
-        "shift",
-        {
-            "use_dynamic_shifting": False,
-            "shift_terminal": None,
-            "stochastic_sampling": False,
-            "invert_sigmas": False,
-            "use_karras_sigmas": False,
-            "use_exponential_sigmas": False,
-            "use_beta_sigmas": False,
-            "num_train_timesteps": 1000,
-        },
-    ),
-}
 EXPERTS = ("transformer", "transformer_2")  # of high and of low noise, or of all
 SAMPLE = 1024  # bytes looked at in the beginning, middle and end of every array
 
@@ -201,24 +162,6 @@ def _of(folder: Path) -> Iterator[None]:
         raise WeightsError(f"{folder}: {error}") from error
 
 
-def processor(size: int) -> dict[str, Any]:
-    """The preprocessor_config.json of what vdx.models.encoders.clip.preprocess does."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN.astype(float).round(8).tolist(),
-        "image_std": STD.astype(float).round(8).tolist(),
-    }
-
-
 def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel:
     """The model in a folder of diffusers or of vdx.convert. dtype: see PublicModel.
 
@@ -327,13 +270,3 @@ def _check(model: PretrainedModel) -> None:
         ]
     if problems:
         raise WeightsError(listed(f"{model.path} is not a model that vdx draws from:", problems))
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(b, float):
-        return abs(a - b) < 1e-6
-    if isinstance(b, dict) and not isinstance(a, dict):  # of older files
-        return set(b.values()) == {a}
-    if isinstance(b, list):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    return a == b

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from vdx.interop.keymap import WeightsError
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.stored_array import StoredArray
 
 STORAGES = {
     f"{name}Storage": np.dtype(dtype)

@@ -28,15 +28,9 @@ from vdx.interop.keymap import (
     patches,
     place_of,
 )
-from vdx.interop.load import (
-    abstract_params,
-    empty_folder,
-    export_plan,
-    load_params,
-    open_weights,
-    write_parts,
-)
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.load import abstract_params, load_params, open_weights
+from vdx.interop.save import empty_folder, export_plan, write_parts
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,

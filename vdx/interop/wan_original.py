@@ -17,7 +17,7 @@ from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
 from vdx.interop.pretrained import VACE, PretrainedModel, assemble
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.vae import VIDEO_VAES
 
 # part: where it may lie in the folder, relative patterns
