@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CODE = """
 import jax, jax.numpy as jnp
-from vdx.compilation_cache import keep_compiled
-keep_compiled()
+from vdx.compilation_cache import enable_compilation_cache
+enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.split("/")[-1]))

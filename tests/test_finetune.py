@@ -264,7 +264,7 @@ def test_captions_are_not_dropped_for_nothing(place, mesh, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("model.backbone.heads=4", r"\(48, 2, 4, .*'full'.*\), but the weights have \(48, 2, 2"),
+        ("model.backbone.heads=4", r"config\.model\.backbone: heads = 4, but the weights have 2$"),
         ("model.backbone.mlp_ratio=3.0", "hidden features = 144, but the weights have 96"),
         ("model.backbone.rope_theta=100.0", r"rope_theta = 100.0, but the weights have 10000.0"),
         ("model.signals.embeddings.length=None", "length = None, not 512"),

@@ -133,7 +133,7 @@ class Sections:
 
     What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
     a run whose state and place in the data it takes over; `init`, a run whose averaged weights
-    it takes; `weights`, a public network (a file or folder that vdx.interop.wan, latte or unet
+    it takes; `weights`, a public network (a file or folder that vdx.interop.transformer or unet
     reads, or several that are parts of one U-Net), or again a run; new weights. Runs are named by a
     workdir, or one step of it: runs/a/checkpoints/500.
 

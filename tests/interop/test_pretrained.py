@@ -104,13 +104,13 @@ def spoilt(path: Path, name: str) -> None:
         ("no index", r"has no model_index.json.*vdx.convert.*There are: scheduler, text_encoder"),
         (
             "another pipeline",
-            "is a WanAnimatePipeline; vdx draws from WanPipeline, WanImageToVideo",
+            "is a WanAnimatePipeline; vdx generates with WanPipeline, WanImageToVideo",
         ),
         ("no control", "control blocks in the transformer go with a WanVACEPipeline"),
         ("parts missing", r"(?s)lacks folders that a WanPipeline needs.*\n  vae\n  tokenizer$"),
         ("a file cut off", r"transformer/.*safetensors is cut off.*Download it again"),
         ("one expert", "boundary_ratio = None goes with a transformer_2"),
-        ("another vae", "the transformer draws 4 channels, the VAE has 5"),
+        ("another vae", "the transformer predicts 4 channels, the VAE has 5"),
         ("another text encoder", "the transformer reads features of another text_encoder"),
     ],
 )

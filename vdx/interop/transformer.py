@@ -1,4 +1,4 @@
-"""Pretrained transformers, whichever family they are of."""
+"""Pretrained transformers, from any of the families that vdx reads."""
 
 from pathlib import Path
 
@@ -18,7 +18,11 @@ def load_transformer(
     dtype: str = "float32",
     trained: str | None = None,
 ) -> Params:
-    """As `load_latte` or `vdx.interop.wan.load_wan`, whichever the weights are of."""
+    """Return the parameters of `model` from the weights of a Latte or Wan transformer.
+
+    See `load_latte` and `vdx.interop.wan.load_wan`.
+    """
     if not isinstance(path, str | Path):
-        raise WeightsError(f"{path}: a transformer lies in one file or folder.")
-    return (load_latte if is_latte(path) else load_wan)(path, model, mesh, dtype, trained)
+        raise WeightsError(f"{path}: give one file or folder; a transformer has no other parts.")
+    load = load_latte if is_latte(path) else load_wan
+    return load(path, model, mesh, dtype, trained)

@@ -1,11 +1,8 @@
-"""Wan 2.1, 2.2 and VACE, and what is trained from them to make clips block by block (SkyReels-V2,
-CausVid, Self-Forcing): their configurations and their weights as those of our transformer.
+"""Wan transformers in files: opened, checked, and loaded into our transformer.
 
-References: `WanTransformer3DModel`, `WanVACETransformer3DModel` and `SkyReelsV2Transformer3DModel`
-of diffusers, and the original repositories Wan-Video/Wan2.1 and Wan2.2, whose files (ComfyUI's,
-CausVid's and Self-Forcing's too) name the same arrays in another way. One table holds all three
-names of every layer: the original's become those of diffusers when a file is opened, and those
-ours by rows.
+Wan 2.1, 2.2 and VACE, and models trained from them to generate clips block by block: SkyReels-V2,
+CausVid, Self-Forcing. The files may have the layout of diffusers, of the original repositories
+Wan-Video/Wan2.1 and Wan2.2, or of ComfyUI.
 """
 
 import dataclasses
@@ -23,46 +20,46 @@ from vdx.interop.wan_keys import diffusers_names, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
-HEAD_WIDTH = 128  # of every public model
-# What the weights do not tell.
+HEAD_WIDTH = 128  # of every published model
+# Fields of a config on which no array depends.
 UNSEEN = {"_class_name", "rope_max_seq_len", "vace_layers", *FIXED}
 
 
 @dataclasses.dataclass(frozen=True)
 class Wan:
-    """A Wan transformer in files: `config` as diffusers has it, `source` for load_params, and
-    the fields of the Denoiser that it is."""
+    """A Wan transformer in files."""
 
-    config: dict[str, Any]
-    source: dict[str, StoredArray]
-    backbone: dict[str, Any]
-    signals: dict[str, Any]
+    config: dict[str, Any]  # the config.json of diffusers
+    source: dict[str, StoredArray]  # its arrays by the keys of diffusers, for load_params
+    backbone: dict[str, Any]  # a field of the Denoiser that it is
+    signals: dict[str, Any]  # the other one
 
 
 def open_wan(path: str | Path) -> Wan:
-    """The Wan transformer in a file or folder, in the layout of diffusers, of the original
-    repositories or of ComfyUI. Reads headers only.
+    """Open the Wan transformer in a file or folder, in any of its layouts.
 
-    Raises WeightsError for what is not one, and for a `config.json` that disagrees with the
-    weights.
+    Reads headers only. Raises WeightsError for arrays of another network, and for a `config.json` that disagrees with
+    the weights.
     """
     source = diffusers_names(open_weights(path))
-    given = Path(path) / "config.json"
-    said = read_json(given) if given.exists() else {}
-    if "attention_head_dim" not in said:  # the original's config has other names
-        said = {}
-    config = wan_config(
-        {key: stored.shape for key, stored in source.items()},
-        said.get("attention_head_dim", HEAD_WIDTH),
-    )
+    config_file = Path(path) / "config.json"
+    given = read_json(config_file) if config_file.exists() else {}
+    if "attention_head_dim" not in given:  # the original's config has other names
+        given = {}
+
+    shapes = {key: stored.shape for key, stored in source.items()}
+    found = wan_config(shapes, given.get("attention_head_dim", HEAD_WIDTH))
     wrong = [
-        f"{key} = {said[key]!r}, but the weights have {value!r}"
-        for key, value in config.items()
-        if key in said and said[key] != value and key not in UNSEEN
+        f"{key} = {given[key]!r}, but the weights have {value!r}"
+        for key, value in found.items()
+        if key in given and given[key] != value and key not in UNSEEN
     ]
     if wrong:
-        raise WeightsError(listed(f"{given} disagrees with the weights beside it:", wrong))
-    return Wan(config | said, source, *wan_from_config(config | said))
+        raise WeightsError(listed(f"{config_file} disagrees with the weights next to it:", wrong))
+
+    config = found | given
+    backbone, signals = wan_from_config(config)
+    return Wan(config, source, backbone, signals)
 
 
 def load_wan(
@@ -72,21 +69,13 @@ def load_wan(
     dtype: str = "float32",
     trained: str | None = None,
 ) -> Params:
-    """The parameters of `model` from a Wan transformer in a file or folder, on the mesh.
+    """Return the parameters of `model` from a Wan transformer, on the mesh.
 
-    dtype, trained: as of `load_model`. `null`, the dropped text, is zero: no file has it. The
-    blocks of the model's pattern may be others than theirs, or none: weights know nothing of them.
-    Raises
-    WeightsError for files as `open_wan`, and for a model that is another network than theirs.
+    path: a file or folder. dtype, trained: see `load_model`, also for a model that attends blockwise. `null`, the dropped
+    text, is zero: no file has it. Raises WeightsError for files as `open_wan` does, and for a model
+    that is another network than theirs.
     """
     wan = open_wan(path)
-    return load_model(
-        model,
-        Denoiser(wan.backbone, wan.signals),
-        wan.source,
-        wan_transformer_rows(model),
-        path,
-        mesh,
-        dtype,
-        trained,
-    )
+    theirs = Denoiser(wan.backbone, wan.signals)
+    rows = wan_transformer_rows(model)
+    return load_model(model, theirs, wan.source, rows, path, mesh, dtype, trained)

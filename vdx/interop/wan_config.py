@@ -1,56 +1,82 @@
-"""Configs of Wan transformers: of diffusers, from the shapes of arrays, and ours."""
+"""Configs of Wan transformers: of diffusers from arrays, and of our Denoiser.
+
+References: `WanTransformer3DModel`, `WanVACETransformer3DModel` and `SkyReelsV2Transformer3DModel`
+of diffusers.
+"""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from vdx.interop.keymap import WeightsError, listed
 
-# Of diffusers. Without and with control, and SkyReels'; what no public model has another value for.
-CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+WAN = "WanTransformer3DModel"
+VACE = "WanVACETransformer3DModel"  # with control blocks
 SKYREELS = "SkyReelsV2Transformer3DModel"
+# Fields that have these values in every published model.
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6}
+SIZES = (
+    "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "ffn_dim",
+    "num_layers",
+)
+TEXT_LENGTH = 512  # tokens, to which every Wan pads its text with zeros
+
+# Keys of diffusers whose shapes give the sizes.
+PATCH_KEY = "patch_embedding.weight"
+OUT_KEY = "proj_out.weight"
+TEXT_KEY = "condition_embedder.text_embedder.linear_1.weight"
+TIME_KEY = "condition_embedder.time_embedder.linear_1.weight"
+MLP_KEY = "blocks.0.ffn.net.0.proj.weight"
+IMAGE_KEY = "condition_embedder.image_embedder.norm1.weight"
+POSITIONS_KEY = "condition_embedder.image_embedder.pos_embed"
+CONTROL_KEY = "vace_patch_embedding.weight"
+RATE_KEY = "fps_embedding.weight"
+
+
+class DenoiserFields(NamedTuple):
+    """The fields of a Denoiser."""
+
+    backbone: dict[str, Any]
+    signals: dict[str, Any]
 
 
 def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str, Any]:
-    """The `config.json` of diffusers for arrays of these names and shapes, which do not tell the
-    width of a head.
+    """Return the `config.json` of diffusers for arrays of these names and shapes.
 
-    Raises WeightsError for arrays that are not of a Wan transformer.
+    No shape depends on the width of a head. Raises WeightsError for arrays that are not of a Wan
+    transformer.
     """
-    at = "condition_embedder"
-    patch_key, out_key, text_key, time_key, mlp_key = needed = (
-        "patch_embedding.weight",
-        "proj_out.weight",
-        f"{at}.text_embedder.linear_1.weight",
-        f"{at}.time_embedder.linear_1.weight",
-        "blocks.0.ffn.net.0.proj.weight",
-    )
-    if missing := [key for key in needed if key not in shapes]:
-        raise WeightsError(
-            listed(
-                "These are not the weights of a Wan transformer. They begin with "
-                f"{', '.join(list(shapes)[:3])} and lack:",
-                missing,
-            )
-        )
-    (width, channels, *patch), depth = shapes[patch_key], _count(shapes, "blocks")
+    needed = (PATCH_KEY, OUT_KEY, TEXT_KEY, TIME_KEY, MLP_KEY)
+    missing = [key for key in needed if key not in shapes]
+    if missing:
+        first = ", ".join(list(shapes)[:3])
+        head = f"These are not the weights of a Wan transformer. They begin with {first} and lack:"
+        raise WeightsError(listed(head, missing))
+
+    width, channels, *patch = shapes[PATCH_KEY]
     if width % head_width:
         raise WeightsError(
-            f"The weights are {width} wide, which is no number of heads of "
-            f"{head_width}: attention_head_dim is another."
+            f"The weights are {width} wide, which is no number of heads of {head_width}: "
+            "set attention_head_dim in a config.json next to them."
         )
+    depth = _num_layers(shapes, "blocks")
     config: dict[str, Any] = {
-        "_class_name": CLASSES[0],
+        "_class_name": WAN,
         "patch_size": patch,
         "num_attention_heads": width // head_width,
         "attention_head_dim": head_width,
         "in_channels": channels,
-        "out_channels": shapes[out_key][0] // math.prod(patch),
-        "text_dim": shapes[text_key][1],
-        "freq_dim": shapes[time_key][1],
-        "ffn_dim": shapes[mlp_key][0],
+        "out_channels": shapes[OUT_KEY][0] // math.prod(patch),
+        "text_dim": shapes[TEXT_KEY][1],
+        "freq_dim": shapes[TIME_KEY][1],
+        "ffn_dim": shapes[MLP_KEY][0],
         "num_layers": depth,
         **FIXED,
         "rope_max_seq_len": 1024,
@@ -58,93 +84,118 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
     }
-    if f"{at}.image_embedder.norm1.weight" in shapes:
-        config |= {
-            "image_dim": shapes[f"{at}.image_embedder.norm1.weight"][0],
-            "added_kv_proj_dim": width,
-        }
-    if f"{at}.image_embedder.pos_embed" in shapes:
-        config["pos_embed_seq_len"] = shapes[f"{at}.image_embedder.pos_embed"][1]
-    if "vace_patch_embedding.weight" in shapes:
-        controls = _count(shapes, "vace_blocks")
-        config |= {
-            "_class_name": CLASSES[1],
-            "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
-            "vace_layers": list(range(0, depth, -(-depth // controls))),
-        }
-    if "fps_embedding.weight" in shapes:
-        config |= {"_class_name": SKYREELS, "inject_sample_info": True}
+    if IMAGE_KEY in shapes:
+        config["image_dim"] = shapes[IMAGE_KEY][0]
+        config["added_kv_proj_dim"] = width
+    if POSITIONS_KEY in shapes:
+        config["pos_embed_seq_len"] = shapes[POSITIONS_KEY][1]
+    if CONTROL_KEY in shapes:
+        config["_class_name"] = VACE
+        config["vace_in_channels"] = shapes[CONTROL_KEY][1]
+        config["vace_layers"] = _spaced(depth, _num_layers(shapes, "vace_blocks"))
+    if RATE_KEY in shapes:
+        config["_class_name"] = SKYREELS
+        config["inject_sample_info"] = True
     return config
 
 
-def _count(shapes: Mapping[str, Any], stack: str) -> int:
-    return 1 + max(int(m[1]) for key in shapes if (m := re.match(rf"{stack}\.(\d+)\.", key)))
+def _num_layers(keys: Iterable[str], stack: str) -> int:
+    """Return the number of layers in a stack of keys such as "blocks.3.norm2.weight"."""
+    matches = [re.match(rf"{stack}\.(\d+)\.", key) for key in keys]
+    return 1 + max(int(match[1]) for match in matches if match)
 
 
-def wan_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(backbone, signals) of a Denoiser for a `config.json` of diffusers.
+def _spaced(depth: int, count: int) -> list[int]:
+    """Return the layers, evenly spaced, to which `count` control blocks add hints."""
+    return list(range(0, depth, _period(depth, count)))
 
-    Raises WeightsError that lists what is missing and what our transformer cannot be.
+
+def _period(depth: int, count: int) -> int:
+    """Return the layers between two control blocks, rounded up."""
+    return -(-depth // count)
+
+
+def wan_from_config(config: Mapping[str, Any]) -> DenoiserFields:
+    """Return the fields of a Denoiser for a `config.json` of diffusers.
+
+    Raises WeightsError that lists what is missing, and what our transformer does not support.
     """
-    get = config.get
-    sizes = (
-        "patch_size",
-        "num_attention_heads",
-        "attention_head_dim",
-        "in_channels",
-        "out_channels",
-        "text_dim",
-        "ffn_dim",
-        "num_layers",
-    )
-    problems = [f"{key}: is missing" for key in sizes if get(key) is None]
+    missing = [f"{key}: is missing" for key in SIZES if config.get(key) is None]
+    if missing:
+        raise WeightsError(listed("This is not the config of a Wan transformer:", missing))
+    problems = _unsupported(config)
     if problems:
-        raise WeightsError(listed("This is not the config of a Wan transformer:", problems))
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    depth, extra = config["num_layers"], config["in_channels"] - config["out_channels"]
-    controls = get("vace_layers") or ()
-    every = -(-depth // len(controls)) if controls else 1
-    block = get("num_frame_per_block", 1)
-    wanted = {
-        "_class_name": SKYREELS if get("_class_name") == SKYREELS else CLASSES[bool(controls)],
-        "freq_dim": 256,
-        **FIXED,
-        "added_kv_proj_dim": width if get("image_dim") else None,
-    }
-    problems = [
-        f"{key} = {config[key]!r}, not {value!r}"
-        for key, value in wanted.items()
-        if key in config and config[key] != value
-    ]
-    if controls and (depth % every or list(controls) != list(range(0, depth, every))):
-        problems.append(
-            f"vace_layers = {list(controls)} are not evenly spaced from 0 over {depth} layers"
-        )
-    if extra < 0:
-        problems.append("in_channels is less than out_channels")
-    if problems:
-        raise WeightsError(listed("A Wan transformer that vdx does not have:", problems))
-    mixer = {"name": "full", "block": block} if block > 1 else "full"  # theirs is no mask for 1
+        raise WeightsError(listed("A Wan transformer that vdx does not support:", problems))
+
+    width = _width(config)
+    depth = config["num_layers"]
+    controls = config.get("vace_layers") or ()
+    period = _period(depth, len(controls)) if controls else 1
+    # In diffusers a block of one frame means no mask at all.
+    block = config.get("num_frame_per_block", 1)
+    mixer = {"name": "full", "block": block} if block > 1 else "full"
     backbone = {
         "name": "transformer",
         "channels": config["out_channels"],
         "patch": tuple(config["patch_size"]),
-        "pattern": (mixer,) * every,
+        "pattern": (mixer,) * period,
         "width": width,
         "depth": depth,
         "heads": config["num_attention_heads"],
         "mlp_ratio": config["ffn_dim"] / width,
     }
-    signals: dict[str, Any] = {"embeddings": {"features": config["text_dim"], "length": 512}}
-    if get("inject_sample_info"):
+    return DenoiserFields(backbone, _signals(config))
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """List what our transformer does not support."""
+    controls = list(config.get("vace_layers") or ())
+    class_name = VACE if controls else WAN
+    if config.get("_class_name") == SKYREELS:
+        class_name = SKYREELS
+    supported = {
+        "_class_name": class_name,
+        "freq_dim": 256,
+        **FIXED,
+        "added_kv_proj_dim": _width(config) if config.get("image_dim") else None,
+    }
+    problems = [
+        f"{key} = {config[key]!r}, not {value!r}"
+        for key, value in supported.items()
+        if key in config and config[key] != value
+    ]
+
+    depth = config["num_layers"]
+    if controls:
+        uneven = depth % _period(depth, len(controls)) != 0
+        if uneven or controls != _spaced(depth, len(controls)):
+            problems.append(
+                f"vace_layers = {controls} are not evenly spaced from 0 over {depth} layers"
+            )
+    if config["in_channels"] < config["out_channels"]:
+        problems.append("in_channels is less than out_channels")
+    return problems
+
+
+def _signals(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the conditioning signals of a Wan transformer."""
+    signals: dict[str, Any] = {
+        "embeddings": {"features": config["text_dim"], "length": TEXT_LENGTH}
+    }
+    if config.get("inject_sample_info"):
         signals["fps_class"] = {}
-    if extra:
-        signals["concat"] = {"channels": extra}
-    if get("image_dim"):
+    concat_channels = config["in_channels"] - config["out_channels"]
+    if concat_channels:
+        signals["concat"] = {"channels": concat_channels}
+    if config.get("image_dim"):
         signals["image_tokens"] = {
             "features": config["image_dim"],
-            "positions": get("pos_embed_seq_len") or 0,
+            "positions": config.get("pos_embed_seq_len") or 0,
         }
-    if controls:
+    if config.get("vace_layers"):
         signals["control"] = {"channels": config["vace_in_channels"]}
-    return backbone, signals
+    return signals
