@@ -119,7 +119,7 @@ def test_a_file_that_is_cut_off(file, keep):
     file.write_bytes(content[:-1])
     with pytest.raises(
         WeightsError,
-        match=rf"has {len(content) - 1:,} bytes, and its header says "
+        match=rf"has {len(content) - 1:,} bytes, and its header requires "
         rf"{len(content):,}\. Download it again",
     ):
         open_weights(file)

@@ -79,7 +79,8 @@ class Component:
     def save(self, folder: Path, own: bool) -> None:
         """Write the network to a folder, one array at a time.
 
-        The dtypes are those of the files. own: in vdx's layout, not in that of diffusers or transformers.
+        The dtypes are those of the files. own: in vdx's layout, not in that of diffusers or
+        transformers.
         """
         outputs = list(self._outputs(own))
         plan = {
@@ -142,6 +143,8 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
     or it follows from the arrays.
     """
     source = open_weights(path)
+
+    # The config and, for keys in another layout, the names of diffusers.
     if is_own(source):
         config = config or read_json(path / "config.json")
         backbone, signals = wan_from_config(config)
@@ -152,6 +155,7 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
         backbone = wan.backbone
         signals = wan.signals
 
+    # The network. Its rows lead from the names of diffusers.
     module = Denoiser({**backbone, "dtype": dtype}, signals)
     shapes = jax.eval_shape(module.new_params, jax.random.key(0))
     rows = tuple(wan_transformer_rows(module))
@@ -219,10 +223,11 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
     config = config or read_json(path / "config.json")
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
-    shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))
+    shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel
+
     library_rows = video_vae_rows(module)
-    original = "conv1.weight" in source
-    rows = video_vae_rows(module, original=True) if original else library_rows
+    # The original's keys differ from those of diffusers.
+    rows = video_vae_rows(module, original="conv1.weight" in source)
     return Component(
         config=config,
         source=source,
@@ -266,4 +271,6 @@ def open_component(
     another network.
     """
     kind = COMPONENTS[name]
-    return kind.open(Path(path), config, "float32" if kind.always_float32 else dtype)
+    if kind.always_float32:
+        dtype = "float32"
+    return kind.open(Path(path), config, dtype)

@@ -1,4 +1,4 @@
-"""Tables between keys of pretrained weights and our parameters, for both directions.
+"""Tables between keys of pretrained weights and our parameters, read both ways.
 
 A row is `Row("blocks.{i}.attn1.to_q.weight", "layers/block_0/full/q/kernel[{i}]", LINEAR)`. Names
 in braces stand for numbers and appear on both sides. `[{i}]` is an index along the first axis of a
@@ -32,6 +32,7 @@ __all__ = [
     "listed",
     "patches",
     "slot_finder",
+    "slot_shape",
     "zero_paths",
 ]
 
@@ -103,11 +104,12 @@ class Match(NamedTuple):
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    # Every second part is the name in a pair of braces.
+    """Return a pattern in which {name} matches a number."""
     parts = re.split(r"\{(\w+)\}", template)
-    return re.compile(
-        "".join(f"(?P<{p}>\\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts))
-    )
+    # Every second part is the name in a pair of braces.
+    parts[::2] = [re.escape(text) for text in parts[::2]]
+    parts[1::2] = [rf"(?P<{name}>\d+)" for name in parts[1::2]]
+    return re.compile("".join(parts))
 
 
 def _row_finder(
@@ -118,8 +120,10 @@ def _row_finder(
     A model of a thousand arrays may have as many rows; rows without numbers are looked up in a
     dictionary.
     """
+    # By name, and by pattern, each with its position in the table.
     exact: dict[str, tuple[int, Row]] = {}
     patterns: list[tuple[int, Row, re.Pattern[str]]] = []
+
     for position, row in enumerate(rows):
         text = template(row)
         if text is None:
@@ -131,6 +135,7 @@ def _row_finder(
 
     def find(name: str) -> Match | None:
         position, row = exact.get(name, (len(rows), None))
+        # A pattern decides if it stands before the exact name.
         for earlier, other, pattern in patterns:
             if earlier < position and (found := pattern.fullmatch(name)):
                 return Match(other, found.groupdict())
@@ -149,7 +154,9 @@ def _slot(match: Match) -> Slot | None:
         return None
     name = match.row.path.format(**match.numbers)
     path, _, index = name.removesuffix("]").partition("[")
-    return Slot(path, int(index) if index else None, match.row.layout)
+    if not index:
+        return Slot(path, None, match.row.layout)
+    return Slot(path, int(index), match.row.layout)
 
 
 def slot_finder(rows: Sequence[Row]) -> Callable[[str], Slot | None]:
@@ -161,9 +168,17 @@ def slot_finder(rows: Sequence[Row]) -> Callable[[str], Slot | None]:
 
     def find(key: str) -> Slot | None:
         match = find_row(key)
-        return None if match is None else _slot(match)
+        if match is None:
+            return None
+        return _slot(match)
 
     return find
+
+
+def _layers(path: str, stack: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of the slots of a stacked parameter, one at a time."""
+    for index in range(stack.shape[0]):
+        yield f"{path}[{index}]", stack[index]
 
 
 def key_finder(rows: Sequence[Row]) -> Callable[[str], tuple[str, Layout] | None]:
@@ -202,6 +217,7 @@ def assign(keys: Iterable[str], abstract: Params, rows: Sequence[Row]) -> dict[s
     key_of: dict[str, str] = {}  # name of a slot -> the key that fills it
     problems = []
 
+    # Each key: does a row have it, and is its slot in the model and free?
     for key in keys:
         match = find(key)
         if match is None:
@@ -217,10 +233,12 @@ def assign(keys: Iterable[str], abstract: Params, rows: Sequence[Row]) -> dict[s
         slots[key] = slot
         key_of[slot.name] = key
 
+    # Each parameter: is all of it filled, or zero?
     zero = set(zero_paths(leaves, rows))
     for path, leaf in leaves.items():
         if path not in key_of and path not in zero:
             problems += _unfilled(path, leaf.shape, key_of)
+
     if problems:
         raise WeightsError(listed(DO_NOT_FIT, problems))
     return slots
@@ -240,13 +258,21 @@ def _misfit(slot: Slot, leaves: Mapping[str, Any], key_of: Mapping[str, str]) ->
 
 def _unfilled(path: str, shape: tuple[int, ...], key_of: Mapping[str, str]) -> list[str]:
     """List what no key fills of a parameter that no key fills as a whole."""
-    layers = range(shape[0]) if shape else range(1)
+    num_layers = shape[0] if shape else 1
+    layers = range(num_layers)
     missing = [i for i in layers if f"{path}[{i}]" not in key_of]
     if not missing:
         return []
     if len(missing) == len(layers):
         return [f"{path} {shape}: not in the file"]
     return [f"{path}: layers {missing} are not in the file"]
+
+
+def slot_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a slot of a parameter of this shape."""
+    if slot.index is None:
+        return shape
+    return shape[1:]  # one layer of the stack
 
 
 def gather(
@@ -261,18 +287,21 @@ def gather(
     leaves = flat(abstract)
     zero = zero_paths(leaves, rows)
     params = {path: np.zeros(leaves[path].shape, leaves[path].dtype) for path in zero}
+
+    # Every other parameter, whole or one layer of a stack at a time.
     problems = []
     for key, slot in assign(keys, abstract, rows).items():
         leaf = leaves[slot.path]
         value = slot.layout.ours(read(key))
-        shape = leaf.shape if slot.index is None else leaf.shape[1:]
-        if value.shape != shape:
-            problems.append(f"{key}: is {value.shape} for {slot.path} {shape}")
+        needed = slot_shape(slot, leaf.shape)
+        if value.shape != needed:
+            problems.append(f"{key}: is {value.shape} for {slot.path} {needed}")
         elif slot.index is None:
             params[slot.path] = np.asarray(value, leaf.dtype)
         else:
             stack = params.setdefault(slot.path, np.empty(leaf.shape, leaf.dtype))
             stack[slot.index] = value
+
     if problems:
         raise WeightsError(listed(DO_NOT_FIT, problems))
     return unflatten_dict(params, sep="/")
@@ -287,19 +316,20 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
     find = key_finder(rows)
     leaves = flat(params)
     for path in zero_paths(leaves, rows):
-        del leaves[path]
+        del leaves[path]  # the file has none
 
     problems = []
     for path, leaf in leaves.items():
+        # A stack has a row for each layer and none of its own.
         stacked = find(path) is None and leaf.shape
-        names = [f"{path}[{i}]" for i in range(leaf.shape[0])] if stacked else [path]
-        for index, name in enumerate(names):
+        for name, value in _layers(path, leaf) if stacked else [(path, leaf)]:
             found = find(name)
             if found is None:
                 problems.append(f"{path}: no row of the table")
                 break
             key, layout = found
-            yield key, layout.theirs(np.asarray(leaf[index] if stacked else leaf))
+            yield key, layout.theirs(np.asarray(value))
+
     if problems:
         raise WeightsError(listed("The file's layout has no place for these parameters:", problems))
 

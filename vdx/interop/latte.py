@@ -102,17 +102,25 @@ def latte_rows(model: Denoiser, variance: bool = True) -> list[Row]:
     """
     network = model.backbone
     _, rows, columns = network.patch
-    half = first_half(rows * columns) if variance else None
+    # The last layer.
+    kernel = LINEAR
+    bias = KEEP
+    if variance:
+        kernel = bias = first_half(rows * columns)
+
+    # Outside of the blocks.
     out = [
         Row("pos_embed.proj.weight", "network/patch/kernel", patches((rows, columns))),
         Row("pos_embed.proj.bias", "network/patch/bias"),
         Row("scale_shift_table", "network/table"),
-        Row("proj_out.weight", "network/unpatch/kernel", half or LINEAR),
-        Row(OUT_BIAS, "network/unpatch/bias", half or KEEP),
+        Row("proj_out.weight", "network/unpatch/kernel", kernel),
+        Row(OUT_BIAS, "network/unpatch/bias", bias),
         *_dense_rows(NETWORK, "", "network"),
         *_dense_rows(TEXT, "", "conditioning/embeddings"),
         Row("", NULL),
     ]
+
+    # The blocks, stacked by their position in the pattern.
     for position, stack in enumerate(STACKS):
         ours = f"network/layers/block_{position}"
         theirs = f"{stack.theirs}.{{i}}."
@@ -210,8 +218,9 @@ def load_latte(
 ) -> Params:
     """Return the parameters of `model` from a Latte transformer, on the mesh.
 
-    path: its folder of diffusers. dtype, trained: see `load_model`. Raises WeightsError for files as `open_weights` does, for a
-    `config.json` as `latte_denoiser` does, and for a model that is another network than theirs.
+    path: its folder of diffusers. dtype, trained: see `load_model`. Raises WeightsError for files
+    as `open_weights` does, for a `config.json` as `latte_denoiser` does, and for a model that is
+    another network than theirs.
     """
     config_file = Path(path) / "config.json"
     if not config_file.is_file():
@@ -219,6 +228,8 @@ def load_latte(
             f"{config_file} is not there: no array of Latte depends on the width of a head. "
             "Keep the config.json of its folder next to the weights."
         )
+
+    # Their network, for the comparison with `model`.
     source = open_weights(path)
     theirs = latte_denoiser(read_json(config_file))
     rows = latte_rows(model, _predicts_variance(source, theirs))

@@ -27,6 +27,7 @@ from vdx.interop.keymap import (
     flat,
     listed,
     slot_finder,
+    slot_shape,
     zero_paths,
 )
 from vdx.interop.pth import read_pth
@@ -87,6 +88,7 @@ def open_weights(path: str | Path) -> dict[str, StoredArray]:
     if not path.is_dir():
         raise WeightsError(f"{path} is not there. Give a file of weights, or its folder.")
 
+    # A folder with one model.
     indices = sorted(path.glob("*.safetensors.index.json"))
     files = sorted(path.glob("*.safetensors"))
     if len(indices) == 1:
@@ -94,11 +96,14 @@ def open_weights(path: str | Path) -> dict[str, StoredArray]:
     if len(files) == 1 and not indices:
         return read_header(files[0])
 
-    names = ", ".join(file.name for file in indices or files)
-    found = f"several: {names}" if names else "no .safetensors file"
+    # A folder with several, or with none.
+    names = [file.name for file in indices or files]
+    found = f"several: {', '.join(names)}" if names else "no .safetensors file"
+    message = f"{path} should hold one model and holds {found}."
     below = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
-    advice = f" Name one of its folders: {', '.join(below)}." if below else ""
-    raise WeightsError(f"{path} should hold one model and holds {found}.{advice}")
+    if below:
+        message += f" Name one of its folders: {', '.join(below)}."
+    raise WeightsError(message)
 
 
 def _open_shards(index: Path) -> dict[str, StoredArray]:
@@ -131,14 +136,15 @@ def abstract_params(
 ) -> Params:
     """Return the abstract parameters that `load_params` fills.
 
-    vdx.parallel shards them. dtype: of the kernels. The parameters of FLOAT32, and those whose path the regex `trained`
-    finds, are float32.
+    vdx.parallel shards them. dtype: of the kernels. The parameters of FLOAT32, and those whose
+    path the regex `trained` finds, are float32.
     """
 
     def one(path: tuple[Any, ...], leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
         name = path_str(path)
-        exact = FLOAT32.search(name) or (trained and re.search(trained, name))
-        leaf_dtype = jnp.float32 if exact else jnp.dtype(dtype)
+        leaf_dtype = jnp.dtype(dtype)
+        if FLOAT32.search(name) or (trained and re.search(trained, name)):
+            leaf_dtype = jnp.dtype(jnp.float32)
         return jax.ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, shapes, param_shardings(mesh, shapes))
@@ -154,15 +160,16 @@ def match_params(
     leaves = flat(abstract)
     pieces: dict[str, list[Piece]] = defaultdict(list)
     problems = []
+
+    # Every key has its slot now; the shapes may still differ.
     for key, slot in assign(source, abstract, rows).items():
         stored = source[key]
         shape = converted_shape(slot.layout.ours, stored.shape)
-        needed = leaves[slot.path].shape
-        if slot.index is not None:
-            needed = needed[1:]
+        needed = slot_shape(slot, leaves[slot.path].shape)
         if shape != needed:
             problems.append(f"{key}: is {shape} for {slot.path} {needed}")
         pieces[slot.path].append(Piece(stored, slot))
+
     if problems:
         raise WeightsError(listed(DO_NOT_FIT, problems))
     return pieces
@@ -183,8 +190,9 @@ def load_params(
 ) -> Params:
     """Return our parameters from files.
 
-    They have the shapes, dtypes and shardings of `abstract`. optional: a regex of paths; parameters that it finds and no file has are left out. Raises
-    WeightsError as `match_params` does, before any array is read.
+    They have the shapes, dtypes and shardings of `abstract`. optional: a regex of paths; parameters
+    that it finds and no file has are left out. Raises WeightsError as `match_params` does, before
+    any array is read.
     """
     if optional:
         abstract = _without_missing(source, abstract, rows, optional)
@@ -227,11 +235,13 @@ def _load(leaf: jax.ShapeDtypeStruct, pieces: Sequence[Piece]) -> jax.Array:
         assert index is not None  # only devices outside the sharding have none
         return tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
 
+    # Empty shards, by the part of the parameter that they are.
     shards = {}
     for index in sharding.addressable_devices_indices_map(leaf.shape).values():
         ends = bounds(index)
         shards[ends] = np.zeros([stop - start for start, stop in ends], leaf.dtype)
 
+    # Every array of the file into the shards that contain its slot.
     for stored, slot in pieces:
         value = slot.layout.ours(stored.read())
         for ends, shard in shards.items():
@@ -239,7 +249,7 @@ def _load(leaf: jax.ShapeDtypeStruct, pieces: Sequence[Piece]) -> jax.Array:
             if slot.index is None:
                 shard[...] = value[within]
                 continue
-            first, last = ends[0]
+            first, last = ends[0]  # layers of the stack in this shard
             if first <= slot.index < last:
                 shard[slot.index - first] = value[within[1:]]
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[bounds(index)])
@@ -265,9 +275,12 @@ def load_model(
     BLOCKWISE. Raises WeightsError for a model that is another network, also where no array shows
     it, and as `load_params` does.
     """
+    # Facts that no array may show.
     differences = _network_differences(model, theirs)
     if differences:
         raise WeightsError(listed(f"The model is not that of {path}:", differences))
+
+    # The arrays.
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     abstract = abstract_params(shapes, mesh, dtype, trained)
     return load_params(source, abstract, rows, trained)
@@ -298,7 +311,9 @@ def _network_fields(network: Transformer) -> dict[str, Any]:
     mixers = []
     for spec in pattern:
         fields = {name: value for name, value in spec.items() if name not in BLOCKWISE}
+        # In messages a mixer without fields is its name.
         mixers.append(fields["name"] if len(fields) == 1 else fields)
+
     return {
         "width": width,
         "depth": depth,

@@ -159,11 +159,14 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
     if not (path / INDEX).is_file():
         raise WeightsError(_no_model(path))
     index = read_json(path / INDEX)
+
+    # What kind of model is it, and is it complete?
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise WeightsError(f"{path} is a {pipeline}; vdx generates with {', '.join(PIPELINES)}.")
 
     names = {"text_encoder", "transformer", "vae"}
+    # An entry is [library, class], of nulls for a part that the model does not have.
     names |= {name for name in COMPONENTS if (index.get(name) or [None])[0]}
     folders = [name for name in COMPONENTS if name in names]
     missing = [name for name in (*folders, "tokenizer", "scheduler") if not (path / name).is_dir()]
@@ -171,10 +174,12 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
         head = f"{path} lacks folders that a {pipeline} needs. Download them:"
         raise WeightsError(listed(head, missing))
 
+    # Its networks.
     components = {}
     for name in folders:
         with _naming(path / name):
             components[name] = open_component(name, path / name, dtype)
+
     model = PretrainedModel(
         path=path,
         dtype=dtype,
@@ -189,13 +194,17 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
 
 def _no_model(path: Path) -> str:
     """Return the message for a folder without an index, or for no folder."""
-    names = sorted(file.name for file in path.iterdir())[:8] if path.is_dir() else []
-    wrong = f"has no {INDEX}" if path.is_dir() else "is not a folder"
-    found = f" There are: {', '.join(names)}." if names else ""
-    return (
-        f"{path} {wrong}: give the folder of a model as diffusers saves it, or as "
-        "python -m vdx.convert writes it (which also reads the original Wan's)." + found
+    advice = (
+        "give the folder of a model as diffusers saves it, or as python -m vdx.convert writes it "
+        "(which also reads the original Wan's)."
     )
+    if not path.is_dir():
+        return f"{path} is not a folder: {advice}"
+    message = f"{path} has no {INDEX}: {advice}"
+    names = sorted(file.name for file in path.iterdir())[:8]
+    if names:
+        message += f" There are: {', '.join(names)}."
+    return message
 
 
 def check_consistency(model: PretrainedModel) -> None:
@@ -230,6 +239,7 @@ def _latent_problems(model: PretrainedModel) -> list[str]:
     frames, side = vae.rates
     channels = model.experts[0].module.channels
     problems = []
+
     if channels != latents:
         problems.append(f"the transformer predicts {channels} channels, the VAE has {latents}")
 

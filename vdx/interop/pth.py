@@ -138,10 +138,13 @@ def _stored(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Tensor) ->
     shape = tuple(map(int, tensor.shape))
     strides = tuple(map(int, tensor.strides))
     itemsize = storage.dtype.itemsize
+
+    # Where its storage is in the file.
     entry = archive.getinfo(f"{root}data/{storage.key}")
     begin = _first_byte(path, entry) + offset * itemsize
     array = StoredArray(path, storage.dtype, shape, begin, strides)
 
+    # A compressed storage cannot be mapped.
     negative = min((offset, *shape, *strides)) < 0
     end = (offset + array.extent()) * itemsize
     if entry.compress_type or negative or end > entry.file_size:

@@ -68,6 +68,8 @@ def read_file(path: str | Path) -> Contents:
     """
     path = Path(path)
     size = path.stat().st_size
+
+    # The header.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > LARGEST_HEADER:
@@ -76,6 +78,7 @@ def read_file(path: str | Path) -> Contents:
             )
         text = file.read(length)
 
+    # Its entries.
     start = LENGTH_BYTES + length  # of the first array
     header_complete = len(text) == length
     try:
@@ -87,6 +90,7 @@ def read_file(path: str | Path) -> Contents:
             f"{path} is not a safetensors file: its header cannot be read ({error})."
         ) from error
 
+    # Does the file have all the bytes of its arrays?
     end = max((array.offset + array.num_bytes for array in arrays.values()), default=start)
     if not header_complete or size < end:
         raise WeightsError(
@@ -121,6 +125,7 @@ def write(path: str | Path, plan: Plan, arrays: Iterable[tuple[str, np.ndarray]]
     text += b" " * (-len(text) % 8)  # so that the first array is aligned
     start = LENGTH_BYTES + len(text)
 
+    # The arrays, each in its position.
     missing = set(plan)
     with atomic_write(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)

@@ -58,6 +58,8 @@ def write_shards(
     path = Path(path)
     arrays = iter(arrays)
     shards = _split(plan, max_shard_bytes)
+
+    # One file needs no index.
     if len(shards) == 1:
         write(path / f"{stem}.safetensors", plan, arrays)
         return
@@ -67,6 +69,8 @@ def write_shards(
         name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         write(path / name, shard, itertools.islice(arrays, len(shard)))
         file_of |= dict.fromkeys(shard, name)
+
+    # The index is last: without it the shards are no model.
     total = sum(_num_bytes(*facts) for facts in plan.values())
     index = {"metadata": {"total_size": total}, "weight_map": file_of}
     write_json(path / f"{stem}.safetensors.index.json", index)

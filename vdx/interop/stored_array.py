@@ -30,7 +30,9 @@ class StoredArray:
 
     def rows(self, start: int, stop: int) -> "StoredArray":
         """Return the part [start:stop] of the first axis. Reads nothing."""
-        step = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
+        step = math.prod(self.shape[1:])
+        if self.strides is not None:
+            step = self.strides[0]
         return dataclasses.replace(
             self,
             shape=(stop - start, *self.shape[1:]),

@@ -38,15 +38,18 @@ class Wan:
 def open_wan(path: str | Path) -> Wan:
     """Open the Wan transformer in a file or folder, in any of its layouts.
 
-    Reads headers only. Raises WeightsError for arrays of another network, and for a `config.json` that disagrees with
-    the weights.
+    Reads headers only. Raises WeightsError for arrays of another network, and for a `config.json`
+    that disagrees with the weights.
     """
     source = diffusers_names(open_weights(path))
     config_file = Path(path) / "config.json"
-    given = read_json(config_file) if config_file.exists() else {}
+    given: dict[str, Any] = {}
+    if config_file.exists():
+        given = read_json(config_file)
     if "attention_head_dim" not in given:  # the original's config has other names
         given = {}
 
+    # The config that follows from the arrays. The given one must agree with it.
     shapes = {key: stored.shape for key, stored in source.items()}
     found = wan_config(shapes, given.get("attention_head_dim", HEAD_WIDTH))
     wrong = [
@@ -71,9 +74,9 @@ def load_wan(
 ) -> Params:
     """Return the parameters of `model` from a Wan transformer, on the mesh.
 
-    path: a file or folder. dtype, trained: see `load_model`, also for a model that attends blockwise. `null`, the dropped
-    text, is zero: no file has it. Raises WeightsError for files as `open_wan` does, and for a model
-    that is another network than theirs.
+    path: a file or folder. dtype, trained: see `load_model`, also for a model that attends
+    blockwise. `null`, the dropped text, is zero: no file has it. Raises WeightsError for files as
+    `open_wan` does, and for a model that is another network than theirs.
     """
     wan = open_wan(path)
     theirs = Denoiser(wan.backbone, wan.signals)

@@ -53,20 +53,11 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str
     No shape depends on the width of a head. Raises WeightsError for arrays that are not of a Wan
     transformer.
     """
-    needed = (PATCH_KEY, OUT_KEY, TEXT_KEY, TIME_KEY, MLP_KEY)
-    missing = [key for key in needed if key not in shapes]
-    if missing:
-        first = ", ".join(list(shapes)[:3])
-        head = f"These are not the weights of a Wan transformer. They begin with {first} and lack:"
-        raise WeightsError(listed(head, missing))
-
+    _check_wan(shapes, head_width)
     width, channels, *patch = shapes[PATCH_KEY]
-    if width % head_width:
-        raise WeightsError(
-            f"The weights are {width} wide, which is no number of heads of {head_width}: "
-            "set attention_head_dim in a config.json next to them."
-        )
     depth = _num_layers(shapes, "blocks")
+
+    # Every transformer has these.
     config: dict[str, Any] = {
         "_class_name": WAN,
         "patch_size": patch,
@@ -84,6 +75,8 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
     }
+
+    # Images, control and the frame rate are inputs of some.
     if IMAGE_KEY in shapes:
         config["image_dim"] = shapes[IMAGE_KEY][0]
         config["added_kv_proj_dim"] = width
@@ -97,6 +90,23 @@ def wan_config(shapes: Mapping[str, Sequence[int]], head_width: int) -> dict[str
         config["_class_name"] = SKYREELS
         config["inject_sample_info"] = True
     return config
+
+
+def _check_wan(shapes: Mapping[str, Sequence[int]], head_width: int) -> None:
+    """Raise WeightsError for arrays of another network, or a head that does not fit."""
+    needed = (PATCH_KEY, OUT_KEY, TEXT_KEY, TIME_KEY, MLP_KEY)
+    missing = [key for key in needed if key not in shapes]
+    if missing:
+        first = ", ".join(list(shapes)[:3])
+        head = f"These are not the weights of a Wan transformer. They begin with {first} and lack:"
+        raise WeightsError(listed(head, missing))
+
+    width = shapes[PATCH_KEY][0]
+    if width % head_width:
+        raise WeightsError(
+            f"The weights are {width} wide, which is no number of heads of {head_width}: "
+            "set attention_head_dim in a config.json next to them."
+        )
 
 
 def _num_layers(keys: Iterable[str], stack: str) -> int:
@@ -123,17 +133,25 @@ def wan_from_config(config: Mapping[str, Any]) -> DenoiserFields:
     missing = [f"{key}: is missing" for key in SIZES if config.get(key) is None]
     if missing:
         raise WeightsError(listed("This is not the config of a Wan transformer:", missing))
+
     problems = _unsupported(config)
     if problems:
         raise WeightsError(listed("A Wan transformer that vdx does not support:", problems))
 
-    width = _width(config)
+    # One control block for each repetition of the pattern.
     depth = config["num_layers"]
     controls = config.get("vace_layers") or ()
-    period = _period(depth, len(controls)) if controls else 1
-    # In diffusers a block of one frame means no mask at all.
+    period = 1
+    if controls:
+        period = _period(depth, len(controls))
+
+    # The mixer of every block.
+    mixer: str | dict[str, Any] = "full"
     block = config.get("num_frame_per_block", 1)
-    mixer = {"name": "full", "block": block} if block > 1 else "full"
+    if block > 1:  # in diffusers a block of one frame means no mask at all
+        mixer = {"name": "full", "block": block}
+
+    width = _width(config)
     backbone = {
         "name": "transformer",
         "channels": config["out_channels"],
@@ -154,21 +172,28 @@ def _width(config: Mapping[str, Any]) -> int:
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
     """List what our transformer does not support."""
     controls = list(config.get("vace_layers") or ())
-    class_name = VACE if controls else WAN
-    if config.get("_class_name") == SKYREELS:
-        class_name = SKYREELS
-    supported = {
-        "_class_name": class_name,
+
+    # Values that fields must have, if they are there.
+    supported: dict[str, Any] = {
+        "_class_name": WAN,
         "freq_dim": 256,
         **FIXED,
-        "added_kv_proj_dim": _width(config) if config.get("image_dim") else None,
+        "added_kv_proj_dim": None,
     }
+    if controls:
+        supported["_class_name"] = VACE
+    if config.get("_class_name") == SKYREELS:
+        supported["_class_name"] = SKYREELS
+    if config.get("image_dim"):
+        supported["added_kv_proj_dim"] = _width(config)
+
     problems = [
         f"{key} = {config[key]!r}, not {value!r}"
         for key, value in supported.items()
         if key in config and config[key] != value
     ]
 
+    # Our control blocks repeat with the pattern.
     depth = config["num_layers"]
     if controls:
         uneven = depth % _period(depth, len(controls)) != 0

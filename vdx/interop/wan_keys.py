@@ -24,9 +24,9 @@ from vdx.models.transformer import Transformer
 def halves(heads: int) -> Layout:
     """Return the layout of queries and keys, which are rotated.
 
-    [(n pairs 2) ...] -> [... (n 2 pairs)].     Wan rotates neighbouring channels of a head against one another, we rotate its halves. The rows
-    of the projection, its bias and the scale of its norm move in the same way, so the network
-    computes the same.
+    [(n pairs 2) ...] -> [... (n 2 pairs)]. Wan rotates neighbouring channels of a head against one
+    another, we rotate its halves. The rows of the projection, its bias and the scale of its norm
+    move in the same way, so the network computes the same.
     """
 
     def swap(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -133,8 +133,8 @@ UNUSED = "blocks.{i}.attn2.norm_added_q.weight"
 def wan_transformer_rows(model: Denoiser) -> list[Row]:
     """Return the rows of a Wan model, by the names of diffusers.
 
-    They cover its transformer and its signals.     `null`, the dropped text, is not in the files. It is the encoding of the empty caption by UMT5,
-    and zero until it is set.
+    They cover its transformer and its signals. `null`, the dropped text, is not in the files. It is
+    the encoding of the empty caption by UMT5, and zero until it is set.
     """
     network = model.backbone
     signals = model.signals
@@ -142,23 +142,30 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     _, depth, _, pattern = network.dims()
     periods = depth // len(pattern)
 
+    # Outside of the blocks.
     rows = [
         *_rows(NETWORK, "", "network", sized),
         *_rows(TEXT, "", "conditioning/embeddings", sized),
         Row("", NULL),
     ]
 
-    block = BLOCK + IMAGE_BLOCK if "image_tokens" in signals else BLOCK
+    # The blocks. Ours are stacked by their position in the pattern.
+    block: tuple[Layer, ...] = BLOCK
+    if "image_tokens" in signals:
+        block = BLOCK + IMAGE_BLOCK
     for i in range(depth):
         period, position = divmod(i, len(pattern))
         ours = f"network/layers/block_{position}"
         rows += _rows(block, f"blocks.{i}.", ours, sized, f"[{period}]")
 
+    # The signals that only some models have.
     if "fps_class" in signals:
         rows += _rows(RATE, "", "conditioning/fps_class", sized)
     if "image_tokens" in signals:
         rows += _rows(IMAGE, "", "conditioning/image_tokens", sized)
         rows.append(Row(UNUSED, None))
+
+    # One control block for each repetition of the pattern.
     if "control" in signals:
         rows += _rows(CONTROL, "", "network", sized)
         rows += _rows(CONTROL_IN, "vace_blocks.0.", "network", sized)
@@ -209,8 +216,7 @@ def diffusers_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]
 def _diffusers_name(key: re.Match[str]) -> str:
     """Return diffusers' name of a KEY of the original."""
     block, layer, leaf = key.groups(default="")
-    names = IN_BLOCKS if block else OUTSIDE
-    return block + names.get(layer, layer) + leaf
+    return block + _names(block).get(layer, layer) + leaf
 
 
 def original_name(key: str) -> str:
@@ -218,6 +224,11 @@ def original_name(key: str) -> str:
     match = KEY.match(key)
     assert match, key
     block, layer, leaf = match.groups(default="")
-    names = IN_BLOCKS if block else OUTSIDE
-    original = next((old for old, new in names.items() if new == layer), layer)
+    names = _names(block).items()
+    original = next((old for old, new in names if new == layer), layer)
     return block + original + leaf
+
+
+def _names(block: str) -> dict[str, str]:
+    """Return the names of layers in blocks, or outside of them if `block` is empty."""
+    return IN_BLOCKS if block else OUTSIDE

@@ -61,16 +61,20 @@ def open_original(
 ) -> PretrainedModel:
     """Open the model whose transformer is in `path`, a folder or a file.
 
-    Reads headers only. given: where other parts are, by the names of LOCATIONS, if not in the folder. Raises
-    WeightsError that lists the missing parts, or as `open_pretrained` does.
+    Reads headers only. given: where other parts are, by the names of LOCATIONS, if not in the
+    folder. Raises WeightsError that lists the missing parts, or as `open_pretrained` does.
     """
     path = Path(path)
     locations = _locate(path, given)
+
+    # The networks, each with the config that its files lack.
     tokenizer = locations.pop("tokenizer")
     components = {
         part: open_component(part, location, dtype, _missing_config(part, location))
         for part, location in locations.items()
     }
+
+    # The index and the scheduler that diffusers would have.
     index = _index(components, tokenizer)
     model = PretrainedModel(
         path=path,
@@ -91,6 +95,7 @@ def _locate(path: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
         found = _find(part, path)
         if found is not None:
             locations[part] = found
+    # Parts that are given take precedence.
     locations |= {part: Path(location) for part, location in given.items()}
 
     missing = [
@@ -103,6 +108,7 @@ def _locate(path: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
         for part, location in locations.items()
         if not location.exists()
     ]
+
     if missing:
         head = (
             f"{path} is neither a folder of diffusers nor one of the original Wan's with all its "
@@ -121,7 +127,9 @@ def _find(part: str, path: Path) -> Path | None:
         return path if part == "transformer" else None
     for pattern in LOCATIONS[part]:
         for found in sorted(path.glob(pattern)):
-            return path if part == "transformer" and found.is_file() else found
+            if part == "transformer" and found.is_file():
+                return path
+            return found
     return None
 
 
@@ -134,16 +142,19 @@ def _index(components: Mapping[str, Component], tokenizer: Path) -> dict[str, An
     experts = "transformer_2" in components
 
     pipeline = "WanImageToVideoPipeline" if image else "WanPipeline"
-    boundary = BOUNDARY_IMAGE if image else BOUNDARY_TEXT
+    boundary = None
+    if experts:
+        boundary = BOUNDARY_IMAGE if image else BOUNDARY_TEXT
     index: dict[str, Any] = {
         "_class_name": VACE if control else pipeline,
-        "boundary_ratio": boundary if experts else None,
+        "boundary_ratio": boundary,
         "scheduler": ["diffusers", UNIPC["_class_name"]],
         "tokenizer": ["transformers", _tokenizer_class(tokenizer)],
     }
     if not control:
         index["expand_timesteps"] = VAES.get(components["vae"].module.z_dim) == "wan2.2"
 
+    # The class of each part that such a pipeline may have.
     transformer_class = ["diffusers", first.config["_class_name"]]
     classes = {
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -155,11 +166,12 @@ def _index(components: Mapping[str, Component], tokenizer: Path) -> dict[str, An
     if image:
         classes["image_processor"] = ["transformers", "CLIPImageProcessor"]
 
+    # Parts that this model does not have are nulls.
     parts = set(components)
     if "image_encoder" in components:
         parts.add("image_processor")
-    for part, class_name in classes.items():
-        index[part] = class_name if part in parts else [None, None]
+    index |= {part: [None, None] for part in classes}
+    index |= {part: class_name for part, class_name in classes.items() if part in parts}
     return index
 
 
@@ -169,15 +181,20 @@ def _shift(components: Mapping[str, Component]) -> float:
     if "transformer_2" in components and "concat" not in signals:
         return SHIFT_EXPERTS
     first_and_last = signals.get("image_tokens", {}).get("positions")
-    return SHIFT_FLF_VACE if first_and_last or "control" in signals else SHIFT
+    if first_and_last or "control" in signals:
+        return SHIFT_FLF_VACE
+    return SHIFT
 
 
 def _tokenizer_class(folder: Path) -> str:
     """Return the class with which diffusers reads the tokenizer."""
     config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.exists() else {}
-    name = str(config.get("tokenizer_class", "T5"))
-    return "T5TokenizerFast" if name.startswith("T5") else name
+    name = "T5"
+    if config_file.exists():
+        name = str(read_json(config_file).get("tokenizer_class", name))
+    if name.startswith("T5"):
+        return "T5TokenizerFast"
+    return name
 
 
 def _missing_config(part: str, location: Path) -> dict[str, Any] | None:
@@ -185,7 +202,9 @@ def _missing_config(part: str, location: Path) -> dict[str, Any] | None:
     if part.startswith("transformer") or (location / "config.json").exists():
         return None
     known = {"text_encoder": umt5_config, "image_encoder": clip_vision_config, "vae": vae_config}
-    return known[part](open_weights(location)) if part in known else None
+    if part not in known:
+        return None
+    return known[part](open_weights(location))
 
 
 class _T5Keys(NamedTuple):
@@ -241,12 +260,14 @@ _VAE_LAYOUTS = (
 def umt5_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
     """Return the config.json of transformers for the arrays of a UMT5.
 
-    They may have the layout of transformers or the original's. Raises WeightsError for other arrays.
+    They may have the layout of transformers or the original's. Raises WeightsError for other
+    arrays.
     """
     fitting = [keys for keys in _T5_LAYOUTS if keys.words in source and keys.distance in source]
     if not fitting:
         raise WeightsError(_other_weights("a UMT5 encoder", source))
 
+    # The sizes, from the shapes of a few arrays.
     keys = fitting[0]
     vocabulary, width = source[keys.words].shape
     buckets, heads = source[keys.distance].shape
@@ -270,8 +291,8 @@ def umt5_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
 def vae_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
     """Return the config.json of diffusers for the arrays of a Wan VAE.
 
-    They may have the layout of diffusers or the original's. The number of latent channels distinguishes Wan 2.1 and 2.2; the widths may be others. Raises
-    WeightsError for other arrays.
+    They may have the layout of diffusers or the original's. The number of latent channels
+    distinguishes Wan 2.1 and 2.2; the widths may be others. Raises WeightsError for other arrays.
     """
     fitting = [keys for keys in _VAE_LAYOUTS if all(key in source for key in keys)]
     release = VAES.get(source[fitting[0].latent].shape[0]) if fitting else None
