@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.interop.small_weights import LAYERS, ABSTRACT, ROWS, THEIRS, normal, save
+from tests.interop.small_weights import ABSTRACT, LAYERS, ROWS, THEIRS, normal, save
 from vdx.interop.keymap import WeightsError, gather
 from vdx.interop.load import abstract_params, load_params, open_weights
 from vdx.interop.stored_array import StoredArray
