@@ -42,7 +42,7 @@ from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
-Rows = tuple[Row, ...]
+KeyRows = tuple[Row, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Component:
     source: Mapping[str, StoredArray]  # the arrays of the files
     module: Any  # our network
     shapes: Params  # its abstract parameters
-    library_rows: Rows  # from the keys of diffusers or transformers to the parameters
+    library_rows: KeyRows  # from the keys of diffusers or transformers to the parameters
     dtype: str  # of kernels on the mesh
     stem: str = "diffusion_pytorch_model"  # name of its file in the library's layout
-    rows: Rows = ()  # from the keys of `source` to the parameters
+    rows: KeyRows = ()  # from the keys of `source` to the parameters
 
     @property
     def size(self) -> int:
@@ -121,8 +121,8 @@ def is_own(source: Mapping[str, StoredArray]) -> bool:
 
 
 def _source_rows(
-    source: Mapping[str, StoredArray], shapes: Params, rows: Rows, library_rows: Rows
-) -> Rows:
+    source: Mapping[str, StoredArray], shapes: Params, rows: KeyRows, library_rows: KeyRows
+) -> KeyRows:
     """Return `rows`, or the rows of vdx's layout if the files have it."""
     if not is_own(source):
         return rows
