@@ -175,12 +175,6 @@ def slot_finder(rows: Sequence[Row]) -> Callable[[str], Slot | None]:
     return find
 
 
-def _layers(path: str, stack: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values of the slots of a stacked parameter, one at a time."""
-    for index in range(stack.shape[0]):
-        yield f"{path}[{index}]", stack[index]
-
-
 def key_finder(rows: Sequence[Row]) -> Callable[[str], tuple[str, Layout] | None]:
     """Return find(name of a slot) -> (key, layout) of the first row with it, or None."""
     find_row = _row_finder(rows, lambda row: row.path if row.source else None)
@@ -280,9 +274,8 @@ def gather(
 ) -> Params:
     """Return our parameters as numpy arrays, from read(key) -> array of the file.
 
-    They have the dtypes of `abstract`.
-
-    Raises WeightsError as `assign` does, and for shapes that differ.
+    They have the dtypes of `abstract`. Raises WeightsError as `assign` does, and for shapes that
+    differ.
     """
     leaves = flat(abstract)
     zero = zero_paths(leaves, rows)
@@ -332,6 +325,12 @@ def export(params: Params, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarra
 
     if problems:
         raise WeightsError(listed("The file's layout has no place for these parameters:", problems))
+
+
+def _layers(path: str, stack: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of the slots of a stacked parameter, one at a time."""
+    for index in range(stack.shape[0]):
+        yield f"{path}[{index}]", stack[index]
 
 
 def listed(head: str, problems: Sequence[str], most: int = 40) -> str:
