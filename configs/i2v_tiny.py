@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     del config.model.signals["num_frames"]
     if variant == "reference":
         config.model.signals.text.dropout = (
-            0.4  # so that the image alone is often the only condition
+            0.4  # the image is often the only condition
         )
         config.model.signals.reference = ConfigDict(
             {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1}

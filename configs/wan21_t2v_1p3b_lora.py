@@ -8,7 +8,7 @@ attention and of the MLPs: 44 million parameters. They alone are trained, averag
 network is frozen.
 
 Hardware, computed and not measured, for clips of 17 frames of 480x832 (7,800 tokens): one chip of
-16 GB. 2.8 GB of frozen bfloat16 weights, 0.9 GB of float32 adapters with their average, moments
+24 GB. 2.8 GB of frozen bfloat16 weights, 0.9 GB of float32 adapters with their average, moments
 and gradients, and 0.7 GB of checkpointed activations a clip. A clip takes 1.2e14 operations a
 step: at 40 % of the peak 0.3 s of an H100. `:smoke` is the same program shrunk for the tests.
 """
