@@ -204,7 +204,9 @@ def _by_layer(
         # Find the kind.
         kind = leaf["other"]
         if kind is None:
-            kind = "bias" if leaf["of"] == "bias" else HALVES[leaf["half"]]
+            kind = HALVES[leaf["half"]]
+            if leaf["of"] == "bias":
+                kind = "bias"
         if kind in layers[layer]:
             problems.append(f"{key}: a second {kind} for {layer}")
         layers[layer][kind] = stored
@@ -304,7 +306,9 @@ def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[s
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             value = special
             break
-    return value / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    if settings.get("use_rslora"):
+        return value / math.sqrt(rank)
+    return value / rank
 
 
 FindSlot = Callable[[str], Slot | None]  # a key of diffusers -> where it goes
@@ -397,7 +401,10 @@ def write_lora(
     # Multiply the scale into B.
     scaled = {}
     for key, value in flat(factors).items():
-        scaled[key] = np.asarray(value) * np.float32(scale if key.endswith(B) else 1)
+        times = np.float32(1)  # factors of any type are written as float32
+        if key.endswith(B):
+            times = np.float32(scale)
+        scaled[key] = np.asarray(value) * times
     tree = unflatten_dict(scaled, sep="/")
 
     def rename(key: str) -> str:
