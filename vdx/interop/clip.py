@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vdx.config.build import ConfigError, lookup
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.t5 import config_fields
 from vdx.models.encoders.clip import CLIPTextModel, CLIPVisionModel
 

@@ -1,6 +1,6 @@
-"""Weights and configs of the pretrained image autoencoders, those of Stable Diffusion.
+"""Weights and configs of Stable Diffusion's image autoencoders.
 
-Also the rows of the layers that these share with the U-Nets and with the video autoencoders.
+Also the rows of the layers that they share with the U-Nets and with the video autoencoders.
 """
 
 from collections.abc import Iterator, Mapping

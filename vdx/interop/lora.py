@@ -8,7 +8,7 @@
 The first two and the last two differ in how they name layers; any prefix is accepted with any
 names. `.alpha` scales by alpha / rank. Without it, or an alpha in the metadata, the scale is 1.
 `.diff`, `.diff_b` and `.lora_B.bias` are whole differences of a weight or a bias. Layers' names and
-the order of their channels come from the rows of vdx.interop.wan, as those of the weights do.
+the order of their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
 """
 
 import json
@@ -25,10 +25,22 @@ from flax.traverse_util import unflatten_dict
 
 from vdx.config.build import lookup
 from vdx.files import read_json
-from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, place_of
-from vdx.interop.load import export_plan, open_weights
-from vdx.interop.safetensors import StoredArray, read_file, write
-from vdx.interop.wan import original_name, wan_transformer_rows
+from vdx.interop.keymap import (
+    LINEAR,
+    Layout,
+    Row,
+    Slot,
+    WeightsError,
+    export,
+    flat,
+    listed,
+    slot_finder,
+)
+from vdx.interop.load import open_weights
+from vdx.interop.safetensors import read_file, write
+from vdx.interop.save import export_plan
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
@@ -110,8 +122,8 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
 
     problems: list[str] = []
     layers = _by_layer(source, plan, part, problems)
-    factors = _Factors(flat(shapes), place_of(adapter_rows(rows, plan)))
-    deltas = _Deltas(flat(shapes), place_of(rows))
+    factors = _Factors(flat(shapes), slot_finder(adapter_rows(rows, plan)))
+    deltas = _Deltas(flat(shapes), slot_finder(rows))
 
     for layer, arrays in layers.items():
         scale = 1.0
@@ -150,7 +162,7 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
     files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
     prefix = f"{part}."
     for file in files:
-        metadata = read_file(file)[1]
+        metadata = read_file(file).metadata
         for key, value in json.loads(metadata.get(METADATA, "{}")).items():
             if key.startswith(prefix):
                 settings[key.removeprefix(prefix)] = value
@@ -192,7 +204,9 @@ def _by_layer(
         # Find the kind.
         kind = leaf["other"]
         if kind is None:
-            kind = "bias" if leaf["of"] == "bias" else HALVES[leaf["half"]]
+            kind = HALVES[leaf["half"]]
+            if leaf["of"] == "bias":
+                kind = "bias"
         if kind in layers[layer]:
             problems.append(f"{key}: a second {kind} for {layer}")
         layers[layer][kind] = stored
@@ -292,7 +306,18 @@ def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[s
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             value = special
             break
-    return value / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    if settings.get("use_rslora"):
+        return value / math.sqrt(rank)
+    return value / rank
+
+
+FindSlot = Callable[[str], Slot | None]  # a key of diffusers -> where it goes
+
+
+def _slot(find_slot: FindSlot, key: str) -> Slot:
+    slot = find_slot(key)
+    assert slot is not None, key  # the key has been looked up in the plan
+    return slot
 
 
 class _Factors:
@@ -301,17 +326,17 @@ class _Factors:
     A layer without factors is zero, and so are the ranks that a layer of a smaller rank lacks.
     """
 
-    def __init__(self, leaves: Mapping[str, Any], place: Callable[[str], Any]) -> None:
-        """Take our abstract parameters by their paths, and `place_of` the rows of factors."""
+    def __init__(self, leaves: Mapping[str, Any], find_slot: FindSlot) -> None:
+        """Take our abstract parameters by path, and where keys of factors go."""
         self.leaves = leaves
-        self.place = place
+        self.find_slot = find_slot
         # path of the kernel's layer -> {index in the stack: (a, b) in our layout}
         self.found: dict[str, dict[int | None, tuple[np.ndarray, np.ndarray]]] = defaultdict(dict)
 
     def add(self, layer: str, pair: _Pair, scale: float) -> None:
         """Add the factors of one layer; `scale` is multiplied into B."""
-        to_a = self.place(f"{layer}.lora_A.weight")
-        to_b = self.place(f"{layer}.lora_B.weight")
+        to_a = _slot(self.find_slot, f"{layer}.lora_A.weight")
+        to_b = _slot(self.find_slot, f"{layer}.lora_B.weight")
         path = to_a.path.removesuffix(f"/{A}")
         self.found[path][to_a.index] = (to_a.layout.ours(pair.a), scale * to_b.layout.ours(pair.b))
 
@@ -336,15 +361,15 @@ class _Factors:
 class _Deltas:
     """Collects whole differences of parameters, summed over the layers of a stack."""
 
-    def __init__(self, leaves: Mapping[str, Any], place: Callable[[str], Any]) -> None:
-        """Take our abstract parameters by their paths, and `place_of` the rows of weights."""
+    def __init__(self, leaves: Mapping[str, Any], find_slot: FindSlot) -> None:
+        """Take our abstract parameters by path, and where keys of weights go."""
         self.leaves = leaves
-        self.place = place
+        self.find_slot = find_slot
         self.arrays: dict[str, np.ndarray] = {}  # path -> difference of the whole stack
 
     def add(self, key: str, value: np.ndarray) -> None:
         """Add the difference of one array of a file."""
-        to = self.place(key)
+        to = _slot(self.find_slot, key)
         if to.path not in self.arrays:
             self.arrays[to.path] = np.zeros(self.leaves[to.path].shape, np.float32)
         index = () if to.index is None else to.index
@@ -376,7 +401,10 @@ def write_lora(
     # Multiply the scale into B.
     scaled = {}
     for key, value in flat(factors).items():
-        scaled[key] = np.asarray(value) * np.float32(scale if key.endswith(B) else 1)
+        times = np.float32(1)  # factors of any type are written as float32
+        if key.endswith(B):
+            times = np.float32(scale)
+        scaled[key] = np.asarray(value) * times
     tree = unflatten_dict(scaled, sep="/")
 
     def rename(key: str) -> str:

@@ -17,16 +17,10 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.keymap import WeightsError, export, flat, listed, place_of
-from vdx.interop.load import (
-    abstract_params,
-    empty_folder,
-    export_plan,
-    load_params,
-    open_weights,
-    write_parts,
-)
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.keymap import WeightsError, export, flat, listed, slot_finder
+from vdx.interop.load import abstract_params, load_params, open_weights
+from vdx.interop.save import empty_folder, export_plan, write_shards
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,
@@ -183,11 +177,11 @@ def load_unet(
     # The control branch is a copy of the way down, under keys of its own.
     rows = unet_rows(model, linear, control_linear=linear)
     ours = flat(params)
-    place = place_of(rows)
+    find_slot = slot_finder(rows)
     source = dict(files.source)
     for key, stored in files.source.items():
-        found = place(CONTROL + key)
-        if found and found.path in ours:
+        slot = find_slot(CONTROL + key)
+        if slot is not None and slot.path in ours:
             source[CONTROL + key] = stored
     return load_params(source, params, rows, trained)
 
@@ -248,7 +242,7 @@ def save_unet(
             yield key, np.asarray(frame_positions(FRAMES, width)).reshape(1, FRAMES, width)
 
     empty_folder(path)
-    write_parts(path, "diffusion_pytorch_model", plan | table_plan, arrays(), max_shard_bytes)
+    write_shards(path, "diffusion_pytorch_model", plan | table_plan, arrays(), max_shard_bytes)
     write_json(Path(path) / "config.json", config)
 
 

@@ -92,9 +92,8 @@ def transformer_rows(theirs: str, ours: str, linear: bool) -> Iterator[Row]:
 
 
 def _time_conv_rows(theirs: str, ours: str) -> Iterator[Row]:
-    for i in range(4):
-        # The list of the first convolution lacks the dropout before it.
-        index = 3 if i else 2
+    # Places of the convolutions in their lists: the first one has no dropout before it.
+    for i, index in enumerate((2, 3, 3, 3)):
         yield from norm_rows(f"{theirs}.conv{i + 1}.0", f"{ours}/norm_{i}")
         yield from dense_rows(
             f"{theirs}.conv{i + 1}.{index}", f"{ours}/conv_{i}", patches((3, 1, 1))

@@ -13,8 +13,8 @@ from vdx.interop.image_vae import dense_rows, fields_of_class
 from vdx.interop.keymap import CONV, Layout, Row, patches
 from vdx.models.vae.video_vae import VideoVAE
 
-# Configs of the pretrained VAEs, for files that come without one. "wan2.1" has the default fields; the
-# statistics of the latents, one number a channel, are those of the Wan team's code.
+# Configs of the pretrained VAEs, for files that come without one. "wan2.1" has the default fields.
+# The statistics of the latents, one number per channel, are those of the Wan team's code.
 # fmt: off
 VIDEO_VAES: dict[str, dict[str, Any]] = {
     "wan2.1": {
@@ -85,6 +85,7 @@ CODER = {
     "middle/attention_0": Names("mid_block.attentions.0", "middle.1"),
     "middle/res_1": Names("mid_block.resnets.1", "middle.2"),
 }
+WAYS = {"encoder": "down", "decoder": "up"}
 # The layers around the latents:
 LATENT = {
     "quant_conv": Names("quant_conv", "conv1"),
@@ -102,7 +103,10 @@ def video_vae_rows(vae: VideoVAE, original: bool = False) -> tuple[Row, ...]:
         rows += _layer_rows(names.of(original), ours, original)
     for coder in ("encoder", "decoder"):
         layers = [(names.of(original), ours) for ours, names in CODER.items()]
-        layers += _original_levels(vae, coder) if original else _diffusers_levels(vae, coder)
+        if original:
+            layers += _original_levels(vae, coder)
+        else:
+            layers += _diffusers_levels(vae, coder)
         for theirs, ours in layers:
             rows += _layer_rows(f"{coder}.{theirs}", f"{coder}/{ours}", original)
     return tuple(rows)
@@ -150,7 +154,7 @@ def _level_layers(vae: VideoVAE, coder: str) -> list[list[str]]:
             if not up and 2.0**-i in vae.attn_scales:
                 names.append(f"attention_{j}")
         if i < last:
-            names.append("upsample" if up else "downsample")
+            names.append(f"{WAYS[coder]}sample")
         levels.append(names)
     return levels
 
@@ -160,7 +164,7 @@ def _original_levels(vae: VideoVAE, coder: str) -> Iterator[tuple[str, str]]:
 
     Both lack `encoder.` or `decoder.`.
     """
-    way = "up" if coder == "decoder" else "down"
+    way = WAYS[coder]
     count = 0  # Wan 2.1 numbers the layers of all levels in one list
     for i, names in enumerate(_level_layers(vae, coder)):
         for k, name in enumerate(names):
@@ -174,7 +178,7 @@ def _diffusers_levels(vae: VideoVAE, coder: str) -> Iterator[tuple[str, str]]:
 
     Both lack `encoder.` or `decoder.`.
     """
-    way = "up" if coder == "decoder" else "down"
+    way = WAYS[coder]
     in_one_list = coder == "encoder" and not vae.is_residual
     sampler = f"{way}sampler" if vae.is_residual else f"{way}samplers.0"
     count = 0

@@ -62,7 +62,9 @@ class Adapted(flax.struct.PyTreeNode):
         **collections: Any,
     ) -> Any:
         """Call `module.apply` with the factors added to every dense layer that has some."""
-        rngs = {"lora": self.key} if self.dropout and self.key is not None else {}
+        rngs = {}
+        if self.dropout and self.key is not None:
+            rngs["lora"] = self.key
         variables = {"params": self.base, "lora": self.factors, **collections}
         with nn.intercept_methods(self._add_low_rank):
             return module.apply(variables, *args, method=method, rngs=rngs, mutable=mutable)
@@ -180,9 +182,10 @@ class Lora:
 
         key: of a training step; without it nothing is dropped.
         """
-        if key is not None:
-            key = jax.random.fold_in(key, _DROPOUT) if self.dropout else None
-        return Adapted(base, factors, key, self.scale, self.dropout)
+        dropout_key = None
+        if key is not None and self.dropout:
+            dropout_key = jax.random.fold_in(key, _DROPOUT)
+        return Adapted(base, factors, dropout_key, self.scale, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +214,9 @@ def adapt(params: Params | Adapted, *changes: WeightDelta, merge: bool = False) 
     for change in changes:
         params = add_deltas(params, change.deltas, change.weight)
     factors = concat_factors(*weighted)
-    return merge_factors(params, factors) if merge else Adapted(params, factors)
+    if merge:
+        return merge_factors(params, factors)
+    return Adapted(params, factors)
 
 
 def concat_factors(*weighted: tuple[Params, float]) -> Params:
@@ -222,9 +227,9 @@ def concat_factors(*weighted: tuple[Params, float]) -> Params:
     found: dict[str, list[Array]] = {}
     for factors, weight in weighted:
         for path, value in _flat(factors).items():
-            # The weight goes into B alone, or it would count twice.
-            scaled = weight * value if path.endswith(B) else value
-            found.setdefault(path, []).append(scaled)
+            if path.endswith(B):  # in A too it would count twice
+                value = weight * value
+            found.setdefault(path, []).append(value)
 
     rank_axis = {A: -1, B: -2}
     joined = {

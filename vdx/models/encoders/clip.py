@@ -17,7 +17,7 @@ from PIL import Image
 from vdx.models.attention.layers import SelfAttention
 from vdx.models.layers import MLP, LayerNorm
 from vdx.parallel import constrain
-from vdx.types import Array, Bool, DTypeLike, Float, Int, UInt8
+from vdx.types import Array, Bool, DTypeLike, Float, Int
 
 # Statistics of CLIP's training images: red, green and blue in [0, 1].
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -230,9 +230,7 @@ class CLIPVisionModel(nn.Module):
         return LayerNorm(self.eps, name="norm_in")(x)
 
 
-def preprocess(
-    frames: Sequence[UInt8[np.ndarray, "_ _ 3"]], size: int = 224
-) -> Float[np.ndarray, "b size size 3"]:
+def preprocess(frames: Sequence[np.ndarray], size: int = 224) -> Float[np.ndarray, "b size size 3"]:
     """Resize frames, crop their centre and normalise their colours.
 
     The shorter side becomes `size` (bicubic), and MEAN and STD are those of CLIP. Runs on the host,

@@ -48,11 +48,11 @@ class BlockConfig:
         return self.heads, width // self.heads
 
 
-class GridAttention(nn.Module):
-    """Attention with queries from the grid. Only the last projection has a bias.
+class PlainAttention(nn.Module):
+    """Attention with queries from the grid, without norms or rotary positions.
 
     Keys and values come from the same frame ("space"), from the same position in all frames
-    ("time"), or from tokens.
+    ("time"), or from tokens. Only the last projection has a bias.
     """
 
     axes: str  # a row of ATTENTION_AXES
@@ -107,10 +107,10 @@ class SpaceLayer(nn.Module):
         mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b t h w d"]:
         """Apply the layer; `mask` is True on tokens."""
-        attention = GridAttention("space", self.heads, self.dtype, name="attn1")
+        attention = PlainAttention("space", self.heads, self.dtype, name="attn1")
         x = x + attention(_norm("norm1")(x))
         if tokens is not None:
-            attention = GridAttention("tokens", self.heads, self.dtype, name="attn2")
+            attention = PlainAttention("tokens", self.heads, self.dtype, name="attn2")
             x = x + attention(_norm("norm2")(x), tokens, mask)
         return x + _mlp(x, self.dtype)
 
@@ -141,7 +141,7 @@ class TimeLayer(nn.Module):
         if self.temporal.positions:
             positions = frame_positions(x.shape[1], x.shape[-1]).astype(y.dtype)
             y = y + positions[None]
-        return GridAttention("time", self.heads, self.dtype, name=f"attn{i}")(y)
+        return PlainAttention("time", self.heads, self.dtype, name=f"attn{i}")(y)
 
     def _mix(
         self, x: Float[Array, "b t h w d"], spec: Mapping[str, Any]

@@ -151,7 +151,6 @@ class UNet(nn.Module):
 
         # No port is ignored in silence.
         unused = ["image_tokens", "add"]
-
         if self.control == "none":
             unused.append("control")
         for port in unused:
@@ -160,6 +159,7 @@ class UNet(nn.Module):
                     f"This U-Net has no port {port!r}: take the signal that gives it "
                     "out of config.model.signals."
                 )
+
         if self.control != "none":
             self._check_control(x, ports)
 

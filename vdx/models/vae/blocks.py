@@ -43,7 +43,8 @@ class CausalConv3d(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         x = self._with_history(x.astype(self.dtype), first)
 
-        space = [(size // 2, size // 2) for size in self.kernel[1:]]
+        _, rows, columns = self.kernel
+        space = ((rows // 2, rows // 2), (columns // 2, columns // 2))
         y = convolve(x, kernel.astype(self.dtype), (self.stride, 1, 1), space)
         y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(self.dtype)
