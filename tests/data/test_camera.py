@@ -8,7 +8,7 @@ import pytest
 from vdx.data.camera import cropped, plucker, read_camera, write_camera
 from vdx.data.scenes.drawing import background
 from vdx.data.scenes.signals import camera
-from vdx.data.scenes.source import Object, Scene
+from vdx.data.scenes.world import Object, Scene
 
 
 def turned(angle, axis):

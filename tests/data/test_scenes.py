@@ -16,8 +16,11 @@ from vdx.data.scenes.captions import (
     SIZE_WORDS,
     SPEED_WORDS,
     STYLE_WORDS,
+    describe,
 )
-from vdx.data.scenes.source import (
+from vdx.data.scenes.sampling import is_validation
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import (
     BACKGROUNDS,
     CAMERAS,
     COLOURS,
@@ -31,9 +34,6 @@ from vdx.data.scenes.source import (
     STYLES,
     Object,
     Scene,
-    Scenes,
-    describe,
-    is_validation,
 )
 
 TIME_SAMPLERS = np.arange(16) / 8.0

@@ -15,7 +15,8 @@ from vdx.data.record import BadRecord, Record
 from vdx.data.resize import resize
 from vdx.data.scenes.drawing import COLOURS, SHAPES, paint
 from vdx.data.scenes.signals import camera, depth, flow, pose, reference
-from vdx.data.scenes.source import MOTIONS, Object, Scene, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import MOTIONS, Object, Scene
 from vdx.data.signals import ACTIONS, SIGNALS, sparse_flow_hints
 from vdx.data.sources import VideoFolder
 from vdx.data.transforms import ClipSampling, to_example

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.data.scenes.source import MOTIONS, SPEEDS, STEERED, Object, Scene, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import MOTIONS, SPEEDS, STEERED, Object, Scene
 from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.control import (
     CONTROL_METRICS,

@@ -1,6 +1,6 @@
 """Does a generated clip show what its prompt says? Colour, shape and motion, read from pixels.
 
-The reader knows how `vdx.data.scenes.source` draws, and nothing of what was asked for. It reads clips
+The reader knows how `vdx.data.scenes` draws, and nothing of what was asked for. It reads clips
 of one object under a static camera: it estimates the background, names the colour that best
 explains what differs from it, follows the amount of that colour from frame to frame, and
 compares it with drawn templates. Of several objects it reads one, which is not defined.
@@ -26,7 +26,7 @@ from vdx.data.scenes.drawing import (
     background,
     paint,
 )
-from vdx.data.scenes.source import GROWTH, MOTIONS, SPEEDS, TURN
+from vdx.data.scenes.world import GROWTH, MOTIONS, SPEEDS, TURN
 
 __all__ = ["ATTRIBUTES", "Track", "read_angles", "read_attributes", "score", "track_object"]
 

@@ -5,12 +5,10 @@ sometimes, so that a model trained on these captions learns what an unsaid attri
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vdx.data.scenes.source import Object, Scene
+from vdx.data.scenes.world import Object, Scene
 
 __all__ = ["BACKGROUND_WORDS", "CAMERA_WORDS", "MOTION_WORDS", "STYLE_WORDS", "describe"]
 
@@ -94,7 +92,7 @@ def _pick(rng: np.random.Generator, options: Sequence):
     return options[int(rng.random() * len(options))]
 
 
-def _noun(item: "Object", rng: np.random.Generator) -> str:
+def _noun(item: Object, rng: np.random.Generator) -> str:
     """ "a small red circle", "a red circle" or "a red circle, small,"."""
     words, after = f"{item.colour} {item.shape}", ""
     if rng.random() < 0.4:
@@ -106,7 +104,7 @@ def _noun(item: "Object", rng: np.random.Generator) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}{after}"
 
 
-def _verb(item: "Object", rng: np.random.Generator, form: int) -> str:
+def _verb(item: Object, rng: np.random.Generator, form: int) -> str:
     """The motion, form 0 finite and 1 participle, perhaps with its speed."""
     verb = _pick(rng, MOTION_WORDS[item.motion])[form]
     if rng.random() < 0.4:
@@ -122,7 +120,7 @@ def _join(opening: str, action: str, place: str, remarks: list[str], place_first
     return ", ".join([f"{opening}{action}{' ' if place else ''}{place}", *remarks])
 
 
-def describe(scene: "Scene", rng: np.random.Generator) -> str:
+def describe(scene: Scene, rng: np.random.Generator) -> str:
     """One ASCII caption of a scene, at most 64 bytes for each object in it.
 
     Every call draws a new phrasing from `rng`; the facts are those of the scene.

@@ -2,14 +2,12 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vdx.data.scenes.drawing import draw, paint, still
-
-if TYPE_CHECKING:
-    from vdx.data.scenes.source import Scene
+from vdx.data.scenes.world import Scene
 
 __all__ = ["actions", "camera", "depth", "flow", "pose", "reference", "tracks"]
 
@@ -18,7 +16,7 @@ REFERENCE_RADIUS = 0.25
 DOT, LINE = 0.25, 0.08  # radius of a skeleton's joint and half width of its bone, in radii
 
 
-def _pixels(scene: "Scene", times: np.ndarray, height: int, width: int) -> list[dict[str, Any]]:
+def _pixels(scene: Scene, times: np.ndarray, height: int, width: int) -> list[dict[str, Any]]:
     """For each object x, y [t h w], pixels from its centre; size and angle [t 1 1]; cover."""
     found = []
     for item, state in zip(scene.objects, scene.state(times), strict=True):
@@ -37,7 +35,7 @@ def _pixels(scene: "Scene", times: np.ndarray, height: int, width: int) -> list[
     return found
 
 
-def depth(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarray:
+def depth(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
     """float32 [t h w 1]: 1 in the main object, 0.5 in the one behind it, 0 outside."""
     near = np.zeros((len(times), height, width), np.float32)
     for item, value in reversed(
@@ -47,7 +45,7 @@ def depth(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndar
     return near[..., None]
 
 
-def pose(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarray:
+def pose(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
     """float32 [t h w 3]: the main object's joint, its bone, and both of a second object.
 
     The joint is a dot at the centre; the bone leads from there as far as the radius, the way
@@ -68,7 +66,7 @@ def pose(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarr
     return picture
 
 
-def flow(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarray:
+def flow(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
     """float32 [t h w 2]: how far each pixel goes until the next instant, 0 at the last one.
 
     A pixel of an object moves, grows and turns with it, one of the background with the camera.
@@ -87,7 +85,7 @@ def flow(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarr
     return result
 
 
-def camera(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarray:
+def camera(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
     """float64 [t 3 7]: a pan moves the camera sideways before a plane at depth 1, with the focal
     length of one frame width, so that the plane shifts by as much the other way."""
     found = np.zeros((len(times), 3, 7))
@@ -98,12 +96,12 @@ def camera(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.nda
     return found
 
 
-def actions(scene: "Scene", times: np.ndarray) -> np.ndarray:
+def actions(scene: Scene, times: np.ndarray) -> np.ndarray:
     """int32 [t]: what the main object does, one of ACTIONS."""
     return scene.objects[0].actions(times)
 
 
-def reference(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.ndarray:
+def reference(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [1 h w 3]: the main object alone, upright and large, before plain black."""
     item = scene.objects[0]
     canvas = still("black", height, width).copy()
@@ -121,7 +119,7 @@ def reference(scene: "Scene", times: np.ndarray, height: int, width: int) -> np.
     return (canvas + 0.5).astype(np.uint8)
 
 
-def tracks(scene: "Scene", height: int, width: int) -> Mapping[str, Callable]:
+def tracks(scene: Scene, height: int, width: int) -> Mapping[str, Callable]:
     """{name: read(times)} for a Record whose frames are of that size."""
     sized = {"depth": depth, "pose": pose, "flow": flow, "camera": camera, "reference": reference}
     return {"actions": functools.partial(actions, scene)} | {
