@@ -10,7 +10,8 @@ import pytest
 
 from vdx.config.build import ConfigError, build
 from vdx.data.record import BadRecord
-from vdx.data.sources import SOURCES, Records, VideoFolder, video_record
+from vdx.data.sources import SOURCES, Records, VideoFolder
+from vdx.data.video_files import video_record
 from vdx.generate.video_io import write_video
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -86,7 +87,7 @@ def test_captions_stay_with_their_clips_and_splits_partition(tmp_path):
         make_clip(tmp_path / name, [0.0, 0.1], [20 * i, 20 * i])
     rows = [{"file_name": n, "caption": str(20 * i), "fps": 3} for i, n in enumerate(names)]
     parts = [
-        VideoFolder(listed(tmp_path, rows), split, validation=0.3)
+        VideoFolder(listed(tmp_path, rows), split, validation_fraction=0.3)
         for split in ("all", "train", "validation")
     ]
     for folder in parts:
@@ -96,7 +97,7 @@ def test_captions_stay_with_their_clips_and_splits_partition(tmp_path):
     whole, train, held = ({r.name for r in part.rows} for part in parts)
     assert train | held == whole and not train & held and train and held
     # A clip stays on its side when others come or go.
-    fewer = VideoFolder(listed(tmp_path, rows[::2]), "validation", validation=0.3)
+    fewer = VideoFolder(listed(tmp_path, rows[::2]), "validation", validation_fraction=0.3)
     assert {r.name for r in fewer.rows} == held & set(names[::2])
 
 
@@ -137,7 +138,7 @@ def test_missing_places_and_splits_are_named(tmp_path):
     with pytest.raises(ValueError, match="none of all, train, validation"):
         VideoFolder(str(tmp_path), "test")
     with pytest.raises(ValueError, match="None of the 1 videos"):
-        VideoFolder(str(tmp_path), "validation", validation=0.0)
+        VideoFolder(str(tmp_path), "validation", validation_fraction=0.0)
     with pytest.raises(ValueError, match=r"holds no features\.json"):
         Records(str(tmp_path))
     with pytest.raises(ConfigError, match="unknown name"):

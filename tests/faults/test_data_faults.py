@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdx.data import records, sources
+from vdx.data import records, video_files
 from vdx.data.bad_records import read_bad_records
 from vdx.data.checksums import add_checksums
 from vdx.data.pipeline import DataError, make_loader
@@ -60,7 +60,7 @@ def latents(tmp_path_factory):
             }
             rows.append({**row, **LATENT_FAULTS[kind](row)} if i in BAD and kind != "good" else row)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "check_latents", lambda *_: None)
+            patch.setattr(records, "check_latents", lambda *_: None)
             records.write_records(root / kind, {"train": rows}, features, metadata=metadata)
     return root
 
@@ -397,7 +397,7 @@ def test_a_name_that_ffmpeg_takes_for_an_address_is_the_file_of_that_name(
 def test_frames_that_would_take_all_memory_are_refused(tmp_path, monkeypatch, most, reason):
     changing_size(tmp_path / "a.mp4", {"sha256": None})  # 32x32 by its header, later 48x48
     write_rows(tmp_path, [{"file_name": "a.mp4", "caption": "x"}])
-    monkeypatch.setattr(sources, "MOST_PIXELS", most)
+    monkeypatch.setattr(video_files, "MOST_PIXELS", most)
     with pytest.raises(BadRecord, match=reason):
         VideoFolder(str(tmp_path))[0].read(np.arange(24) / 12)
 

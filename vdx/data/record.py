@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BadRecord", "Record", "shown"]
+__all__ = ["BadRecord", "Record", "frame_index_at"]
 
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
 
@@ -48,6 +48,6 @@ class Record:
     )
 
 
-def shown(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:
+def frame_index_at(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:
     """int [t]: the frame, of those with the timestamps, that is on the screen at each instant."""
     return np.maximum(np.searchsorted(stamps, np.asarray(times) + ROUNDING, side="right") - 1, 0)

@@ -17,159 +17,24 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 
-from vdx.data.record import BadRecord, Record, shown
+from vdx.data.record import BadRecord, Record, frame_index_at
 from vdx.data.records import check_classes, ready_example
 from vdx.data.scenes.source import Scenes
-from vdx.data.track_files import TRACK_FILES, VIDEOS
+from vdx.data.track_files import TRACK_FILES
+from vdx.data.video_files import VIDEOS, Opener, guard, video_record
 
 __all__ = [
     "SOURCES",
     "Records",
     "VideoFolder",
-    "decode",
     "list_videos",
-    "open_video",
-    "pixels",
     "read_metadata",
-    "video_record",
 ]
 
-CONTAINERS = "avi,matroska,mp4"  # as FFmpeg calls those of VIDEOS
-MOST_PIXELS = 1 << 26  # of a frame; a damaged or hostile header may ask for all memory
 SHA256 = re.compile("[0-9a-f]{64}")
 SPLITS = ("all", "train", "validation")
-
-Opener = Callable[[], str | io.BytesIO]
-
-
-def open_video(file: str | io.BytesIO):
-    """(container, its first video stream). Raises ValueError where there is none.
-
-    FFmpeg would also open playlists, which name other files and addresses, and pictures: what
-    the file says it is must be one of the containers of VIDEOS.
-    """
-    try:
-        container = av.open(
-            file, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-        )
-    except av.error.ArgumentError as error:
-        raise ValueError(f"not one of the containers {CONTAINERS}") from error
-    try:
-        return container, _video_stream(container)
-    except BaseException:
-        container.close()
-        raise
-
-
-def _video_stream(container):
-    if not container.streams.video:
-        raise ValueError("no video stream")
-    stream = container.streams.video[0]
-    codec = stream.codec_context
-    if codec is None:
-        raise ValueError("an unknown codec")
-    if codec.width * codec.height > MOST_PIXELS:
-        raise ValueError(f"frames of {codec.height}x{codec.width}, more than {MOST_PIXELS} pixels")
-    codec.options = {"max_pixels": str(MOST_PIXELS)}  # the stream itself may say otherwise
-    codec.thread_count = 1  # the loader's own threads share the cores
-    return stream
-
-
-def pixels(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [h w 3] of a decoded frame, upright: phones store the turn beside the picture."""
-    turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    return np.ascontiguousarray(turned)
-
-
-def _probe(file: str | io.BytesIO) -> tuple[np.ndarray, float, float]:
-    """(presentation stamps, ascending, in ticks; seconds in a tick; duration in seconds).
-
-    Read from the packets and never guessed from a frame rate; nothing is decoded.
-    """
-    container, stream = open_video(file)
-    with container:
-        packets = [p for p in container.demux(stream) if p.size]
-        if len(packets) < stream.frames:
-            raise ValueError(f"truncated: {len(packets)} of {stream.frames} frames are there")
-        shown = [p for p in packets if not p.is_discard]
-        if not shown or any(p.pts is None for p in shown):
-            raise ValueError("no frames" if not shown else "frames without presentation times")
-        tick = float(stream.time_base)
-        stamps = np.unique([p.pts for p in shown])
-        last = max(shown, key=lambda p: p.pts).duration
-    if not last:  # not every container says how long the last frame stays
-        last = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.0
-    return stamps, tick, float(stamps[-1] - stamps[0] + last) * tick
-
-
-def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
-    """The frames with the presentation stamps `wanted` (ticks): stamp -> uint8 [h w 3].
-
-    Decodes from the key frame before the first to the last that is wanted. Raises ValueError
-    for a damaged frame on the way, which the decoder itself would only paint over.
-    """
-    container, stream = open_video(file)
-    found: dict[int, np.ndarray] = {}
-    needed = {int(stamp) for stamp in wanted}
-    with container:
-        if min(needed) > (stream.start_time or 0):
-            container.seek(min(needed), stream=stream)
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise ValueError("damaged frame")
-            if frame.pts in needed:
-                found[frame.pts] = pixels(frame)
-                if len(found) == len(needed):
-                    break
-    if len(found) < len(needed):
-        raise ValueError(f"{len(needed) - len(found)} of {len(needed)} frames do not decode")
-    return found
-
-
-def _guard(key: str, work: Callable, *arguments, what: str = "video"):
-    """`work(*arguments)`, with whatever a bad file makes it raise as BadRecord."""
-    try:
-        return work(*arguments)
-    except BadRecord as error:
-        if error.key == key:
-            raise
-        raise BadRecord(key, f"not a usable {what}: {error.reason}") from error
-    except Exception as error:  # there is no list of what decoders raise on damaged files
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadRecord(key, f"not a usable {what}: {reason}") from error
-
-
-def video_record(key: str, caption: Any, opener: Opener) -> Record:
-    """The record of an encoded video; `opener()` gives a path or a fresh BytesIO.
-
-    Timestamps count from the first frame. Raises BadRecord, at once or in `read`.
-    """
-    if not isinstance(caption, str):
-        raise BadRecord(
-            key,
-            "the caption is missing"
-            if caption is None
-            else f"the caption is {type(caption).__name__}, expected text",
-        )
-    ticks, tick, duration = _guard(key, lambda: _probe(opener()))
-    stamps = (ticks - ticks[0]) * tick
-
-    def read(times: np.ndarray) -> np.ndarray:
-        wanted = ticks[shown(stamps, times)]
-        found = _guard(key, lambda: decode(opener(), wanted))
-        sizes = {frame.shape[:2] for frame in found.values()}
-        if len(sizes) > 1:
-            raise BadRecord(
-                key,
-                "the frames change size: "
-                + " then ".join(f"{height}x{width}" for height, width in sorted(sizes)),
-            )
-        return np.stack([found[int(stamp)] for stamp in wanted])
-
-    return Record(key, caption, duration, stamps, read)
 
 
 def _is_validation(name: str, share: float) -> bool:
@@ -195,7 +60,8 @@ class VideoFolder:
     path: a folder with `metadata.jsonl`, rows {"file_name", "caption"} and perhaps "sha256" and
       files of what steers the clip, under the keys of `vdx.data.track_files` (other keys are
       ignored), or else videos that have a caption in a `.txt` file of the same name.
-    split: "all", "train" or "validation"; heldout: the share of the files, by a hash of the name.
+    split: "all", "train" or "validation"; validation_fraction: the share of the files, by a hash of
+      the name.
 
     Most damage to an encoded video decodes to other pixels without a sign. A file with "sha256",
     which `python -m vdx.data.checksums` writes, is compared with it whenever it is opened.
@@ -206,7 +72,7 @@ class VideoFolder:
 
     path: str
     split: str = "all"
-    validation: float = 0.1
+    validation_fraction: float = 0.1
     rows: tuple[VideoEntry, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
@@ -223,12 +89,12 @@ class VideoFolder:
             row
             for row in rows
             if self.split == "all"
-            or _is_validation(row.name, self.validation) == (self.split == "validation")
+            or _is_validation(row.name, self.validation_fraction) == (self.split == "validation")
         ]
         if not kept:
             raise ValueError(
                 f"None of the {len(rows)} videos of {root} is in the split "
-                f"{self.split!r} with heldout = {self.validation}."
+                f"{self.split!r} with validation_fraction = {self.validation_fraction}."
             )
         object.__setattr__(self, "rows", tuple(kept))
 
@@ -238,12 +104,12 @@ class VideoFolder:
     def __getitem__(self, index: int) -> Record:
         name, caption, sha256, beside = self.rows[index]
         path = Path(self.path).absolute() / name  # a bare "x:y" would be an address to FFmpeg
-        _guard(name, _check_file, path)
+        guard(name, _check_file, path)
         if isinstance(caption, Path):
-            caption = _guard(name, functools.partial(caption.read_text, encoding="utf-8")).strip()
+            caption = guard(name, functools.partial(caption.read_text, encoding="utf-8")).strip()
         opener: Opener = lambda: str(path)
         if sha256 is not None:
-            data = _guard(name, _verified, path, sha256)
+            data = guard(name, _verified, path, sha256)
             opener = lambda: io.BytesIO(data)
         record = video_record(name, caption, opener)
         return dataclasses.replace(
@@ -263,9 +129,9 @@ class VideoFolder:
             assert stamps is not None  # of a video
             _check_file(path)
             video = lambda: video_record(file, "", lambda: str(path)).read(times)
-            return TRACK_FILES[track](path, shown(stamps, times), len(stamps), video)
+            return TRACK_FILES[track](path, frame_index_at(stamps, times), len(stamps), video)
 
-        return _guard(record.key, read, what=f"{track} {file!r}")
+        return guard(record.key, read, what=f"{track} {file!r}")
 
 
 def _check_file(path: Path) -> None:
@@ -369,7 +235,7 @@ class Records:
         if not (Path(self.path) / "features.json").exists():
             raise ValueError(
                 f"{Path(self.path).resolve()} holds no features.json: it is not a "
-                "directory prepared by `python -m vdx.prepare` or TFDS."
+                "directory that TFDS prepared."
             )
         check_classes(Path(self.path))
         import tensorflow_datasets as tfds  # a second of import, which other sources spare

@@ -23,11 +23,11 @@ from PIL import Image
 from vdx.config.build import lookup
 from vdx.data.camera import read_camera
 from vdx.data.signals import ACTIONS
+from vdx.data.video_files import VIDEOS
 from vdx.files import read_json
 
-__all__ = ["TRACK_FILES", "VIDEOS"]
+__all__ = ["TRACK_FILES"]
 
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Video = Callable[[], np.ndarray]  # uint8 [t h w 3]: the file, if it is one, at the clip's instants

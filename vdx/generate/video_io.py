@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.sources import open_video, pixels
+from vdx.data.video_files import open_video, pixels
 from vdx.files import atomic_write
 from vdx.types import Array
 
