@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from vdx.data.bad_records import read_bad_records
-from vdx.data.pipeline import DataError, _shuffled, make_loader
+from vdx.data.pipeline import DataError, make_loader
 from vdx.data.record import BadRecord, Record
+from vdx.data.shuffle import shuffled_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def test_every_epoch_has_every_record_once_in_another_order():
 
 def test_a_large_set_is_shuffled_whole_too():
     for epoch in (0, 1):
-        order = [_shuffled(place, 70_000, 3, epoch) for place in range(70_000)]
+        order = [shuffled_index(place, 70_000, 3, epoch) for place in range(70_000)]
         assert len(set(order)) == 70_000 and order[:100] != sorted(order[:100])
 
 
