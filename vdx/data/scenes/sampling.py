@@ -1,9 +1,12 @@
-"""How a scene is sampled: words, and the numbers that keep every object in the frame."""
+"""Sampling of scenes: their words, and the numbers that keep every object in the frame."""
 
+import dataclasses
 import functools
 import itertools
 import math
 import zlib
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +17,7 @@ from vdx.data.scenes.world import (
     CAMERAS,
     GROWTH,
     HOLDS,
+    SHARED,
     SHRINK_FROM,
     SIZES,
     SPEEDS,
@@ -22,44 +26,175 @@ from vdx.data.scenes.world import (
     STEERED,
     VELOCITIES,
     Object,
+    Scene,
 )
 from vdx.data.signals import ACTIONS
 
-VALIDATION_ONE_IN = 5
+__all__ = [
+    "SPLITS",
+    "Combination",
+    "Surroundings",
+    "Vocabulary",
+    "combinations",
+    "is_validation",
+    "pick",
+    "sample_scene",
+    "surroundings",
+]
+
+T = TypeVar("T")
+
+SPLITS = ("train", "validation", "all")
+VALIDATION_ONE_IN = 5  # combinations
+ROUND = ("circle", "ring")  # shapes that cannot visibly turn
+ARRANGEMENTS = 8  # drawn of two objects, of which the one with the most room is taken
+
+
+class Combination(NamedTuple):
+    """The words of an object that decide its split."""
+
+    colour: str
+    shape: str
+    motion: str
+
+
+class Surroundings(NamedTuple):
+    """The words of a scene besides its objects and its style."""
+
+    background: str
+    camera: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The words and numbers among which a scene is sampled."""
+
+    combinations: tuple[Combination, ...]
+    surroundings: tuple[Surroundings, ...]
+    styles: tuple[str, ...]
+    sizes: tuple[str, ...]
+    max_objects: int  # 1 or 2
+    duration: float  # seconds for which a steered object has commands
+
+
+def pick(options: Sequence[T], rng: np.random.Generator) -> T:
+    """Return one of the options, drawn uniformly."""
+    # Four times cheaper than rng.integers, and a caption needs a dozen picks.
+    return options[int(rng.random() * len(options))]
 
 
 def is_validation(colour: str, shape: str, motion: str) -> bool:
-    """Whether the combination belongs to the "validation" split: about one in five does."""
+    """Return true if the combination belongs to the split "validation": about one in five does."""
     return zlib.crc32(f"{colour} {shape} {motion}".encode()) % VALIDATION_ONE_IN == 0
 
 
 @functools.lru_cache
-def _triples(shapes, colours, motions, split: str) -> tuple[tuple[str, str, str], ...]:
-    """The (colour, shape, motion) combinations of a split; what is round cannot visibly turn."""
-    wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
+def combinations(
+    shapes: tuple[str, ...], colours: tuple[str, ...], motions: tuple[str, ...], split: str
+) -> tuple[Combination, ...]:
+    """Return the combinations of a split, without the round shapes that turn."""
+    sides = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     return tuple(
-        (c, s, m)
-        for c, s, m in itertools.product(colours, shapes, motions)
-        if not (m == "turn" and s in ("circle", "ring")) and is_validation(c, s, m) in wanted
+        Combination(colour, shape, motion)
+        for colour, shape, motion in itertools.product(colours, shapes, motions)
+        if not (motion == "turn" and shape in ROUND)
+        and is_validation(colour, shape, motion) in sides
     )
 
 
 @functools.lru_cache
-def _settings(backgrounds, cameras) -> tuple[tuple[str, str], ...]:
-    """The (background, camera) pairs; over a plain background a pan could not be seen."""
+def surroundings(
+    backgrounds: tuple[str, ...], cameras: tuple[str, ...]
+) -> tuple[Surroundings, ...]:
+    """Return the pairs of background and camera, without pans over a plain background."""
     return tuple(
-        (b, c)
-        for b, c in itertools.product(backgrounds, cameras)
-        if c == "static" or BACKGROUNDS[b][2]
+        Surroundings(background, camera)
+        for background, camera in itertools.product(backgrounds, cameras)
+        if camera == "static" or BACKGROUNDS[background][2]
     )
 
 
+def sample_scene(vocabulary: Vocabulary, rng: np.random.Generator) -> Scene:
+    """Draw a scene without a caption: one object, or with equal chance two if allowed."""
+    background, camera = pick(vocabulary.surroundings, rng)
+    style = pick(vocabulary.styles, rng)
+
+    words = [pick(vocabulary.combinations, rng)]
+    if vocabulary.max_objects > 1 and rng.random() < 0.5:
+        others = [other for other in vocabulary.combinations if other.colour != words[0].colour]
+        words.append(pick(others, rng))
+
+    # Two objects are smaller, and placed as far apart as a few tries allow.
+    scale = 1.0
+    tries = 1
+    if len(words) == 2:
+        scale = SHARED
+        tries = ARRANGEMENTS
+    arrangements = [
+        [_place(combination, camera, scale, vocabulary, rng) for combination in words]
+        for _ in range(tries)
+    ]
+    objects = max(arrangements, key=_gap)
+    return Scene(tuple(objects), background, camera, style)
+
+
 def _between(rng: np.random.Generator, low: float, high: float) -> float:
-    """Uniform in [low, high], the middle where that is empty."""
-    return low + (high - low) * float(rng.random()) if low < high else (low + high) / 2
+    """Draw uniformly in [low, high]; returns the middle of an empty interval."""
+    if low < high:
+        return low + (high - low) * float(rng.random())
+    return (low + high) / 2
 
 
-def _steer(
+def _place(
+    words: Combination,
+    camera: str,
+    scale: float,
+    vocabulary: Vocabulary,
+    rng: np.random.Generator,
+) -> Object:
+    """Draw an object of a combination, wholly in the frame for STAY seconds.
+
+    scale: multiplies its radius.
+    """
+    size = pick(vocabulary.sizes, rng)
+    # Speeds add up under a moving camera: a fast object would leave the frame.
+    speed = "fast" if rng.random() < 0.5 and camera == "static" else "slow"
+    rate = SPEEDS[speed]
+
+    # The room that the object needs at its largest.
+    radius = SIZES[size] * scale
+    if words.motion == "shrink":
+        radius *= SHRINK_FROM
+    largest = radius
+    if words.motion == "grow":
+        largest = radius * math.exp(GROWTH * rate * STAY)
+    margin = REACH * largest
+
+    # Where it may start so that its path stays inside; a steered object comes back by itself.
+    dx = dy = 0.0
+    if words.motion != STEERED:
+        vx, vy = VELOCITIES.get(words.motion, (0, 0))
+        dx = (rate * vx + CAMERAS[camera]) * STAY
+        dy = rate * vy * STAY
+    x = _between(rng, margin - min(dx, 0.0), 1.0 - margin - max(dx, 0.0))
+    y = _between(rng, margin - min(dy, 0.0), 1.0 - margin - max(dy, 0.0))
+
+    item = Object(words.shape, words.colour, words.motion, size, speed, x, y, radius)
+    if words.motion == "turn":
+        return dataclasses.replace(item, angle=_between(rng, 0.0, math.tau))
+    if words.motion == "bounce":
+        # It starts between the top and half way down, so it lands soon.
+        y = 1.0 - radius * BOTTOM[words.shape]
+        rise = _between(rng, 0.32, 0.48)
+        phase = _between(rng, 0.5, 0.8)
+        return dataclasses.replace(item, y=y, rise=rise, phase=phase)
+    if words.motion == STEERED:
+        commands = _draw_commands(x, y, rate, camera, margin, vocabulary.duration, rng)
+        return dataclasses.replace(item, commands=commands)
+    return item
+
+
+def _draw_commands(
     x: float,
     y: float,
     rate: float,
@@ -68,68 +203,50 @@ def _steer(
     duration: float,
     rng: np.random.Generator,
 ) -> tuple[tuple[float, str], ...]:
-    """Commands for `duration` seconds that keep a centre as far as `margin` from the border."""
+    """Draw commands for `duration` seconds that keep a centre at least `margin` from the border.
+
+    The same action does not follow itself, unless no other one stays as far inside.
+    """
     commands: list[tuple[float, str]] = []
-    now, place = 0.0, (x, y)
+    last = ""
+    now = 0.0
     while now < duration:
-        hold = HOLDS[int(rng.random() * len(HOLDS))]
+        hold = pick(HOLDS, rng)
+
+        # Where each action leads, and by how much that is outside.
+        ends = {}
         outside = {}
         for action in ACTIONS:
             vx, vy = VELOCITIES.get(action, (0, 0))
-            to = (
-                place[0] + (STEER * rate * vx + CAMERAS[camera]) * hold,
-                place[1] + STEER * rate * vy * hold,
-            )
-            outside[action] = max(0.0, *(max(margin - v, v + margin - 1.0) for v in to)), to
-        least = min(far for far, _ in outside.values()) + 1e-9
-        fit = [
-            action
-            for action, (far, _) in outside.items()
-            if far <= least and [action] != [what for _, what in commands[-1:]]
-        ]
-        fit = fit or [action for action, (far, _) in outside.items() if far <= least]
-        commands.append((now, fit[int(rng.random() * len(fit))]))
-        now, place = now + hold, outside[commands[-1][1]][1]
+            end_x = x + (STEER * rate * vx + CAMERAS[camera]) * hold
+            end_y = y + STEER * rate * vy * hold
+            ends[action] = (end_x, end_y)
+            outside[action] = max(0.0, _excess(end_x, margin), _excess(end_y, margin))
+
+        least = min(outside.values()) + 1e-9
+        best = [action for action in ACTIONS if outside[action] <= least]
+        fresh = [action for action in best if action != last]
+        last = pick(fresh or best, rng)
+
+        commands.append((now, last))
+        now += hold
+        x, y = ends[last]
     return (*commands, (now, "stay"))
 
 
-def _place(
-    words: tuple[str, str, str],
-    camera: str,
-    sizes: tuple[str, ...],
-    scale: float,
-    duration: float,
-    rng: np.random.Generator,
-) -> Object:
-    """An object of that colour, shape and motion, wholly in the frame for STAY seconds."""
-    colour, shape, motion = words
-    size = sizes[int(rng.random() * len(sizes))]
-    # Speeds add up under a moving camera: a fast object would leave the frame.
-    speed = "fast" if rng.random() < 0.5 and camera == "static" else "slow"
-    radius, rate = SIZES[size] * scale * (SHRINK_FROM if motion == "shrink" else 1.0), SPEEDS[speed]
-    largest = radius * (math.exp(GROWTH * rate * STAY) if motion == "grow" else 1.0)
-    margin = REACH * largest
-    vx, vy = VELOCITIES.get(motion, (0, 0))
-    # A steered object comes back by itself.
-    dx, dy = (
-        ((rate * vx + CAMERAS[camera]) * STAY, rate * vy * STAY)
-        if motion != STEERED
-        else (0.0, 0.0)
-    )
-    x = _between(rng, margin - min(dx, 0.0), 1.0 - margin - max(dx, 0.0))
-    y = _between(rng, margin - min(dy, 0.0), 1.0 - margin - max(dy, 0.0))
-    angle = rise = phase = 0.0
-    if motion == "turn":
-        angle = _between(rng, 0.0, math.tau)
-    elif motion == "bounce":  # it starts between the top and half way down, so it lands soon
-        y = 1.0 - radius * BOTTOM[shape]
-        rise, phase = _between(rng, 0.32, 0.48), _between(rng, 0.5, 0.8)
-    commands = _steer(x, y, rate, camera, margin, duration, rng) if motion == STEERED else ()
-    return Object(shape, colour, motion, size, speed, x, y, radius, angle, rise, phase, commands)
+def _excess(value: float, margin: float) -> float:
+    """Return by how much a coordinate is nearer than `margin` to a border of [0, 1]."""
+    return max(margin - value, value + margin - 1.0)
 
 
 def _gap(objects: list[Object]) -> float:
-    """Distance at time 0 between the first and the last object; 1 where circles touch."""
-    one, two = objects[0], objects[-1]
-    y1, y2 = (o.y - o.rise * 4 * o.phase * (1 - o.phase) for o in (one, two))
-    return math.hypot(one.x - two.x, y1 - y2) / (one.radius + two.radius)
+    """Return the distance at time 0 of the first and last object; 1 where circles touch."""
+    first = objects[0]
+    last = objects[-1]
+    distance = math.hypot(first.x - last.x, _height(first) - _height(last))
+    return distance / (first.radius + last.radius)
+
+
+def _height(item: Object) -> float:
+    """Return y of an object's centre at time 0."""
+    return item.y - item.rise * 4 * item.phase * (1 - item.phase)
