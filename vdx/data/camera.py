@@ -1,4 +1,4 @@
-"""Cameras as numbers: rays of each pixel for a network, and files that people can write.
+"""Cameras as numbers: rays of pixels for a network, and files for people to write.
 
 A camera is an intrinsic matrix [3 3] and a world-to-camera matrix [3 4]. The intrinsics are in
 units of the frame, x by its width and y by its height: fx = 1 means that the frame is as wide as
@@ -32,10 +32,11 @@ COLUMNS = [0, 1, 2, 2]
 
 
 def plucker(intrinsics: np.ndarray, extrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return rays float32 [t height width 6]: moment o x d, then direction d, of each pixel.
+    """Return the ray of each pixel: moment o x d and direction d.
 
-    intrinsics [t 3 3], extrinsics [t 3 4]: see the module. d has length 1 and o is the camera's
-    centre, both in the coordinates of the first frame's camera. CameraCtrl (He et al., 2024).
+    intrinsics [t 3 3], extrinsics [t 3 4]: see the module. The result is float32
+    [t height width 6]. d has length 1 and o is the camera's centre, both in the coordinates of the
+    first frame's camera. CameraCtrl (He et al., 2024).
     """
     extrinsics = np.asarray(extrinsics, np.float64)
     rotation = extrinsics[..., :3]  # [t 3 3]
@@ -62,8 +63,13 @@ def plucker(intrinsics: np.ndarray, extrinsics: np.ndarray, height: int, width: 
 
 
 def cropped(intrinsics: np.ndarray, old: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """Return the intrinsics [t 3 3] after frames of (h, w) `old` pass through `resize`."""
+    """Return intrinsics [t 3 3] for frames that `resize` has changed.
+
+    old: (h, w) of the frames before.
+    """
     (left, top, right, bottom), _ = covering(old, height, width)
+
+    # The crop is the new unit of length, and its corner the new origin.
     result = np.array(intrinsics, np.float64)
     for row, size, begin, end in ((0, old[1], left, right), (1, old[0], top, bottom)):
         result[:, row] *= size / (end - begin)
@@ -101,7 +107,10 @@ def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray
 
 
 def _parse_extrinsics(path: str | Path, value: Any, frames: int | None) -> np.ndarray:
-    """Return "frames" of a file as float64 [t 3 4]; raises ValueError for what is no camera."""
+    """Return "frames" of a file as float64 [t 3 4].
+
+    frames: number of cameras needed. Raises ValueError for a matrix that is no camera.
+    """
     extrinsics = _parse_array(path, "frames", value)
     if extrinsics.ndim != 3 or extrinsics.shape[1:] != (3, 4):
         raise ValueError(
@@ -119,7 +128,10 @@ def _parse_extrinsics(path: str | Path, value: Any, frames: int | None) -> np.nd
 
 
 def _parse_intrinsics(path: str | Path, value: Any, frames: int) -> np.ndarray:
-    """Return "intrinsics" of a file as float64 [4] or [t 4]; raises ValueError if they misfit."""
+    """Return "intrinsics" of a file as float64 [4] or [t 4].
+
+    Raises ValueError for another shape, or numbers in pixels.
+    """
     parameters = _parse_array(path, "intrinsics", value)
     if parameters.shape not in ((4,), (frames, 4)):
         raise ValueError(
@@ -135,7 +147,10 @@ def _parse_intrinsics(path: str | Path, value: Any, frames: int) -> np.ndarray:
 
 
 def _parse_array(path: str | Path, name: str, value: Any) -> np.ndarray:
-    """Return a JSON value as float64; raises ValueError unless it is full, finite and regular."""
+    """Return a JSON value as a float64 array.
+
+    Raises ValueError if it is empty, ragged or not finite.
+    """
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):

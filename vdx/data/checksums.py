@@ -1,4 +1,6 @@
-"""Checksums of a folder of videos: python -m vdx.data.checksums FOLDER
+"""Checksums of a folder of videos.
+
+    python -m vdx.data.checksums FOLDER
 
 Writes the SHA-256 of every video into `metadata.jsonl`. Where there is none, it is made from the
 text files of the videos. Training then refuses a file that has changed since. An existing
@@ -23,8 +25,9 @@ MAX_NAMED = 10  # files in a message, which a reader can look through
 
 
 def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
-    """Add "sha256" to every row of the folder's `metadata.jsonl`, and keep all other keys.
+    """Add "sha256" to every row of the folder's `metadata.jsonl`.
 
+    All other keys are kept.
     Returns names of files by kind: "new" had no checksum, "same" and "changed" had one, "missing"
     cannot be read. Rows of missing files stay as they are. Raises ValueError, and writes nothing,
     if a file has changed and `update` is false.
@@ -33,6 +36,7 @@ def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
     rows = _read_rows(folder)
     found: dict[str, list[str]] = {"new": [], "same": [], "changed": [], "missing": []}
 
+    # Read every file that is there.
     for row in tqdm(rows, unit="file", desc="SHA-256", dynamic_ncols=True):
         before = row.get("sha256")
         try:
@@ -44,6 +48,7 @@ def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
             kind = _kind(before, row["sha256"])
         found[kind].append(row["file_name"])
 
+    # Nothing is written unless every change is accepted.
     if found["changed"] and not update:
         raise ValueError(
             f"{_list_names(found['changed'])} changed since their checksums were written. "
@@ -62,7 +67,7 @@ def _kind(before: str | None, after: str) -> str:
 
 
 def _read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of `metadata.jsonl`, or new ones from videos and their text files."""
+    """Return the rows of `metadata.jsonl`, or new ones from videos and text files."""
     metadata = folder / "metadata.jsonl"
     if metadata.exists():
         return read_metadata(metadata)

@@ -1,4 +1,4 @@
-"""Strength of motion of a clip: one number, the same for footage and for generated clips."""
+"""Strength of motion of a clip, the same for footage and for generated clips."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Batches from a source: shuffled, bucketed, sharded over hosts, exactly resumable.
+"""Batches of a source: shuffled, bucketed, sharded over hosts, exactly resumable.
 
 `vdx.data.stream` computes each example from its global position alone. This module reads ahead,
 stacks examples to batches, counts bad records, and stops the run when they are too many. One
@@ -110,9 +110,10 @@ class Batches:
         return batch
 
     def seek(self, position: int) -> None:
-        """Continue as if `position` batches had been consumed, and drop what was read ahead.
+        """Continue as if `position` batches had been consumed.
 
-        The bad records of the batches before are counted from the log, whichever host wrote it.
+        Batches that were read ahead are dropped. The bad records of the batches before are
+        counted from the log, whichever host wrote it.
         """
         if position < 0:
             raise ValueError(f"Position {position} is negative; it counts batches consumed.")
@@ -124,7 +125,7 @@ class Batches:
         self._reasons = {str(row.get("key")): str(row.get("reason")) for row in rows}
 
     def samples(self) -> Iterator[tuple[int, Example]]:
-        """Yield one example of each kind of batch, and the number of examples of this host.
+        """Yield, for each kind of batch, this host's number of examples and one example.
 
         Programs are compiled for these shapes before training. Yields nothing if there is only
         one kind, and skips a kind whose first records are bad.
@@ -150,6 +151,7 @@ class Batches:
             stream = dataclasses.replace(self._stream, start=self.position)
             self._items = _read_ahead(stream, self._loader)
 
+        # Items arrive in the order of the positions.
         examples: list[Example] = []
         refused: list[RefusedRecord] = []
         while len(examples) < self._schedule.host_share(self.position):
@@ -163,6 +165,7 @@ class Batches:
                 )
             examples.append(example)
 
+        # Counts become public in __next__, once the batch is whole.
         self._log_refused(refused)
         self._check_bad_rate(
             seen=self.seen + len(examples) + len(refused), bad=self.bad + len(refused)
@@ -183,7 +186,7 @@ class Batches:
             )
 
     def _log_refused(self, refused: list[RefusedRecord]) -> None:
-        """Warn once about each bad record, and append all refusals to the log of this host."""
+        """Warn once about each bad record, and append all refusals to the log."""
         for record in refused:
             if record.key not in self._reasons:
                 logging.warning("Bad record %s: %s", record.key, record.reason)
@@ -232,6 +235,7 @@ def make_loader(
     Raises DataError for an empty source and ValueError for numbers that do not fit. next() raises
     DataError when too many records are bad, `workers.WorkerDied`, and any other error of reading.
     """
+    # Every number is checked before anything is read.
     loader = Loader(**settings)
     shapes = _batch_shapes(loader, num_frames, to_example is not None)
     _check_hosts(loader, shapes, host_index, host_count)
@@ -240,6 +244,7 @@ def make_loader(
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
 
+    # From positions to examples to batches.
     stream = ExampleStream(
         source=source,
         to_example=to_example or _refuse_record,
@@ -253,7 +258,11 @@ def make_loader(
 def _batch_shapes(
     loader: Loader, num_frames: tuple[int, ...] | None, cuts_clips: bool
 ) -> tuple[BatchShape, ...]:
-    """Return the shapes of the batches, in turn; raises ValueError for numbers that do not fit."""
+    """Return the shapes of the batches, in turn.
+
+    Raises ValueError for numbers that do not fit.
+    """
+    # Clips that are cut from footage need lengths; ready examples may do without.
     if (num_frames or cuts_clips) and min(num_frames or (0,)) < 1:
         raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
     if any(min(bucket) < 1 for bucket in loader.buckets) or (loader.buckets and not cuts_clips):
@@ -273,7 +282,10 @@ def _batch_shapes(
 def _check_hosts(
     loader: Loader, shapes: tuple[BatchShape, ...], host_index: int, host_count: int
 ) -> None:
-    """Raise ValueError if a batch does not divide over the hosts, or the host is not there."""
+    """Raise ValueError if a batch does not divide over the hosts.
+
+    Also if there is no such host.
+    """
     name = "batch of a bucket" if loader.buckets else "global_batch"
     for shape in shapes:
         if shape.batch < 1 or shape.batch % host_count:
@@ -286,27 +298,30 @@ def _check_hosts(
 
 
 def _refuse_record(record: Any, **_: Any) -> Example:
-    """Raise TypeError; stands for `to_example` where the source should give ready examples."""
+    """Raise TypeError: without `to_example` the source must give ready examples."""
     raise TypeError(f"The source gives {type(record).__name__}, not examples: pass to_example.")
 
 
 def _read_ahead(stream: ExampleStream, loader: Loader) -> grain.DatasetIterator[StreamItem]:
-    """Return grain's iterator over a stream, in order, read ahead by threads or processes."""
+    """Return an iterator over a stream, in order, read by threads or processes."""
     schedule = stream.schedule
     largest_share = max(map(schedule.host_share, range(len(schedule.shapes))))
     buffer = loader.prefetch * largest_share  # examples
 
+    # Threads of this process.
     dataset = grain.MapDataset.source(stream)
     if not loader.workers:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(loader.threads, buffer)))
 
+    # Processes, each with its threads and its part of the buffer.
     buffer_per_worker = max(1, math.ceil(buffer / loader.workers))
     reading = grain.ReadOptions(loader.threads, min(loader.threads, buffer_per_worker))
     return workers.with_workers(dataset.to_iter_dataset(reading), loader.workers, buffer_per_worker)
 
 
 def _stack(examples: list[Example]) -> Example:
-    """Return one batch; raises DataError that names an example whose keys or shapes differ."""
+    """Return one batch; raises DataError if keys or shapes of examples differ."""
+    # The first example decides.
     first = examples[0]
     expected = {name: np.shape(value) for name, value in first.items()}
     for example in examples:

@@ -1,4 +1,4 @@
-"""The record of a clip, which every data source yields and which is read at chosen instants."""
+"""Records: clips that data sources yield and that are read at chosen instants."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

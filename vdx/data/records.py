@@ -2,7 +2,7 @@
 
 Records are ArrayRecord files prepared by tensorflow_datasets, which needs no TensorFlow for
 this. `metadata.json` next to cached latents says which encoder and weights made them, so that a
-stale cache can be told from a fresh one.
+stale cache can be distinguished from a fresh one.
 """
 
 import shutil
@@ -54,7 +54,7 @@ SIGNALS = ("concat", "control", "image_tokens", "depth", "pose", "flow", "camera
 
 
 def video_features() -> "FeaturesDict":
-    """Return the features of encoded videos: video (the bytes of an mp4), caption, key."""
+    """Return the features of encoded videos: video (bytes of an mp4), caption, key."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -134,6 +134,7 @@ def check_latents(row: Row, key: str, metadata: Mapping[str, Any]) -> None:
     metadata: for "latents" and names of SIGNALS the expected shape, with None where it varies;
       for "text" the shape [longest l, d]. What it leaves out is not compared.
     """
+    # Shapes, as far as the metadata fixes them.
     arrays = ["latents", *(name for name in SIGNALS if name in row)]
     for name in arrays:
         axes = 4 if name == "latents" else np.ndim(row[name])
@@ -143,6 +144,7 @@ def check_latents(row: Row, key: str, metadata: Mapping[str, Any]) -> None:
             raise BadRecord(key, f"{name} have the shape {found}, expected {expected}")
     _check_text(np.shape(row["text"]), key, metadata)
 
+    # Numbers.
     for name in [*arrays, "text"]:
         if not np.isfinite(np.asarray(row[name], np.float16)).all():
             raise BadRecord(key, f"{name} hold NaN or infinity, in float16")
@@ -169,7 +171,7 @@ def _check_text(shape: tuple[int, ...], key: str, metadata: Mapping[str, Any]) -
 
 
 def ready_example(row: Row, key: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as an example of a batch: text padded to the longest, with its mask.
+    """Return a row as an example of a batch, its text padded and masked.
 
     Keys: latents float16 [t h w c], text float16 [longest d], text_mask bool [longest],
     fps float32, num_frames int32, key, and the arrays of SIGNALS that the row contains.
@@ -197,7 +199,7 @@ def write_records(
     shards: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a data set that `Records(path)` reads; it appears at `path` whole or not at all.
+    """Write a data set that `Records(path)` reads, whole or not at all.
 
     splits: name -> examples, each a dict with the keys of `features`; their order is kept.
     features: `video_features()` or `latent_features(...)`.
@@ -214,6 +216,7 @@ def write_records(
         raise ValueError(f"{path} is already there: remove it, or write elsewhere.")
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    # Written below a hidden folder next to `path`, then moved there in one step.
     download = tfds.download.DownloadConfig(num_shards=shards, try_download_gcs=False)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         builder = _builder(scratch, splits, features, dict(metadata or {}))
@@ -241,6 +244,7 @@ def _builder(
         VERSION = tfds.core.Version("1.0.0")
         code_path = None  # nothing to download; TFDS would look for checksums next to this file
 
+        # The methods that TFDS calls.
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
                 builder=self,

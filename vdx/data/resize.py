@@ -1,4 +1,4 @@
-"""One rule for frames, maps and cameras: scaled to cover a size, then cropped at the centre."""
+"""One resizing rule for frames, maps and cameras: cover a size, crop the centre."""
 
 import numpy as np
 from PIL import Image
@@ -37,7 +37,7 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
             [_resize_plane(frame, size, Image.Resampling.BICUBIC, box) for frame in frames]
         )
 
-    # Pillow resizes float maps one channel at a time.
+    # [t h w c], but Pillow resizes float maps one channel at a time.
     channels = [
         np.stack([_resize_plane(plane, size, Image.Resampling.BILINEAR, box) for plane in planes])
         for planes in np.moveaxis(frames, -1, 0)  # [t h w]
@@ -48,6 +48,9 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def _resize_plane(
     plane: np.ndarray, size: tuple[int, int], filter: Image.Resampling, box: Box
 ) -> np.ndarray:
-    """Return the box of a picture, [h w 3] uint8 or [h w] float32, at (width, height) `size`."""
+    """Return a box of a picture, resized.
+
+    plane: uint8 [h w 3] or float32 [h w]. size: (width, height).
+    """
     image = Image.fromarray(np.ascontiguousarray(plane))
     return np.asarray(image.resize(size, filter, box))

@@ -1,4 +1,4 @@
-"""Permutations of a data set, one an epoch, as pure functions of (size, seed, epoch)."""
+"""Permutations of a data set, a pure function of (size, seed, epoch)."""
 
 import functools
 
@@ -21,8 +21,9 @@ def shuffled_index(place: int, size: int, seed: int, epoch: int) -> int:
 
 @functools.lru_cache(maxsize=4)  # read-ahead crosses the border of two epochs, not of more
 def _epoch_order(size: int, seed: int, epoch: int) -> tuple[int, np.ndarray | None]:
-    """Return the seed of an epoch, and its permutation [size] if the data set is small.
+    """Return the seed of an epoch, and its permutation [size] or None.
 
+    Only the permutation of a small data set is stored.
     `index_shuffle` needs no memory, but takes milliseconds an index on a small data set.
     """
     entropy = np.random.SeedSequence([seed, SHUFFLE_STREAM, epoch])

@@ -1,7 +1,8 @@
-"""Control signals of a training example: what a network is conditioned on besides text.
+"""Control signals of a training example: depth, pose, flow, camera and others.
 
-A signal is computed from the tracks of a Record, `read(times)` with times float64 [t] in seconds.
-[h w] of a track may be any size with the frames' aspect:
+A network is conditioned on them in addition to text. They are computed from the tracks of a
+Record, `read(times)` with times float64 [t] in seconds. [h w] of a track may be any size with the
+frames' aspect:
   depth      float32 [t h w 1], nearness: 1 is the nearest in the clip, 0 the farthest
   pose       float32 [t h w 3], a picture of the skeleton in [0, 1]
   flow       float32 [t h w 2], (dx, dy) in pixels of the map from each instant to the next one
@@ -53,6 +54,7 @@ class Clip:
                 self.record.key, f"has no {name}; it has {', '.join(tracks) or 'no tracks'}"
             )
 
+        # Compare with the shape and dtype that are expected.
         found = tracks[name](self.times)
         expected = (1 if name == "reference" else len(self.times), *shape)
         fits = found.ndim == len(expected) and all(
@@ -67,8 +69,9 @@ class Clip:
         return found
 
     def map(self, name: str, channels: int) -> tuple[np.ndarray, float]:
-        """Return a map at the size of the clip, and the number of its pixels to one of the track.
+        """Return a map at the size of the clip, and the scale of its pixels.
 
+        The scale is the number of pixels of the map to one of the track.
         Raises BadRecord if the aspect of the track is not that of the frames.
         """
         found = self.track(name, np.float32, None, None, channels)
@@ -95,13 +98,15 @@ def _pose(clip: Clip) -> np.ndarray:
 
 
 def _flow(clip: Clip) -> np.ndarray:
-    """Return flow in pixels of the clip and a mask of hints, float32 [t height width 3]."""
+    """Return flow in pixels of the clip and its mask, float32 [t height width 3]."""
     flow, scale = clip.map("flow", 2)
     return sparse_flow_hints(flow * np.float32(scale), clip.flow_points, clip.rng)
 
 
 def sparse_flow_hints(flow: np.ndarray, points: int, rng: np.random.Generator) -> np.ndarray:
-    """Return float32 [t h w 3]: flow at the hinted pixels, then a mask; 0 at all other pixels.
+    """Return flow at the hinted pixels and a mask of them: float32 [t h w 3].
+
+    All other pixels are 0.
 
     flow: [t h w 2], (dx, dy) in pixels to the next frame.
     points: number of hints. They start in the first frame, more of them where much moves, and
@@ -111,6 +116,7 @@ def sparse_flow_hints(flow: np.ndarray, points: int, rng: np.random.Generator) -
     """
     t, h, w, _ = flow.shape
     mask = np.zeros((t, h, w, 1), np.float32)
+
     if not points:
         mask[:-1] = 1.0
         return np.concatenate([flow * mask, mask], axis=-1)
@@ -155,7 +161,10 @@ def _motion(clip: Clip) -> np.ndarray:
 
 
 def _reference(clip: Clip) -> np.ndarray:
-    """Return the record's own picture of its subject, or else any of its frames: uint8 [h w 3]."""
+    """Return the record's picture of its subject, uint8 [height width 3].
+
+    A record without one has any of its frames instead.
+    """
     record = clip.record
     if "reference" in record.tracks:
         picture = clip.track("reference", np.uint8, None, None, 3)

@@ -65,12 +65,15 @@ class VideoFolder:
         if self.split not in SPLITS:
             raise ValueError(f"split = {self.split!r} is none of {', '.join(SPLITS)}.")
 
+        # Every video of the folder.
         rows = list_videos(root)
         if not rows:
             raise ValueError(
                 f"No videos in {root.resolve()}: looked for rows in metadata.jsonl, "
                 f"then for {' '.join(VIDEOS)} files with a .txt of the same name."
             )
+
+        # Those of the split.
         kept = tuple(row for row in rows if self._in_split(row.name))
         if not kept:
             raise ValueError(
@@ -84,11 +87,12 @@ class VideoFolder:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        """Return video `index`; raises BadRecord if the file or its caption cannot be used."""
+        """Return video `index`; raises BadRecord if it cannot be used."""
         entry = self.rows[index]
         path = Path(self.path).absolute() / entry.name  # FFmpeg takes a bare "x:y" for an address
         guard(entry.name, lambda: _check_file(path))
 
+        # Tracks are opened only when they are read.
         record = video_record(entry.name, _read_caption(entry), _opener(entry, path))
         tracks: dict[str, Reader] = {
             track: functools.partial(self._read_track, record, track, file)
@@ -108,7 +112,10 @@ class VideoFolder:
         return in_validation == (self.split == "validation")
 
     def _read_track(self, record: Record, track: str, file: Any, times: np.ndarray) -> np.ndarray:
-        """Return a track at instants, from its file; its faults are the record's, by file name."""
+        """Return a track at instants, from its file.
+
+        Raises BadRecord of the record, with the name of the file.
+        """
 
         def read() -> np.ndarray:
             if not isinstance(file, str) or not _stays_inside(file):
@@ -142,7 +149,10 @@ def _opener(entry: VideoEntry, path: Path) -> Opener:
 
 
 def _check_file(path: Path) -> None:
-    """Raise ValueError for anything but a file: a pipe never opens, a device never ends."""
+    """Raise ValueError for anything but a file.
+
+    A pipe would never open, a device never end.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a file")
 
@@ -157,8 +167,9 @@ def _verified_bytes(path: Path, sha256: str) -> bytes:
 
 
 def list_videos(root: Path) -> list[VideoEntry]:
-    """Return the videos of `metadata.jsonl`, or else those with a text file of the same name.
+    """Return the videos of a folder.
 
+    They are the rows of `metadata.jsonl`, or else files with a text file of the same name.
     Raises ValueError if there is no folder, and for the first row that is not valid.
     """
     if not root.is_dir():
@@ -184,7 +195,7 @@ def _entry(row: Mapping[str, Any]) -> VideoEntry:
 
 
 def read_metadata(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metadata.jsonl`; raises ValueError for the first that is not valid."""
+    """Return the rows of a `metadata.jsonl`; raises ValueError if one is not valid."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [
         _parse_row(line, f"{path}, line {number}")
@@ -194,7 +205,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:
-    """Return a line of `metadata.jsonl` as a row; raises ValueError that says `where`."""
+    """Return a line of `metadata.jsonl` as a row; raises ValueError naming `where`."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -256,6 +267,7 @@ class Records:
                 f"{directory.resolve()} holds no features.json: it is no directory that "
                 "`vdx.data.records.write_records` or TFDS prepared."
             )
+        # Before TFDS imports what the directory names.
         check_classes(directory)
         import tensorflow_datasets as tfds  # takes a second, which other sources save
 
@@ -265,6 +277,8 @@ class Records:
             raise ValueError(
                 f"{self.path} has no split {self.split!r}; it has {', '.join(splits)}."
             )
+
+        # Either encoded videos or cached latents.
         names = set(builder.info.features)
         if not names >= {"video", "caption"} and not names >= {"latents", "text"}:
             raise ValueError(

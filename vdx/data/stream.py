@@ -1,4 +1,4 @@
-"""The example at every global position: a pure function of the position and the seed.
+"""The example at every global position, a pure function of position and seed.
 
 A global position p counts examples since the start of training, all hosts together. It fixes the
 epoch p // len(source), the place in the permutation of that epoch, the random numbers of the
@@ -143,17 +143,21 @@ class ExampleStream:
         return ENDLESS
 
     def __getitem__(self, item: int) -> StreamItem:
-        """Return this host's example number `item` from the start, and the refused records."""
+        """Return this host's example number `item`, and the records refused for it."""
         schedule = self.schedule
         consumed = schedule.first_position(self.start) // schedule.host_count
         position = schedule.host_position(consumed + item)
         return self.at(position, schedule.shape(schedule.batch_of(position)))
 
     def at(self, position: int, shape: BatchShape) -> StreamItem:
-        """Return the example at a global position, or a substitute that depends on it alone."""
+        """Return the example at a global position, or a substitute.
+
+        The substitute, too, depends on the position alone.
+        """
         refused: list[RefusedRecord] = []
         size = len(self.source)
 
+        # After a bad record, records drawn at random until one can be used.
         for attempt in range(ATTEMPTS if size > 1 else 1):
             rng = np.random.default_rng([self.seed, EXAMPLE_STREAM, position, attempt])
             index = self._record_index(position)

@@ -1,4 +1,4 @@
-"""Files of control signals that accompany a video, and the entries that a clip takes of them.
+"""Files of control signals of a video, read at the instants of a clip.
 
 A row of `metadata.jsonl` names them under the name of the track:
 
@@ -51,9 +51,10 @@ def _read_maps(
 ) -> np.ndarray:
     """Return [t h w], or [t h w channels], of an array file."""
     _check_suffix(path, (".npy",))
-    # Frames that the clip leaves out are never read.
+    # Mapped into memory: frames that the clip leaves out are never read.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
 
+    # [frames h w], or with channels [frames h w channels]
     expected = "[frames h w]" if channels is None else f"[frames h w {channels}]"
     fits = array.ndim == 3 if channels is None else array.shape[3:] == (channels,)
     if not fits:

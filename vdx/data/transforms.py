@@ -1,4 +1,4 @@
-"""From a record to a training example: the instants, the size and the tokens of a clip.
+"""From a record to a training example: instants, size and tokens of a clip.
 
 There is no horizontal flip: captions say left and right.
 """
@@ -28,12 +28,12 @@ END_MARGIN = 1e-6  # seconds before the end of a procedural clip, where an insta
 
 @dataclasses.dataclass(frozen=True)
 class ClipSampling:
-    """How the instants of a clip are chosen in a record; the section `data.clip` of a config."""
+    """The choice of a clip's instants in a record; section `data.clip` of a config."""
 
     num_frames: tuple[int, ...] | int  # lengths of clips; each batch has one of them
     # Frames per second of the clip, or several rates, of which each clip draws one. Only rates up
-    # to the footage's own are drawn: above it frames would repeat and the motion stutter. Of these
-    # a clip takes those at which the footage fills it, if there are any.
+    # to the footage's own are drawn: above it frames would repeat and the motion stutter. Of these,
+    # rates at which the footage fills the clip are preferred.
     fps: tuple[float, ...] | float | None = None
     stride: int | None = None  # instead of fps: every stride-th frame, whatever the rate
     start: str = "random"  # "random", "first" or "centre"
@@ -47,11 +47,14 @@ class ClipSampling:
 
     def __post_init__(self) -> None:
         """Raise ValueError for fields that do not fit together."""
+        # One rule for the instants, and only one.
         if (self.fps is None) == (self.stride is None):
             raise ValueError(
                 "ClipSampling needs either fps or stride: "
                 f"fps = {self.fps}, stride = {self.stride}."
             )
+
+        # Numbers.
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"num_frames = {self.num_frames}: give positive lengths.")
         if min(self.rates, default=1.0) <= 0 or (self.stride is not None and self.stride < 1):
@@ -61,6 +64,7 @@ class ClipSampling:
         if self.fps is not None and not self.rates:
             raise ValueError("fps is empty: give one or more rates.")
 
+        # Names.
         for name, value, known in (
             ("start", self.start, STARTS),
             ("short", self.short, SHORT),
@@ -88,7 +92,7 @@ class ClipSampling:
     def times(
         self, record: Record, num_frames: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, float]:
-        """Return the instants of a clip, float64 [t] in seconds, and its frames per second.
+        """Return instants of a clip, float64 [t] in seconds, and frames per second.
 
         Raises BadRecord if the record is too short or too slow.
         """
@@ -107,7 +111,7 @@ class ClipSampling:
         span = num_frames / fps
         times = np.arange(num_frames) / fps
 
-        # The record is shorter than the clip.
+        # A record that is shorter than the clip repeats.
         if span > record.duration + ROUNDING:
             self._check_short(record, f"{span:.3g} s", f"{record.duration:.3g} s")
             if self.short == "loop":
@@ -115,6 +119,7 @@ class ClipSampling:
             last = record.duration - END_MARGIN if stamps is None else stamps[-1]
             return np.minimum(times, last), fps
 
+        # Else the clip starts anywhere in the room that remains.
         room = max(record.duration - span, 0.0)
         if stamps is None:
             return times + room * self._start_fraction(rng), fps
@@ -123,8 +128,12 @@ class ClipSampling:
         return times + starts[self._pick_start(len(starts), rng)], fps
 
     def _draw_rate(self, record: Record, num_frames: int, rng: np.random.Generator) -> float:
-        """Return one of the rates that the footage has, preferably one at which it fills a clip."""
+        """Draw one of the rates that the footage has.
+
+        Rates at which the footage fills the clip go first. Raises BadRecord if it has none.
+        """
         rates = self.rates
+        # Above the rate of the footage frames would repeat.
         if record.timestamps is not None and len(record.timestamps) > 1:
             footage_rate = 1 / np.mean(np.diff(record.timestamps))
             rates = tuple(rate for rate in rates if rate <= footage_rate * RATE_SLACK)
@@ -135,6 +144,7 @@ class ClipSampling:
                     f"has {footage_rate:.4g}",
                 )
 
+        # Preferably a rate at which the footage is long enough.
         longest = record.duration + ROUNDING
         filled = tuple(rate for rate in rates if num_frames / rate <= longest)
         rates = filled or rates
@@ -151,8 +161,9 @@ class ClipSampling:
         """Return the instants of every stride-th frame, and the mean rate that results."""
         needed = (num_frames - 1) * stride + 1
         index = np.arange(num_frames) * stride
-        interval = stride * record.duration / len(stamps)  # seconds, for lack of a better measure
+        interval = stride * record.duration / len(stamps)  # seconds, the mean over the record
 
+        # A record that is shorter than the clip repeats; a longer one leaves room for the start.
         if needed > len(stamps):
             self._check_short(record, f"{needed} frames", f"{len(stamps)}")
             if self.short == "loop":
@@ -191,8 +202,9 @@ def to_example(
     rng: np.random.Generator,
     signals: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Return one training example, without the batch axis; `make_loader` takes a partial of it.
+    """Return one training example, without the batch axis.
 
+    `make_loader` takes a partial of it.
     signals: rows of `vdx.data.signals.SIGNALS`, each of which adds an entry of its name.
 
     Keys: video uint8 [t height width 3], text int32 [l], text_mask bool [l], fps float32,
@@ -205,6 +217,7 @@ def to_example(
     if clip.small == "error":
         _check_size(record, frames, height, width)
 
+    # The clip itself, and the signals that belong to it.
     text, mask = tokenize(record.caption)
     video = resize(frames, height, width)  # [t height width 3]
     source = Clip(

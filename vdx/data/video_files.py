@@ -100,12 +100,14 @@ def _probe(file: str | io.BytesIO) -> _Timeline:
 
     Times are never computed from a frame rate. Raises ValueError for a truncated file.
     """
+    # A truncated file has fewer packets than its header promises.
     container, stream = open_video(file)
     with container:
         packets = [packet for packet in container.demux(stream) if packet.size]
         if len(packets) < stream.frames:
             raise ValueError(f"truncated: {len(packets)} of {stream.frames} frames are there")
 
+        # Some packets only prepare the decoder for others.
         presented = [packet for packet in packets if not packet.is_discard]
         if not presented:
             raise ValueError("no frames")
@@ -123,7 +125,9 @@ def _probe(file: str | io.BytesIO) -> _Timeline:
 
 
 def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the frames at presentation stamps `wanted`: stamp in ticks -> uint8 [h w 3].
+    """Return the frames at some presentation stamps: stamp -> uint8 [h w 3].
+
+    wanted: the stamps, in ticks of the stream.
 
     Decodes from the key frame before the first stamp to the last one. Raises ValueError for a
     damaged frame on the way; the decoder itself would only conceal it.
@@ -133,6 +137,7 @@ def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
     needed = {int(stamp) for stamp in wanted}
 
     with container:
+        # Seek to the key frame before the first frame that is needed.
         if min(needed) > (stream.start_time or 0):
             container.seek(min(needed), stream=stream)
         for frame in container.decode(stream):
@@ -174,6 +179,7 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
     if not isinstance(caption, str):
         raise BadRecord(key, f"the caption is {type(caption).__name__}, expected text")
 
+    # Timestamps are read at once, frames when they are needed.
     timeline = guard(key, lambda: _probe(opener()))
     ticks = timeline.ticks
     stamps = (ticks - ticks[0]) * timeline.tick

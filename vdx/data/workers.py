@@ -34,7 +34,7 @@ _open: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()  # readers to 
 
 
 class WorkerDied(RuntimeError):
-    """A process that reads data was killed or crashed; next() begins the same batch again."""
+    """The death of a process that reads data; next() begins the same batch again."""
 
 
 def with_workers(
@@ -65,6 +65,7 @@ def close(items: grain.DatasetIterator) -> None:
     for it without limit.
     """
     _open.discard(items)
+    # In a thread, since it may never return.
     closing = threading.Thread(target=items.close, daemon=True)
     closing.start()
     closing.join(PATIENCE)
@@ -83,9 +84,10 @@ def kill_workers() -> None:
 
 
 def dump_workers() -> None:
-    """Make every worker print the stacks of its threads to stderr, which takes a moment.
+    """Make every worker print the stacks of its threads to stderr.
 
-    A watchdog calls it before `kill_workers`. It ends a worker that has not begun to read.
+    It takes a moment. A watchdog calls it before `kill_workers`. A worker that has not begun to
+    read is ended by it.
     """
     for process in _workers():
         assert process.pid is not None  # it has been started
@@ -99,6 +101,7 @@ def died(error: BaseException, position: int) -> WorkerDied | None:
 
     position: the batch that was being read.
     """
+    # grain raises a plain RuntimeError; only its text names the cause.
     found = re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error))
     if found is None:
         return None
@@ -113,7 +116,7 @@ def died(error: BaseException, position: int) -> WorkerDied | None:
 
 
 def _init_worker(parent: int, index: int, count: int) -> None:
-    """Prepare a worker process: ignore group signals, print stacks on request, end with parent."""
+    """Prepare a worker: ignore group signals, print stacks, end with the parent."""
     # The trainer ends its workers. A signal to the whole group, as ^C and batch systems send,
     # must leave it the data for the steps before its last save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -124,7 +124,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _draw_sentence(scene: Scene, rng: np.random.Generator) -> _Sentence:
-    """Draw the parts of a caption; the probabilities decide how often a fact is left out."""
+    """Draw the parts of a caption, some of which are left out."""
+    # After an opening the verb is a participle: "a video of a red circle moving right".
     opening = ""
     if rng.random() < 0.2:
         opening = pick(("a video of ", "a clip of "), rng)
@@ -146,7 +147,10 @@ def _draw_sentence(scene: Scene, rng: np.random.Generator) -> _Sentence:
 
 
 def _shortened(sentence: _Sentence) -> Iterator[_Sentence]:
-    """Yield a sentence, then shorter ones; the parts that inform least are dropped first."""
+    """Yield a sentence, then shorter ones.
+
+    The parts that inform least are dropped first.
+    """
     yield sentence
     sentence = sentence._replace(opening="")
     yield sentence

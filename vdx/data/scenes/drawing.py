@@ -80,6 +80,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     Negative inside. Every shape is drawn about its centroid.
     """
+    # Round shapes, then stars; a triangle is a star of three points without dents.
     if shape == "circle":
         return np.hypot(x, y) - 1.0
     if shape == "ring":
@@ -106,11 +107,12 @@ def paint(
     radius: Number,
     angle: Number = 0.0,
 ) -> tuple[np.ndarray, Number]:
-    """Return coverage and brightness, both in [0, 1], of a shape at offsets from its centre.
+    """Return coverage and brightness of a shape, both in [0, 1].
 
-    dx, dy: float32 offsets in pixels, x right and y down; radius in pixels and angle in
-    radians broadcast against them.
+    dx, dy: float32 offsets from its centre in pixels, x right and y down. radius in pixels and
+    angle in radians broadcast against them.
     """
+    # Turn the offsets back into the coordinates of the upright shape.
     radius = np.asarray(radius, np.float32)
     if np.any(angle):
         cos = np.cos(angle, dtype=np.float32)
@@ -118,6 +120,7 @@ def paint(
         dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
     edge = _distance(shape, dx / radius, dy / radius) * radius  # pixels
 
+    # Coverage changes from 1 to 0 over one pixel, or over the width of a soft edge.
     if style == "soft":
         cover = np.clip(0.5 - edge / np.maximum(2 * SOFT * radius, 1.0), 0.0, 1.0)
         return cover * cover * (3.0 - 2.0 * cover), np.float32(1.0)
@@ -129,7 +132,7 @@ def paint(
 
 
 def _wave(position: np.ndarray, pixels: float) -> np.ndarray:
-    """Return a square wave of the pattern's period in [-1, 1], its edges one pixel wide."""
+    """Return a square wave in [-1, 1] of the patterns' period, edges one pixel wide."""
     ramp = 0.25 - np.abs(position / PERIOD % 1.0 - 0.5)
     return np.clip(2.0 * ramp * PERIOD * pixels, -1.0, 1.0)
 
@@ -141,7 +144,10 @@ def still(name: str, height: int, width: int) -> np.ndarray:
 
 
 def background(name: str, shift: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return a background moved right by `shift` [t] widths: float32 [t h w 3] in [0, 255]."""
+    """Return a background, float32 [t h w 3] in [0, 255].
+
+    shift: [t], how far it has moved to the right, in widths.
+    """
     dark, light, pattern = BACKGROUNDS[name]
     # Both in widths, so that patterns keep their aspect.
     x = (np.arange(width) + 0.5) / width - shift[:, None, None]

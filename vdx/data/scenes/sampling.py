@@ -1,4 +1,4 @@
-"""Sampling of scenes: their words, and the numbers that keep every object in the frame."""
+"""Sampling of scenes: words, and numbers that keep every object in the frame."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ def pick(options: Sequence[T], rng: np.random.Generator) -> T:
 
 
 def is_validation(colour: str, shape: str, motion: str) -> bool:
-    """Return true if the combination belongs to the split "validation": about one in five does."""
+    """Return true if a combination is in "validation", as about one in five is."""
     return zlib.crc32(f"{colour} {shape} {motion}".encode()) % VALIDATION_ONE_IN == 0
 
 
@@ -119,6 +119,7 @@ def sample_scene(vocabulary: Vocabulary, rng: np.random.Generator) -> Scene:
     background, camera = pick(vocabulary.surroundings, rng)
     style = pick(vocabulary.styles, rng)
 
+    # The words of the objects; two objects have two colours, so that captions distinguish them.
     words = [pick(vocabulary.combinations, rng)]
     if vocabulary.max_objects > 1 and rng.random() < 0.5:
         others = [other for other in vocabulary.combinations if other.colour != words[0].colour]
@@ -203,9 +204,10 @@ def _draw_commands(
     duration: float,
     rng: np.random.Generator,
 ) -> tuple[tuple[float, str], ...]:
-    """Draw commands for `duration` seconds that keep a centre at least `margin` from the border.
+    """Draw the commands of a steered object for `duration` seconds.
 
-    The same action does not follow itself, unless no other one stays as far inside.
+    They keep its centre at least `margin` from the border, or as near to that as any action can.
+    An action follows itself only if no other one is as good.
     """
     commands: list[tuple[float, str]] = []
     last = ""
@@ -223,6 +225,7 @@ def _draw_commands(
             ends[action] = (end_x, end_y)
             outside[action] = max(0.0, _excess(end_x, margin), _excess(end_y, margin))
 
+        # Draw one of the actions that stay inside, or leave least.
         least = min(outside.values()) + 1e-9
         best = [action for action in ACTIONS if outside[action] <= least]
         fresh = [action for action in best if action != last]
@@ -240,7 +243,10 @@ def _excess(value: float, margin: float) -> float:
 
 
 def _gap(objects: list[Object]) -> float:
-    """Return the distance at time 0 of the first and last object; 1 where circles touch."""
+    """Return the distance of the first and last object at time 0.
+
+    1 is where circles touch.
+    """
     first = objects[0]
     last = objects[-1]
     distance = math.hypot(first.x - last.x, _height(first) - _height(last))

@@ -22,7 +22,7 @@ BONE = 0.08  # half width of a skeleton's bone, in radii of the object
 
 
 class _ObjectPixels(NamedTuple):
-    """One object of a scene at some instants, as the pixels of a frame see it."""
+    """One object of a scene at some instants, in pixels of a frame."""
 
     x: np.ndarray  # float32 [t 1 w], pixels to the right of its centre
     y: np.ndarray  # float32 [t h 1], pixels below its centre
@@ -33,7 +33,7 @@ class _ObjectPixels(NamedTuple):
 
 
 def _object_pixels(scene: Scene, times: np.ndarray, height: int, width: int) -> list[_ObjectPixels]:
-    """Return every object of a scene as the pixels see it, the main one first."""
+    """Return every object of a scene at some instants, the main one first."""
     found = []
     for item, state in zip(scene.objects, scene.state(times), strict=True):
         centre = state["center"]
@@ -49,7 +49,10 @@ def _object_pixels(scene: Scene, times: np.ndarray, height: int, width: int) -> 
 
 
 def depth(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return float32 [t h w 1]: 1 in the main object, 0.5 in the one behind it, 0 outside."""
+    """Return nearness, float32 [t h w 1].
+
+    It is 1 in the main object, 0.5 in the one behind it, and 0 outside.
+    """
     near = np.zeros((len(times), height, width), np.float32)
     objects = _object_pixels(scene, times, height, width)
     back_to_front = reversed(list(zip(objects, NEARNESS, strict=False)))
@@ -59,12 +62,14 @@ def depth(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarra
 
 
 def pose(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return float32 [t h w 3]: the main object's joint, its bone, and both of a second object.
+    """Return pictures of skeletons, float32 [t h w 3].
 
+    The channels are the main object's joint, its bone, and both of a second object.
     The joint is a dot at the centre. The bone leads from there to the radius, in the direction
     that is up for the upright shape.
     """
     picture = np.zeros((len(times), height, width, 3), np.float32)
+
     for i, item in enumerate(_object_pixels(scene, times, height, width)):
         up_x = np.sin(item.angle)
         up_y = -np.cos(item.angle)
@@ -75,6 +80,7 @@ def pose(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray
         bone = bone - np.maximum(BONE * item.size, 0.5)
         joint = np.hypot(item.x, item.y) - np.maximum(JOINT * item.size, 1.0)
 
+        # Coverage, antialiased over one pixel.
         joint = np.clip(0.5 - joint, 0.0, 1.0)
         bone = np.clip(0.5 - bone, 0.0, 1.0)
         if i == 0:
@@ -86,7 +92,7 @@ def pose(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray
 
 
 def flow(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return float32 [t h w 2]: the displacement of each pixel until the next instant.
+    """Return the displacement of each pixel until the next instant, float32 [t h w 2].
 
     A pixel of an object moves, grows and turns with it, one of the background moves with the
     camera. The last instant has the displacement 0.
@@ -129,7 +135,7 @@ def actions(scene: Scene, times: np.ndarray) -> np.ndarray:
 
 
 def reference(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return uint8 [1 h w 3]: the main object alone, upright and large, on plain black."""
+    """Return the main object alone, upright and large, on black: uint8 [1 h w 3]."""
     item = scene.objects[0]
     canvas = still("black", height, width).copy()
     state = {

@@ -46,8 +46,9 @@ WORDS: dict[str, Iterable[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """A source of procedural clips; clip i is a function of (seed, split, i) and the vocabulary.
+    """A source of procedural captioned clips.
 
+    Clip i is a function of (seed, split, i) and the vocabulary.
     Raises ConfigError for an unknown word and for a selection that is empty.
     """
 
@@ -107,13 +108,17 @@ class Scenes:
             )
 
     def scene(self, index: int) -> Scene:
-        """Return scene `index`, the same in every process; raises IndexError outside [0, size)."""
+        """Return scene `index`, the same in every process.
+
+        Raises IndexError outside [0, size).
+        """
         if not 0 <= index < self.size:
             raise IndexError(f"Scenes has clips 0 to {self.size - 1}, not {index}.")
         # Counter-based, so that any clip is drawn without the ones before it.
         key = ((4 * self.seed + SPLITS.index(self.split)) << 64) + index
         rng = np.random.Generator(np.random.Philox(key=key))
 
+        # The scene first, then its caption, from one stream of random numbers.
         vocabulary = Vocabulary(
             combinations=combinations(self.shapes, self.colours, self.motions, self.split),
             surroundings=surroundings(self.backgrounds, self.cameras),

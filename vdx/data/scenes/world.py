@@ -99,6 +99,7 @@ class Object:
 
     def state(self, times: np.ndarray) -> State:
         """Return the state at times [t] in world coordinates; any time is valid."""
+        # The straight motions, and the state of an object at rest.
         rate = SPEEDS[self.speed]
         zeros = np.zeros_like(times)
         vx, vy = VELOCITIES.get(self.motion, (0, 0))
@@ -107,6 +108,7 @@ class Object:
         size = zeros + self.radius
         angle = zeros + self.angle
 
+        # The others change one number in their own way.
         if self.motion in ("grow", "shrink"):
             sign = 1.0 if self.motion == "grow" else -1.0
             size = np.clip(self.radius * np.exp(sign * GROWTH * rate * times), *RADII)
@@ -181,7 +183,7 @@ class Scene:
         return states
 
     def shift(self, times: np.ndarray) -> np.ndarray:
-        """Return how far the camera has moved the world to the right, in widths, at times [t]."""
+        """Return how far the camera has moved the world to the right, in widths [t]."""
         return CAMERAS[self.camera] * np.asarray(times, np.float64)
 
     def render(self, times: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -194,6 +196,7 @@ class Scene:
         else:
             canvas[:] = still(self.background, height, width)
 
+        # The main object is drawn last, on top.
         back_to_front = reversed(list(zip(self.objects, self.state(times), strict=True)))
         for item, state in back_to_front:
             draw(canvas, item.shape, item.colour, self.style, state)
