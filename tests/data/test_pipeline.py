@@ -16,7 +16,7 @@ from vdx.data.shuffle import shuffled_index
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """Records that know their index; those of `bad` cannot be read, nor can those of `broken`."""
+    """Records of flat frames; those of `bad` cannot be read, those of `broken` raise a bug."""
 
     size: int = 23
     bad: tuple[int, ...] = ()
@@ -260,7 +260,7 @@ def test_counts_survive_a_resume_on_any_number_of_hosts(tmp_path):
     source = Toy(bad=(5, 11))
 
     def hosts(count, position, number):
-        """`number` batches from a position on; (bad, seen) of every host before and after."""
+        """Read `number` batches from a position; return (bad, seen) before and after."""
         found = []
         for h in range(count):
             batches = loader(
@@ -377,7 +377,7 @@ def test_ready_examples_pass_through_and_their_length_is_checked():
         ({"source": Toy(0)}, "The data set is empty: Toy"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings, message):
+def test_settings_that_are_not_valid_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         loader(**settings)
 
@@ -391,7 +391,7 @@ def test_waiting_is_measured():
     assert batches.wait_seconds == before
 
 
-def test_close_ends_the_threads_and_next_goes_on(reference):
+def test_close_ends_the_threads_and_next_continues(reference):
     batches = loader(Toy(bad=(5, 11)), num_frames=(2, 3))
     first = take(batches, 3)
     batches.close()

@@ -19,7 +19,7 @@ UNEVEN = [0.0, 0.1, 0.15, 0.4, 1.0, 1.04, 1.5]  # seconds; a variable frame rate
 
 
 def make_clip(path, stamps, levels=None, gop=12):
-    """A video of flat grey frames, shown at `stamps` seconds."""
+    """Write a video of flat grey frames, shown at `stamps` seconds."""
     levels = range(10, 10 + 20 * len(stamps), 20) if levels is None else levels
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=1000, options={"crf": "1", "g": str(gop)})
@@ -94,14 +94,14 @@ def test_captions_stay_with_their_clips_and_splits_partition(tmp_path):
         for i in range(len(folder)):
             found = level(folder[i].read(np.zeros(1)))[0]
             assert abs(found - float(folder[i].caption)) <= 2
-    whole, train, held = ({r.name for r in part.rows} for part in parts)
-    assert train | held == whole and not train & held and train and held
+    whole, train, validation = ({r.name for r in part.rows} for part in parts)
+    assert train | validation == whole and not train & validation and train and validation
     # A clip stays on its side when others come or go.
     fewer = VideoFolder(listed(tmp_path, rows[::2]), "validation", validation_fraction=0.3)
-    assert {r.name for r in fewer.rows} == held & set(names[::2])
+    assert {r.name for r in fewer.rows} == validation & set(names[::2])
 
 
-def test_text_files_beside_the_videos(tmp_path):
+def test_text_files_of_the_same_name_are_captions(tmp_path):
     (tmp_path / "sub").mkdir()
     make_clip(tmp_path / "sub" / "a.mp4", [0.0, 0.1])
     make_clip(tmp_path / "b.mp4", [0.0, 0.1])
@@ -123,7 +123,7 @@ def test_text_files_beside_the_videos(tmp_path):
         ('{"file_name": "a.mp4", "sha256": "ABC"}\n', "line 1: \"sha256\" is 'ABC', expected 64"),
     ],
 )
-def test_a_data_set_that_cannot_be_meant_is_refused(tmp_path, text, message):
+def test_a_data_set_that_is_not_valid_is_refused(tmp_path, text, message):
     (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         VideoFolder(str(tmp_path))
@@ -158,8 +158,11 @@ def noise_clip(path):
 
 
 def flipped(data):
-    """The middle half of the payload inverted. A few flipped bytes may decode to other pixels
-    without a sign, in any decoder; records have checksums against that, files do not."""
+    """Return the file with the middle half of its payload inverted.
+
+    A few flipped bytes may decode to other pixels without an error, in any decoder. Records have
+    checksums against that, files do not.
+    """
     begin, size = data.index(b"mdat"), len(data) - data.index(b"mdat")
     middle = slice(begin + size // 4, begin + 3 * size // 4)
     return data[: middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop :]
