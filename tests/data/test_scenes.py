@@ -24,13 +24,13 @@ from vdx.data.scenes.world import (
     BACKGROUNDS,
     CAMERAS,
     COLOURS,
+    COMMAND_SPEED,
+    COMMANDED,
     MOTIONS,
     SHAPES,
     SIZES,
     SPEEDS,
     STAY,
-    STEER,
-    STEERED,
     STYLES,
     Object,
     Scene,
@@ -171,15 +171,15 @@ def test_a_bounce_turns_round_within_a_second_and_a_half():
         assert steps.max() > 0.01 and steps.min() < -0.01
 
 
-STEERABLE = Scenes(motions=(STEERED,), split="all", max_objects=1)
+COMMANDABLE = Scenes(motions=(COMMANDED,), split="all", max_objects=1)
 
 
-def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
+def test_a_commanded_object_obeys_its_actions_and_stays_in_the_frame():
     """From a start on the grid of 1/8 s every frame's displacement is that of its action."""
     times, ways = np.arange(16) / 8, np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
     often = np.zeros(5)
     for i in range(300):
-        scene = STEERABLE.scene(i)
+        scene = COMMANDABLE.scene(i)
         item, state = scene.objects[0], scene.state(times)[0]
         assert "steered" in scene.caption or "driven" in scene.caption
         rows = item.actions(times)
@@ -187,7 +187,7 @@ def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
         moved = np.diff(state["center"], axis=0)
         moved[:, 0] -= CAMERAS[scene.camera] / 8
         np.testing.assert_allclose(
-            moved, STEER * SPEEDS[item.speed] / 8 * ways[rows[:-1]], atol=1e-12
+            moved, COMMAND_SPEED * SPEEDS[item.speed] / 8 * ways[rows[:-1]], atol=1e-12
         )
         reach = state["size"][:, None]
         assert (state["center"] - reach > 0).all() and (state["center"] + reach < 1).all()
@@ -197,9 +197,9 @@ def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
     assert (often / often.sum() > 0.12).all()
 
 
-def test_steered_is_not_among_the_default_motions():
-    assert STEERED not in MOTIONS and STEERED not in Scenes().motions
-    long = dataclasses.replace(STEERABLE, duration=5.0).scene(3).objects[0]
+def test_commanded_is_not_among_the_default_motions():
+    assert COMMANDED not in MOTIONS and COMMANDED not in Scenes().motions
+    long = dataclasses.replace(COMMANDABLE, duration=5.0).scene(3).objects[0]
     assert long.commands[-1][0] >= 5.0
 
 
@@ -207,7 +207,7 @@ def test_steered_is_not_among_the_default_motions():
     "motion, rows",
     [("left", [1] * 4), ("down", [4] * 4), ("turn", [0] * 4), ("bounce", [3, 3, 4, 4])],
 )
-def test_an_object_that_is_not_steered_has_a_direction(motion, rows):
+def test_an_object_without_commands_has_a_direction(motion, rows):
     item = Object("star", "red", motion, "large", "slow", rise=0.4)
     assert item.actions(np.array([0.1, 0.3, 0.5, 1.1]) * 1.2).tolist() == rows
     assert item.actions(np.array([0.2, 0.2])).tolist() == [0, 0]  # a clip that repeats a frame
@@ -287,7 +287,7 @@ def test_captions_vary_and_include_the_plain_one():
 
 
 def test_every_word_has_its_phrases():
-    assert set(MOTION_WORDS) == {*MOTIONS, STEERED} and set(BACKGROUND_WORDS) == set(BACKGROUNDS)
+    assert set(MOTION_WORDS) == {*MOTIONS, COMMANDED} and set(BACKGROUND_WORDS) == set(BACKGROUNDS)
     assert set(CAMERA_WORDS) == set(CAMERAS) and set(STYLE_WORDS) == set(STYLES)
     assert set(SIZE_WORDS) == set(SIZES) and set(SPEED_WORDS) == set(SPEEDS)
 

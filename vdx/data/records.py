@@ -199,7 +199,9 @@ def write_records(
     shards: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a data set that `Records(path)` reads, whole or not at all.
+    """Write a data set that `Records(path)` reads.
+
+    It appears at `path` complete or not at all.
 
     splits: name -> examples, each a dict with the keys of `features`; their order is kept.
     features: `video_features()` or `latent_features(...)`.

@@ -25,7 +25,7 @@ def covering(old: tuple[int, int], height: int, width: int) -> tuple[Box, float]
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return frames uint8 [t h w 3] or maps float32 [t h w c] at [t height width c].
 
-    Pictures are resized bicubically. Maps are resized linearly, so that they do not overshoot.
+    Images are resized bicubically. Maps are resized linearly, so that they do not overshoot.
     """
     if frames.shape[1:3] == (height, width):
         return frames
@@ -48,7 +48,7 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def _resize_plane(
     plane: np.ndarray, size: tuple[int, int], filter: Image.Resampling, box: Box
 ) -> np.ndarray:
-    """Return a box of a picture, resized.
+    """Return a box of an image, resized.
 
     plane: uint8 [h w 3] or float32 [h w]. size: (width, height).
     """

@@ -4,11 +4,11 @@ A network is conditioned on them in addition to text. They are computed from the
 Record, `read(times)` with times float64 [t] in seconds. [h w] of a track may be any size with the
 frames' aspect:
   depth      float32 [t h w 1], nearness: 1 is the nearest in the clip, 0 the farthest
-  pose       float32 [t h w 3], a picture of the skeleton in [0, 1]
+  pose       float32 [t h w 3], an image of the skeleton in [0, 1]
   flow       float32 [t h w 2], (dx, dy) in pixels of the map from each instant to the next one
   camera     float64 [t 3 7], intrinsics [3 3] then extrinsics [3 4] (vdx.data.camera)
   actions    int32 [t], indices into ACTIONS: the action from each instant to the next one
-  reference  uint8 [1 h w 3], a picture of the subject, whatever the times
+  reference  uint8 [1 h w 3], an image of the subject, whatever the times
 
 To add a signal, write a function and a row of SIGNALS.
 """
@@ -93,7 +93,7 @@ def _depth(clip: Clip) -> np.ndarray:
 
 
 def _pose(clip: Clip) -> np.ndarray:
-    """Return pictures of the skeleton, float32 [t height width 3]."""
+    """Return images of the skeleton, float32 [t height width 3]."""
     return clip.map("pose", 3)[0]
 
 
@@ -161,21 +161,21 @@ def _motion(clip: Clip) -> np.ndarray:
 
 
 def _reference(clip: Clip) -> np.ndarray:
-    """Return the record's picture of its subject, uint8 [height width 3].
+    """Return the record's image of its subject, uint8 [height width 3].
 
     A record without one has any of its frames instead.
     """
     record = clip.record
     if "reference" in record.tracks:
-        picture = clip.track("reference", np.uint8, None, None, 3)
+        image = clip.track("reference", np.uint8, None, None, 3)
     else:
         if record.timestamps is None:
             time = clip.rng.random() * record.duration
         else:
             time = clip.rng.choice(record.timestamps)
-        picture = record.read(np.array([time]))
+        image = record.read(np.array([time]))
     height, width = clip.video.shape[1:3]
-    return resize(picture, height, width)[0]
+    return resize(image, height, width)[0]
 
 
 def read_signals(names: Iterable[str], clip: Clip) -> dict[str, np.ndarray]:

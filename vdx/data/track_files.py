@@ -7,9 +7,9 @@ A row of `metadata.jsonl` names them under the name of the track:
     flow       .npy [frames h w 2]: pixels of this map to the next frame, x to the right, y down
     camera     .json in the format of `vdx.data.camera`
     actions    .json, a list of indices into ACTIONS or their names, one a frame
-    reference  a picture: .png .jpg .jpeg .webp
+    reference  an image: .png .jpg .jpeg .webp
 
-A file that is not a picture or a video has an entry for each frame of the clip. A video is read
+A file that is not an image or a video has an entry for each frame of the clip. A video is read
 at the instants of the clip, whatever its own frame rate.
 """
 
@@ -27,7 +27,7 @@ from vdx.files import read_json
 
 __all__ = ["TRACK_FILES"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Returns uint8 [t h w 3]: the file, if it is a video, at the instants of the clip.
 ReadVideo = Callable[[], np.ndarray]
@@ -85,7 +85,7 @@ def _depth(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.n
 
 
 def _pose(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.ndarray:
-    """Return pictures of the skeleton, float32 [t h w 3]."""
+    """Return images of the skeleton, float32 [t h w 3]."""
     if path.suffix.lower() in VIDEOS:
         return _to_unit(video())
     return _to_unit(_read_maps(path, index, frames, 3))
@@ -118,10 +118,10 @@ def _actions(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np
 
 
 def _reference(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.ndarray:
-    """Return the picture of the subject, uint8 [1 h w 3]."""
-    _check_suffix(path, PICTURES)
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))[None]
+    """Return the image of the subject, uint8 [1 h w 3]."""
+    _check_suffix(path, IMAGES)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))[None]
 
 
 # read(file, index, frames, video) -> the track in the format of `vdx.data.signals`.

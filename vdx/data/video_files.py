@@ -38,7 +38,7 @@ Opener = Callable[[], str | io.BytesIO]
 def open_video(file: str | io.BytesIO) -> tuple[InputContainer, VideoStream]:
     """Open a video file; return the container and its first video stream.
 
-    FFmpeg also opens playlists, which name other files and addresses, and pictures. Only the
+    FFmpeg also opens playlists, which name other files and addresses, and images. Only the
     containers of VIDEOS are accepted. Raises ValueError if there is no usable video stream.
     """
     try:
@@ -80,7 +80,7 @@ def seconds_per_tick(stream: VideoStream) -> float:
 def pixels(frame: av.VideoFrame) -> np.ndarray:
     """Return a decoded frame as uint8 [h w 3], upright.
 
-    Phones store the rotation as metadata next to the picture.
+    Phones store the rotation as metadata next to the image.
     """
     quarter_turns = round(frame.rotation / 90)
     upright = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)

@@ -20,7 +20,7 @@ from vdx.data.scenes.drawing import (
     BACKGROUNDS,
     COLOURS,
     FILL,
-    REACH,
+    EXTENT,
     SHAPES,
     STYLES,
     background,
@@ -148,7 +148,7 @@ class Track:
         template may also be blurred, whichever is more like the object.
         """
         radius = math.sqrt(self.area[frame] / _area(shape, style, self.contrast)) * scales
-        reach, (height, width) = REACH * float(np.max(radius)) + 1.5, self.amount.shape[1:]
+        reach, (height, width) = EXTENT * float(np.max(radius)) + 1.5, self.amount.shape[1:]
         (x, y), step = self.centre[frame], max(1, math.ceil(2 * reach / GRID))
         cols = np.arange(max(0, int(x - reach)), min(width, int(x + reach) + 1), step)
         rows = np.arange(max(0, int(y - reach)), min(height, int(y + reach) + 1), step)

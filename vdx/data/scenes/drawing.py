@@ -14,8 +14,8 @@ import numpy as np
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "EXTENT",
     "FILL",
-    "REACH",
     "SHAPES",
     "STYLES",
     "background",
@@ -54,7 +54,7 @@ DOT_RADIUS = 0.07  # of the dots of a background, in widths
 OUTLINE = 0.2  # width of an outline in radii
 FILL = 0.55  # brightness inside an outline
 SOFT = 0.22  # half width of a soft edge in radii
-REACH = 1.2  # no shape or style is visible farther than this many radii from its centre
+EXTENT = 1.2  # no shape or style is visible farther than this many radii from its centre
 
 
 def _star_distance(
@@ -181,7 +181,7 @@ def _window(centre: np.ndarray, radius: np.ndarray, height: int, width: int) -> 
 
     It follows the object and is kept in the frame; coverage outside it is zero.
     """
-    side = math.ceil(2 * (REACH * radius.max() + 1))
+    side = math.ceil(2 * (EXTENT * radius.max() + 1))
     window_width = min(side, width)
     window_height = min(side, height)
     left = np.clip(np.rint(centre[:, 0] - window_width / 2), 0, width - window_width)

@@ -1,4 +1,4 @@
-"""Sampling of scenes: words, and numbers that keep every object in the frame."""
+"""Sampling of scenes: words, and numbers that keep all objects in the frame."""
 
 import dataclasses
 import functools
@@ -10,11 +10,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from vdx.data.scenes.drawing import REACH
+from vdx.data.scenes.drawing import EXTENT
 from vdx.data.scenes.world import (
     BACKGROUNDS,
     BOTTOM,
     CAMERAS,
+    COMMAND_SPEED,
+    COMMANDED,
     GROWTH,
     HOLDS,
     SHARED,
@@ -22,8 +24,6 @@ from vdx.data.scenes.world import (
     SIZES,
     SPEEDS,
     STAY,
-    STEER,
-    STEERED,
     VELOCITIES,
     Object,
     Scene,
@@ -74,7 +74,7 @@ class Vocabulary:
     styles: tuple[str, ...]
     sizes: tuple[str, ...]
     max_objects: int  # 1 or 2
-    duration: float  # seconds for which a steered object has commands
+    duration: float  # seconds for which a commanded object has commands
 
 
 def pick(options: Sequence[T], rng: np.random.Generator) -> T:
@@ -169,11 +169,11 @@ def _place(
     largest = radius
     if words.motion == "grow":
         largest = radius * math.exp(GROWTH * rate * STAY)
-    margin = REACH * largest
+    margin = EXTENT * largest
 
-    # Where it may start so that its path stays inside; a steered object comes back by itself.
+    # Where it may start so that its path stays inside; a commanded object comes back by itself.
     dx = dy = 0.0
-    if words.motion != STEERED:
+    if words.motion != COMMANDED:
         vx, vy = VELOCITIES.get(words.motion, (0, 0))
         dx = (rate * vx + CAMERAS[camera]) * STAY
         dy = rate * vy * STAY
@@ -189,7 +189,7 @@ def _place(
         rise = _between(rng, 0.32, 0.48)
         phase = _between(rng, 0.5, 0.8)
         return dataclasses.replace(item, y=y, rise=rise, phase=phase)
-    if words.motion == STEERED:
+    if words.motion == COMMANDED:
         commands = _draw_commands(x, y, rate, camera, margin, vocabulary.duration, rng)
         return dataclasses.replace(item, commands=commands)
     return item
@@ -204,7 +204,7 @@ def _draw_commands(
     duration: float,
     rng: np.random.Generator,
 ) -> tuple[tuple[float, str], ...]:
-    """Draw the commands of a steered object for `duration` seconds.
+    """Draw the commands of a commanded object for `duration` seconds.
 
     They keep its centre at least `margin` from the border, or as near to that as any action can.
     An action follows itself only if no other one is as good.
@@ -220,8 +220,8 @@ def _draw_commands(
         outside = {}
         for action in ACTIONS:
             vx, vy = VELOCITIES.get(action, (0, 0))
-            end_x = x + (STEER * rate * vx + CAMERAS[camera]) * hold
-            end_y = y + STEER * rate * vy * hold
+            end_x = x + (COMMAND_SPEED * rate * vx + CAMERAS[camera]) * hold
+            end_y = y + COMMAND_SPEED * rate * vy * hold
             ends[action] = (end_x, end_y)
             outside[action] = max(0.0, _excess(end_x, margin), _excess(end_y, margin))
 

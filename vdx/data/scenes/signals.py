@@ -16,7 +16,7 @@ from vdx.data.scenes.world import Scene
 __all__ = ["actions", "camera", "depth", "flow", "pose", "reference", "tracks"]
 
 NEARNESS = (1.0, 0.5)  # of the main object, and of the one behind it
-REFERENCE_RADIUS = 0.25  # of the subject in its picture; the radius of a large object
+REFERENCE_RADIUS = 0.25  # of the subject in its image; the radius of a large object
 JOINT = 0.25  # radius of a skeleton's joint, in radii of the object
 BONE = 0.08  # half width of a skeleton's bone, in radii of the object
 
@@ -62,13 +62,13 @@ def depth(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarra
 
 
 def pose(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return pictures of skeletons, float32 [t h w 3].
+    """Return images of skeletons, float32 [t h w 3].
 
     The channels are the main object's joint, its bone, and both of a second object.
     The joint is a dot at the centre. The bone leads from there to the radius, in the direction
     that is up for the upright shape.
     """
-    picture = np.zeros((len(times), height, width, 3), np.float32)
+    image = np.zeros((len(times), height, width, 3), np.float32)
 
     for i, item in enumerate(_object_pixels(scene, times, height, width)):
         up_x = np.sin(item.angle)
@@ -84,11 +84,11 @@ def pose(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray
         joint = np.clip(0.5 - joint, 0.0, 1.0)
         bone = np.clip(0.5 - bone, 0.0, 1.0)
         if i == 0:
-            picture[..., 0] = joint
-            picture[..., 1] = bone
+            image[..., 0] = joint
+            image[..., 1] = bone
         else:
-            picture[..., 2] = np.maximum(joint, bone)
-    return picture
+            image[..., 2] = np.maximum(joint, bone)
+    return image
 
 
 def flow(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray:

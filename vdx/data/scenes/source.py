@@ -21,11 +21,11 @@ from vdx.data.scenes.world import (
     BACKGROUNDS,
     CAMERAS,
     COLOURS,
+    COMMANDED,
     MOTIONS,
     SHAPES,
     SIZES,
     STAY,
-    STEERED,
     STYLES,
     Scene,
 )
@@ -36,7 +36,7 @@ __all__ = ["Scenes"]
 WORDS: dict[str, Iterable[str]] = {
     "shapes": SHAPES,
     "colours": COLOURS,
-    "motions": (*MOTIONS, STEERED),
+    "motions": (*MOTIONS, COMMANDED),
     "styles": STYLES,
     "backgrounds": BACKGROUNDS,
     "cameras": CAMERAS,

@@ -24,6 +24,8 @@ __all__ = [
     "BOUNCE_PERIOD",
     "CAMERAS",
     "COLOURS",
+    "COMMANDED",
+    "COMMAND_SPEED",
     "GROWTH",
     "HOLDS",
     "MOTIONS",
@@ -34,8 +36,6 @@ __all__ = [
     "SIZES",
     "SPEEDS",
     "STAY",
-    "STEER",
-    "STEERED",
     "STYLES",
     "TURN",
     "VELOCITIES",
@@ -50,10 +50,10 @@ MOTIONS = (*VELOCITIES, "grow", "shrink", "turn", "bounce")
 # A further motion, which a source has only if its config names it: the object performs one of
 # ACTIONS after another, each for one of HOLDS seconds. At 4, 8 or 16 frames per second and with
 # the start "first", a frame then never falls into the middle of an action.
-STEERED = "steered"
+COMMANDED = "steered"
 HOLDS = (0.25, 0.5)
 # Times the object's speed: an action of 0.25 s then moves a slow object by 2.4 of 32 pixels.
-STEER = 2.5
+COMMAND_SPEED = 2.5
 
 SIZES = {"small": 0.15, "large": 0.25}  # radius
 SHARED = 0.7  # of the radius where two objects share the frame
@@ -85,7 +85,7 @@ class Object:
 
     shape: str  # one of SHAPES
     colour: str  # one of COLOURS
-    motion: str  # one of MOTIONS, or STEERED
+    motion: str  # one of MOTIONS, or COMMANDED
     size: str  # one of SIZES; a word of the caption, `radius` is the number
     speed: str  # one of SPEEDS
     x: float = 0.5  # centre at time 0
@@ -94,7 +94,7 @@ class Object:
     angle: float = 0.0  # at time 0
     rise: float = 0.0  # height of a bounce
     phase: float = 0.0  # where in a bounce time 0 falls, in [0, 1)
-    # When a steered object begins which of ACTIONS, ascending, "stay" last.
+    # When a commanded object begins which of ACTIONS, ascending, "stay" last.
     commands: tuple[tuple[float, str], ...] = ()
 
     def state(self, times: np.ndarray) -> State:
@@ -117,15 +117,15 @@ class Object:
         elif self.motion == "bounce":
             u = (self.phase + times / BOUNCE_PERIOD[self.speed]) % 1.0
             y = self.y - self.rise * 4.0 * u * (1.0 - u)
-        elif self.motion == STEERED:
-            x, y = self._steered_path(times)
+        elif self.motion == COMMANDED:
+            x, y = self._commanded_path(times)
         return {"center": np.stack([x, y], -1), "size": size, "angle": angle}
 
-    def _steered_path(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return x [t] and y [t] of a steered object: a line for each command."""
+    def _commanded_path(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return x [t] and y [t] of a commanded object: a line for each command."""
         begins = np.array([begin for begin, _ in self.commands])
         velocities = [VELOCITIES.get(action, (0, 0)) for _, action in self.commands[:-1]]
-        steps = STEER * SPEEDS[self.speed] * np.array(velocities) * np.diff(begins)[:, None]
+        steps = COMMAND_SPEED * SPEEDS[self.speed] * np.array(velocities) * np.diff(begins)[:, None]
         path = np.cumsum(steps, axis=0)  # [commands - 1, 2]
         x = self.x + np.interp(times, begins, [0.0, *path[:, 0]])
         y = self.y + np.interp(times, begins, [0.0, *path[:, 1]])
@@ -134,7 +134,7 @@ class Object:
     def actions(self, times: np.ndarray) -> np.ndarray:
         """Return int32 [t], the index into ACTIONS from each instant to the next.
 
-        The last one is repeated. An object that is not steered has its direction, or "stay".
+        The last one is repeated. An object that is not commanded has its direction, or "stay".
         """
         times = np.asarray(times, np.float64)
         if len(times) <= 1:
@@ -148,7 +148,7 @@ class Object:
 
     def _actions_between(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Return the index into ACTIONS in each interval from `begin` [n] to `end` [n]."""
-        if self.motion == STEERED:
+        if self.motion == COMMANDED:
             # The action half way between the two instants.
             begins = [start for start, _ in self.commands]
             command = np.searchsorted(begins, (begin + end) / 2, side="right") - 1
