@@ -22,7 +22,7 @@ from vdx.experiment import Experiment
 from vdx.flops import traced
 from vdx.hardware import GIB
 from vdx.parallel import MeshSpec, put_batch
-from vdx.planning import estimate
+from vdx.planning import estimate, search, table
 from vdx.planning.estimate import Job, Slice, bytes_held, least_memory
 from vdx.planning.hlo import Program, by_kind
 from vdx.train.program import abstract_batch
@@ -182,7 +182,7 @@ def base():
 
 
 def test_a_gpu_is_planned_without_a_compiler(base):
-    row = plan.plan(base, Slice("h100:8"))
+    row = estimate.plan(base, Slice("h100:8"))
     json.dumps(row)
     assert row["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1} and row["fits"]
     state = 16 * row["parameters"] / 8  # weights, average, two moments
@@ -190,7 +190,7 @@ def test_a_gpu_is_planned_without_a_compiler(base):
     assert row["memory"]["arguments"] == pytest.approx(state + batch, rel=0.04)
     assert row["model_flops"] == 3 * 32 * base.experiment.model.flops((16, 32, 32, 4), 256)
     assert row["stated_flops"] == pytest.approx(4 / 3 * row["model_flops"], rel=0.01)  # remat
-    text = plan.table(row, 1000, 2.0)
+    text = table.table(row, 1000, 2.0)
     assert "estimated, not compiled" in text and "USD" in text and "fits" in text
 
 
@@ -250,7 +250,7 @@ def test_out_of_memory_is_an_answer(base):
         "Ran out of memory on HBM, the total memory required for HLO temporaries (20.83G) exceeds "
         "available HBM (15.75G)."
     ) == {"needs": 20.83 * GIB, "has": 15.75 * GIB}
-    row = plan.plan(base, Slice("h100:8"))
+    row = estimate.plan(base, Slice("h100:8"))
     row |= {
         "fits": False,
         "compiled": True,
@@ -259,18 +259,18 @@ def test_out_of_memory_is_an_answer(base):
         "memory": {"needs": 51.34 * GIB},
     }
     del row["bounds"], row["flops"]
-    text = plan.table(row, 1000, None)
-    assert "needs 51.34 GiB of 31.25" in text and "accumulate=2" in text
-    assert "does not fit" in plan.ranking([row])
+    text = table.table(row, 1000, None)
+    assert "needs 51.34 GiB of 31.25" in text and "grad_accum_steps=2" in text
+    assert "does not fit" in table.ranking([row])
 
 
 @pytest.mark.slow
 def test_a_search_prunes_and_sorts(base, capsys):
-    rows = plan.search(base, Slice("a100-40:2"), 3)
-    times = [plan._per_clip(row) for row in rows]
+    rows = search.search(base, Slice("a100-40:2"), 3)
+    times = [table._per_clip(row) for row in rows]
     assert len(rows) == 3 and times == sorted(times)
     assert "variants" in capsys.readouterr().out
-    assert "mesh" in plan.ranking(rows)
+    assert "mesh" in table.ranking(rows)
 
 
 @pytest.mark.parametrize(
@@ -299,5 +299,5 @@ def test_shapes_that_nobody_says(base):
 
 
 def test_meshes():
-    found = list(plan.meshes(8))
+    found = list(search.meshes(8))
     assert len(found) == 20 and all(math.prod(mesh.values()) == 8 for mesh in found)

@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
+from vdx.planning.hlo_products import _convolution
+from vdx.planning.hlo_text import Array, Instruction, _parse
 
 COLLECTIVES = (
     "all-gather",
@@ -24,23 +25,6 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
-BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "s8": 8,
-    "u8": 8,
-    "s16": 16,
-    "u16": 16,
-    "f16": 16,
-    "bf16": 16,
-    "s32": 32,
-    "u32": 32,
-    "f32": 32,
-    "s64": 64,
-    "u64": 64,
-    "f64": 64,
-}
 # Instructions that move nothing by themselves.
 STILL = {
     "parameter",
@@ -57,38 +41,6 @@ STILL = {
     "iota",
     "opt-barrier",
 }
-
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_CALLS = re.compile(
-    r"(calls|body|condition|to_apply|branch_computations|called_computations)="
-    r"(\{[^}]*\}|%[\w.\-]+)"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    sizes: tuple[int, ...]
-    bytes: float
-    here: bool  # in the chip's large memory, not in a small fast one
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    opcode: str
-    result: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str  # all that follows the opcode
-    root: bool  # its result is that of its computation
-
-    @property
-    def callees(self) -> list[tuple[str, str]]:
-        """(role, name of a computation)"""
-        return [
-            (role, name)
-            for role, names in _CALLS.findall(self.attributes)
-            for name in re.findall(r"%([\w.\-]+)", names)
-        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,80 +268,3 @@ def by_kind(collectives: list[Collective]) -> dict[str, dict[str, Any]]:
 
 def _here(arrays: Iterable[Array]) -> float:
     return sum(a.bytes for a in arrays if a.here)
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if not depth:
-            return i
-    return len(text)
-
-
-def _parse(line: str) -> Instruction | None:
-    name, equals, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    if not equals:
-        return None
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    start = rest.find("(")
-    stop = _closing(rest, start)
-    return Instruction(
-        name.removeprefix("%"),
-        rest[:start],
-        _arrays(kind),
-        tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])),
-        rest[start:],
-        line.lstrip().startswith("ROOT "),
-    )
-
-
-def _arrays(kind: str) -> tuple[Array, ...]:
-    out = []
-    for dtype, sizes, layout in _SHAPE.findall(kind):
-        shape = tuple(int(n) for n in sizes.split(",") if n)
-        bits = BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
-        out.append(Array(shape, math.prod(shape) * bits / 8, not re.search(r"S\([1-9]", layout)))
-    return tuple(out)
-
-
-def _convolution(
-    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
-) -> float:
-    """Two for every pair of an output and an entry of the kernel that reads no padding and no hole:
-    batched products are convolutions with holes to XLA."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    assert labels is not None, attributes
-    window = dict(
-        re.findall(
-            r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", attributes) or ["", ""])[1]
-        )
-    )
-    at = lambda key, i, default: window[key].split("x")[i] if key in window else default
-    pairs = (
-        2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
-    )
-    for i in range(len(labels[1]) - 2):
-        size, kernel, results = (
-            sizes[label.index(str(i))]
-            for sizes, label in zip((left, right, out), labels.groups(), strict=True)
-        )
-        pairs *= _read(
-            size,
-            kernel,
-            results,
-            int(at("stride", i, 1)),
-            int(at("pad", i, "0_0").split("_")[0]),
-            int(at("lhs_dilate", i, 1)),
-            int(at("rhs_dilate", i, 1)),
-        )
-    return pairs
-
-
-@functools.cache
-def _read(size: int, kernel: int, results: int, step: int, low: int, hole: int, apart: int) -> int:
-    """Along one axis: pairs of a result and an entry of the kernel that read an entry."""
-    place = np.arange(results)[:, None] * step + np.arange(kernel) * apart - low
-    return int(((place >= 0) & (place <= (size - 1) * hole) & (place % hole == 0)).sum())
