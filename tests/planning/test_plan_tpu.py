@@ -133,5 +133,5 @@ def test_a_clip_too_many_is_an_answer(tmp_path):
 
 def test_a_slice_that_is_none(tmp_path):
     done = planned(tmp_path / "plan.json", *BASE, "--topology=v5e:3x5")
-    assert done.returncode == 1 and "the TPU compiler does not know this slice" in done.stderr
+    assert done.returncode == 1 and "the TPU compiler has no such slice" in done.stderr
     assert "Traceback" not in done.stderr
