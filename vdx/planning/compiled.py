@@ -31,6 +31,8 @@ def compile_needs(job: Job, mesh: Mesh) -> Needs:
     with jax.set_mesh(mesh):
         program = shaped_program(job, mesh)
         lowered = program.function.lower(*program.args)
+
+        # A program that needs too much memory is a result, not an error.
         start = time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -45,8 +47,10 @@ def compile_needs(job: Job, mesh: Mesh) -> Needs:
                 compile_seconds=time.perf_counter() - start,
             )
 
+    # The state's new value takes over the memory of the old one, an alias.
     memory = compiled.memory_analysis()
     counts = count_program(compiled.as_text())
+
     return Needs(
         memory={
             "arguments": memory.argument_size_in_bytes,

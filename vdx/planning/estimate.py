@@ -47,17 +47,20 @@ class Needs:
 
 
 def estimate_needs(job: Job, mesh: Mesh, stated_flops: float) -> Needs:
-    """Return a lower bound of memory and operations, and a rough number of bytes sent."""
-    return Needs(
-        memory=least_memory(job, mesh),
-        counts=Counts(
-            flops=stated_flops / mesh.size,
-            # Every argument is read once and written once.
-            traffic=2.0 * bytes_per_device(_arguments(job, mesh)),
-            sent=bytes_sent(job, mesh) if job.what == "train" else 0.0,
-            collectives={},
-        ),
+    """Return a lower bound of memory and operations, and a rough number of bytes sent.
+
+    stated_flops: of the traced program, of all devices together.
+    """
+    sent = 0.0
+    if job.what == "train":
+        sent = bytes_sent(job, mesh)
+    counts = Counts(
+        flops=stated_flops / mesh.size,
+        traffic=2.0 * bytes_per_device(_arguments(job, mesh)),  # each is read and written once
+        sent=sent,
+        collectives={},
     )
+    return Needs(least_memory(job, mesh), counts)
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -67,9 +70,12 @@ def bytes_per_device(tree: Any) -> float:
     """
     total = 0.0
     for leaf in jax.tree.leaves(tree):
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-            total += math.prod(shape) * leaf.dtype.itemsize
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):  # a key
+            continue
+        shape = leaf.shape
+        if leaf.sharding:
+            shape = leaf.sharding.shard_shape(shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
     return total
 
 
@@ -137,14 +143,14 @@ def bytes_sent(job: Job, mesh: Mesh, clips: int | None = None) -> float:
     parts = mesh.shape
     total = 0.0
 
-    # Weights and gradients.
+    # Weights, gathered for the forward and the backward pass, and their gradients.
     trained = bytes_per_device(state.params)
     if parts["fsdp"] > 1:
         weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.params, frozen)))
         gathered = 2 * jnp.dtype(network.dtype).itemsize * weights / parts["tensor"]
         total += gathered + trained * parts["fsdp"]
     if parts["data"] > 1:
-        total += 2 * trained
+        total += 2 * trained  # an all-reduce sends there and back
 
     # Tokens, in the forward pass and twice in the backward pass.
     if isinstance(network, Transformer):
@@ -154,5 +160,7 @@ def bytes_sent(job: Job, mesh: Mesh, clips: int | None = None) -> float:
             times += 6  # three sums a block, each sent there and back
         if parts["context"] > 1:
             times += 4  # queries, keys, values and the result
+
         total += 3 * times * depth * _token_bytes(job, mesh, clips or job.clips)
+
     return total

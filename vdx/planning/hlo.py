@@ -89,9 +89,10 @@ class Program:
             instruction = visit.instruction
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
+                key = f"{visit.computation}/{instruction.name}"
                 channel = _CHANNEL.search(instruction.attributes)
-                place = f"{visit.computation}/{instruction.name}"
-                key = channel[0] if channel else place
+                if channel:
+                    key = channel[0]
                 found.setdefault(key, _collective(self.module, visit, kind))
         return list(found.values())
 
@@ -108,12 +109,14 @@ def _walk(
         for role, callee in instruction.callees:
             if role == "to_apply" and instruction.opcode != "call":
                 continue
-            is_body = role == "body"
+            trips = 1
+            if role == "body":
+                trips = trip_count(module, instruction)
             yield from _walk(
                 module,
                 callee,
-                times * (trip_count(module, instruction) if is_body else 1),
-                in_loop or is_body,
+                times * trips,
+                in_loop or role == "body",
                 in_fusion or instruction.opcode == "fusion",
             )
 

@@ -20,8 +20,10 @@ _WINDOW_FIELD = re.compile(r"(\w+)=([\w\-]+)")
 
 def dot_flops(left: Array, out: Array, attributes: str) -> float:
     """Return two operations for every output and every entry of the contracted axes."""
+    contracted: list[int] = []  # none in an outer product
     dims = _CONTRACTED.search(attributes)
-    contracted = [int(axis) for axis in dims[1].split(",") if axis] if dims else []
+    if dims:
+        contracted = [int(axis) for axis in dims[1].split(",") if axis]
     return 2.0 * math.prod(out.sizes) * math.prod(left.sizes[axis] for axis in contracted)
 
 
@@ -45,14 +47,15 @@ def convolution_flops(left: Array, right: Array, out: Array, attributes: str) ->
     left_labels, right_labels, out_labels = labels.groups()
     fields = window_fields(attributes)
 
-    # Batch, output features and input features; a group has its own input features.
+    # Batch, output features, and input features, of which a group has its own.
     flops = (
         2.0
         * out.sizes[out_labels.index("b")]
         * out.sizes[out_labels.index("f")]
         * right.sizes[right_labels.index("i")]
     )
-    # The axes of space have digits; the two others are batch and features.
+
+    # The axes of space are digits; the two other labels are batch and features.
     for axis in range(len(left_labels) - 2):
         flops *= pairs_along_axis(
             left.sizes[left_labels.index(str(axis))],

@@ -14,8 +14,8 @@ import math
 import re
 from typing import NamedTuple
 
-# Bits of an entry. The rows that are absent: float8 types, of which there are many, have 8; tokens
-# and opaque values have no bytes.
+# Type -> bits of an entry. Two kinds have no row: the float8 types, of which there are many, have
+# 8 bits, and tokens and opaque values none.
 BITS = {
     "pred": 8,
     "s4": 4,
@@ -117,18 +117,24 @@ def parse_module(text: str) -> Module:
     entry = ""
     current: Computation | None = None
     for line in text.splitlines():
+        # Between computations.
         if current is None:
-            head = _HEAD.match(line) if line.endswith("{") else None
-            if head is not None:
+            head = _HEAD.match(line)
+            if head and line.endswith("{"):
                 is_entry, name = head.groups()
                 current = computations.setdefault(name, {})
-                entry = name if is_entry else entry
-        elif line.rstrip() == "}":
+                if is_entry:
+                    entry = name
+            continue
+
+        # Inside one.
+        if line.rstrip() == "}":
             current = None
-        else:
-            instruction = parse_instruction(line)
-            if instruction is not None:
-                current[instruction.name] = instruction
+            continue
+        instruction = parse_instruction(line)
+        if instruction is not None:
+            current[instruction.name] = instruction
+
     return Module(computations, entry)
 
 
@@ -147,6 +153,7 @@ def parse_instruction(line: str) -> Instruction | None:
     # "dot(%a, %b), ..."
     start = rest.find("(")
     stop = _closing(rest, start)
+
     return Instruction(
         name=name.removeprefix("%"),
         opcode=rest[:start],
@@ -162,7 +169,9 @@ def parse_shapes(text: str) -> tuple[Array, ...]:
     arrays = []
     for dtype, sizes_text, layout in _SHAPE.findall(text):
         sizes = tuple(int(size) for size in sizes_text.split(",") if size)
-        bits = BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
+        bits = BITS.get(dtype, 0)
+        if dtype.startswith("f8"):
+            bits = 8
         in_main_memory = _OTHER_MEMORY.search(layout) is None
         arrays.append(Array(sizes, math.prod(sizes) * bits / 8, in_main_memory))
     return tuple(arrays)

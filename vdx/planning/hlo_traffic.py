@@ -136,7 +136,7 @@ def _written_bytes(
 ) -> float:
     """Return the bytes that an instruction inside a fusion writes to `results` of the fusion."""
     match made_by.opcode:
-        case "bitcast":
+        case "bitcast":  # another name of its operand
             return _written_bytes(module, body, body[made_by.operands[0]], results)
         case "tuple":
             return sum(
@@ -145,12 +145,14 @@ def _written_bytes(
             )
         case "dynamic-update-slice":
             # The update is written into place, and the rest stays as it is.
-            update = body[made_by.operands[1]]
-            return main_memory_bytes(update.results) if main_memory_bytes(results) else 0.0
+            if main_memory_bytes(results) == 0:
+                return 0.0
+            return main_memory_bytes(body[made_by.operands[1]].results)
         case "fusion":
             return _result_bytes(module, made_by, results)
         case "parameter":  # passes through
             return 0.0
+
     if made_by.opcode in COLLECTIVES:  # on its way from other devices
         return 0.0
     return main_memory_bytes(results)

@@ -137,6 +137,7 @@ def complete_shapes(
         if clip is None and None not in latents:
             clip = latents[:3]
         text = text or (metadata.get("text") or (None,))[0]
+
         if clip is None or text is None:
             raise ConfigError(
                 "The metadata of config.data.path do not contain the sizes of its clips, or no "

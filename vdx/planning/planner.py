@@ -74,13 +74,18 @@ def plan_job(job: Job, slice_: Slice) -> Plan:
     mesh = slice_.mesh(experiment.mesh_spec)
     stated = stated_flops(job)
 
-    # Needs against what the chips have.
+    # The needs, and whether a device has as much memory.
+    memory_has = slice_.chip.memory
     if slice_.compiles:
         needs = compile_needs(job, mesh)
         fits = needs.counts is not None
+        if needs.memory_has is not None:
+            memory_has = needs.memory_has
     else:
         needs = estimate_needs(job, mesh, stated)
-        fits = sum(needs.memory.values()) <= slice_.chip.memory
+        fits = sum(needs.memory.values()) <= memory_has
+
+    # The least time, from what was counted.
     bounds = None
     if needs.counts is not None:
         bounds = least_seconds(needs.counts, slice_.chip, stated / mesh.size)
@@ -101,7 +106,7 @@ def plan_job(job: Job, slice_: Slice) -> Plan:
         trained=num_entries(trained),
         model_flops=model_flops(job),
         stated_flops=stated,
-        memory_has=slice_.chip.memory if needs.memory_has is None else needs.memory_has,
+        memory_has=memory_has,
         fits=fits,
         compile_seconds=needs.compile_seconds,
         memory=needs.memory,

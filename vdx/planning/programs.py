@@ -61,6 +61,7 @@ def _train(job: Job, mesh: Mesh) -> ShapedProgram:
 
 def _sample(job: Job, mesh: Mesh) -> ShapedProgram:
     """Return the sampler of `config.sample`, from parameters, a batch and seeds to latents."""
+    # The batch is filled up to the shares of the mesh.
     experiment = job.experiment
     generator = experiment.generator(size=(job.clip[1], job.clip[2]))
     chunk = generator.at_once(job.clips)

@@ -38,6 +38,7 @@ def search(job: Job, slice_: Slice, most: int) -> list[Plan]:
     if job.what != "train":
         raise ConfigError("--search is for --what=train.")
 
+    # Estimate all variants, and keep the most promising.
     capacity = slice_.chip.memory
     found = list(variants(job, slice_))
     found.sort(key=lambda variant: (round(variant.seconds, 6), variant.memory))
@@ -49,6 +50,7 @@ def search(job: Job, slice_: Slice, most: int) -> list[Plan]:
         flush=True,
     )
 
+    # Plan them, which takes a compilation each.
     plans = []
     for variant in tqdm(chosen, desc="plans", unit="plan"):
         plans.append(plan_job(job.with_sections(**variant.sections), slice_))
@@ -81,7 +83,7 @@ def variants_on(job: Job, slice_: Slice, mesh: dict[str, int]) -> Iterator[Varia
     chip = slice_.chip
     forward = job.experiment.model.flops(job.clip, job.text) / slice_.devices / chip.flops
 
-    # The smallest batch is one clip for each share.
+    # The smallest batch is one clip for each share. A larger one needs no other layout.
     shares = mesh["data"] * mesh["fsdp"]
     smallest = job.with_sections(mesh=mesh, data=_with_batch(config["data"], shares))
     check_divides(smallest, mesh)
@@ -93,6 +95,7 @@ def variants_on(job: Job, slice_: Slice, mesh: dict[str, int]) -> Iterator[Varia
         passes = 3 if remat == "none" else 4
         arithmetic = passes * forward * clips
         interconnect = bytes_sent(smallest, laid_out, clips) / chip.interconnect
+
         backbone = {**config["model"]["backbone"], "remat": remat}
         yield Variant(
             sections={

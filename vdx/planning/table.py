@@ -41,7 +41,9 @@ def ranking(plans: list[Plan]) -> str:
             f"{plan.seconds_per_clip:>10.3g}  {gib(plan.memory_needs):>12}  {plan.clips:>5}  "
             f"{plan.remat:<14}  {mesh_text(plan)}"
         )
-        lines.append(line if plan.fits else f"{line}   does not fit")
+        if not plan.fits:
+            line += "   does not fit"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -51,7 +53,9 @@ def program_text(plan: Plan) -> str:
         f"{plan.what} on {plan.topology}, {plan.devices} devices, mesh {mesh_text(plan) or 'one'}, "
         f"remat {plan.remat}"
     )
-    return text if plan.compiled else f"{text} (estimated, not compiled)"
+    if not plan.compiled:
+        text += " (estimated, not compiled)"
+    return text
 
 
 def mesh_text(plan: Plan) -> str:
@@ -98,7 +102,9 @@ def memory_text(plan: Plan) -> str:
         text = f"{' + '.join(purposes)} GiB of {capacity}"
         if not plan.compiled:
             text += ", at least"
-    return f"{text}: fits" if plan.fits else f"{text}: does not fit. Try {advice(plan)}"
+    if plan.fits:
+        return f"{text}: fits"
+    return f"{text}: does not fit. Try {advice(plan)}"
 
 
 def advice(plan: Plan) -> str:
@@ -166,8 +172,9 @@ def training_text(plan: Plan, steps: int, price: float | None) -> str:
 
 def gib(size: float) -> str:
     """Return bytes as a number of GiB."""
-    digits = 2 if size < 100 * GIB else 0
-    return f"{size / GIB:.{digits}f}"
+    if size < 100 * GIB:
+        return f"{size / GIB:.2f}"
+    return f"{size / GIB:.0f}"
 
 
 def short(number: float) -> str:
