@@ -103,7 +103,7 @@ def _decode(job: Job, mesh: Mesh) -> ShapedProgram:
     shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros(clip)))["params"]
     params = abstract_params(shapes, mesh, network.dtype)
 
-    def decode(params: Params, latents: jax.Array) -> jax.Array:
+    def decode(params: Params, latents: jax.Array) -> Any:
         return vae.apply({"params": params}, latents, *chunk, method="decode")
 
     return ShapedProgram(jax.jit(decode, out_shardings=replicated(mesh)), (params, latents))
@@ -116,8 +116,11 @@ PROGRAMS: dict[str, Callable[[Job, Mesh], ShapedProgram]] = {
 }
 
 
-def _conditions(job: Job, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a generator's batch, which is on every device."""
+def _conditions(job: Job, clips: int) -> dict[str, Any]:
+    """Return a generator's batch, which is on every device.
+
+    Its entries are shapes, which the generator takes for arrays.
+    """
     conditioning = job.experiment.model.conditioning
     batch = jax.eval_shape(lambda: conditioning.dummy_batch(job.clip))
     shapes = {name: (entry.shape[1:], entry.dtype) for name, entry in batch.items()}
