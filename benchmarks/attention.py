@@ -1,4 +1,4 @@
-"""Compare the attention backends of this device with torch's attention on the same machine.
+"""Compare the attention backends of this device with torch's attention.
 
     python benchmarks/attention.py --out=benchmarks/attention.json
 
@@ -6,7 +6,7 @@ The work is self-attention of one clip, 8 heads of 64: forward, and forward with
 in float32 and in bfloat16. The numbers are medians of runs in turns, over those of torch's
 scaled_dot_product_attention on the same arrays; on a CPU also the memory that a call adds. The
 error is the distance of outputs and gradients from float32 attention that computes all scores at
-once. Run it on an idle machine.
+once. Run it on an idle machine; torch runs on the same one.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Compare sampling end to end with the denoising loop of diffusers' `WanPipeline`, on a CPU.
+"""Compare sampling with the denoising loop of diffusers' `WanPipeline`, on a CPU.
 
     python benchmarks/sampling.py --runs=7 --out=benchmarks/sampling.json
 
@@ -101,7 +101,7 @@ class Pair:
         self.negative = text[1:]
 
     def torch_way(self) -> np.ndarray:
-        """Run the loop of WanPipeline.__call__, without the encoding and decoding around it."""
+        """Run the loop of WanPipeline.__call__, without encoding and decoding."""
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
         scheduler.set_timesteps(STEPS)
         x = torch.from_numpy(self.noise).movedim(-1, 1).contiguous()

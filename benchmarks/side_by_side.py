@@ -1,4 +1,4 @@
-"""Time several ways to do the same work, in turns, and measure the memory that each adds."""
+"""Time several ways to do the same work, and the memory that each adds."""
 
 import ctypes
 import gc
@@ -44,10 +44,10 @@ def compare(ways: Mapping[str, Way], runs: int = 5) -> dict[str, Measured]:
 
 
 def peak(way: Way) -> float:
-    """Return the MiB by which a third call raises this process's resident memory (Linux).
+    """Return the MiB by which a call raises this process's resident memory (Linux).
 
-    The first call compiles. In the second one the layout of its results, such as an optimizer's
-    state, may still change.
+    The third call counts. The first one compiles. In the second one the layout of its results,
+    such as an optimizer's state, may still change.
     """
     way()
     way()
@@ -80,7 +80,7 @@ def where(**versions: str) -> dict[str, Any]:
 
 
 def torch_threads() -> int:
-    """Return the threads for torch: OMP_NUM_THREADS, or as many cores as XLA may run on."""
+    """Return the threads for torch: OMP_NUM_THREADS, or the cores that XLA may use."""
     return int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
 
 

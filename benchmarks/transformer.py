@@ -1,4 +1,4 @@
-"""Compare a Wan-shaped transformer with that of diffusers on torch, with the same weights.
+"""Compare a Wan-shaped transformer with that of diffusers, with the same weights.
 
     python benchmarks/transformer.py --out=benchmarks/transformer.json                 # 2 CPU cores
     python benchmarks/transformer.py --size=1p3b --dtype=bfloat16 --out=h100.json      # one GPU
@@ -93,7 +93,7 @@ LARGE = 1e5  # entries of a parameter that a forward pass keeps in the type of t
 
 
 class Pair:
-    """The reference on torch with random weights, and the network of vdx read from its files."""
+    """The reference on torch with random weights, and that of vdx with the same."""
 
     def __init__(self, size: Size, dtype: str) -> None:
         self.dtype = dtype
@@ -197,7 +197,7 @@ class Pair:
         return tensors
 
     def torch_autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which torch computes products in the type of the benchmark."""
+        """Return the context in which torch computes products in the chosen type."""
         if self.dtype == "bfloat16":
             return torch.autocast(self.device, torch.bfloat16)
         return contextlib.nullcontext()
@@ -244,7 +244,7 @@ class Pair:
 
 
 def forward_rows(pair: Pair, grid: Grid) -> list[dict[str, Any]]:
-    """Return the rows of a forward pass; `apart` is the distance of the two predictions."""
+    """Return the rows of a forward pass; `apart`: how far the predictions differ."""
     inputs = pair.inputs(grid)
     ways = {"torch": pair.torch_forward(inputs, False), "vdx": pair.vdx_forward(inputs)}
 

@@ -1,8 +1,9 @@
-"""Floating-point operations of matrix products and convolutions, counted in a traced function.
+"""Operations of products and convolutions, counted in a traced function.
 
-Nothing is compiled. A loop of known length counts as often as it runs, and each operation once,
-whatever the number of devices. Networks have a formula for their cost where they can; this module
-counts the rest, and the tests check the formulas against it.
+Operations are those of floating-point numbers, products those of matrices. Nothing is compiled. A
+loop of known length counts as often as it runs, and each operation once, whatever the number of
+devices. Networks have a formula for their cost where they can; this module counts the rest, and
+the tests check the formulas against it.
 """
 
 import math

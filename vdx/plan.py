@@ -12,7 +12,10 @@ import os
 
 
 def prepare_compiler() -> None:
-    """Set the variables that libtpu reads as it starts: there is no TPU, and others may use it."""
+    """Set the variables that libtpu reads as it starts.
+
+    There is no TPU, and other processes may use the library at the same time.
+    """
     os.environ.update(
         {
             "JAX_PLATFORMS": "cpu",

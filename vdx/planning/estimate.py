@@ -1,6 +1,7 @@
-"""Estimates of a job's needs from shapes and the traced program alone, without a compiler.
+"""Estimates of a job's needs, without a compiler.
 
-They serve GPUs, whose compiler needs a GPU, and the search, which compares hundreds of variants.
+They take the shapes and the traced program alone. They serve GPUs, whose compiler needs a GPU, and
+the search, which compares hundreds of variants.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Counts of a compiled program's text (HLO): products, memory traffic, kernels, collectives.
+"""Counts of what a compiled program does, from its text (HLO).
 
-XLA's own cost analysis counts the body of a loop once, however often it runs. It so misses nearly
-all of a network whose layers are scanned. Here a computation counts as often as it is called, and
-the body of a `while` as often as its counter states. The inside of a Mosaic (Pallas) kernel is not
-text, and does not count.
+Counted are products, memory traffic, kernels and collectives. XLA's own cost analysis counts the
+body of a loop once, however often it runs. It so misses nearly all of a network whose layers are
+scanned. Here a computation counts as often as it is called, and the body of a `while` as often as
+its counter states. The inside of a Mosaic (Pallas) kernel is not text, and does not count.
 """
 
 import dataclasses
@@ -100,9 +100,10 @@ class Program:
 def _walk(
     module: Module, computation: str, times: int = 1, in_loop: bool = False, in_fusion: bool = False
 ) -> Iterator[Visit]:
-    """Yield the visits of a computation and, after each instruction, of those that it calls.
+    """Yield the visits of a computation and of those that it calls.
 
-    The computation that a reduction applies to two scalars (`to_apply`) is left out.
+    Those of a callee follow the instruction that calls it. The computation that a reduction
+    applies to two scalars (`to_apply`) is left out.
     """
     for instruction in module.computations.get(computation, {}).values():
         yield Visit(computation, instruction, times, in_loop, in_fusion)

@@ -1,4 +1,4 @@
-"""Floating-point operations of the products and convolutions in a compiled program's text.
+"""Operations of the products and convolutions in a compiled program's text.
 
 A multiply-add is two operations. Elementwise operations do not count.
 """
@@ -37,10 +37,10 @@ class AxisWindow(NamedTuple):
 
 
 def convolution_flops(left: Array, right: Array, out: Array, attributes: str) -> float:
-    """Return two operations for every pair of an output and a kernel entry that reads the input.
+    """Return two operations for every pair of an output and a kernel entry.
 
-    A pair that reads padding or a hole does not count: XLA writes batched products as
-    convolutions of a dilated input, most of whose entries are holes.
+    A pair that reads padding or a hole, not an entry of the input, does not count: XLA writes
+    batched products as convolutions of a dilated input, most of whose entries are holes.
     """
     labels = _LABELS.search(attributes)
     assert labels is not None, attributes
@@ -73,7 +73,7 @@ def window_fields(attributes: str) -> dict[str, str]:
 
 
 def axis_window(fields: dict[str, str], axis: int) -> AxisWindow:
-    """Return the window along one axis of space; the text omits fields at their default."""
+    """Return the window along one axis; the text omits fields at their default."""
 
     def value(field: str, default: str) -> str:
         return fields[field].split("x")[axis] if field in fields else default

@@ -1,7 +1,7 @@
-"""Parser of a compiled program's text (HLO), as `jax.stages.Compiled.as_text` gives it.
+"""Parser of a compiled program's text (HLO).
 
-A module is a list of computations, one of them the entry. A computation is a list of
-instructions, one a line:
+The text is that of `jax.stages.Compiled.as_text`. A module is a list of computations, one of them
+the entry. A computation is a list of instructions, one a line:
 
     %y = f32[8,16]{1,0:T(8,128)S(1)} dot(%a, %b), lhs_contracting_dims={1}, ...
 
@@ -165,7 +165,10 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def parse_shapes(text: str) -> tuple[Array, ...]:
-    """Parse the shape of a result; a tuple gives one array an entry, nested ones in a row."""
+    """Parse the shape of a result, a tuple's as one array an entry.
+
+    Nested tuples are flattened.
+    """
     arrays = []
     for dtype, sizes_text, layout in _SHAPE.findall(text):
         sizes = tuple(int(size) for size in sizes_text.split(",") if size)

@@ -1,8 +1,9 @@
-"""Bytes that an instruction of a compiled program reads from and writes to main memory.
+"""Bytes that an instruction of a compiled program moves.
 
-The model: an instruction reads its operands once and writes its result once. A fusion is one
-instruction, and what it computes on the way is in registers. Arrays in a small fast memory cost
-nothing. Slices count as their own size, not as that of the array they are cut from or put into.
+They are read from main memory or written to it. The model: an instruction reads its operands once
+and writes its result once. A fusion is one instruction, and what it computes on the way is in
+registers. Arrays in a small fast memory cost nothing. Slices count as their own size, not as that
+of the array they are cut from or put into.
 """
 
 from collections.abc import Iterable
@@ -68,16 +69,17 @@ def main_memory_bytes(arrays: Iterable[Array]) -> float:
 
 
 def _async_copy_bytes(instruction: Instruction) -> float:
-    """Return the bytes of a copy between memories, whose result is (one end, other end, ...).
+    """Return the bytes of a copy between two memories.
 
-    Each end in main memory is read or written once. The second end has the size of the slice.
+    Its result is (one end, other end, ...). Each end in main memory is read or written once. The
+    second end has the size of the slice.
     """
     first, second = instruction.results[:2]
     return second.bytes * (first.in_main_memory + second.in_main_memory)
 
 
 def _fusion_bytes(module: Module, known: Computation, fusion: Instruction) -> float:
-    """Return the bytes of a fusion: the parts of its operands that it uses, and its results."""
+    """Return the bytes of a fusion: the used parts of its operands, and its results."""
     read = 0.0
     for position, operand in enumerate(fusion.operands):
         if operand in known:
@@ -87,7 +89,7 @@ def _fusion_bytes(module: Module, known: Computation, fusion: Instruction) -> fl
 
 
 def _operand_bytes(module: Module, fusion: Instruction, position: int, size: float) -> float:
-    """Return the bytes that a fusion reads of the operand at a position, at most its `size`."""
+    """Return the bytes that a fusion reads of one operand, at most its `size`."""
     body = module.fused(fusion)
     parameter = next(
         instruction.name
@@ -110,7 +112,7 @@ def _used_bytes(module: Module, body: Computation, name: str, size: float) -> fl
 def _use_bytes(
     module: Module, body: Computation, user: Instruction, position: int, size: float
 ) -> float:
-    """Return the bytes that one use of an array inside a fusion reads; `size` for the whole."""
+    """Return the bytes that one use of an array in a fusion reads; `size` for all."""
     if user.opcode == "bitcast":  # another name of the array
         return _used_bytes(module, body, user.name, size)
     if user.opcode in SLICES and position == 0:
@@ -134,7 +136,7 @@ def _result_bytes(module: Module, fusion: Instruction, results: tuple[Array, ...
 def _written_bytes(
     module: Module, body: Computation, made_by: Instruction, results: tuple[Array, ...]
 ) -> float:
-    """Return the bytes that an instruction inside a fusion writes to `results` of the fusion."""
+    """Return the bytes that a fusion writes to the `results` of one instruction."""
     match made_by.opcode:
         case "bitcast":  # another name of its operand
             return _written_bytes(module, body, body[made_by.operands[0]], results)

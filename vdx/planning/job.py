@@ -1,4 +1,4 @@
-"""What is planned: a program of an experiment, and the slice of chips that it is to run on."""
+"""Jobs to plan: a program of an experiment, and the slice of chips to run it on."""
 
 import dataclasses
 import functools
@@ -71,13 +71,13 @@ class Slice:
 
         assert self.devices  # a malformed name has an error message of its own
         try:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
+            description = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
         except Exception as error:
             raise ConfigError(
                 f"--topology={self.name}: the TPU compiler has no such slice. It has "
                 f"v5e:2x2, v5e:4x4, v5p:2x2x2, v6e:4x4 and others like them. Its error: {error}"
             ) from error
-        return spec.make(described.devices)
+        return spec.make(description.devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A plan: all that is known of a job on a slice of chips."""
+"""Plans: the needs of a job on a slice of chips, and its least time and cost."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from vdx.planning.programs import model_flops, stated_flops
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is known of a job on a slice. Times are in seconds, sizes in bytes."""
+    """The needs of a job on a slice. Times are in seconds, sizes in bytes."""
 
     what: str  # "train", "sample" or "decode"
     topology: str  # the slice's name
@@ -69,7 +69,10 @@ class Plan:
 
 
 def plan_job(job: Job, slice_: Slice) -> Plan:
-    """Compile or estimate a job for a slice. Raises ConfigError for what cannot be planned."""
+    """Compile or estimate a job for a slice.
+
+    Raises ConfigError for a job or a slice that cannot be planned.
+    """
     experiment = job.experiment
     mesh = slice_.mesh(experiment.mesh_spec)
     stated = stated_flops(job)

@@ -19,7 +19,7 @@ from vdx.planning.job import Job
 from vdx.train.program import abstract_batch, train_program, with_text
 from vdx.types import Params
 
-# Channels of the latents -> the VAE that has so many: that of Stable Diffusion, of Wan 2.1, of
+# Channels of the latents -> the VAE that makes them: that of Stable Diffusion, of Wan 2.1, of
 # Wan 2.2.
 VAES: dict[int, Callable[..., ImageVAE | VideoVAE]] = {
     4: ImageVAE,
@@ -60,7 +60,7 @@ def _train(job: Job, mesh: Mesh) -> ShapedProgram:
 
 
 def _sample(job: Job, mesh: Mesh) -> ShapedProgram:
-    """Return the sampler of `config.sample`, from parameters, a batch and seeds to latents."""
+    """Return the sampler: parameters, a batch and seeds to latents."""
     # The batch is filled up to the shares of the mesh.
     experiment = job.experiment
     generator = experiment.generator(size=(job.clip[1], job.clip[2]))
@@ -132,7 +132,7 @@ def _conditions(job: Job, clips: int) -> dict[str, Any]:
 
 
 def model_flops(job: Job) -> float:
-    """Return the operations that the result of one call needs, of all devices together.
+    """Return the operations that the result of one call needs, of all devices.
 
     A step that trains a whole network needs three forward passes, since a backward pass costs
     two. A sampler needs one for each evaluation and each guidance branch. Any other program needs

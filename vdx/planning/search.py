@@ -1,4 +1,4 @@
-"""The search over meshes, remat policies and batches for the fastest training step."""
+"""The search for the fastest mesh, remat policy and batch of a training step."""
 
 import dataclasses
 import itertools

@@ -64,7 +64,7 @@ def mesh_text(plan: Plan) -> str:
 
 
 def parameters_text(plan: Plan) -> str:
-    """Return the number of parameters, and of those that are trained if they are fewer."""
+    """Return the number of parameters, and of the trained ones if they are fewer."""
     text = short(plan.parameters)
     if plan.trained < plan.parameters:
         text += f", trained {short(plan.trained)}"
@@ -81,7 +81,7 @@ def call_text(plan: Plan) -> str:
 
 
 def flops_text(plan: Plan) -> str:
-    """Return the operations of one call: the model's, the stated and the compiled ones."""
+    """Return the operations of one call: the model's, the stated, the compiled ones."""
     text = f"model {short(plan.model_flops)}, stated {short(plan.stated_flops)}"
     if plan.compiled and plan.fits and plan.counts is not None:
         compiled = plan.counts.flops * plan.devices
@@ -144,7 +144,7 @@ def collective_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def mfu_bound(plan: Plan) -> float:
-    """Return the largest possible MFU: the model's share of the peak, at the least time."""
+    """Return the MFU at the least time: the model's share of the peak."""
     peak = Slice(plan.topology).chip.flops
     return plan.model_flops / plan.devices / peak / plan.seconds
 
