@@ -170,6 +170,7 @@ class Batches:
         self._check_bad_rate(
             seen=self.seen + len(examples) + len(refused), bad=self.bad + len(refused)
         )
+
         return _stack(examples), len(refused)
 
     def _check_bad_rate(self, seen: int, bad: int) -> None:
