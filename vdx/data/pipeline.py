@@ -190,7 +190,9 @@ class Batches:
         """Warn once about each bad record, and append all refusals to the log."""
         for record in refused:
             if record.key not in self._reasons:
-                logging.warning("Bad record %s: %s", printable(record.key), printable(record.reason))
+                logging.warning(
+                    "Bad record %s: %s", printable(record.key), printable(record.reason)
+                )
             self._reasons[record.key] = record.reason
 
         if self._bad_log is not None and refused:
