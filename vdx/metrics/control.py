@@ -17,7 +17,7 @@ import numpy as np
 from vdx.config.build import lookup
 from vdx.data.motion import motion_score
 from vdx.data.scenes.signals import depth, flow
-from vdx.data.scenes.world import CAMERAS, SPEEDS, COMMAND_SPEED, VELOCITIES, Scene
+from vdx.data.scenes.world import CAMERAS, COMMAND_SPEED, SPEEDS, VELOCITIES, Scene
 from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
 from vdx.metrics.prompt_following import read_angles, read_attributes, track_object

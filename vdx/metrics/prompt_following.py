@@ -19,8 +19,8 @@ import numpy as np
 from vdx.data.scenes.drawing import (
     BACKGROUNDS,
     COLOURS,
-    FILL,
     EXTENT,
+    FILL,
     SHAPES,
     STYLES,
     background,
