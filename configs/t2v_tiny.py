@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "process": {"name": "rectified_flow", "prediction": "x0"},
             # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
             "time_sampler": {"name": "logit_normal", "shift": 4.0},
-            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "loss": {"denoising": {"weighting": {"name": "velocity", "min_sigma": 0.3}}},
             "optim": {
                 "name": "muon",
                 "learning_rate": 4e-3,

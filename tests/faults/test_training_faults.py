@@ -158,7 +158,7 @@ def test_preempted_and_resumed_is_the_same_run(folder, place, number, resumed_wi
     print(f"\n{place}: stopped at step {stopped} in {seconds:.1f} s")
     assert seconds < 30
     ends(parts, launch(parts, *SHORT, *resumed_with, place=place), 0)
-    assert f"Goes on from step {stopped} of" in said(parts)
+    assert f"Resumes from step {stopped} of" in said(parts)
     assert arrays(parts, STEPS) == arrays(whole, STEPS)
     assert progress(parts) == progress(whole)
     assert losses(parts) == losses(whole) and len(losses(whole)) > 40
@@ -183,7 +183,7 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     shutil.rmtree(moved / "checkpoints" / str(STEPS))
     (moved / "metrics.jsonl").unlink()
     ends(moved, launch(moved, *SHORT, *each, place=after), 0)
-    assert "Goes on from step 10" in said(moved)
+    assert "Resumes from step 10" in said(moved)
     want, got = (
         {s: v for (s, k), v in losses(w).items() if k == "train/loss"} for w in (whole, moved)
     )
@@ -213,10 +213,10 @@ def test_what_wins_when_several_checkpoints_exist(folder, tmp_path):
     given = [f"--config.resume={first}/checkpoints/10", f"--config.init={first}"]
     resumed = tmp_path / "resumed"
     ends(resumed, launch(resumed, *SHORT, *given), 0)
-    assert f"Goes on from step 10 of {first}/checkpoints/10." in said(resumed)
+    assert f"Resumes from step 10 of {first}/checkpoints/10." in said(resumed)
     assert arrays(resumed, STEPS) == arrays(first, STEPS)
     ends(resumed, launch(resumed, *SHORT, *given), 0)
-    assert f"Goes on from step {STEPS} of {resumed}." in said(resumed)
+    assert f"Resumes from step {STEPS} of {resumed}." in said(resumed)
 
     tuned = tmp_path / "tuned"
     ends(tuned, launch(tuned, *SHORT, *given[1:], "--config.train.steps=10"), 0)
@@ -330,7 +330,7 @@ def test_a_full_and_a_read_only_disk(folder, disk):
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
 
     assert trains().wait(240) == 0
-    assert f"Goes on from step {whole[-1]} of" in log.read_text()
+    assert f"Resumes from step {whole[-1]} of" in log.read_text()
     assert arrays(workdir, STEPS) == arrays(finished(folder, "whole_one", "one"), STEPS)
 
 
@@ -395,7 +395,7 @@ def test_the_local_launcher(tmp_path):
     child = run("--config.train.sample_every=20", "--config.sample.steps=2")
     out, _ = child.communicate(timeout=240)
     assert child.returncode == 0, out[-3000:]
-    assert out.count("Goes on from step") == 1  # the first process alone speaks
+    assert out.count("Resumes from step") == 1  # the first process alone speaks
     assert whole_steps(workdir)[-1] == STEPS
     assert len(list((workdir / "samples" / f"{STEPS:08d}").glob("*.mp4"))) == 8
     rows = [r["step"] for r in read_rows(workdir / "metrics.jsonl") if "train/loss" in r]

@@ -1,4 +1,4 @@
-"""Rows of a run survive a kill in the middle of one."""
+"""The log survives a kill in the middle of a row, and averages what steps report."""
 
 from vdx.files import read_rows
 from vdx.train.log import Log, last_seconds
@@ -12,4 +12,4 @@ def test_rows_after_half_a_line_are_kept(tmp_path):
     log.close()
     rows = read_rows(path)
     assert [r["step"] for r in rows] == [1, 2] and rows[1]["loss"] == 0.5
-    assert rows[1]["seconds"] >= 5.0 == last_seconds(path, 1)  # training time goes on
+    assert rows[1]["seconds"] >= 5.0 == last_seconds(path, 1)  # training time is counted on
