@@ -21,7 +21,8 @@ from vdx.interop.load import export_plan, save_folder
 from vdx.interop.lora import open_lora, write_lora
 from vdx.interop.wan import load_wan, wan_config, wan_transformer_rows
 from vdx.models.adapters.lora import Adapted, adapt
-from vdx.train.checkpoint import CheckpointError, Checkpoints
+from vdx.train.checkpoint import Checkpoints
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.checksum import fingerprints
 from vdx.train.loop import TrainedRun, train
 from vdx.train.objectives import Objective

@@ -67,6 +67,8 @@ class Experiment:
         self.optimizer = fill(Optimizer, sections.optim, "config.optim")
         self.mesh_spec = fill(MeshSpec, sections.mesh, "config.mesh")
         self.sampling = fill(Sampling, sections.sample, "config.sample")
+
+        # Data
         self.clip: ClipSampling | None = None
         if self.data.clip is not None:
             self.clip = fill(ClipSampling, self.data.clip, "config.data.clip")
@@ -87,6 +89,8 @@ class Experiment:
             init=sections.init,
             metadata=lambda: getattr(self.source(), "metadata", {}),
         )
+
+        # Shapes, without any array
         self.shapes = self.weights.shapes  # raises for a model that cannot be built
         self.kernels = self.weights.kernels
         if isinstance(self.trained_part, Trainable):
@@ -149,6 +153,7 @@ class Experiment:
         Bad records are named in the workdir's `bad_records.jsonl`; `settings` override fields
         of the loader.
         """
+        # Record -> example; a source without clips to cut gives ready examples.
         make_example = None
         if self.clip is not None:
             make_example = functools.partial(
@@ -160,10 +165,12 @@ class Experiment:
                 signals=tuple(name for name in self.model.signals if name in SIGNALS),
             )
         seed = self.seed if seed is None else seed
+
         return make_loader(
             self.source(validation),
             to_example=make_example,
             num_frames=None if self.clip is None else self.clip.lengths,
+            # Every process reads its own share.
             host_index=jax.process_index(),
             host_count=jax.process_count(),
             bad_log=None if workdir is None else workdir / "bad_records.jsonl",

@@ -52,7 +52,7 @@ from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
 from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.loop import BadNumbers, PeriodicTask, TrainedRun, train
 from vdx.train.preemption import (
     STUCK,

@@ -37,7 +37,7 @@ from vdx.generate.pretrained_request import PretrainedRequest, prepare
 from vdx.generate.sample_grid import write_clips
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.types import Params
 from vdx.weights import open_params
 

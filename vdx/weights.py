@@ -24,7 +24,8 @@ from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
 from vdx.models.adapters.trainable import Trainable, overlaid
 from vdx.models.conditioning.signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
-from vdx.train.checkpoint import CheckpointError, Checkpoints, RestoredParams, check_base, locate
+from vdx.train.checkpoint import Checkpoints, RestoredParams, locate
+from vdx.train.checkpoint_match import CheckpointError, check_base
 from vdx.train.checksum import digest, whole_digest
 from vdx.train.job import FrozenWeights, InitialParams
 from vdx.train.objectives import Objective
@@ -96,8 +97,12 @@ class StartingWeights:
                 "config.weights is not set: name the network whose weights stay frozen, "
                 "a folder of pretrained weights or a run."
             )
+
+        # Everything trained: float32. A part trained: only that part is (see `trained`).
         dtype = "float32" if self.trained_part is None else self.model.backbone.dtype
         trained = self.trained_part.pattern if isinstance(self.trained_part, Trainable) else None
+
+        # A run, or files of pretrained weights
         if isinstance(self.path, str):
             workdir, step = locate(self.path)
             if (workdir / "checkpoints").is_dir():
@@ -174,6 +179,7 @@ class StartingWeights:
 
         They come from `config.init`, else from `config.weights`; what neither holds starts new.
         """
+        # The averaged parameters of another run
         if self.init:
             path, step = locate(self.init)
             with Checkpoints(path, read_only=True) as run:
@@ -181,6 +187,7 @@ class StartingWeights:
             origin = f"the averaged weights of {self.init}, step {restored.step}"
             return InitialParams(restored.params, origin)
 
+        # A part of a pretrained network
         if isinstance(self.trained_part, Lora):
             return InitialParams(None, f"new adapters for the weights of {self.path}")
         if isinstance(self.trained_part, Trainable):
@@ -188,6 +195,8 @@ class StartingWeights:
             assert trained is not None
             described = self.describe_initialisation(trained)
             return InitialParams(trained, f"{described}, in the network of {self.path}")
+
+        # A whole network
         if self.path:
             params = self.with_null(self.read_weights(mesh))
             return InitialParams(params, f"the weights of {self.path}")
@@ -253,6 +262,7 @@ def open_params(
     if weights.trained_part is None:
         return OpenedParams(trained, number, identity)
 
+    # The frozen weights, which must be those of training
     frozen, _ = weights.read_frozen(mesh)
     base = whole_digest(frozen)
     with Checkpoints(workdir, read_only=True) as checkpoints:

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from vdx.parallel import MeshSpec
-from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
+from vdx.train.checkpoint import Checkpoints, locate
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.checksum import fingerprint, fingerprints
 from vdx.train.state import TrainState, state_shardings
 

@@ -86,11 +86,12 @@ def losses_at_times(
     key: PRNGKeyArray,
 ) -> LossesAtTimes:
     """Returns every clip's loss at every time, with conditioning and without."""
-    x0 = objective.clean(batch)
+    x0 = objective.clean(batch)  # b t h w c
     batch = objective.with_clip_signals(batch, x0, key)
     clips, frames = x0.shape[:2]
 
     def at(time_and_key: tuple[Array, PRNGKeyArray]) -> LossesAtTimes:
+        # Every time has noise of its own, the same with conditioning and without.
         time, noise_key = time_and_key
         noise = jax.random.normal(noise_key, x0.shape)
         frame_times = shared_times(jnp.full(clips, time), frames)
@@ -102,4 +103,5 @@ def losses_at_times(
 
         return LossesAtTimes(losses(dropped=False), losses(dropped=True))
 
+    # One time after another: all at once would need the memory of several batches.
     return jax.lax.map(at, (jnp.asarray(times), jax.random.split(key, len(times))))

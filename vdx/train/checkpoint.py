@@ -11,7 +11,7 @@ not verify is named, moved to `<workdir>/damaged`, and the next older one takes 
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vdx.parallel import path_str
-from vdx.train.checksum import Leaf, describe, digest, fingerprints
+from vdx.train.checkpoint_match import CheckpointError, check_same, shorten
+from vdx.train.checksum import describe, digest, fingerprints
 from vdx.train.state import TrainState
 from vdx.types import Params
 
@@ -32,7 +32,6 @@ __all__ = [
     "Restored",
     "RestoredParams",
     "RunStep",
-    "check_base",
     "locate",
 ]
 
@@ -40,10 +39,6 @@ REST = ("step", "opt_state", "key", "norm", "accepted")  # TrainState less `para
 
 # Orbax leaves tasks behind whose errors asyncio prints; CheckpointError reports them already.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, is missing, or belongs to another model."""
 
 
 class _Damaged(Exception):
@@ -102,8 +97,11 @@ class Checkpoints:
         self.path = self.workdir / "checkpoints"
         self.best_metric = best_metric
         self.read_only = read_only
+
+        # A run that is only read has to exist.
         if read_only and not self.path.is_dir():
             raise CheckpointError(self._none())
+
         self.manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
@@ -111,6 +109,7 @@ class Checkpoints:
                 # Without best_fn Orbax keeps no metrics on disk, and after a restart no best step.
                 best_fn=self._metric if best_metric else None,
                 best_mode="min",
+                # Another run may be in the middle of a save.
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
@@ -177,11 +176,14 @@ class Checkpoints:
             raise CheckpointError(
                 f"Step {step} was not saved: {self.path} already holds step {self.latest()}."
             )
+
         items = _items(state)
         # A copy: Orbax writes it later, and the metrics of the log grow meanwhile.
         facts = {"progress": copy.deepcopy(dict(progress)), "leaves": describe(items)}
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         signed = ocp.args.JsonSave({**facts, "sha256": digest(facts)})
+
+        # `force` skips Orbax's own rules of when to save: the loop decides.
         try:
             begun = self.manager.save(
                 step,
@@ -352,7 +354,7 @@ class Checkpoints:
         saved = facts["leaves"]
         wrong = [path for path, value in fingerprints(items).items() if value != saved[path][2]]
         if wrong:
-            raise _Damaged(f"{len(wrong)} arrays are not what was saved: {_some(wrong)}")
+            raise _Damaged(f"{len(wrong)} arrays are not what was saved: {shorten(wrong)}")
         return _Verified(step, items, facts)
 
 
@@ -363,58 +365,6 @@ def _items(state: TrainState) -> dict[str, Any]:
         "ema": state.ema,
         "rest": {name: getattr(state, name) for name in REST},
     }
-
-
-def check_same(abstract: Any, leaves: Mapping[str, Leaf], where: Path) -> None:
-    """Raises CheckpointError that lists every array that differs from a checkpoint's.
-
-    Orbax would leave a missing array out, and pad or convert one of another shape or dtype.
-    """
-    wanted = {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    saved = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in abstract}
-
-    problems = []
-    for path, leaf in wanted.items():
-        if path not in saved:
-            problems.append(f"{path} {tuple(leaf.shape)}: not in the checkpoint")
-    for path, (shape, *_) in saved.items():
-        if path not in wanted:
-            problems.append(f"{path} {tuple(shape)}: not in this model")
-    for path, leaf in wanted.items():
-        if path not in saved:
-            continue
-        shape, dtype, _ = saved[path]
-        if (list(leaf.shape), str(leaf.dtype)) != (list(shape), dtype):
-            ours = f"{leaf.dtype}{tuple(leaf.shape)}"
-            problems.append(f"{path} {dtype}{tuple(shape)}: this model has {ours}")
-
-    if problems:
-        raise CheckpointError(
-            f"{where} belongs to another model or optimizer than this config's:\n  "
-            + _some(problems, most=20, separator="\n  ")
-            + "\nSet the config that it was trained with, or start in another workdir."
-        )
-
-
-def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> None:
-    """Raises CheckpointError if a step was trained with other frozen weights than `base`.
-
-    `base` is their digest; None: nothing is frozen.
-    """
-    if progress.get("weights") != base:
-        raise CheckpointError(
-            f"The parameters of {where} were trained with other frozen weights than those that "
-            "config.weights names now (or in another type: config.model.backbone.dtype). Name "
-            "the weights that they were trained with."
-        )
-
-
-def _some(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
-    """Joins the first names, and counts the rest."""
-    shown = list(names[:most])
-    if len(names) > most:
-        shown.append(f"and {len(names) - most} more")
-    return separator.join(shown)
 
 
 def locate(path: str | Path) -> RunStep:

@@ -180,19 +180,25 @@ def abstract_batch(
     """
     conditioning = model.conditioning
     shapes = signal_shapes(model, clip)
+
+    # The step makes some signals from the clip itself: no batch has them.
     made = jax.eval_shape(
         lambda x0: conditioning.from_clip(jax.random.key(0), x0),
         jax.ShapeDtypeStruct((1, *clip), jnp.float32),
     )
-    # The step makes these from the clip itself.
     shapes = {name: entry for name, entry in shapes.items() if name not in made}
+
+    # The clip
     if cached:
         shapes = {name: (shape, _as_cached(dtype)) for name, (shape, dtype) in shapes.items()}
         shapes["latents"] = clip, jnp.float16
     else:
         shapes["video"] = clip, jnp.uint8
+
+    # Captions, and the entries that every batch has
     shapes = with_text_length(model, shapes, text)
     shapes |= {"fps": ((), jnp.float32), "num_frames": ((), jnp.int32)}
+
     return {
         name: jax.ShapeDtypeStruct((global_batch, *shape), dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()

@@ -70,6 +70,8 @@ def train(
     begin = time.monotonic()
     settings = job.settings
     batches = job.open_batches(workdir=workdir)
+
+    # Every end, also by an error, closes what is open here.
     try:
         with (
             Checkpoints(
@@ -88,13 +90,15 @@ def train(
             # Only now: an earlier run in the workdir may not fit this config.
             if jax.process_index() == 0:
                 write_json(workdir / "config.json", job.config)
+
             try:
                 trainer.run(preemption, evaluations, samples)
             finally:
-                preemption.end_polling()
+                preemption.end_polling()  # a signal now ends the program at once
                 trainer.close()
     finally:
         batches.close()
+
     return TrainedRun(trainer.state, trainer.averaged_params(), time.monotonic() - begin)
 
 
@@ -111,6 +115,8 @@ class Trainer:
         watchdog: Watchdog,
     ):
         check_remat(job.objective.model.backbone.remat, jax.local_devices()[0])
+
+        # The parts that are given
         self.job = job
         self.settings = job.settings
         self.workdir = workdir
@@ -124,11 +130,13 @@ class Trainer:
         self.rates = np.asarray(jax.vmap(job.optimizer.rate(steps))(np.arange(steps + 1)))
         self.peak = peak_flops(mesh)
 
+        # Bookkeeping of steps
         self.bad_steps = BadSteps(workdir, self.settings.max_bad_steps, self.settings.max_rollbacks)
-        self.pending: PendingStep | None = None
+        self.pending: PendingStep | None = None  # dispatched, its metrics not read yet
         self.metrics = MetricsAccumulator()
         self.attention_backends: list[str] = []  # those that the log has named
 
+        # The program and the weights that it does not change
         program = train_program(job, mesh)
         self.abstract_state = program.abstract_state
         frozen = job.weights.open_frozen(mesh)
@@ -139,6 +147,7 @@ class Trainer:
             program, self.frozen, job.objective.model, job.loader, mesh, batches.samples
         )
 
+        # The state
         start = start_state(job, workdir, mesh, checkpoints, self.abstract_state, frozen)
         self._take_over(start)
         self.log = Log(workdir, steps, self.step)
@@ -180,25 +189,32 @@ class Trainer:
             self.take_step()
             self.log_attention_backends()
 
-            # Work that reads the state waits for the step in flight, which may be refused.
+            # Work that reads the state first waits for the step in flight: it may be refused.
             stopping = preemption.requested()
             is_last = self.step == settings.steps
             pausing = stopping or is_last or self.is_due(*intervals)
             if pausing and not self.bad_steps.is_full:
                 self.collect_pending()
+
             if self.bad_steps.is_full:
                 self.roll_back()
                 continue
 
+            # Evaluations first: their scores decide which checkpoint is best.
             scores = self.run_due(evaluations)
             if scores:
                 self.log.row(self.step, scores)
+
             if self.is_due(settings.save_every) or stopping:
                 self.save(scores)
             if stopping:
                 self.stop()
+
+            # Samples last: a preempted run has no time for them.
             self.run_due(samples)
             self.watchdog.beat()
+
+        # The steps since the last row
         if self.metrics.rows:
             self.write_metrics(self.step)
 
@@ -290,6 +306,8 @@ class Trainer:
         """
         first_bad = self.bad_steps.begin_rollback()
         position = self.batches.position
+
+        # The state before the streak
         found = self.checkpoints.restore(self.abstract_state, before=first_bad)
         if found is None:
             # The trained part of the files was given to the first step: it is read again.
@@ -298,10 +316,13 @@ class Trainer:
         else:
             self.state, _ = found
         self.step = int(self.state.step)
+
+        # Later steps are made again, with the data that follows.
         self.checkpoints.delete_after(self.step)
         self.batches.seek(position)
         self.pending = None
         self.metrics = MetricsAccumulator(waited=self.batches.wait_seconds)
+
         self.log.message(
             f"{self.settings.max_bad_steps} steps in a row were refused: back to step "
             f"{self.step}, with new data."

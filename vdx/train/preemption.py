@@ -230,21 +230,27 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     Raises WorkdirInUse, which names the process that has the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+
+    # The file stays: only the lock counts, and removing it would race with a second process.
     with (workdir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            # Locked by another process, unless the file system has no locks.
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 file.seek(0)
                 raise WorkdirInUse(
                     f"{workdir} is in use by {file.read().strip() or 'a process'}. "
                     "End that one first, or choose another workdir."
                 ) from None
+
             print(
                 f"{workdir} is on a file system without locks ({error.strerror}): nothing "
                 "prevents a second process from writing there.",
                 file=sys.stderr,
             )
+
+        # The name of this process, for the message of the next one
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()}, since "

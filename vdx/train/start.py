@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
+from vdx.train.checkpoint import Checkpoints, locate
+from vdx.train.checkpoint_match import CheckpointError, check_base
 from vdx.train.job import FrozenWeights, TrainJob
 from vdx.train.state import TrainState
 
@@ -35,9 +36,12 @@ def start_state(
     Raises CheckpointError for a resumed run without checkpoints, and for a checkpoint that was
     trained with other frozen weights.
     """
-    if found := checkpoints.restore(abstract_state):
+    # The run itself, interrupted or finished
+    found = checkpoints.restore(abstract_state)
+    if found:
         return _resumed(found, str(workdir), frozen)
 
+    # The run that the config continues
     if job.weights.resume:
         path, step = locate(job.weights.resume)
         with Checkpoints(path, read_only=True) as other:
@@ -48,6 +52,7 @@ def start_state(
             )
         return _resumed(found, job.weights.resume, frozen)
 
+    # A new run
     return init_state(job, mesh, abstract_state, frozen)
 
 

@@ -75,6 +75,7 @@ def train_step(
 
     `frozen` are the parameters that are not trained, if only a part is.
     """
+    # Gradients
     key = jax.random.fold_in(state.key, state.step)
     losses, gradients = accumulated_gradients(
         objective, state.params, frozen, batch, key, grad_accum_steps
@@ -83,10 +84,12 @@ def train_step(
     gradient = _sum_trees(gradients)
     norm = optax.tree.norm(gradient)
 
+    # The update, unless the numbers are bad
     updated = updated_state(state, gradient, norm, tx, ema_decay)
     ok = is_healthy(state, loss, norm, max_grad_norm_ratio)
     new = select_state(ok, updated, state)
 
+    # Metrics, which stay on the devices until the next step has been dispatched
     metrics = {
         "loss": loss,
         "grad_norm": norm,
@@ -114,6 +117,7 @@ def term_gradients(
         losses = objective.losses(network, batch, key)
         return losses.terms, losses
 
+    # One forward pass, then one backward pass a term
     terms, pullback, losses = jax.vjp(losses_of, params, has_aux=True)
     gradients = {}
     for name, term in objective.loss_terms.items():
@@ -142,6 +146,7 @@ def accumulated_gradients(
     micro = {name: _microbatches(array, grad_accum_steps) for name, array in batch.items()}
     compute = functools.partial(term_gradients, objective, params, frozen)
 
+    # Gradients of one microbatch at a time, added up
     def add(total: TermGradients, inputs: tuple[Batch, Array]) -> tuple[TermGradients, None]:
         one, index = inputs
         new = compute(one, jax.random.fold_in(key, index))
@@ -152,6 +157,7 @@ def accumulated_gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (losses, gradients), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(grad_accum_steps)))
 
+    # Sums -> means
     mean = functools.partial(jax.tree.map, lambda total: total / grad_accum_steps)
     return TermGradients(losses._replace(terms=mean(losses.terms)), mean(gradients))
 
@@ -186,8 +192,8 @@ def is_healthy(state: TrainState, loss: Array, norm: Array, max_grad_norm_ratio:
     """
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     if max_grad_norm_ratio:
-        is_warm = state.accepted >= NORM_MEMORY
-        ok &= ~is_warm | (norm <= max_grad_norm_ratio * state.norm)
+        is_warming_up = state.accepted < NORM_MEMORY
+        ok &= is_warming_up | (norm <= max_grad_norm_ratio * state.norm)
     return ok
 
 

@@ -17,7 +17,8 @@ from vdx.files import read_rows
 from vdx.interop.unet import load_unet, save_unet
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
-from vdx.train.checkpoint import CheckpointError, Checkpoints
+from vdx.train.checkpoint import Checkpoints
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.loop import TrainedRun, train
 from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
