@@ -29,7 +29,8 @@ from vdx.data.signals import SIGNALS
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import LOSS_TERMS, LossTerm
-from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
+from vdx.diffusion.process import PROCESSES
+from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator, Sampling
@@ -108,7 +109,7 @@ class Experiment:
         return self.weights.trained_part
 
     def build_objective(self, sections: ExperimentSections) -> Objective:
-        """Builds the training objective."""
+        """Build the training objective."""
         return OBJECTIVES["denoising"](
             model=self.model,
             process=self.process,
@@ -122,7 +123,7 @@ class Experiment:
         )
 
     def check_blocks(self) -> None:
-        """Raises ConfigError if a clip is no number of the blocks it is drawn in."""
+        """Raise ConfigError if a clip is no number of the blocks it is drawn in."""
         generator = self.generator()
         if isinstance(generator, BlockwiseGenerator) and self.clip is not None:
             frames, _ = self.clip_default()
@@ -136,7 +137,7 @@ class Experiment:
     # Data
 
     def source(self, validation: bool = False) -> Any:
-        """Opens the data set: a row of SOURCES."""
+        """Open the data set: a row of SOURCES."""
         replaced = self.data.validation if validation else {}
         return build({**self.data.source, **replaced}, SOURCES, "config.data.source")
 
@@ -148,7 +149,7 @@ class Experiment:
         workdir: Path | None = None,
         **settings: Any,
     ) -> Batches:
-        """Opens this process's share of the batches.
+        """Open this process's share of the batches.
 
         Bad records are named in the workdir's `bad_records.jsonl`; `settings` override fields
         of the loader.
@@ -194,11 +195,11 @@ class Experiment:
     # Training
 
     def new_params(self, key: PRNGKeyArray) -> Params:
-        """Returns what is trained, at its start: the network's parameters, some, or adapters."""
+        """Return what is trained, at its start: the network's parameters, some, or adapters."""
         return self.weights.new_params(key)
 
     def init_state(self, params: Params | None = None) -> TrainState:
-        """Returns the state at step 0, with new parameters where the given ones lack some.
+        """Return the state at step 0, with new parameters where the given ones lack some.
 
         Traceable, so that jit creates every array where it is sharded.
         """
@@ -207,7 +208,7 @@ class Experiment:
         )
 
     def job(self) -> TrainJob:
-        """Returns the experiment as the training loop sees it."""
+        """Return the experiment as the training loop sees it."""
         return TrainJob(
             config=self.config,
             settings=self.training,
@@ -225,7 +226,7 @@ class Experiment:
     def generator(
         self, sampling: Sampling | None = None, size: tuple[int, int] | None = None
     ) -> Generator:
-        """Returns the generator for this model; `size` is (height, width)."""
+        """Return the generator for this model; `size` is (height, width)."""
         height, width = size or (self.data.height, self.data.width)
         is_blockwise = self.objective.diffusion_forcing and self.model.block
         make = BlockwiseGenerator if is_blockwise else Generator
@@ -239,7 +240,7 @@ class Experiment:
         )
 
     def clip_default(self) -> tuple[int, float]:
-        """Returns (frames, frames per second): the first length and the first rate of training.
+        """Return (frames, frames per second): the first length and the first rate of training.
 
         Raises ConfigError if the config does not cut clips.
         """
@@ -251,7 +252,7 @@ class Experiment:
 
 
 def build_trained_part(lora: Lora | None, trainable: str | None) -> Lora | Trainable | None:
-    """Returns the part that is trained; raises ConfigError if two are named."""
+    """Return the part that is trained; raise ConfigError if two are named."""
     if trainable is None:
         return lora
     if lora is not None:
@@ -260,7 +261,7 @@ def build_trained_part(lora: Lora | None, trainable: str | None) -> Lora | Train
 
 
 def build_loss_terms(loss: Spec) -> dict[str, LossTerm]:
-    """Builds the terms of `config.loss`, by their names in LOSS_TERMS."""
+    """Build the terms of `config.loss`, by their names in LOSS_TERMS."""
     if not loss:
         raise ConfigError(f"config.loss has no term. Known: {', '.join(LOSS_TERMS)}.")
     terms = {}
@@ -276,7 +277,7 @@ def build_loss_terms(loss: Spec) -> dict[str, LossTerm]:
 
 
 def check_first_frame(sections: ExperimentSections, model: Denoiser) -> None:
-    """Raises ConfigError if a token is longer than the frame that `first_frame` gives."""
+    """Raise ConfigError if a token is longer than the frame that `first_frame` gives."""
     frames = model.backbone.patch[0]
     if sections.first_frame and frames > 1:
         raise ConfigError(
@@ -287,7 +288,7 @@ def check_first_frame(sections: ExperimentSections, model: Denoiser) -> None:
 
 
 def with_pixel_mean(config: Spec, workdir: Path) -> Experiment:
-    """Builds an experiment and fills in `config.data.mean`.
+    """Build an experiment and fill in `config.data.mean`.
 
     The mean is that of the run being resumed, or measured over 64 training clips.
     """
@@ -304,7 +305,7 @@ def with_pixel_mean(config: Spec, workdir: Path) -> Experiment:
 
 
 def earlier_mean(experiment: Experiment, workdir: Path) -> float | None:
-    """Returns the mean that the run being resumed has used, or None."""
+    """Return the mean that the run being resumed has used, or None."""
     folders = [workdir]
     if experiment.weights.resume:
         folders.append(locate(experiment.weights.resume).workdir)
@@ -318,7 +319,7 @@ def earlier_mean(experiment: Experiment, workdir: Path) -> float | None:
 
 
 def measure_mean(experiment: Experiment) -> float | None:
-    """Measures the mean of the pixels in [-1, 1]; returns None if no record can be read."""
+    """Measure the mean of the pixels in [-1, 1]; return None if no record can be read."""
     assert experiment.clip is not None
     source = experiment.source()
     rng = np.random.default_rng(experiment.seed)
@@ -335,7 +336,7 @@ def measure_mean(experiment: Experiment) -> float | None:
 
 
 def load(workdir: Path) -> Experiment:
-    """Builds the experiment of a run from its workdir.
+    """Build the experiment of a run from its workdir.
 
     Raises FileNotFoundError for a folder that is not the workdir of a run.
     """

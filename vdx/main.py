@@ -124,7 +124,7 @@ def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:
 def train_and_judge(
     experiment: Experiment, workdir: Path, mesh: Mesh, stop: PreemptionHandler
 ) -> TrainedRun:
-    """Trains, with the evaluations and samples of the config, and evaluates the result."""
+    """Train, with the evaluations and samples of the config, and evaluate the result."""
     if jax.process_index() == 0:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
     done = train(
@@ -141,7 +141,7 @@ def train_and_judge(
 
 
 def evaluation_tasks(experiment: Experiment, mesh: Mesh) -> list[PeriodicTask]:
-    """Returns the evaluations that run between training steps."""
+    """Return the evaluations that run between training steps."""
     every = experiment.training.eval_every
     if not every:
         return []
@@ -150,7 +150,7 @@ def evaluation_tasks(experiment: Experiment, mesh: Mesh) -> list[PeriodicTask]:
 
 
 def sample_task(experiment: Experiment, workdir: Path) -> PeriodicTask:
-    """Returns the task that draws the sample grid and writes the report."""
+    """Return the task that draws the sample grid and writes the report."""
     generator = experiment.generator()
 
     def draw(step: int, params: Params) -> dict[str, float]:

@@ -69,7 +69,7 @@ class StartingWeights:
         return self.trained_part.chosen(dense_kernels(self.model.new_params))
 
     def new_params(self, key: PRNGKeyArray) -> Params:
-        """Returns what is trained, at its start: the network's parameters, some, or adapters."""
+        """Return what is trained, at its start: the network's parameters, some, or adapters."""
         if isinstance(self.trained_part, Lora):
             return self.trained_part.new_factors(key, self.kernels)
         params = self.model.new_params(key)
@@ -79,13 +79,13 @@ class StartingWeights:
         return trained
 
     def new_shapes(self) -> Params:
-        """Returns the shapes of `new_params`."""
+        """Return the shapes of `new_params`."""
         return jax.eval_shape(self.new_params, jax.random.key(0))
 
     # The pretrained network
 
     def read_weights(self, mesh: Mesh) -> Params:
-        """Reads the network that `config.weights` names, onto the mesh.
+        """Read the network that `config.weights` names, onto the mesh.
 
         Trained parameters are float32, frozen ones have the network's type. Parameters that
         `config.trainable` names and the files lack are left out.
@@ -113,21 +113,21 @@ class StartingWeights:
     def _read_run(
         self, workdir: Path, step: int | None, mesh: Mesh, dtype: str, trained: str | None
     ) -> Params:
-        """Reads the averaged parameters of a run, in the types of a pretrained network."""
+        """Read the averaged parameters of a run, in the types of a pretrained network."""
         with Checkpoints(workdir, read_only=True) as run:
             restored = run.restore_params(abstract_params(self.shapes, mesh), step=step)
         wanted = abstract_params(self.shapes, mesh, dtype, trained)
         return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), restored.params, wanted)
 
     def read_frozen(self, mesh: Mesh) -> SplitWeights:
-        """Reads the pretrained network and splits it into what is frozen and what is trained."""
+        """Read the pretrained network and split it into what is frozen and what is trained."""
         weights = self.read_weights(mesh)
         if isinstance(self.trained_part, Trainable):
             return SplitWeights(*self.trained_part.split(weights))
         return SplitWeights(weights, None)
 
     def abstract_frozen(self, mesh: Mesh) -> Params | None:
-        """Returns the shapes and shardings of the frozen weights; None if all is trained."""
+        """Return the shapes and shardings of the frozen weights; None if all is trained."""
         if self.trained_part is None:
             return None
         dtype = self.model.backbone.dtype
@@ -138,7 +138,7 @@ class StartingWeights:
         return frozen
 
     def with_null(self, params: Params) -> Params:
-        """Sets the embedding of a dropped caption from the metadata of cached text.
+        """Set the embedding of a dropped caption from the metadata of cached text.
 
         Files of pretrained weights do not have it, and it is zero as they are read.
         Raises ConfigError if it is needed and missing.
@@ -159,7 +159,7 @@ class StartingWeights:
         return params
 
     def describe_initialisation(self, given: Params) -> str:
-        """Counts the trained arrays that were read, and those that start new."""
+        """Count the trained arrays that were read, and those that start new."""
         names = flatten_dict(self.new_shapes(), sep="/")
         read = len(flatten_dict(given, sep="/"))
         return f"{read} trained arrays that were read and {len(names) - read} new ones"
@@ -167,7 +167,7 @@ class StartingWeights:
     # For the training loop (vdx.train.job.WeightSource)
 
     def open_frozen(self, mesh: Mesh) -> FrozenWeights:
-        """Reads what the run does not train."""
+        """Read what the run does not train."""
         if self.trained_part is None:
             return FrozenWeights()
         frozen, trained = self.read_frozen(mesh)
@@ -175,7 +175,7 @@ class StartingWeights:
         return FrozenWeights(self.with_null(frozen), trained, whole_digest(frozen))
 
     def open_initial(self, mesh: Mesh, abstract: Params, frozen: FrozenWeights) -> InitialParams:
-        """Reads the first values of the trained parameters, whose shapes are `abstract`.
+        """Read the first values of the trained parameters, whose shapes are `abstract`.
 
         They come from `config.init`, else from `config.weights`; what neither holds starts new.
         """
@@ -203,7 +203,7 @@ class StartingWeights:
         return InitialParams(None, "new weights")
 
     def complete(self, params: Params | None, key: PRNGKeyArray) -> Params:
-        """Adds new parameters where the given ones lack some; traceable."""
+        """Add new parameters where the given ones lack some; traceable."""
         if params is None or self.trained_part is not None:
             return overlaid(self.new_params(key), params or {})
         return params
@@ -247,7 +247,7 @@ def open_params(
     item: str = "ema",
     step: int | str | None = None,
 ) -> OpenedParams:
-    """Reads the parameters of a checkpoint, on the mesh.
+    """Read the parameters of a checkpoint, on the mesh.
 
     Where only a part was trained, the frozen weights are read again from `config.weights`.
 
@@ -285,7 +285,7 @@ def open_trained(
     item: str = "ema",
     step: int | str | None = None,
 ) -> RestoredParams:
-    """Reads what a run trained: the network's parameters, some of them, or adapters.
+    """Read what a run trained: the network's parameters, some of them, or adapters.
 
     The arguments are those of `open_params`. Raises CheckpointError.
     """

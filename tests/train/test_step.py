@@ -12,7 +12,8 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.diffusion.losses import LOSS_TERMS
-from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
+from vdx.diffusion.process import PROCESSES
+from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.experiment import build_loss_terms
 from vdx.train.log import mean_losses
 from vdx.train.objectives import Objective

@@ -24,7 +24,7 @@ Spec = Mapping[str, Any]
 
 
 def _plain_denoising() -> dict[str, Spec]:
-    """Returns the loss of Ho et al. 2020: the squared error, unweighted."""
+    """Return the loss of Ho et al. 2020: the squared error, unweighted."""
     return {"denoising": {"weighting": {"name": "none"}}}
 
 

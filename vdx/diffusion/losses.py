@@ -49,7 +49,7 @@ class FrameTimes(NamedTuple):
 
 
 def shared_times(t: Float[Array, "b"], num_frames: int) -> FrameTimes:
-    """Gives every frame of a clip the clip's time; every frame is learned from."""
+    """Give every frame of a clip the clip's time; every frame is learned from."""
     shape = (t.shape[0], num_frames)
     return FrameTimes(
         t=jnp.broadcast_to(t[:, None], shape),
@@ -64,7 +64,7 @@ class Weighting(Protocol):
     """A weight of the squared error as a function of the diffusion time."""
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """Returns the weights at times t, float32."""
+        """Return the weights at times t, float32."""
         ...
 
 
@@ -73,7 +73,7 @@ class NoWeight:
     """1 everywhere: the plain loss of Ho et al. 2020 for noise, of flow matching for velocity."""
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """Returns ones."""
+        """Return ones."""
         return jnp.ones(jnp.shape(t), jnp.float32)
 
 
@@ -88,7 +88,7 @@ class MinSNR:
     gamma: float = 5.0  # the paper's value; larger trains more at low noise
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """Returns the weights at times t, finite at both ends."""
+        """Return the weights at times t, finite at both ends."""
         # min(alpha^2 / sigma^2, gamma) * sigma^2 / determinant^2, with no 0 / 0 at an end.
         alpha = jnp.maximum(process.alpha(t), FLOOR)
         sigma = jnp.maximum(process.sigma(t), FLOOR)
@@ -107,7 +107,7 @@ class VelocityWeight:
     min_sigma: float = 0.05  # the divisor's lower bound, so that the weight is finite
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """Returns the weights at times t."""
+        """Return the weights at times t."""
         velocity = process.determinant(t, process.velocity_kind)
         own = jnp.maximum(process.determinant(t), self.min_sigma)
         return (velocity / own) ** 2
@@ -129,7 +129,7 @@ def denoising_error(
     noise: Float[Array, "b t h w c"],
     t: Float[Array, "b"] | Float[Array, "b t"],
 ) -> Float[Array, "b t h w c"]:
-    """Returns the weighted squared error of a prediction, in float32."""
+    """Return the weighted squared error of a prediction, in float32."""
     target = process.from_x0_noise(x0, noise, t)
     error = jnp.square(prediction.astype(jnp.float32) - target)
     return expand(weighting(process, t), error) * error
@@ -138,7 +138,7 @@ def denoising_error(
 def mean_over_frames(
     error: Float[Array, "b t h w c"], loss_mask: Bool[Array, "b t"], per_frame: bool
 ) -> Float[Array, "b"] | Float[Array, "b t"]:
-    """Returns the mean error of the learned frames: of each clip, or of each frame.
+    """Return the mean error of the learned frames: of each clip, or of each frame.
 
     A frame that is not learned from has no mean of its own; per_frame therefore requires a
     mask that is True everywhere.
@@ -172,7 +172,7 @@ class LossTerm(Protocol):
         noise: Float[Array, "b t h w c"],
         times: FrameTimes,
     ) -> Float[Array, "b"] | Float[Array, "b t"]:
-        """Returns the unweighted loss, float32, in the shape of `times.report_t`."""
+        """Return the unweighted loss, float32, in the shape of `times.report_t`."""
         ...
 
 
@@ -200,7 +200,7 @@ class DenoisingLoss:
         noise: Float[Array, "b t h w c"],
         times: FrameTimes,
     ) -> Float[Array, "b"] | Float[Array, "b t"]:
-        """Returns the mean weighted error of every clip, or of every frame."""
+        """Return the mean weighted error of every clip, or of every frame."""
         error = denoising_error(process, self.weigh, prediction, x0, noise, times.t)
         return mean_over_frames(error, times.loss_mask, per_frame=times.report_t.ndim == 2)
 
@@ -217,7 +217,7 @@ class BinnedValues(NamedTuple):
 
 
 def bin_by_time(values: Float[Array, "n"], t: Float[Array, "n"], bins: int) -> BinnedValues:
-    """Sums values by the interval, each 1 / bins long, that their time is in."""
+    """Sum values by the interval, each 1 / bins long, that their time is in."""
     index = jnp.clip(jnp.floor(t * bins).astype(jnp.int32), 0, bins - 1)
     member = jax.nn.one_hot(index, bins, dtype=jnp.float32)  # n bins
     return BinnedValues(

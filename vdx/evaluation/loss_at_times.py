@@ -47,7 +47,7 @@ class LossAtTimes:
         )
 
     def __call__(self, params: Params | Adapted) -> dict[str, float]:
-        """Returns `{set}/loss`, `/loss_null` and `/loss_t{time}` of both sets of clips."""
+        """Return `{set}/loss`, `/loss_null` and `/loss_t{time}` of both sets of clips."""
         scores: dict[str, float] = {}
         for name, batches in self.batches.items():
             results = [self.step(params, batch, self.key) for batch in batches]
@@ -62,7 +62,7 @@ class LossAtTimes:
 
 
 def read_clips(experiment: Experiment, mesh: Mesh, *, validation: bool) -> list[Batch]:
-    """Reads `config.train.eval_clips` clips, in batches of at most the training batch."""
+    """Read `config.train.eval_clips` clips, in batches of at most the training batch."""
     count = experiment.training.eval_clips
     size = min(count, experiment.loader.global_batch)
     # Another seed than training's: other windows of the clips that training sees.
@@ -85,7 +85,7 @@ def losses_at_times(
     batch: Batch,
     key: PRNGKeyArray,
 ) -> LossesAtTimes:
-    """Returns every clip's loss at every time, with conditioning and without."""
+    """Return every clip's loss at every time, with conditioning and without."""
     x0 = objective.clean(batch)  # b t h w c
     batch = objective.with_clip_signals(batch, x0, key)
     clips, frames = x0.shape[:2]

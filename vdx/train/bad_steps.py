@@ -29,7 +29,7 @@ class PendingStep:
     cost: StepCost = dataclasses.field(default_factory=StepCost)
 
     def record(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of a refused step."""
+        """Return what a checkpoint keeps of a refused step."""
         return {"step": self.step, "position": self.position, "keys": self.keys}
 
 
@@ -44,12 +44,12 @@ class BadSteps:
         self.rollbacks = 0
 
     def resume_from(self, progress: Mapping[str, Any]) -> None:
-        """Takes over the streak that a checkpoint holds."""
+        """Take over the streak that a checkpoint holds."""
         self.streak = [PendingStep(**record) for record in progress["bad"]]
         self.rollbacks = progress["rollbacks"]
 
     def progress(self) -> dict[str, Any]:
-        """Returns the streak as a checkpoint holds it."""
+        """Return the streak as a checkpoint holds it."""
         return {"bad": [step.record() for step in self.streak], "rollbacks": self.rollbacks}
 
     @property
@@ -58,11 +58,11 @@ class BadSteps:
         return len(self.streak) >= self.limit
 
     def accept(self) -> None:
-        """Ends the streak."""
+        """End the streak."""
         self.streak = []
 
     def refuse(self, done: PendingStep, metrics: Mapping[str, Any]) -> str:
-        """Adds a refused step and writes its records down; returns a line for the log.
+        """Add a refused step and write its records down; return a line for the log.
 
         Every process names the records of its own share of the batch.
         """
@@ -82,7 +82,7 @@ class BadSteps:
         )
 
     def begin_rollback(self) -> int:
-        """Ends the streak and counts a rollback; returns the first refused step.
+        """End the streak and counts a rollback; return the first refused step.
 
         Raises BadNumbers, which names the batches, after the last allowed rollback.
         """
@@ -94,7 +94,7 @@ class BadSteps:
         return first
 
     def _explanation(self) -> str:
-        """Returns the message of BadNumbers."""
+        """Return the message of BadNumbers."""
         names = "".join(
             f"\n  step {bad.step}, batch {bad.position}: {', '.join(bad.keys)}"
             for bad in self.streak

@@ -132,7 +132,7 @@ class Checkpoints:
             error.add_note(str(failed))  # the first error is the one to see
 
     def _preservation(self, max_to_keep: int, keep_period: int) -> policies.AnyPreservationPolicy:
-        """Returns Orbax's policy for the steps that are kept."""
+        """Return Orbax's policy for the steps that are kept."""
         kept: list[Any] = [policies.LatestN(max_to_keep)]
         if keep_period:
             kept.append(policies.EveryNSteps(keep_period))
@@ -147,15 +147,15 @@ class Checkpoints:
         return policies.AnyPreservationPolicy(kept)
 
     def _metric(self, metrics: Mapping[str, float]) -> float:
-        """Returns the metric that decides which step is best."""
+        """Return the metric that decides which step is best."""
         return metrics[self.best_metric]
 
     def steps(self) -> list[int]:
-        """Returns the steps that are there, the oldest first."""
+        """Return the steps that are there, the oldest first."""
         return sorted(self.manager.all_steps())
 
     def latest(self) -> int | None:
-        """Returns the newest step, or None."""
+        """Return the newest step, or None."""
         return self.manager.latest_step()
 
     # Writing
@@ -167,7 +167,7 @@ class Checkpoints:
         progress: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Begins to save a step; `progress` and `metrics` are JSON values.
+        """Begin to save a step; `progress` and `metrics` are JSON values.
 
         Raises CheckpointError if this save cannot begin or the previous one did not succeed.
         """
@@ -197,7 +197,7 @@ class Checkpoints:
             raise self._failed(step, RuntimeError("Orbax declined"))
 
     def wait(self) -> None:
-        """Waits until the last save is on disk; raises CheckpointError if it failed."""
+        """Wait until the last save is on disk; raise CheckpointError if it failed."""
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
@@ -205,7 +205,7 @@ class Checkpoints:
             raise self._failed("in progress", error) from error
 
     def close(self) -> None:
-        """Waits for the last save and closes; raises CheckpointError if the save failed."""
+        """Wait for the last save and close; raise CheckpointError if the save failed."""
         try:
             self.wait()
         finally:
@@ -215,14 +215,14 @@ class Checkpoints:
                 raise self._failed("in progress", error) from error
 
     def delete_after(self, step: int) -> None:
-        """Removes the steps beyond `step`, which a run that goes back there makes again."""
+        """Remove the steps beyond `step`, which a run that goes back there makes again."""
         self.wait()  # a step must not be removed while it is written
         for later in self.steps():
             if later > step:
                 self.manager.delete(later)
 
     def _failed(self, step: int | str, error: Exception) -> CheckpointError:
-        """Returns the error of a save, with the steps that can be resumed from."""
+        """Return the error of a save, with the steps that can be resumed from."""
         there = sorted(int(p.name) for p in self.path.glob("[0-9]*") if p.name.isdigit())
         return CheckpointError(
             f"Saving step {step} to {self.path} failed: {error}\nSteps that are whole there: "
@@ -235,7 +235,7 @@ class Checkpoints:
     def restore(
         self, abstract_state: TrainState, step: int | None = None, before: int | None = None
     ) -> Restored | None:
-        """Reads `step`, or the newest step that verifies, below `before` if given.
+        """Read `step`, or the newest step that verifies, below `before` if given.
 
         Returns None if there is no step at all. The abstract state has shardings of any mesh.
         Raises CheckpointError if `step` is missing or damaged, if no step verifies, or if a step
@@ -251,7 +251,7 @@ class Checkpoints:
     def restore_params(
         self, abstract: Params, item: str = "ema", step: int | None = None
     ) -> RestoredParams:
-        """Reads the item "ema" or "params" of `step`, or of the newest step that verifies.
+        """Read the item "ema" or "params" of `step`, or of the newest step that verifies.
 
         Raises CheckpointError.
         """
@@ -263,7 +263,7 @@ class Checkpoints:
         return RestoredParams(found.items[item], found.step, digest(own))
 
     def best_step(self) -> int:
-        """Returns the step with the lowest best_metric; raises CheckpointError if there is none."""
+        """Return the step with the lowest best_metric; raise CheckpointError if there is none."""
         step = self.manager.best_step() if self.best_metric else None
         if step is None:
             raise CheckpointError(
@@ -273,7 +273,7 @@ class Checkpoints:
         return step
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Reads the JSON of a step: {"progress": ..., "leaves": {path: Leaf}}."""
+        """Read the JSON of a step: {"progress": ..., "leaves": {path: Leaf}}."""
         try:
             args = ocp.args.Composite(facts=ocp.args.JsonRestore())
             facts = dict(self.manager.restore(step, args=args)["facts"])
@@ -286,7 +286,7 @@ class Checkpoints:
         return facts
 
     def _none(self) -> str:
-        """Returns the message for a workdir without checkpoints."""
+        """Return the message for a workdir without checkpoints."""
         return (
             f"No checkpoint in {self.path}. Train there first: "
             "python -m vdx.main --config=... --workdir=..."
@@ -295,7 +295,7 @@ class Checkpoints:
     def _find(
         self, abstract: Mapping[str, Any], step: int | None, before: int | None = None
     ) -> _Verified | None:
-        """Reads `step`, or the newest step that verifies; returns None if there is none."""
+        """Read `step`, or the newest step that verifies; return None if there is none."""
         if step is None:
             return self._newest(abstract, before)
         if step not in self.steps():
@@ -309,7 +309,7 @@ class Checkpoints:
             raise CheckpointError(f"Step {step} of {self.path} is damaged: {error}") from error
 
     def _newest(self, abstract: Mapping[str, Any], before: int | None) -> _Verified | None:
-        """Reads the newest step that verifies; moves damaged steps away."""
+        """Read the newest step that verifies; move damaged steps away."""
         steps = [s for s in reversed(self.steps()) if before is None or s < before]
         for step in steps:
             try:
@@ -327,7 +327,7 @@ class Checkpoints:
         return None
 
     def _move_away(self, step: int) -> Path:
-        """Moves a damaged step to `<workdir>/damaged`: a new step takes its place."""
+        """Move a damaged step to `<workdir>/damaged`: a new step takes its place."""
         folder = self.workdir / "damaged"
         target = folder / f"{step}"
         if jax.process_index() == 0:
@@ -341,7 +341,7 @@ class Checkpoints:
         return target
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> _Verified:
-        """Reads and verifies a step; raises _Damaged, or CheckpointError for another model's."""
+        """Read and verifies a step; raise _Damaged, or CheckpointError for another model's."""
         facts = self.facts(step)
         check_same(abstract, facts["leaves"], self.path / str(step))
         args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
@@ -359,7 +359,7 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """Splits a (possibly abstract) state into the items of a checkpoint."""
+    """Split a (possibly abstract) state into the items of a checkpoint."""
     return {
         "params": state.params,
         "ema": state.ema,
@@ -368,7 +368,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def locate(path: str | Path) -> RunStep:
-    """Returns the workdir and step of `runs/a`, `runs/a/checkpoints` or `.../checkpoints/500`."""
+    """Return the workdir and step of `runs/a`, `runs/a/checkpoints` or `.../checkpoints/500`."""
     path = Path(path)
     step = None
     if path.name.isdigit() and path.parent.name == "checkpoints":

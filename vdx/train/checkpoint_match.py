@@ -17,7 +17,7 @@ class CheckpointError(ValueError):
 
 
 def check_same(abstract: Any, leaves: Mapping[str, Leaf], where: Path) -> None:
-    """Raises CheckpointError that lists every array that differs from a checkpoint's.
+    """Raise CheckpointError that lists every array that differs from a checkpoint's.
 
     Orbax would leave a missing array out, and pad or convert one of another shape or dtype.
     """
@@ -51,7 +51,7 @@ def check_same(abstract: Any, leaves: Mapping[str, Leaf], where: Path) -> None:
 
 
 def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> None:
-    """Raises CheckpointError if a step was trained with other frozen weights than `base`.
+    """Raise CheckpointError if a step was trained with other frozen weights than `base`.
 
     `base` is their digest; None: nothing is frozen.
     """
@@ -64,7 +64,7 @@ def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> Non
 
 
 def shorten(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
-    """Joins the first names, and counts the rest."""
+    """Join the first names, and counts the rest."""
     shown = list(names[:most])
     if len(names) > most:
         shown.append(f"and {len(names) - most} more")

@@ -23,7 +23,7 @@ Leaf = tuple[list[int], str, int]  # shape, dtype, fingerprint
 
 
 def _bits(x: Array) -> Array:
-    """Returns the bits of every element, uint32 of x's shape, one to one."""
+    """Return the bits of every element, uint32 of x's shape, one to one."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -33,7 +33,7 @@ def _bits(x: Array) -> Array:
 
 
 def _flat_index(shape: tuple[int, ...]) -> Array:
-    """Returns the row-major index of every element, uint32 of this shape.
+    """Return the row-major index of every element, uint32 of this shape.
 
     It is built axis by axis: flattening would move a sharded array between devices.
     """
@@ -47,7 +47,7 @@ def _flat_index(shape: tuple[int, ...]) -> Array:
 
 
 def fingerprint(x: Array) -> Array:
-    """Returns a uint32: the wrap-around sum of every element's bits mixed with its index.
+    """Return a uint32: the wrap-around sum of every element's bits mixed with its index.
 
     For a fixed index the mixing is a bijection (the finalizer of MurmurHash3, Appleby 2011),
     so any change of one element changes the sum.
@@ -61,7 +61,7 @@ def fingerprint(x: Array) -> Array:
 
 @jax.jit
 def _all_fingerprints(leaves: list[Array]) -> Array:
-    """Returns the fingerprints of arrays as one array, which every device holds whole."""
+    """Return the fingerprints of arrays as one array, which every device holds whole."""
     out = jnp.stack([fingerprint(x) for x in leaves])
     if jax.sharding.get_abstract_mesh().empty:
         return out
@@ -69,7 +69,7 @@ def _all_fingerprints(leaves: list[Array]) -> Array:
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """Returns {path: fingerprint} of every leaf of a tree.
+    """Return {path: fingerprint} of every leaf of a tree.
 
     Call under the mesh over which the arrays are sharded.
     """
@@ -79,7 +79,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 
 def describe(tree: Any) -> dict[str, Leaf]:
-    """Returns {path: (shape, dtype, fingerprint)}, as checkpoints keep it in JSON."""
+    """Return {path: (shape, dtype, fingerprint)}, as checkpoints keep it in JSON."""
     found = fingerprints(tree)
     return {
         path_str(path): (list(leaf.shape), str(leaf.dtype), found[path_str(path)])
@@ -88,10 +88,10 @@ def describe(tree: Any) -> dict[str, Leaf]:
 
 
 def digest(value: Mapping | list) -> str:
-    """Returns the sha256 of a JSON value, whatever the order of its keys."""
+    """Return the sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def whole_digest(tree: Any) -> str:
-    """Returns one digest of all arrays of a tree, the same on every mesh."""
+    """Return one digest of all arrays of a tree, the same on every mesh."""
     return digest(describe(tree))

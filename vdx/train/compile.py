@@ -43,7 +43,7 @@ class TrainProgram(NamedTuple):
 
 
 def train_program(job: TrainJob, mesh: Mesh) -> TrainProgram:
-    """Builds the step that the loop runs, and that the planner compiles without data."""
+    """Build the step that the loop runs, and that the planner compiles without data."""
     abstract = jax.eval_shape(job.init_state, None)
     shardings = state_shardings(mesh, abstract, job.sharding_rules)
     step = make_train_step(
@@ -75,13 +75,13 @@ class CompiledStep(NamedTuple):
 
 
 def peak_flops(mesh: Mesh) -> float:
-    """Returns the peak operations a second of all devices; 0 for a chip that is not in CHIPS."""
+    """Return the peak operations a second of all devices; 0 for a chip that is not in CHIPS."""
     chip = chip_of(mesh.devices.flat[0].device_kind)
     return 0.0 if chip is None else chip.flops * mesh.size
 
 
 class StepCompiler:
-    """Compiles the step once for every shape of batch, in a thread of its own.
+    """Compiler of the step, once for every shape of batch, in a thread of its own.
 
     The program of the first batch comes first; those of the other shapes, which `samples`
     lists, are compiled while the first steps run.
@@ -109,7 +109,7 @@ class StepCompiler:
         self.thread = ThreadPoolExecutor(1, "compile")
 
     def __call__(self, batch: Batch) -> CompiledStep:
-        """Returns the program for a batch; waits for it if it is still being compiled."""
+        """Return the program for a batch; wait for it if it is still being compiled."""
         is_first = not self.programs
         future = self.begin(batch)
         if is_first:
@@ -118,21 +118,21 @@ class StepCompiler:
         return future.result()
 
     def begin(self, batch: Mapping[str, Any]) -> Future[CompiledStep]:
-        """Starts to compile for a batch, which may be abstract, unless that has begun."""
+        """Start to compile for a batch, which may be abstract, unless that has begun."""
         shapes = frozenset((name, array.shape, array.dtype) for name, array in batch.items())
         if shapes not in self.programs:
             self.programs[shapes] = self.thread.submit(self.compile, batch)
         return self.programs[shapes]
 
     def compile(self, batch: Mapping[str, Any]) -> CompiledStep:
-        """Compiles the step for a batch."""
+        """Compile the step for a batch."""
         with jax.set_mesh(self.mesh):  # the mesh is a setting of each thread
             cost = self.cost(batch)
             lowered = self.program.step.lower(self.program.abstract_state, batch, self.frozen)
             return CompiledStep(lowered.compile(), cost)
 
     def cost(self, batch: Mapping[str, Any]) -> StepCost:
-        """Returns the clips, tokens and operations of one step."""
+        """Return the clips, tokens and operations of one step."""
         video = batch["latents" if "latents" in batch else "video"]
         clips, *clip = video.shape
         tokens = clips * self.model.num_tokens((clips, *clip))
@@ -144,12 +144,12 @@ class StepCompiler:
         return StepCost(clips, tokens, 3 * clips * forward)
 
     def close(self) -> None:
-        """Drops what waits to be compiled; a compilation under way is left to end."""
+        """Drop what waits to be compiled; a compilation under way is left to end."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 def check_batches(model: Denoiser, loader: Loader, mesh: Mesh) -> None:
-    """Raises for batches that the mesh cannot split, and for buckets that are no patches."""
+    """Raise for batches that the mesh cannot split, and for buckets that are no patches."""
     shares = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     sizes = [bucket[-1] for bucket in loader.buckets] or [loader.global_batch]
     for batch in sizes:
@@ -171,7 +171,7 @@ def abstract_batch(
     cached: bool,
     text: int | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes that a step reads, sharded, without any data.
+    """Return the shapes that a step reads, sharded, without any data.
 
     Args:
       clip: [t h w c] in the model's space.
@@ -206,14 +206,14 @@ def abstract_batch(
 
 
 def signal_shapes(model: Denoiser, clip: tuple[int, ...]) -> Shapes:
-    """Returns the shape and type of every signal of one clip [t h w c]."""
+    """Return the shape and type of every signal of one clip [t h w c]."""
     conditioning = model.conditioning
     dummy = jax.eval_shape(lambda: conditioning.dummy_batch(clip))
     return {name: (array.shape[1:], array.dtype) for name, array in dummy.items()}
 
 
 def with_text_length(model: Denoiser, shapes: Shapes, text: int | None) -> Shapes:
-    """Replaces the number of tokens of cached text by `text`; None leaves it."""
+    """Replace the number of tokens of cached text by `text`; None leaves it."""
     if text is None or "embeddings" not in model.signals:
         return shapes
     replaced = dict(shapes)
@@ -224,5 +224,5 @@ def with_text_length(model: Denoiser, shapes: Shapes, text: int | None) -> Shape
 
 
 def _as_cached(dtype: Any) -> Any:
-    """Returns the type that a cache stores arrays of `dtype` in."""
+    """Return the type that a cache stores arrays of `dtype` in."""
     return jnp.float16 if dtype == jnp.float32 else dtype

@@ -45,11 +45,11 @@ class WeightSource(Protocol):
         ...
 
     def open_frozen(self, mesh: Mesh) -> FrozenWeights:
-        """Reads what the run does not train."""
+        """Read what the run does not train."""
         ...
 
     def open_initial(self, mesh: Mesh, abstract: Params, frozen: FrozenWeights) -> InitialParams:
-        """Reads the first values of the trained parameters, whose shapes are `abstract`."""
+        """Read the first values of the trained parameters, whose shapes are `abstract`."""
         ...
 
 

@@ -23,7 +23,7 @@ ON_THE_BAR = {"clips_s": "speed/clips_per_s", "mfu": "speed/mfu", "loss": "train
 
 
 class Log:
-    """Writes one row of scalars at a time; silent on every process but the first.
+    """Writer of scalars, one row at a time; silent on every process but the first.
 
     A row goes to `<workdir>/metrics.jsonl` as {"step", "seconds", **scalars}, where seconds
     counts training time over all parts of an interrupted run.
@@ -47,7 +47,7 @@ class Log:
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
 
     def row(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step."""
+        """Write the scalars of a step."""
         if not self.primary:
             return
         seconds = round(time.monotonic() - self.began, 3)
@@ -56,33 +56,33 @@ class Log:
             self.events.add_scalar(name, value, step)
 
     def show(self, scalars: Mapping[str, float]) -> None:
-        """Shows the main scalars of a row on the progress bar."""
+        """Show the main scalars of a row on the progress bar."""
         shown = {name: f"{scalars[key]:.4g}" for name, key in ON_THE_BAR.items() if key in scalars}
         self.bar.set_postfix(refresh=False, **shown)
 
     def message(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Print a line above the progress bar."""
         if self.primary:
             self.bar.write(text, file=sys.stderr)  # stderr is not buffered
 
     def advance(self) -> None:
-        """Moves the progress bar by one step."""
+        """Move the progress bar by one step."""
         self.bar.update()
 
     def move_back(self, step: int) -> None:
-        """Moves the progress bar back to a step."""
+        """Move the progress bar back to a step."""
         self.bar.n = step
         self.bar.refresh()
 
     def close(self) -> None:
-        """Closes the progress bar and the event files."""
+        """Close the progress bar and the event files."""
         self.bar.close()
         if self.primary:
             self.events.close()
 
 
 def last_seconds(path: Path, step: int) -> float:
-    """Returns the training time that an earlier part of the run had logged at `step`."""
+    """Return the training time that an earlier part of the run had logged at `step`."""
     return max((row["seconds"] for row in read_rows(path) if row["step"] <= step), default=0.0)
 
 
@@ -98,13 +98,13 @@ class MetricsAccumulator:
         self.start_clock(waited)
 
     def start_clock(self, waited: float) -> None:
-        """Counts speeds from now; `waited` is the time spent on data so far, in seconds."""
+        """Count speeds from now; `waited` is the time spent on data so far, in seconds."""
         self.cost = StepCost()
         self.began = time.perf_counter()
         self.waited = waited
 
     def add(self, metrics: Mapping[str, Any], cost: StepCost) -> None:
-        """Adds the metrics of one step, fetched from the devices."""
+        """Add the metrics of one step, fetched from the devices."""
         self.rows.append({name: np.asarray(value).tolist() for name, value in metrics.items()})
         self.cost = StepCost(
             clips=self.cost.clips + cost.clips,
@@ -113,7 +113,7 @@ class MetricsAccumulator:
         )
 
     def flush(self, waited: float, learning_rate: float, peak: float) -> dict[str, float]:
-        """Returns the scalars of a log row and starts anew.
+        """Return the scalars of a log row and start anew.
 
         Args:
           waited: seconds spent waiting for data since the run began.
@@ -128,7 +128,7 @@ class MetricsAccumulator:
         return scalars
 
     def _speeds(self, waited: float, peak: float) -> dict[str, float]:
-        """Returns clips, tokens and operations a second, and the share of time lost to data."""
+        """Return clips, tokens and operations a second, and the share of time lost to data."""
         elapsed = time.perf_counter() - self.began
         speeds = {
             "speed/clips_per_s": self.cost.clips / elapsed,
@@ -144,7 +144,7 @@ class MetricsAccumulator:
 
 
 def mean_losses(rows: list[Row]) -> dict[str, float]:
-    """Averages losses and gradient norms over steps; `loss_t0.0-0.2` is that of one interval."""
+    """Average losses and gradient norms over steps; `loss_t0.0-0.2` is that of one interval."""
     names = ["loss", "grad_norm"]
     names += [name for name in rows[0] if name.startswith(("loss_", "gradient_share_"))]
     means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in names}

@@ -59,7 +59,7 @@ def train(
     evaluations: Sequence[PeriodicTask] = (),
     samples: Sequence[PeriodicTask] = (),
 ) -> TrainedRun:
-    """Trains to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
+    """Train to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
 
     Evaluations run before the checkpoint of the same step: their scores are logged and decide
     which checkpoint is best. Samples run after it. Call under `jax.set_mesh(mesh)`.
@@ -156,7 +156,7 @@ class Trainer:
     # The start
 
     def _take_over(self, start: Start) -> None:
-        """Sets the state and, from a checkpoint, the place in the data and the bad steps."""
+        """Set the state and, from a checkpoint, the place in the data and the bad steps."""
         self.state = start.state
         self.step = int(start.state.step)
         if start.progress is not None:
@@ -165,7 +165,7 @@ class Trainer:
             self.bad_steps.resume_from(start.progress)
 
     def _save_null(self, frozen: FrozenWeights) -> None:
-        """Saves the embedding of dropped captions, which only the data holds."""
+        """Save the embedding of dropped captions, which only the data holds."""
         if frozen.frozen is None or jax.process_index() != 0:
             return
         null = flatten_dict(frozen.frozen, sep="/").get(NULL)
@@ -180,7 +180,7 @@ class Trainer:
         evaluations: Sequence[PeriodicTask],
         samples: Sequence[PeriodicTask],
     ) -> None:
-        """Takes steps to the end of the run, with the work that is due after each."""
+        """Take steps to the end of the run, with the work that is due after each."""
         settings = self.settings
         intervals = [settings.save_every, *(task.every for task in (*evaluations, *samples))]
         self.attention_backends = list(selected_backends())  # of the start, not of steps
@@ -219,12 +219,12 @@ class Trainer:
             self.write_metrics(self.step)
 
     def is_due(self, *intervals: int) -> bool:
-        """Returns whether this is the last step, or a multiple of an interval; 0 is never."""
+        """Return whether this is the last step, or a multiple of an interval; 0 is never."""
         is_last = self.step == self.settings.steps
         return any(every and (is_last or self.step % every == 0) for every in intervals)
 
     def run_due(self, tasks: Sequence[PeriodicTask]) -> dict[str, float]:
-        """Runs the tasks that are due; returns their merged scores."""
+        """Run the tasks that are due; return their merged scores."""
         due = [task for task in tasks if self.is_due(task.every)]
         if not due:
             return {}
@@ -235,11 +235,11 @@ class Trainer:
         return scores
 
     def averaged_params(self) -> Any:
-        """Returns the averaged parameters that the network runs with."""
+        """Return the averaged parameters that the network runs with."""
         return self.job.objective.network_params(self.state.ema, self.frozen)
 
     def save(self, scores: Mapping[str, float]) -> None:
-        """Begins to save a checkpoint of this step, unless there is one."""
+        """Begin to save a checkpoint of this step, unless there is one."""
         if self.checkpoints.latest() == self.step:
             return
         progress = {
@@ -252,20 +252,20 @@ class Trainer:
         self.checkpoints.save(self.step, self.state, progress, scores or None)
 
     def stop(self) -> None:
-        """Waits for the checkpoint of this step and raises Preempted."""
+        """Wait for the checkpoint of this step and raise Preempted."""
         self.log.message(f"Stopped at step {self.step}; the same command resumes from there.")
         self.checkpoints.wait()
         raise Preempted
 
     def close(self) -> None:
-        """Ends the compiler's thread and the log."""
+        """End the compiler's thread and the log."""
         self.compiler.close()
         self.log.close()
 
     # Steps
 
     def take_step(self) -> None:
-        """Dispatches a step, then reads the metrics of the one before while this one runs.
+        """Dispatch a step, then read the metrics of the one before while this one runs.
 
         The device so never waits for the host, and at most two steps are in flight.
         """
@@ -285,7 +285,7 @@ class Trainer:
         self.log.advance()
 
     def collect_pending(self) -> None:
-        """Reads the metrics of the step in flight; accepts or refuses it."""
+        """Read the metrics of the step in flight; accept or refuse it."""
         if self.pending is None:
             return
         done = self.pending
@@ -300,7 +300,7 @@ class Trainer:
             self.write_metrics(done.step)
 
     def roll_back(self) -> None:
-        """Returns to the newest checkpoint before the streak of refused steps; the data moves on.
+        """Return to the newest checkpoint before the streak of refused steps; the data moves on.
 
         Raises BadNumbers after the last allowed rollback.
         """
@@ -332,7 +332,7 @@ class Trainer:
     # The log
 
     def write_metrics(self, step: int) -> None:
-        """Writes the row of the log that ends with this step."""
+        """Write the row of the log that ends with this step."""
         accepted = self.metrics.rows[-1]["accepted"]
         rate = float(self.rates[accepted])
         row = self.metrics.flush(self.batches.wait_seconds, rate, self.peak)
@@ -340,7 +340,7 @@ class Trainer:
         self.log.show(row)
 
     def log_attention_backends(self) -> None:
-        """Logs the attention backends that were selected since the last call."""
+        """Log the attention backends that were selected since the last call."""
         new = [line for line in selected_backends() if line not in self.attention_backends]
         if new:
             self.attention_backends += new

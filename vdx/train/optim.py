@@ -51,7 +51,7 @@ class Optimizer:
     grad_accum_steps: int = 1  # microbatches of a step
 
     def rate(self, steps: int) -> optax.Schedule:
-        """Returns the learning rate as a function of the step.
+        """Return the learning rate as a function of the step.
 
         Raises ConfigError for an unknown schedule.
         """
@@ -61,7 +61,7 @@ class Optimizer:
         return optax.join_schedules([warmup, rest], [self.warmup_steps])
 
     def make(self, steps: int) -> optax.GradientTransformation:
-        """Returns the whole update: clipping, then the optimizer.
+        """Return the whole update: clipping, then the optimizer.
 
         Raises ConfigError for an unknown optimizer or schedule.
         """
@@ -73,17 +73,17 @@ class Optimizer:
 
 
 def _constant(optimizer: Optimizer, steps: int) -> optax.Schedule:
-    """Keeps the learning rate."""
+    """Keep the learning rate."""
     return optax.constant_schedule(optimizer.learning_rate)
 
 
 def _cosine(optimizer: Optimizer, steps: int) -> optax.Schedule:
-    """Falls along half a cosine."""
+    """Fall along half a cosine."""
     return optax.cosine_decay_schedule(optimizer.learning_rate, steps, optimizer.end_factor)
 
 
 def _linear(optimizer: Optimizer, steps: int) -> optax.Schedule:
-    """Falls along a line."""
+    """Fall along a line."""
     rate = optimizer.learning_rate
     return optax.linear_schedule(rate, rate * optimizer.end_factor, steps)
 
@@ -97,7 +97,7 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], optax.Schedule]] = {
 
 
 def _decay_mask(params: Params) -> Params:
-    """Returns True for every parameter that decays."""
+    """Return True for every parameter that decays."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NO_DECAY.search(path_str(path)) is None, params
     )
@@ -106,7 +106,7 @@ def _decay_mask(params: Params) -> Params:
 def _adamw(
     optimizer: Optimizer, rate: optax.Schedule, decay_mask: DecayMask
 ) -> optax.GradientTransformation:
-    """Builds AdamW (Loshchilov & Hutter 2019)."""
+    """Build AdamW (Loshchilov & Hutter 2019)."""
     return optax.adamw(
         rate,
         b1=optimizer.b1,
@@ -120,7 +120,7 @@ def _adamw(
 def _muon(
     optimizer: Optimizer, rate: optax.Schedule, decay_mask: DecayMask
 ) -> optax.GradientTransformation:
-    """Builds Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest.
+    """Build Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest.
 
     Muon's updates have the size of AdamW's (Liu et al. 2025, "Muon is scalable"), so that one
     learning rate serves both. AdamW has Nesterov's momentum here.
@@ -138,7 +138,7 @@ def _muon(
 
 
 def _muon_dimensions(params: Params) -> Any:
-    """Returns the matrix dimensions of every parameter; None for those that AdamW updates."""
+    """Return the matrix dimensions of every parameter; None for those that AdamW updates."""
 
     def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = path_str(path)

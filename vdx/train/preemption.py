@@ -52,7 +52,7 @@ class Preempted(SystemExit):
 
 
 class PreemptionHandler:
-    """Turns SIGTERM and SIGINT into a stop between two steps; a context manager.
+    """Context manager that turns SIGTERM and SIGINT into a stop between two steps.
 
     One process: our handler records the signal. Several processes: JAX's own handler of SIGTERM
     shares it, and all of them agree on the step after which they stop; SIGINT is passed on as
@@ -85,7 +85,7 @@ class PreemptionHandler:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Records a signal, or ends the program."""
+        """Record a signal, or ends the program."""
         now = time.monotonic()
         is_new = now > self._requested_at + SAME_REQUEST
         if not self.polled or (self._requested_at and is_new):
@@ -102,14 +102,14 @@ class PreemptionHandler:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
-        """Returns whether to save and stop now; every process calls it once after every step."""
+        """Return whether to save and stop now; every process calls it once after every step."""
         if self.alone:
             return bool(self._requested_at)
         self._calls += 1  # not the step count, which may go back
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def end_polling(self) -> None:
-        """Marks the end of the loop: from now on a signal ends the program at once.
+        """Mark the end of the loop: from now on a signal ends the program at once.
 
         JAX's handler, which only records a signal, is replaced too.
         """
@@ -119,7 +119,7 @@ class PreemptionHandler:
 
 
 class Watchdog:
-    """Ends a process that makes no progress; a context manager.
+    """Context manager that ends a process without progress.
 
     Without a `beat()` for `seconds` (0: never) it prints the stacks of all threads, calls each
     of `before_exit`, for at most `grace` seconds, and exits with STUCK. Its thread does not
@@ -140,7 +140,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Marks progress."""
+        """Mark progress."""
         self._last_beat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -158,13 +158,13 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        """Checks the last beat until the block is left."""
+        """Check the last beat until the block is left."""
         while not self._done.wait(min(1.0, self.seconds / 4)):
             if time.monotonic() - self._last_beat > self.seconds:
                 self._end()
 
     def _end(self) -> None:
-        """Prints all stacks, tidies up and ends the process."""
+        """Print all stacks, tidy up and end the process."""
         print(
             f"\nNo step for {self.seconds:g} s (config.train.watchdog_seconds): ending with exit "
             f"code {STUCK}. Every thread's stack, the latest call first:",
@@ -181,7 +181,7 @@ class Watchdog:
 
 
 def exit_now(code: int, message: str) -> NoReturn:
-    """Ends the program at once, with a message as its last words.
+    """End the program at once, with a message as its last words.
 
     Python's own exit waits for the other processes, which wait in turn for this one, and has
     Orbax's threads print pages about a failed save.
@@ -193,7 +193,7 @@ def exit_now(code: int, message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def exit_if_peer_lost(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Ends this process with STUCK when another process of the run has ended.
+    """End this process with STUCK when another process of the run has ended.
 
     The block may have a save under way, which cannot finish without the peer; nothing waits
     for it.
@@ -212,7 +212,7 @@ def exit_if_peer_lost(before_exit: Callable[[], object] = lambda: None) -> Itera
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Returns whether an error is that of a collective or barrier without one of its peers."""
+    """Return whether an error is that of a collective or barrier without one of its peers."""
     kinds = (jax.errors.JaxRuntimeError, TimeoutError)
     is_collective = isinstance(error, kinds) or isinstance(error.__cause__, kinds)
     out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
@@ -225,7 +225,7 @@ class WorkdirInUse(ValueError):
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Locks the workdir for this process; the kernel unlocks it however the process ends.
+    """Lock the workdir for this process; the kernel unlocks it however the process ends.
 
     Raises WorkdirInUse, which names the process that has the lock.
     """

@@ -31,7 +31,7 @@ def start_state(
     abstract_state: TrainState,
     frozen: FrozenWeights,
 ) -> Start:
-    """Resumes from the workdir's checkpoints, else from `config.resume`, else starts at step 0.
+    """Resume from the workdir's checkpoints, else from `config.resume`, else start at step 0.
 
     Raises CheckpointError for a resumed run without checkpoints, and for a checkpoint that was
     trained with other frozen weights.
@@ -59,7 +59,7 @@ def start_state(
 def init_state(
     job: TrainJob, mesh: Mesh, abstract_state: TrainState, frozen: FrozenWeights
 ) -> Start:
-    """Makes the state at step 0, on the mesh, from the job's starting weights."""
+    """Make the state at step 0, on the mesh, from the job's starting weights."""
     params, origin = job.weights.open_initial(mesh, abstract_state.params, frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     init = jax.jit(job.init_state, out_shardings=shardings, donate_argnums=0)
@@ -69,7 +69,7 @@ def init_state(
 def _resumed(
     found: tuple[TrainState, Mapping[str, Any]], name: str, frozen: FrozenWeights
 ) -> Start:
-    """Checks that a restored state belongs to these frozen weights."""
+    """Check that a restored state belongs to these frozen weights."""
     state, progress = found
     step = int(state.step)
     check_base(progress, frozen.digest, f"step {step}")

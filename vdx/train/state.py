@@ -25,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns the state at step 0 with these parameters."""
+    """Return the state at step 0 with these parameters."""
     # The average is a copy: jit would otherwise give both the same buffer.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -41,7 +41,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
 def state_shardings(
     mesh: Mesh, state: TrainState, rules: ShardingRules = PARAM_RULES
 ) -> TrainState:
-    """Returns the sharding of every leaf of a (possibly abstract) state."""
+    """Return the sharding of every leaf of a (possibly abstract) state."""
     params = param_shardings(mesh, state.params, rules)
     one = replicated(mesh)
     return state.replace(
@@ -56,7 +56,7 @@ def state_shardings(
 
 
 def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:
-    """Returns an abstract state whose leaves carry their shardings."""
+    """Return an abstract state whose leaves carry their shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,

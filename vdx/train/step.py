@@ -46,7 +46,7 @@ def make_train_step(
     grad_accum_steps: int = 1,
     max_grad_norm_ratio: float = 0.0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Binds `train_step` to a run: step(state, batch, frozen=None) -> (state, metrics).
+    """Bind `train_step` to a run: step(state, batch, frozen=None) -> (state, metrics).
 
     The caller jits it, with shardings and donation of the state.
     """
@@ -71,7 +71,7 @@ def train_step(
     grad_accum_steps: int,
     max_grad_norm_ratio: float,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step; a refused batch advances the step count and changes no other bit.
+    """Take one step; a refused batch advances the step count and changes no other bit.
 
     `frozen` are the parameters that are not trained, if only a part is.
     """
@@ -110,7 +110,7 @@ def term_gradients(
     batch: Batch,
     key: PRNGKeyArray,
 ) -> TermGradients:
-    """Returns the losses of a batch and every term's gradient: one backward pass a term."""
+    """Return the losses of a batch and every term's gradient: one backward pass a term."""
 
     def losses_of(trained: Params) -> tuple[dict[str, Array], Losses]:
         network = objective.network_params(trained, frozen, key)
@@ -136,7 +136,7 @@ def accumulated_gradients(
     key: PRNGKeyArray,
     grad_accum_steps: int,
 ) -> TermGradients:
-    """Cuts a batch into microbatches and averages their losses and gradients.
+    """Cut a batch into microbatches and average their losses and gradients.
 
     Sums and counts by noise level are added up, as over one batch.
     """
@@ -169,7 +169,7 @@ def updated_state(
     tx: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:
-    """Applies a gradient: parameters, their average, optimizer state and norm statistics."""
+    """Apply a gradient: parameters, their average, optimizer state and norm statistics."""
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
@@ -185,7 +185,7 @@ def updated_state(
 
 
 def is_healthy(state: TrainState, loss: Array, norm: Array, max_grad_norm_ratio: float) -> Array:
-    """Returns a bool scalar: loss and gradient norm are finite, and the norm is no spike.
+    """Return a bool scalar: loss and gradient norm are finite, and the norm is no spike.
 
     A spike exceeds `max_grad_norm_ratio` times the running mean of the norms; with 0 any
     finite norm passes.
@@ -198,7 +198,7 @@ def is_healthy(state: TrainState, loss: Array, norm: Array, max_grad_norm_ratio:
 
 
 def select_state(ok: Array, updated: TrainState, state: TrainState) -> TrainState:
-    """Returns the updated state where `ok`, else the old one, bit for bit."""
+    """Return the updated state where `ok`, else the old one, bit for bit."""
 
     def select(new: Array, old: Array) -> Array:
         return new if new is old else jnp.where(ok, new, old)
@@ -207,7 +207,7 @@ def select_state(ok: Array, updated: TrainState, state: TrainState) -> TrainStat
 
 
 def term_metrics(losses: Losses, gradients: dict[str, Params]) -> Metrics:
-    """Returns each term's loss, and its share of the summed norms of the terms' gradients."""
+    """Return each term's loss, and its share of the summed norms of the terms' gradients."""
     norms = {name: optax.tree.norm(gradient) for name, gradient in gradients.items()}
     total = functools.reduce(jnp.add, norms.values())
     values = {f"loss_{name}": value for name, value in losses.terms.items()}
@@ -216,7 +216,7 @@ def term_metrics(losses: Losses, gradients: dict[str, Params]) -> Metrics:
 
 
 def _microbatches(array: Array, count: int) -> Array:
-    """Splits [b ...] into [count, b / count, ...], strided.
+    """Split [b ...] into [count, b / count, ...], strided.
 
     Strided, so that a microbatch takes rows from every device's share.
     """
@@ -224,5 +224,5 @@ def _microbatches(array: Array, count: int) -> Array:
 
 
 def _sum_trees(trees: dict[str, Params]) -> Params:
-    """Adds up trees of one structure; a single tree is returned as it is."""
+    """Add up trees of one structure; a single tree is returned as it is."""
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), trees.values())

@@ -88,7 +88,7 @@ class Objective:
     def network_params(
         self, trained: Params, frozen: Params | None, key: PRNGKeyArray | None = None
     ) -> Params | Adapted:
-        """Returns the parameters that the network runs with.
+        """Return the parameters that the network runs with.
 
         `key` is that of a training step, for the adapters' dropout; without it nothing is
         dropped.
@@ -99,7 +99,7 @@ class Objective:
         return self.trained_part.combine(frozen, trained, key)
 
     def clean(self, batch: Batch) -> Array:
-        """Returns x0 [b t h w c] in float32.
+        """Return x0 [b t h w c] in float32.
 
         Cached latents stay as they are. Pixels go from uint8 to [-1, 1], less their mean.
         """
@@ -108,7 +108,7 @@ class Objective:
         return batch["video"].astype(jnp.float32) / 127.5 - 1.0 - self.mean
 
     def draw(self, x0: Array, key: PRNGKeyArray) -> Draws:
-        """Draws times, noise and dropped signals from the key of a step."""
+        """Draw times, noise and dropped signals from the key of a step."""
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         clips, frames = x0.shape[:2]
         times = self.time_strategy.draw(
@@ -121,14 +121,14 @@ class Objective:
         return Draws(times, noise, self.model.random_drop(drop_key, clips))
 
     def with_clip_signals(self, batch: Batch, x0: Array, key: PRNGKeyArray) -> Batch:
-        """Adds the signals that are made of the clips themselves, such as known frames."""
+        """Add the signals that are made of the clips themselves, such as known frames."""
         made = self.model.from_clip(jax.random.fold_in(key, _FROM_CLIP), x0)
         return {**batch, **made}
 
     def term_losses(
         self, params: Params | Adapted, batch: Batch, x0: Array, draws: Draws
     ) -> dict[str, Array]:
-        """Returns every term's unweighted losses, each in the shape of `times.report_t`."""
+        """Return every term's unweighted losses, each in the shape of `times.report_t`."""
         times, noise, drop = draws
         x_t = self.process.add_noise(x0, noise, times.t)
         network_time = self.process.network_time(times.network_t)
@@ -139,12 +139,12 @@ class Objective:
         }
 
     def weighted_sum(self, terms: Mapping[str, Array]) -> Array:
-        """Sums values of the terms by their weights, in the order of `loss_terms`."""
+        """Sum values of the terms by their weights, in the order of `loss_terms`."""
         weighted = [term.weight * terms[name] for name, term in self.loss_terms.items()]
         return functools.reduce(jnp.add, weighted)
 
     def losses(self, params: Params | Adapted, batch: Batch, key: PRNGKeyArray) -> Losses:
-        """Returns the losses of a training step, with every draw from its key."""
+        """Return the losses of a training step, with every draw from its key."""
         x0 = self.clean(batch)
         batch = self.with_clip_signals(batch, x0, key)
         draws = self.draw(x0, key)

@@ -30,7 +30,7 @@ class TimeSampler(Protocol):
     """The distribution of diffusion times in training, a row of TIME_SAMPLERS."""
 
     def sample(self, key: PRNGKeyArray, batch: int, num_tokens: int) -> Array:
-        """Returns times [batch] for clips of `num_tokens` tokens."""
+        """Return times [batch] for clips of `num_tokens` tokens."""
         ...
 
 
@@ -47,7 +47,7 @@ class TimeStrategy(Protocol):
     def draw(
         self, sampler: TimeSampler, keys: TimeKeys, shape: tuple[int, int], num_tokens: int
     ) -> FrameTimes:
-        """Draws times for `shape` = (clips, frames), of `num_tokens` tokens a clip."""
+        """Draw times for `shape` = (clips, frames), of `num_tokens` tokens a clip."""
         ...
 
 
@@ -58,7 +58,7 @@ class ClipTimes:
     def draw(
         self, sampler: TimeSampler, keys: TimeKeys, shape: tuple[int, int], num_tokens: int
     ) -> FrameTimes:
-        """Draws a time for each clip."""
+        """Draw a time for each clip."""
         clips, frames = shape
         return shared_times(sampler.sample(keys.times, clips, num_tokens), frames)
 
@@ -72,7 +72,7 @@ class FirstFrameTimes:
     def draw(
         self, sampler: TimeSampler, keys: TimeKeys, shape: tuple[int, int], num_tokens: int
     ) -> FrameTimes:
-        """Draws the times, then the clips whose first frame is given."""
+        """Draw the times, then the clips whose first frame is given."""
         times = ClipTimes().draw(sampler, keys, shape, num_tokens)
         key = jax.random.fold_in(keys.step, _FIRST_FRAME)
         is_given = jax.random.bernoulli(key, self.share, shape[:1])  # b
@@ -91,7 +91,7 @@ class BlockTimes:
     def draw(
         self, sampler: TimeSampler, keys: TimeKeys, shape: tuple[int, int], num_tokens: int
     ) -> FrameTimes:
-        """Draws a time for each block and repeats it over the block's frames."""
+        """Draw a time for each block and repeat it over the block's frames."""
         clips, frames = shape
         blocks = -(-frames // self.block)  # rounded up
         per_block = sampler.sample(keys.times, clips * blocks, num_tokens).reshape(clips, blocks)
@@ -100,7 +100,7 @@ class BlockTimes:
 
 
 def give_first_frame(times: FrameTimes, is_given: Array) -> FrameTimes:
-    """Sets the first frame of the given clips, bool [b], to time 0 and takes it out of the loss.
+    """Set the first frame of the given clips, bool [b], to time 0 and takes it out of the loss.
 
     An image, a clip of one frame, is left as it is: nothing would be learned from it. Wan 2.2
     TI2V is trained so.
