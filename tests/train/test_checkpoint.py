@@ -1,4 +1,4 @@
-"""Checkpoints give back the very bits, on any mesh, or say why not. On eight simulated devices."""
+"""Checkpoints give back the bits that were saved, on any mesh, or an error with the reason."""
 
 import json
 import os
@@ -212,7 +212,7 @@ def test_flipped_bits_are_found_and_answered(saved, one, tmp_path, caplog):
 
 
 def test_the_damaged_array_is_named(copy, one, caplog):
-    """The values of one array, altered with care for every checksum that Orbax knows of."""
+    """The values of one array, altered so that every checksum of Orbax still fits."""
     with jax.set_mesh(one), Checkpoints(copy) as checkpoints:
         facts = checkpoints.facts(3)
     path = copy / "checkpoints/3/facts/metadata"

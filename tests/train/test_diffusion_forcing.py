@@ -131,10 +131,10 @@ def test_it_trains_and_draws_clips_longer_than_those_of_training(at_root, tmp_pa
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         params, *_ = open_params(experiment, tmp_path, mesh)
-        asked = params, ["a red ball", "blue"], [5, 6]
-        clip = experiment.generator()(*asked, num_frames=64, fps=8.0)
+        request = params, ["a red ball", "blue"], [5, 6]
+        clip = experiment.generator()(*request, num_frames=64, fps=8.0)
         blocks = list(
-            itertools.islice(experiment.generator().stream(*asked, num_frames=None, fps=8.0), 3)
+            itertools.islice(experiment.generator().stream(*request, num_frames=None, fps=8.0), 3)
         )
     assert clip.shape == (2, 64, 32, 32, 3) and np.isfinite(clip).all()
     np.testing.assert_allclose(np.concatenate(blocks, 1), clip[:, :12], atol=1e-4)

@@ -12,7 +12,7 @@ from vdx.parallel import put_batch
 from vdx.train import step as step_module
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.checksum import fingerprints
-from vdx.train.loop import BadNumbers, train
+from vdx.train.loop import BadNumbers, PeriodicTask, train
 from vdx.train.preemption import PreemptionHandler
 from vdx.train.state import state_shardings
 from vdx.train.step import make_train_step
@@ -76,7 +76,7 @@ def memory():
 
 @pytest.fixture(scope="module")
 def step_fn(mesh, memory, quick):
-    """The step that `train` takes, compiled once for this file, and where the state lies."""
+    """The step that `train` takes, compiled once for this file, and its first state."""
     made = experiment({})
     with jax.set_mesh(mesh):
         shardings = state_shardings(mesh, jax.eval_shape(made.init_state))
@@ -132,10 +132,10 @@ def test_a_spike_passes_while_the_mean_is_not_known(step_fn, mesh):
     assert log[1]["ok"] and log[1]["grad_norm"] > 5 * log[0]["grad_norm"]
 
 
-def trained(made, mesh, workdir):
+def trained(made, mesh, workdir, **tasks):
     workdir.mkdir(exist_ok=True)
     with jax.set_mesh(mesh), PreemptionHandler() as preemption:
-        state = train(made.job(), workdir, mesh, preemption).state
+        state = train(made.job(), workdir, mesh, preemption, **tasks).state
         return state, fingerprints(state)
 
 
@@ -145,7 +145,21 @@ def same_numbers(got, want) -> bool:
 
 
 def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
-    _, got = trained(experiment({5: np.nan, 7: np.inf}), mesh, tmp_path / "run")
+    """And periodic tasks run, evaluations before samples, with scores in the log."""
+    calls = []
+
+    def task(name, every, scores):
+        return PeriodicTask(name, every, lambda step, _: calls.append((name, step)) or scores)
+
+    _, got = trained(
+        experiment({5: np.nan, 7: np.inf}),
+        mesh,
+        tmp_path / "run",
+        evaluations=[task("one", 8, {"a": 1.0}), task("two", 5, {"b": 2.0}), task("off", 0, {})],
+        samples=[task("draw", 5, {})],
+    )
+    due = [(5, ["two", "draw"]), (8, ["one"]), (10, ["two", "draw"]), (12, ["one", "two", "draw"])]
+    assert calls == [(name, step) for step, names in due for name in names]
     _, _, want = run(step_fn, mesh, {5: np.nan, 7: np.inf}, *range(STEPS))
     assert same_numbers(got, want)
     rows = read_rows(tmp_path / "run" / "refused_batches.jsonl")
@@ -154,6 +168,8 @@ def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
         (8, 7, ["clip 14", "clip 15"]),
     ]
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
+    scores = {row["step"]: (row.get("a"), row.get("b")) for row in logged if {"a", "b"} & set(row)}
+    assert scores == {5: (None, 2.0), 8: (1.0, None), 10: (None, 2.0), 12: (1.0, 2.0)}
     assert logged[-1]["train/refused"] == 2
     assert all(np.isfinite(r["train/loss"]) for r in logged if "train/loss" in r)
 

@@ -55,10 +55,10 @@ class TrainSection:
 
     steps: int  # optimizer steps of the whole run
     ema: float = 0.999  # decay of the averaged parameters
-    log_every: int = 20
-    eval_every: int = 500
-    sample_every: int = 500
-    save_every: int = 500
+    log_every: int = 20  # steps between rows of metrics.jsonl
+    eval_every: int = 500  # steps between evaluations of the loss at `eval_times`
+    sample_every: int = 500  # steps between sample grids
+    save_every: int = 500  # steps between checkpoints
     max_to_keep: int = 2  # newest checkpoints kept; 2, so that a damaged one has a predecessor
     keep_period: int = 0  # checkpoints at multiples of it are kept too
     # The checkpoint with the lowest value of this metric, such as "validation/loss", is kept too.

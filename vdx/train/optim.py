@@ -41,11 +41,11 @@ class Optimizer:
     name: str = "adamw"  # a row of OPTIMIZERS
     learning_rate: float = 1e-4  # after warm-up
     schedule: str = "cosine"  # a row of SCHEDULES
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # steps from rate 0 to `learning_rate`
     end_factor: float = 0.0  # the last learning rate, as a factor of `learning_rate`
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.99  # decay of the second moment
-    eps: float = 1e-8
+    eps: float = 1e-8  # added to the divisor of an update
     weight_decay: float = 0.01  # of matrices; see NO_DECAY
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to
     grad_accum_steps: int = 1  # microbatches of a step
