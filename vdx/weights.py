@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from vdx.config.build import ConfigError
 from vdx.config.sections import TrainSection
-from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
+from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
 from vdx.models.adapters.trainable import Trainable, overlaid
