@@ -1,4 +1,4 @@
-"""The sections of a config as dataclasses: one field a key, with its meaning and default.
+"""The sections of a config as dataclasses: a field a key, with its meaning.
 
 `vdx.config.build.fill` checks a config against these classes; `vdx.experiment` turns the
 checked sections into objects. A `Spec` is a section whose keys depend on a row of a table, so
@@ -95,7 +95,7 @@ class EvalSection:
     """`config.eval`: evaluations on validation scenes, whose truth is known."""
 
     prompts: int = 0  # validation prompts for prompt following; 0: none
-    steering: int = 0  # clips for each control signal; 0: none
+    steering: int = 0  # clips for each signal of control; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

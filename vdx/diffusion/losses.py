@@ -1,4 +1,4 @@
-"""Training losses: the terms of `config.loss`, their weightings, and the report by noise level.
+"""Training losses: the terms of `config.loss` and their weightings.
 
 A term gives one number per clip, or one per frame where every frame has a time of its own; the
 objective sums the weighted terms. A weighting multiplies the squared error in the space that the
@@ -38,13 +38,14 @@ __all__ = [
 class FrameTimes(NamedTuple):
     """The noise levels of a batch of clips, and the frames that are learned from.
 
-    Whether frames of one clip may differ is read from the ranks of `network_t` and `report_t`,
+    Whether frames of one clip may differ is read from the ranks of `compact_t` and `report_t`,
     which are fixed when the step is traced, never from values.
     """
 
     t: Float[Array, "b t"]  # diffusion time of every frame, in [0, 1]
     loss_mask: Bool[Array, "b t"]  # True: the frame enters the loss
-    network_t: Float[Array, "b"] | Float[Array, "b t"]  # [b]: all frames of a clip share `t`
+    # `t` without the axis of frames where all frames of a clip share it: the same numbers for less.
+    compact_t: Float[Array, "b"] | Float[Array, "b t"]
     report_t: Float[Array, "b"] | Float[Array, "b t"]  # times of the losses: a clip's, a frame's
 
 
@@ -54,7 +55,7 @@ def shared_times(t: Float[Array, "b"], num_frames: int) -> FrameTimes:
     return FrameTimes(
         t=jnp.broadcast_to(t[:, None], shape),
         loss_mask=jnp.ones(shape, bool),
-        network_t=t,
+        compact_t=t,
         report_t=t,
     )
 
@@ -70,7 +71,10 @@ class Weighting(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoWeight:
-    """1 everywhere: the plain loss of Ho et al. 2020 for noise, of flow matching for velocity."""
+    """1 everywhere: the plain loss.
+
+    That is the loss of Ho et al. 2020 for noise, and of flow matching for velocity.
+    """
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Return ones."""
@@ -201,7 +205,7 @@ class DenoisingLoss:
         times: FrameTimes,
     ) -> Float[Array, "b"] | Float[Array, "b t"]:
         """Return the mean weighted error of every clip, or of every frame."""
-        error = denoising_error(process, self.weigh, prediction, x0, noise, times.t)
+        error = denoising_error(process, self.weigh, prediction, x0, noise, times.compact_t)
         return mean_over_frames(error, times.loss_mask, per_frame=times.report_t.ndim == 2)
 
 
@@ -210,7 +214,7 @@ LOSS_TERMS: dict[str, Callable[..., LossTerm]] = {"denoising": DenoisingLoss}
 
 
 class BinnedValues(NamedTuple):
-    """Values summed by interval of time; sums and counts add up over batches and hosts."""
+    """Values summed by interval of time; they add up over batches and hosts."""
 
     sums: Float[Array, "bins"]
     counts: Float[Array, "bins"]
