@@ -109,4 +109,4 @@ def give_first_frame(times: FrameTimes, is_given: Array) -> FrameTimes:
     is_first = (jnp.arange(frames) == 0) & (frames > 1)
     loss_mask = ~(is_given[:, None] & is_first)  # b t
     t = jnp.where(loss_mask, times.t, 0.0)
-    return FrameTimes(t=t, loss_mask=loss_mask, compact_t=t, report_t=times.report_t)
+    return FrameTimes(t, loss_mask, compact_t=t, report_t=times.report_t, masked=True)
