@@ -21,8 +21,8 @@ from vdx.interop.load import abstract_params
 from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
-from vdx.models.adapters.trainable import Trainable, overlaid
-from vdx.models.conditioning.signals import NULL, Embeddings
+from vdx.models.adapters.trainable import Trainable, overlay
+from vdx.models.conditioning.text_signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.train.checkpoint import Checkpoints, RestoredParams, locate
 from vdx.train.checkpoint_match import CheckpointError, check_base
@@ -66,7 +66,7 @@ class StartingWeights:
         """path -> abstract kernel that adapters act on; empty without adapters."""
         if not isinstance(self.trained_part, Lora):
             return {}
-        return self.trained_part.chosen(dense_kernels(self.model.new_params))
+        return self.trained_part.select_kernels(dense_kernels(self.model.new_params))
 
     def new_params(self, key: PRNGKeyArray) -> Params:
         """Return new values of what is trained: all parameters, some, or adapters."""
@@ -205,7 +205,7 @@ class StartingWeights:
     def complete(self, params: Params | None, key: PRNGKeyArray) -> Params:
         """Add new parameters where the given ones lack some; traceable."""
         if params is None or self.trained_part is not None:
-            return overlaid(self.new_params(key), params or {})
+            return overlay(self.new_params(key), params or {})
         return params
 
 

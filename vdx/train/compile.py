@@ -13,7 +13,7 @@ from vdx.config.build import ConfigError
 from vdx.data.pipeline import Loader
 from vdx.hardware import chip_of
 from vdx.models.denoiser import Denoiser
-from vdx.parallel import BATCH, batch_sharding, like_batch, replicated
+from vdx.parallel import BATCH, abstract_batch, batch_sharding, replicated
 from vdx.train.job import TrainJob
 from vdx.train.state import TrainState, state_shardings, with_shardings
 from vdx.train.step import Metrics, make_train_step
@@ -25,7 +25,7 @@ __all__ = [
     "StepCompiler",
     "StepCost",
     "TrainProgram",
-    "abstract_batch",
+    "abstract_train_batch",
     "peak_flops",
     "train_program",
     "with_text_length",
@@ -114,7 +114,7 @@ class StepCompiler:
         future = self.begin(batch)
         if is_first:
             for local_size, example in self.samples():
-                self.begin(like_batch(self.mesh, example, local_size))
+                self.begin(abstract_batch(self.mesh, example, local_size))
         return future.result()
 
     def begin(self, batch: Mapping[str, Any]) -> Future[CompiledStep]:
@@ -162,7 +162,7 @@ def check_batches(model: Denoiser, loader: Loader, mesh: Mesh) -> None:
         model.num_tokens((batch, *clip, model.channels))
 
 
-def abstract_batch(
+def abstract_train_batch(
     model: Denoiser,
     mesh: Mesh,
     clip: tuple[int, ...],

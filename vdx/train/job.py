@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from vdx.config.sections import TrainSection
 from vdx.data.pipeline import Batches, Loader
-from vdx.parallel import PARAM_RULES
+from vdx.parallel import PARAM_RULES, Rules
 from vdx.train.objectives import Objective
 from vdx.train.optim import Optimizer
-from vdx.train.state import ShardingRules, TrainState
+from vdx.train.state import TrainState
 from vdx.types import Params
 
 __all__ = ["FrozenWeights", "InitialParams", "TrainJob", "WeightSource"]
@@ -69,4 +69,4 @@ class TrainJob:
     open_batches: Callable[..., Batches]  # open_batches(workdir=...) -> this process's share
     loader: Loader  # batch sizes, which the mesh has to divide
     weights: WeightSource  # what the run starts from
-    sharding_rules: ShardingRules = PARAM_RULES  # regex of a parameter's path -> mesh axes
+    sharding_rules: Rules = PARAM_RULES  # regex of a parameter's path -> mesh axes

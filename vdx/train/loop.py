@@ -15,8 +15,8 @@ from vdx.data.pipeline import Batches
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import write_json
 from vdx.models.attention.backends import selected_backends
-from vdx.models.conditioning.signals import NULL
-from vdx.models.transformer import check_remat
+from vdx.models.conditioning.text_signals import NULL
+from vdx.models.remat import check_remat
 from vdx.parallel import put_batch
 from vdx.train.bad_steps import BadNumbers, BadSteps, PendingStep
 from vdx.train.checkpoint import Checkpoints

@@ -6,10 +6,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vdx.parallel import PARAM_RULES, opt_shardings, param_shardings, replicated
+from vdx.parallel import PARAM_RULES, Rules, opt_shardings, param_shardings, replicated
 from vdx.types import Array, Params, PRNGKeyArray
-
-ShardingRules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -41,9 +39,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
     )
 
 
-def state_shardings(
-    mesh: Mesh, state: TrainState, rules: ShardingRules = PARAM_RULES
-) -> TrainState:
+def state_shardings(mesh: Mesh, state: TrainState, rules: Rules = PARAM_RULES) -> TrainState:
     """Return the sharding of every leaf of a (possibly abstract) state."""
     params = param_shardings(mesh, state.params, rules)
     one = replicated(mesh)
