@@ -170,7 +170,7 @@ def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     scores = {row["step"]: (row.get("a"), row.get("b")) for row in logged if {"a", "b"} & set(row)}
     assert scores == {5: (None, 2.0), 8: (1.0, None), 10: (None, 2.0), 12: (1.0, 2.0)}
-    assert logged[-1]["train/refused"] == 2
+    assert [row["train/refused"] for row in logged if "train/refused" in row][-1] == 2
     assert all(np.isfinite(r["train/loss"]) for r in logged if "train/loss" in r)
 
 
