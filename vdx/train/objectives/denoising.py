@@ -13,7 +13,7 @@ from vdx.diffusion.losses import DenoisingLoss, FrameTimes, LossTerm, bin_by_tim
 from vdx.diffusion.process import Process
 from vdx.models.adapters.lora import Adapted, Lora
 from vdx.models.adapters.trainable import Trainable
-from vdx.models.conditioning.signals import Drop
+from vdx.models.conditioning.base import Drop
 from vdx.models.denoiser import Denoiser
 from vdx.train.objectives.times import (
     BlockTimes,
