@@ -23,7 +23,7 @@ from vdx.data.scenes.world import VELOCITIES
 from vdx.data.signals import SIGNALS, Clip, read_signals
 from vdx.data.sources import SOURCES
 from vdx.evaluation.report import write_report
-from vdx.experiment import Experiment, load, open_params
+from vdx.experiment import Experiment, load
 from vdx.files import write_json
 from vdx.generate.sample_grid import write_clips, write_sheet
 from vdx.generate.video_io import to_uint8
@@ -31,6 +31,7 @@ from vdx.metrics.control import CONTROL_METRICS, control_scores, scene_truth
 from vdx.metrics.prompt_following import ATTRIBUTES, score
 from vdx.models.conditioning.control_signals import KnownFrames
 from vdx.types import Params
+from vdx.weights import open_params
 
 FLAGS = flags.FLAGS
 WORDLESS = ("reference", "flow", "camera")  # drawn with no words, which tell the same

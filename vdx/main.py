@@ -37,6 +37,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 import vdx
 from vdx.compilation_cache import enable_compilation_cache
@@ -45,13 +46,14 @@ from vdx.config.loader import is_override, resolve
 from vdx.data.pipeline import DataError
 from vdx.data.workers import WorkerDied
 from vdx.evaluate import evaluate_run
+from vdx.evaluation.loss_at_times import LossAtTimes
 from vdx.evaluation.report import write_report
 from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
 from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
-from vdx.train.loop import BadNumbers, Run, train
+from vdx.train.checkpoint_match import CheckpointError
+from vdx.train.loop import BadNumbers, PeriodicTask, TrainedRun, train
 from vdx.train.preemption import (
     STUCK,
     PreemptionHandler,
@@ -60,6 +62,7 @@ from vdx.train.preemption import (
     exit_now,
     lock_workdir,
 )
+from vdx.types import Params
 
 FLAGS = flags.FLAGS
 
@@ -118,28 +121,49 @@ def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:
             print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
 
 
-def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: PreemptionHandler) -> Run:
-    primary, generator = jax.process_index() == 0, experiment.generator()
-
-    def on_sample(step, params):
-        frames, fps = experiment.clip_default()
-        draw_sample_grid(
-            generator,
-            params,
-            experiment.wall,
-            workdir / "samples" / f"{step:08d}",
-            num_frames=frames,
-            fps=fps,
-        )
-        if primary:
-            write_report(workdir)
-
-    if primary:
+def train_and_judge(
+    experiment: Experiment, workdir: Path, mesh: Mesh, stop: PreemptionHandler
+) -> TrainedRun:
+    """Train, with the evaluations and samples of the config, and evaluate the result."""
+    if jax.process_index() == 0:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
-    done = train(experiment, workdir, mesh, on_sample, stop)
+    done = train(
+        experiment.job(),
+        workdir,
+        mesh,
+        stop,
+        evaluations=evaluation_tasks(experiment, mesh),
+        samples=[sample_task(experiment, workdir)],
+    )
     if experiment.eval.prompts or experiment.eval.steering:
         evaluate_run(experiment, done.params, workdir, step=int(done.state.step))
     return done
+
+
+def evaluation_tasks(experiment: Experiment, mesh: Mesh) -> list[PeriodicTask]:
+    """Return the evaluations that run between training steps."""
+    every = experiment.training.eval_every
+    if not every:
+        return []
+    loss = LossAtTimes(experiment, mesh)
+    return [PeriodicTask("loss_at_times", every, lambda step, params: loss(params))]
+
+
+def sample_task(experiment: Experiment, workdir: Path) -> PeriodicTask:
+    """Return the task that draws the sample grid and writes the report."""
+    generator = experiment.generator()
+
+    def draw(step: int, params: Params) -> dict[str, float]:
+        frames, fps = experiment.clip_default()
+        folder = workdir / "samples" / f"{step:08d}"
+        draw_sample_grid(
+            generator, params, experiment.sample_prompts, folder, num_frames=frames, fps=fps
+        )
+        if jax.process_index() == 0:
+            write_report(workdir)
+        return {}
+
+    return PeriodicTask("samples", experiment.training.sample_every, draw)
 
 
 def run_facts(experiment: Experiment, mesh) -> dict:
