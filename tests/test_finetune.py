@@ -14,7 +14,7 @@ from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
 from vdx.experiment import Experiment, load, open_params, open_trained
 from vdx.files import read_rows
-from vdx.generate.pipeline import Sampling
+from vdx.generate.generator import Sampling
 from vdx.interop.keymap import WeightsError
 from vdx.interop.load import export_plan, save_folder
 from vdx.interop.lora import open_lora, write_lora

@@ -27,7 +27,7 @@ from vdx.diffusion.losses import WEIGHTINGS
 from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
 from vdx.interop.unet import load_unet

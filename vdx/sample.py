@@ -31,7 +31,7 @@ from vdx.files import read_json, write_json
 from vdx.generate.cache_calibration import FILE as PROOF
 from vdx.generate.cache_calibration import calibrate, check_calibration, read_calibration
 from vdx.generate.control_inputs import file_digest, files, read_controls
-from vdx.generate.pipeline import Sampling
+from vdx.generate.generator import Sampling
 from vdx.generate.pretrained import PretrainedGenerator
 from vdx.generate.pretrained_request import PretrainedRequest, prepare
 from vdx.generate.sample_grid import write_clips

@@ -16,7 +16,7 @@ from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import SAMPLERS, sample
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.cache_calibration import calibrate
-from vdx.generate.pipeline import Sampling
+from vdx.generate.generator import Sampling
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import rope_table, turned

@@ -16,7 +16,7 @@ from vdx.generate.cache_calibration import (
     check_calibration,
     read_calibration,
 )
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.models.denoiser import Denoiser

@@ -13,7 +13,7 @@ from vdx.data.camera import plucker, write_camera
 from vdx.experiment import Experiment
 from vdx.files import read_json
 from vdx.generate.control_inputs import read_controls
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.generate.video_io import write_video
 
 SHAPE, FPS = (8, 32, 32, 3), 8.0

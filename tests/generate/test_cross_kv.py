@@ -8,7 +8,7 @@ import pytest
 
 from vdx.diffusion.process import RectifiedFlow
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.models.adapters.lora import Lora, WeightDelta, adapt, dense_kernels
 from vdx.models.denoiser import Denoiser
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from vdx.config.build import ConfigError
 from vdx.files import read_json
-from vdx.generate import pipeline as steps
+from vdx.generate import generator as steps
 from vdx.generate import pretrained
 from vdx.generate.pretrained import PretrainedGenerator
 from vdx.generate.pretrained_request import check, complete

@@ -15,7 +15,7 @@ from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_rows
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator
+from vdx.generate.generator import Generator
 from vdx.main import run
 from vdx.models.denoiser import Denoiser
 from vdx.train.preemption import PreemptionHandler

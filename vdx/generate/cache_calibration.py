@@ -15,7 +15,7 @@ import numpy as np
 
 from vdx.config.build import ConfigError, fill
 from vdx.files import read_json, write_json
-from vdx.generate.pipeline import Generator
+from vdx.generate.generator import Generator
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.types import Params

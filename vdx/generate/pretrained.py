@@ -19,6 +19,7 @@ from PIL import Image
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import Carry
 from vdx.generate.decode import Decoder
+from vdx.generate.generator import Generator
 from vdx.generate.image_inputs import (
     fitted,
     iter_frames,
@@ -26,7 +27,6 @@ from vdx.generate.image_inputs import (
     mask_channels,
     open_picture,
 )
-from vdx.generate.pipeline import Generator
 from vdx.generate.pretrained_request import PretrainedRequest, start_noise
 from vdx.interop.lora import open_lora
 from vdx.interop.pretrained import EXPERTS, PretrainedModel

@@ -14,8 +14,8 @@ from vdx.config.build import ConfigError, fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.diffusion.timesteps import TIMESTEPS
 from vdx.generate.control_inputs import file_digest
+from vdx.generate.generator import Sampling
 from vdx.generate.image_inputs import iter_frames, open_picture
-from vdx.generate.pipeline import Sampling
 from vdx.interop.lora import open_lora
 from vdx.interop.pretrained import EXPERTS, PretrainedModel, open_pretrained
 from vdx.parallel import MeshSpec

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vdx.files import write_json
-from vdx.generate.pipeline import Generator
+from vdx.generate.generator import Generator
 from vdx.generate.video_io import to_uint8, write_video, write_webp
 from vdx.types import Params
 
