@@ -42,16 +42,15 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from vdx.cli import exit_on_user_error, parse_mesh, refuse_arguments
 from vdx.config.build import ConfigError, lookup
 from vdx.config.loader import is_override, resolve
 from vdx.experiment import Experiment
 from vdx.files import write_json
 from vdx.hardware import GIB
-from vdx.main import exit_on_user_error
 from vdx.models.transformer import REMAT, Transformer
 from vdx.parallel import AXES, MeshSpec
 from vdx.planning.estimate import PROGRAMS, Job, Slice, abstract_mesh, least_memory, plan, sent
-from vdx.sample import mesh_spec
 
 FLAGS = flags.FLAGS
 MFU = 0.4  # of the peak, what a good run reaches; for chip-hours
@@ -284,12 +283,11 @@ def ranking(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    refuse_arguments(argv)
     with exit_on_user_error():
         lookup(FLAGS.what, PROGRAMS, "--what")
         config = resolve(FLAGS.config, sys.argv[1:])
-        if given := mesh_spec():
+        if given := parse_mesh(FLAGS.mesh):
             config["mesh"] = {"data": 1, **given}
         experiment, slice_ = Experiment(config), Slice(FLAGS.topology)
         clip, text = shapes(experiment, sizes(FLAGS.clip), FLAGS.text)

@@ -19,7 +19,7 @@ from vdx.generate.cache_calibration import calibrate
 from vdx.generate.generator import Sampling
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import rope_table, turned
+from vdx.models.layers import rope_table, shift_rope
 from vdx.models.mixers.grid_attention import MIXERS, CachePosition, MixContext
 from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
@@ -64,7 +64,7 @@ def test_rotary_positions_move_on_exactly():
         angles = np.arange(start, start + 3)[:, None] * 1e4 ** (
             -np.arange(0, features, 2) / features
         )
-        cos, sin = turned(rope, jnp.int32(start), width)
+        cos, sin = shift_rope(rope, jnp.int32(start), width)
         for got, old, want in ((cos, rope[0], np.cos(angles)), (sin, rope[1], np.sin(angles))):
             atol = 1e-6 + start * 2**-32 * np.pi
             np.testing.assert_allclose(got[:, 1, 1, 0, : features // 2], want, atol=atol)
@@ -158,7 +158,7 @@ def test_with_mixers_of_one_frame_and_of_one_place(randomise):
 
 
 def test_positions_that_do_not_move_on_are_seen(cached, monkeypatch):
-    monkeypatch.setattr(transformer, "turned", lambda rope, *_: rope)
+    monkeypatch.setattr(transformer, "shift_rope", lambda rope, *_: rope)
     case = copy.copy(cached("all", 2))
     vars(case).pop("step", None)
     assert case.error() > 1e-3
@@ -249,7 +249,7 @@ def by_definition(streamer, params, noise, **controls):
     the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
     which it must not see, as noise."""
     g, b, t = streamer, len(noise), noise.shape[1]
-    batch = {**g.batch(PROMPTS, t, 8.0), **controls}
+    batch = {**g.text_batch(PROMPTS, t, 8.0), **controls}
 
     def one(clip, first):
         def network(x, time, ports):
@@ -289,14 +289,15 @@ def test_clips_are_their_definition(drawn, defined):
 
 
 class Noisy(BlockwiseGenerator):
-    def remember(self, *args):
+    def append_block(self, *args):
         *others, x0 = args
-        return super().remember(*others, x0 + 0.1)
+        return super().append_block(*others, x0 + 0.1)
 
 
 class Late(BlockwiseGenerator):
-    def tell(self, t):
-        return super().network_time(jnp.where(t == 0, 0.1, t))  # no sampler asks at 0
+    def network_time(self, t):
+        # No sampler evaluates the network at time 0.
+        return super().network_time(jnp.where(t == 0, 0.1, t))
 
 
 def test_there_is_nothing_to_calibrate(weights):
@@ -310,7 +311,7 @@ def test_there_is_nothing_to_calibrate(weights):
             fps=8.0,
             floor=0.9,
             weights="abc",
-            say=lambda _: None,
+            log=lambda _: None,
         )
 
 
@@ -330,11 +331,11 @@ def test_streamed_blocks_are_those_of_the_clip_by_one_program(spec, drawn, weigh
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
     again = list(ask(6))
     np.testing.assert_array_equal(again, blocks)
-    assert streamer._next._cache_size() == 1
+    assert streamer._next_block._cache_size() == 1
     if spec == "window":  # and of a clip without end
         longer = list(itertools.islice(ask(None), 5))
         np.testing.assert_array_equal(longer[:3], blocks)
-        assert streamer._next._cache_size() == 1
+        assert streamer._next_block._cache_size() == 1
     else:
         with pytest.raises(ConfigError, match="needs a window"):
             ask(None)
@@ -385,7 +386,7 @@ def test_clips_of_four_devices_are_those_of_one(drawn, weights):
     with jax.set_mesh(MeshSpec(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])):
         blocks = list(fresh.stream(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0))
         whole = fresh(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
-        assert fresh._next._cache_size() == 1
+        assert fresh._next_block._cache_size() == 1
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
     np.testing.assert_allclose(whole, clips, atol=1e-5)
 

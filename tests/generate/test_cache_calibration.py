@@ -41,11 +41,11 @@ def generator(randomise):
 
 @pytest.fixture(scope="module")
 def calibration(generator):
-    said = []
+    lines = []
     found = calibrate(
-        *generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", say=said.append, **CLIP
+        *generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", log=lines.append, **CLIP
     )
-    assert any("below the floor" in line for line in said), said
+    assert any("below the floor" in line for line in lines), lines
     return found
 
 
@@ -54,7 +54,7 @@ def test_the_proof_is_of_the_clips_that_are_drawn(generator, calibration):
     reusing = dataclasses.replace(
         plain, sampling=dataclasses.replace(plain.sampling, cache_threshold=calibration.threshold)
     )
-    assert calibration.threshold > 0 and 3 <= min(calibration.step_table) < calibration.full == 10
+    assert calibration.threshold > 0 and 3 <= min(calibration.evaluations) < calibration.full == 10
     for i, prompt in enumerate(PROMPTS):
         one, two = (to_uint8(g(params, [prompt], [3 + i], **CLIP)[0]) for g in (plain, reusing))
         assert ssim(one, two) == pytest.approx(calibration.ssim[i], abs=2e-3)
@@ -64,9 +64,9 @@ def test_the_proof_is_of_the_clips_that_are_drawn(generator, calibration):
 def test_a_floor_of_one_skips_nothing_that_is_seen(generator, monkeypatch):
     monkeypatch.setattr(search, "ssim", lambda one, two: 0.5)
     found = calibrate(
-        *generator, PROMPTS[:1], seed=0, floor=0.9, weights="abc", say=lambda line: None, **CLIP
+        *generator, PROMPTS[:1], seed=0, floor=0.9, weights="abc", log=lambda line: None, **CLIP
     )
-    assert found.threshold == 0 and found.step_table == (10,) and found.ssim == (1.0,)
+    assert found.threshold == 0 and found.evaluations == (10,) and found.ssim == (1.0,)
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         calibrate(*generator, PROMPTS, seed=0, floor=1.5, weights="abc", **CLIP)
 
@@ -82,7 +82,7 @@ def test_a_proof_holds_for_what_it_was_found_with(calibration, generator, tmp_pa
         calibration.ssim,
         (3, 4),
     )
-    asked = dataclasses.asdict(generator[0].sampling) | {"batch": 2, "reuse": 0.7}
+    asked = dataclasses.asdict(generator[0].sampling) | {"batch": 2, "cache_threshold": 0.7}
     check_calibration(again, "abc", asked, 1, 8.0, "x")
     for change, wrong in (
         ({"weights": "abd"}, "weights = 'abd', not 'abc'"),
@@ -99,7 +99,7 @@ def test_threshold_0_is_the_plain_program(generator):
     plain, params = generator
     text = [
         jax.jit(lambda p, b, n, g=g: g.draw(p, b, n, jax.random.key(0)))
-        .lower(params, g.batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32))
+        .lower(params, g.text_batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32))
         .as_text()
         for g in (
             plain,

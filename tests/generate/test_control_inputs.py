@@ -187,7 +187,7 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
     maps = f"--control=depth={asked['depth']},pose={asked['pose']}"
     prompt = "--prompt=a red circle is steered"
     plain = sample("plain", prompt)
-    both = sample("all", prompt, *flags.values(), maps, "--guide=depth=2,flow=3")
+    both = sample("all", prompt, *flags.values(), maps, "--signal_guidance=depth=2,flow=3")
     assert np.abs(both - plain).max() > 1e-3
     again = tmp_path / "again.npy"
     command(
@@ -211,7 +211,7 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
         f"--out={tmp_path / 'c.mp4'}",
         check=False,
     )
-    assert done.returncode and "is not the file of the request any more" in done.stderr
+    assert done.returncode and "is not the file of the request" in done.stderr
     done = command(
         "vdx.sample",
         f"--workdir={out}",

@@ -14,7 +14,7 @@ from vdx.files import read_json, write_json
 from vdx.generate.video_io import (
     read_video,
     to_uint8,
-    to_uint8_there,
+    to_uint8_on_device,
     write_video,
     write_webp,
 )
@@ -126,7 +126,7 @@ def test_to_uint8_inside_a_program_has_the_same_bits():
     x = np.concatenate([middle, np.random.default_rng(0).uniform(-1.1, 1.1, 10**6)])
     x = x.astype(np.float32)
     x = np.concatenate([x, *(np.nextafter(x[:255], np.float32(to)) for to in (-2, 2))])
-    np.testing.assert_array_equal(jax.jit(to_uint8_there)(x), to_uint8(x))
+    np.testing.assert_array_equal(jax.jit(to_uint8_on_device)(x), to_uint8(x))
 
 
 def test_frames_may_come_one_by_one(tmp_path):

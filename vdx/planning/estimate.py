@@ -189,7 +189,7 @@ def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
             params, batch, seeds, None, None, job.clip
         )[0]
     )
-    rows = generator.at_once(job.clips)
+    rows = generator.batch_size(job.clips)
     return draw, (params, _conditions(job, rows), jax.ShapeDtypeStruct((rows,), jnp.int32))
 
 
