@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.test_run import MICRO
+from tests.micro_run import MICRO
 
 ROOT = Path(__file__).parents[1]
 

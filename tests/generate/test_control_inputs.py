@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_run import MICRO, ROOT, command
+from tests.micro_run import MICRO, ROOT, command
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.camera import plucker, write_camera

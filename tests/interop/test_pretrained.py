@@ -24,7 +24,7 @@ pytest.importorskip("diffusers")
 import diffusers  # noqa: E402
 
 from tests.parity.test_wan import original_names  # noqa: E402
-from tests.test_run import command  # noqa: E402
+from tests.micro_run import command  # noqa: E402
 from tests.wan_pipelines import CLIP, NETWORK, pipeline, randomised  # noqa: E402
 
 SETTINGS = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}

@@ -27,7 +27,7 @@ from vdx.parallel import MeshSpec
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-from tests.test_run import command
+from tests.micro_run import command
 from tests.wan_pipelines import KINDS, PROMPT, Case
 
 
