@@ -46,12 +46,16 @@ def exit_on_user_error() -> Iterator[None]:
         WorkdirInUse,
         OSError,
     ) as error:
+        # Notes say where the error happened, such as the name of a record.
         lines = [str(error), *getattr(error, "__notes__", [])]
+
         if isinstance(error, OSError):
             lines.append(
                 "Checkpoints saved before are whole: repair the cause, and the same command "
                 "resumes the run."
             )
+
+        # STUCK has whatever restarts the run start it again.
         exit_now(STUCK if isinstance(error, WorkerDied) else 1, "\n".join(lines))
 
 

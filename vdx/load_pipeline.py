@@ -46,6 +46,7 @@ def load(
     Raises ConfigError for a path that is neither, or an option of the other kind; WeightsError
     for a folder that is no model that vdx draws from.
     """
+    # A run, or one of its steps: runs/tiny/checkpoints/500.
     workdir, place = locate(str(path))
     if (workdir / CONFIG).is_file():
         if dtype is not None:
@@ -56,6 +57,8 @@ def load(
         if place is not None and step is not None:
             raise ConfigError(f"step = {step!r}: {path} names a step already. Give one of them.")
         return _open_run(workdir, place if step is None else step, averaged, mesh)
+
+    # Pretrained weights.
     if (Path(path) / INDEX).is_file():
         if step is not None or not averaged:
             raise ConfigError(
@@ -63,6 +66,7 @@ def load(
                 "weights. Leave them away."
             )
         return PretrainedPipeline(path, dtype, mesh, log)
+
     raise ConfigError(_unknown_path(Path(path)))
 
 

@@ -109,6 +109,8 @@ class BlockwiseGenerator(Generator):
                 "A clip that is drawn block by block evaluates the network in every step: "
                 "there is nothing to calibrate."
             )
+
+        # Shared by all blocks.
         b, t = noise.shape[:2]
         count = t // self.block_frames
         guidance = self.guidance(batch)
@@ -126,6 +128,8 @@ class BlockwiseGenerator(Generator):
             return cache, x0
 
         _, clips = jax.lax.scan(draw_one, start.cache, (jnp.arange(count), blocks))
+
+        # [blocks b t h w c] -> [b (blocks t) h w c]
         x0 = jnp.moveaxis(clips, 0, 1).reshape(noise.shape) + self.mean
         return x0, jnp.ones(count * len(self.step_table()["t"]), bool)
 
@@ -146,6 +150,8 @@ class BlockwiseGenerator(Generator):
         ValueError for clips that the model cannot draw, or not all at once.
         """
         controls = controls or {}
+
+        # Everything that is wrong is raised here, not at the first block.
         bounded = all(mixer.window for mixer in self.network.over_time())
         if num_frames is None and (not bounded or "num_frames" in self.model.signals):
             raise ConfigError(
@@ -154,6 +160,7 @@ class BlockwiseGenerator(Generator):
             )
         self.check((num_frames or self.block_frames, *self.frame_shape))
         self.check_controls(controls)
+
         chunk = self.batch_size(len(prompts))
         if len(prompts) > chunk:
             raise ValueError(f"{len(prompts)} clips at once are too many, sample.batch = {chunk}.")
@@ -176,11 +183,14 @@ class BlockwiseGenerator(Generator):
         """Yield blocks [b t h w c]. bounded: every mixer has a window."""
         guidance = self.guidance(batch)
         count = (num_frames or 0) // self.block_frames
+        # Without a length the numbers never end.
         numbers = itertools.count() if num_frames is None else range(count)
+
         # With windows alone the cache has one size, and one program serves every length.
         cached = 1 if bounded else count
         frames = num_frames or self.block_frames
         state = ClipState(*self._start_clip(params, batch, guidance, cached, frames))
+
         for index in numbers:
             x0, cache = self._next_block(
                 params, *state, np.int32(index), np.asarray(seeds), guidance, cached
@@ -215,6 +225,7 @@ class BlockwiseGenerator(Generator):
             guidance: Guidance,
             blocks: int,
         ) -> tuple[Array, Cache]:
+            # As `draw` does from the same seeds: a block has the bits that it has in a clip.
             keys = jax.vmap(jax.random.key)(seeds)
             noise = jax.vmap(self.block_noise, in_axes=(0, None))(keys, index)
             state = ClipState(conditions, cross_kv, cache)
@@ -236,6 +247,7 @@ class BlockwiseGenerator(Generator):
 
         blocks: how many blocks the cache of a mixer without a window holds.
         """
+        # Inputs of the first block, of all guidance branches.
         position = CachePosition(jnp.int32(0), blocks)
         ports = stack_branches(self.block_conditions(conditions, 0), guidance)
         b = len(jax.tree.leaves(ports)[0])
@@ -245,8 +257,10 @@ class BlockwiseGenerator(Generator):
         def evaluate(params: Params | Adapted) -> Cache:
             return self.model.run(params, x, time, ports, position, mutable=["cache"])[1]["cache"]
 
+        # Only the shapes of the cache are computed: the network is not evaluated.
         shapes = jax.eval_shape(evaluate, params)
         cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
         cross_kv = self.model.precompute_cross_kv(params, x, time, ports, position, cache=cache)
         return ClipState(conditions, cross_kv, cache)
 
@@ -270,6 +284,7 @@ class BlockwiseGenerator(Generator):
                 params, x, time, ports, position, cross_kv=state.cross_kv, cache=state.cache
             )
 
+        # Samplers that draw noise have a key of their own for each block.
         carry, _ = run_steps(
             guided_denoiser(network, state.conditions, guidance),
             self.process,
@@ -278,6 +293,7 @@ class BlockwiseGenerator(Generator):
             self.step_table(),
             jax.random.fold_in(key, index),
         )
+
         x0 = carry[0]
         return x0, self.append_block(params, state, guidance, position, x0)
 
@@ -314,8 +330,11 @@ class BlockwiseGenerator(Generator):
         x0: Array,
     ) -> Cache:
         """Return the cache after all guidance branches have read the clean block x0."""
+        # The same clean block in each branch, clip-major as `stack_branches` has them.
         ports = stack_branches(state.conditions, guidance)
         x0 = jnp.repeat(x0, guidance.num_branches, 0)
+
+        # A clean block is at time 0 of the process.
         time = self.network_time(jnp.zeros(len(x0)))
         _, collections = self.model.run(
             params,

@@ -86,6 +86,7 @@ def check_calibration(
     where: str,
 ) -> None:
     """Raise ConfigError for other weights, sampling, length or rate than the calibration's."""
+    # Both sides as JSON holds them: tuples are lists.
     wanted = _listed(
         relevant_sampling(sampling) | {"num_frames": num_frames, "fps": fps, "weights": weights}
     )
@@ -97,11 +98,14 @@ def check_calibration(
             "weights": calibration.weights,
         }
     )
+
+    # Every field that differs is named, with both values.
     other = [
         f"{name} = {wanted.get(name)!r}, not {found.get(name)!r}"
         for name in wanted | found
         if wanted.get(name) != found.get(name)
     ]
+
     if other:
         raise ConfigError(
             f"{where} was found for something else: {'; '.join(other)}. Calibrate "
@@ -119,6 +123,7 @@ def _listed(tree: Mapping[str, Any]) -> dict[str, Any]:
 class _Measurement(NamedTuple):
     """The clips of one threshold."""
 
+    threshold: float
     ssim: list[float]  # of each clip to the exact one
     evaluations: list[int]  # made for each clip
 
@@ -183,30 +188,23 @@ def calibrate(
     """
     if not 0 < floor <= 1:
         raise ConfigError(f"--calibrate_cache={floor} is an SSIM, above 0 and at most 1.")
+
+    # What the step cache is measured against.
     seeds = [seed + i for i in range(len(prompts))]
     clips = _Clips(generator, params, prompts, seeds, num_frames, fps)
     full = len(generator.step_table()["t"])
     exact = [clips.exact(i) for i in range(len(prompts))]
 
-    best = 0.0
-    result = _Measurement([1.0] * len(prompts), [full] * len(prompts))
-    low = np.log(MIN_THRESHOLD)
-    high = np.log(MAX_THRESHOLD)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        threshold = float(np.exp(middle))
-        measured = _measure(clips, exact, threshold, floor, log)
-        if measured is None:
-            high = middle
-        else:
-            low = middle
-            best = threshold
-            result = measured
+    # The exact clips are the result if no threshold is good enough.
+    nothing = _Measurement(0.0, [1.0] * len(prompts), [full] * len(prompts))
+    result = _bisect(clips, exact, floor, log) or nothing
 
     seconds_full = _median_seconds(lambda: clips.exact(0))
-    seconds_cached = _median_seconds(lambda: clips.cached(0, best) if best else clips.exact(0))
+    seconds_cached = seconds_full
+    if result.threshold:
+        seconds_cached = _median_seconds(lambda: clips.cached(0, result.threshold))
     return CacheCalibration(
-        threshold=best,
+        threshold=result.threshold,
         floor=floor,
         prompts=tuple(prompts),
         seeds=tuple(seeds),
@@ -221,6 +219,24 @@ def calibrate(
     )
 
 
+def _bisect(
+    clips: _Clips, exact: Sequence[np.ndarray], floor: float, log: Callable[[str], None]
+) -> _Measurement | None:
+    """Return the measurement of the largest good threshold found; None if none was good."""
+    best = None
+    low = np.log(MIN_THRESHOLD)
+    high = np.log(MAX_THRESHOLD)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        measured = _measure(clips, exact, float(np.exp(middle)), floor, log)
+        if measured is None:
+            high = middle
+        else:
+            low = middle
+            best = measured
+    return best
+
+
 def _measure(
     clips: _Clips,
     exact: Sequence[np.ndarray],
@@ -229,10 +245,12 @@ def _measure(
     log: Callable[[str], None],
 ) -> _Measurement | None:
     """Draw every clip at a threshold; returns None as soon as one is below the floor."""
-    measured = _Measurement([], [])
+    measured = _Measurement(threshold, [], [])
     for i, prompt in enumerate(clips.prompts):
         clip, evaluations = clips.cached(i, threshold)
         similarity = ssim(clip, exact[i])
+
+        # One clip below the floor decides: the others are not drawn.
         if similarity < floor:
             log(
                 f"cache_threshold = {threshold:.4g}: SSIM {similarity:.4f} is below the floor, "
@@ -241,6 +259,7 @@ def _measure(
             return None
         measured.ssim.append(similarity)
         measured.evaluations.append(evaluations)
+
     full = len(clips.generator.step_table()["t"])
     log(
         f"cache_threshold = {threshold:.4g}: SSIM at least {min(measured.ssim):.4f}, "

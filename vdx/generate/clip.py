@@ -85,13 +85,14 @@ def write_stream(
 
     One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # of all frames, in the order of the prompts
 
     def hashed(pieces: Pieces) -> Iterator[np.ndarray]:
         for frame in iter_uint8_frames(pieces):
             digest.update(frame.tobytes())
             yield frame
 
+    # Nothing is decoded before a writer reads its frames.
     videos = (hashed(pieces) for pieces in clips)
     if len(request.prompts) == 1 and out.suffix:
         write_video(out, next(videos), request.fps)
@@ -104,4 +105,6 @@ def write_stream(
         ]
         path = out / "manifest.json"
         more = {"clips": write_clips(out, videos, request.fps, rows)}
+
+    # Now the digest has read every frame.
     write_json(path, make_manifest(request, weights, digest.hexdigest(), **more))

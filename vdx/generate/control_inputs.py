@@ -42,6 +42,7 @@ def read_controls(
     subtracts. flow_points: see ClipSampling. first_frame: see Generator. Raises ConfigError for
     signals that the model was not trained with, and for files that cannot be read.
     """
+    # Every control needs a signal that the model was trained with.
     for name in controls:
         signal = "known_frames" if name in KNOWN else name
         if signal not in signals and not (first_frame and name == "image"):
@@ -50,6 +51,7 @@ def read_controls(
                 f"it reads: {', '.join(signals)}."
             )
 
+    # Pictures of known frames, and numbers.
     entries: dict[str, np.ndarray] = {}
     images = {name: controls[name] for name in KNOWN if name in controls}
     if images:
@@ -58,6 +60,7 @@ def read_controls(
     if "motion" in controls:
         entries["motion"] = np.asarray(controls["motion"], np.float32)
 
+    # Files of tracks, through the functions that read them in training.
     tracks = {
         name: functools.partial(_read_track, name, value)
         for name, value in controls.items()
@@ -67,6 +70,8 @@ def read_controls(
         entries |= read_signals(tracks, _dummy_clip(controls, tracks, shape, fps, flow_points))
     except (BadRecord, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+
+    # [...] -> [1 ...]
     return {name: np.asarray(value)[None] for name, value in entries.items()}
 
 

@@ -27,6 +27,7 @@ class Decoder:
         def decode_piece(
             params: Params, history: Any, latents: Array, first: bool
         ) -> tuple[Array, Any]:
+            # The history holds what the causal convolutions need of the piece before.
             pixels, state = vae.apply(
                 {"params": params, "history": history},
                 latents,
@@ -34,6 +35,8 @@ class Decoder:
                 method="decode_piece",
                 mutable=["history"],
             )
+
+            # [1 t h w 3]
             pixels = jnp.clip(pixels, -1, 1) if exact else to_uint8_on_device(pixels)
             return pixels, state["history"]
 

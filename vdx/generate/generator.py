@@ -104,6 +104,7 @@ class Generator:
         without an entry is dropped. Runs under the current mesh; every process gets all clips.
         Raises ConfigError for entries that no signal of the model reads, or that one needs.
         """
+        # What is wrong with the arguments.
         controls = controls or {}
         count = len(prompts)
         shape = (num_frames, *self.frame_shape)
@@ -121,6 +122,7 @@ class Generator:
             rows = [min(i, count - 1) for i in range(start, start + chunk)]
             batch = self.text_batch([prompts[i] for i in rows], num_frames, fps)
             batch |= {name: np.asarray(value)[rows] for name, value in controls.items()}
+
             x0, _ = self.from_seeds(
                 params,
                 batch,
@@ -129,6 +131,7 @@ class Generator:
                 None,
                 shape,
             )
+            # Without the repetitions of the last chunk.
             clips.append(np.asarray(x0)[: count - start])
         return np.concatenate(clips)
 
@@ -138,11 +141,11 @@ class Generator:
 
     def check_controls(self, controls: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for batch entries that no signal of the model reads."""
-        known = dict(self.model.conditioning.dummy_batch())
+        known = [*self.model.conditioning.dummy_batch()]
         if self.first_frame:
-            known["first_frame"] = None
+            known.append("first_frame")
         for key in controls:
-            lookup(key, known, "This model's signals")
+            lookup(key, dict.fromkeys(known), "This model's signals")
 
     def text_batch(self, prompts: Sequence[str], num_frames: int, fps: float) -> dict[str, Any]:
         """Return the batch entries of the text, the frame rate and the length."""
@@ -169,6 +172,7 @@ class Generator:
         (params, batch, seeds [b], noise [b t h w c] or None, threshold, shape [t h w c] of a
         clip) -> the result of `draw`, whole on every device.
         """
+        # Every process receives all clips.
         mesh = jax.sharding.get_abstract_mesh()
         replicated = None if mesh.empty else jax.sharding.PartitionSpec()
 
@@ -180,6 +184,7 @@ class Generator:
             threshold: Array | None,
             shape: tuple[int, ...],
         ) -> tuple[Array, Array]:
+            # One key a clip for its noise; that of the first clip for stochastic samplers.
             if noise is None:
                 noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
             key = jax.random.key(seeds[0])
@@ -203,6 +208,7 @@ class Generator:
 
         noise: [b t h w c]. threshold: replaces `sampling.cache_threshold`.
         """
+        # A given first frame stays as it is, at time 0.
         conditions = dict(batch)
         first = conditions.pop("first_frame", None)
         clamped = None
@@ -216,6 +222,8 @@ class Generator:
         carry, evaluated = self.run_steps(
             params, conditions, None, self.start(noise), self.step_table(), key, clamped, threshold
         )
+
+        # The first array of the carry is the clip [b t h w c].
         x0 = carry[0]
         if first is not None:
             x0 = x0.at[:, 0].set(first)
@@ -271,7 +279,9 @@ class Generator:
 
         denoise = guided_denoiser(network, conditions, guidance)
         if clamped is not None:
-            denoise = clamp_known_frames(denoise, *clamped)
+            known = jnp.asarray(clamped.known)
+            denoise = clamp_known_frames(denoise, known, jnp.asarray(clamped.is_generated))
+
         return run_steps(
             denoise,
             self.process,
@@ -328,8 +338,11 @@ class Generator:
             }
             return self.model.run(params, batch, drop, method="condition")
 
+        # A negative prompt takes the place of the dropped text.
         if negative:
             return [ports({**complete, **negative}, set()), ports(complete, set())]
+
+        # Branch i drops the signals that guidance strengthens from step i on.
         guided = [names for names, _ in self.guidance_branches(batch)]
         return [ports(complete, set().union(*guided[i:])) for i in range(len(guided) + 1)]
 

@@ -54,6 +54,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> np.ndarray:
     Follows the references of `WanVACEPipeline` of diffusers: the sides become multiples of
     REFERENCE_MULTIPLE, then pixels are interpolated linearly, also where the image shrinks.
     """
+    # The size of the image, of multiples.
     w, h = (
         max(REFERENCE_MULTIPLE, side // REFERENCE_MULTIPLE * REFERENCE_MULTIPLE)
         for side in image.size
@@ -62,6 +63,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> np.ndarray:
     inner_height = max(1, int(h * scale))
     inner_width = max(1, int(w * scale))
 
+    # [h w 3] -> [inner_height inner_width 3]
     x = resize_image(image, h, w)
     for axis, size in enumerate((inner_height, inner_width)):
         x = _interpolate(x, axis, size)

@@ -34,7 +34,7 @@ from vdx.interop.pretrained import EXPERTS, PretrainedModel
 from vdx.models.adapters.lora import Adapted, adapt
 from vdx.models.encoders.clip import preprocess
 from vdx.models.encoders.text_tokens import PromptTokenizer
-from vdx.types import Array, Params
+from vdx.types import Array, Batch, Params
 
 Log = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
@@ -109,6 +109,7 @@ class PretrainedGenerator:
         These are `image_tokens` and `concat`, or, of a model that clamps its first frame, the
         latents of that frame, `known`.
         """
+        # The images, and their features for cross-attention.
         request = self.request
         controls = request.controls
         images = [
@@ -126,9 +127,12 @@ class PretrainedGenerator:
             video[0, place] = resize_image(image, request.height, request.width)
             is_given[place] = True
 
+        # The VAE reads it like any clip: [1 t h w c].
         (latents,) = self.encode(video)
         if self.model.clamps_first_frame:
             return conditions | {"known": latents}
+
+        # The mask names the frames that were given.
         rate = self.model.components["vae"].module.rates[0]
         mask = given_mask(is_given, latents.shape[1:4], rate)
         return conditions | {"concat": np.concatenate([mask[None], latents], -1)}
@@ -148,6 +152,7 @@ class PretrainedGenerator:
         Its channels are the latents of what stays, the latents of what is drawn anew, and the
         mask. Before the clip come the references, the last of them first, as in diffusers.
         """
+        # What stays, what is drawn anew, and each reference, as clips of their own.
         clip, mask = self.read_control()
         redrawn = mask[..., None] > 0.5
         references = [
@@ -157,6 +162,7 @@ class PretrainedGenerator:
         videos = [clip * ~redrawn, clip * redrawn, *(image[None] for image in references)]
         kept, changed, *seen = self.encode(*(video[None] for video in videos))
 
+        # [1 t h w c], and [t h w side*side] of the mask.
         side = self.model.components["vae"].module.rates[1]
         channels = mask_channels(mask, kept.shape[1], side)
         control = np.concatenate([kept, changed, channels[None]], -1)
@@ -170,8 +176,8 @@ class PretrainedGenerator:
         """Return (control [t h w 3] in [-1, 1], mask [t h w] in [0, 1]: 1 is drawn anew)."""
         request = self.request
         shape = (request.num_frames, request.height, request.width)
-        clip = np.zeros((*shape, 3), np.float32)
-        mask = np.ones(shape, np.float32)
+        clip: np.ndarray = np.zeros((*shape, 3), np.float32)
+        mask: np.ndarray = np.ones(shape, np.float32)
         if "control" in request.controls:
             clip = self.read_frames("control", "RGB")
         if "control_mask" in request.controls:
@@ -204,6 +210,7 @@ class PretrainedGenerator:
 
     def denoise(self, text: Arrays, images: Arrays) -> np.ndarray:
         """Return latents [n t h w c]."""
+        # What all experts share: the noise, and the conditions of each chunk of clips.
         noise = start_noise(self.request, self.model)
         chunks = _chunks(len(self.request.prompts), self.batch)
         images = {name: np.repeat(x, self.batch, 0) for name, x in images.items()}
@@ -217,6 +224,7 @@ class PretrainedGenerator:
         first = self.expert_generator(0, noise.shape)
         carries = [jax.tree.map(np.asarray, first.start(noise[rows])) for rows in chunks]
 
+        # Each expert makes its evaluations for all clips, so that it is read once.
         start = 0
         for number in range(len(self.model.experts)):
             generator = self.expert_generator(number, noise.shape)
@@ -224,6 +232,7 @@ class PretrainedGenerator:
             end = self.last_step(number, table)
             if start == end:
                 continue
+
             params = self.load_expert(number)
             run_steps = self.jit(functools.partial(_run_steps, generator))
             part = {name: values[start:end] for name, values in table.items()}
@@ -237,10 +246,13 @@ class PretrainedGenerator:
             start = end
             del params  # frees the devices' memory before the next network is read
 
+        # The first array of a carry is the clip; repetitions of the last chunk are dropped.
         latents = np.concatenate([np.asarray(carry[0]) for carry in carries])
         latents = latents[: len(self.request.prompts)]
         if clamped is None:
             return latents
+
+        # Known frames are exact, not what the last step made of them.
         is_generated = clamped.is_generated[:1, :, None, None, None]
         return np.where(is_generated > 0, latents, clamped.known[:1])
 
@@ -348,8 +360,8 @@ class PretrainedGenerator:
 def _run_steps(
     generator: Generator,
     params: Params | Adapted,
-    batch: Arrays,
-    negative: Arrays,
+    batch: Batch,
+    negative: Batch,
     carry: Carry,
     table: StepTable,
     seed: int,

@@ -127,6 +127,8 @@ def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedR
     """
     given = {name: value for name, value in settings.items() if value is not None}
     check_settings(given, SETTINGS, "A pretrained model", ignore=FIXED)
+
+    # Defaults of the family, then of the folder, then of the input files; then what is given.
     fields = dataclasses.asdict(family_defaults(model)) | {"seed": 0, "dtype": model.dtype}
     if not {"sampler", "timesteps", "shift"} <= given.keys():
         fields |= model.schedule()
@@ -134,6 +136,7 @@ def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedR
     fields |= _default_length(model, given, fields)
     fields |= given
 
+    # The sections of a request.
     for name in ("guidance", "reference", *LORAS):
         if isinstance(fields.get(name), int | float | str):
             fields[name] = (fields[name],)  # one value stands for a sequence of one
@@ -141,6 +144,7 @@ def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedR
     if "reference" in controls:
         controls["reference"] = list(controls["reference"])
     sampling = {name: fields.pop(name) for name in SAMPLING if name in fields}
+
     request = fill(
         PretrainedRequest,
         {**fields, "controls": controls, "sampling": _checked_sampling(sampling)},

@@ -100,14 +100,17 @@ class RunPipeline(Pipeline[Request]):
         given = {name: value for name, value in settings.items() if value is not None}
         check_settings(given, ("num_frames", "fps", *SAMPLING, *CONTROLS), "A trained model")
 
+        # The clip: as the model was trained.
         defaults = self.defaults
         num_frames = given.get("num_frames", defaults.num_frames)
         fps = given.get("fps", defaults.fps)
         if num_frames is None or fps is None:
             raise ConfigError("config.data.clip is not set: give num_frames and fps.")
 
+        # The sampling: that of the run's config.
         sampling = dataclasses.asdict(self.generator.sampling)
         sampling |= {name: given[name] for name in SAMPLING if name in given}
+
         request = Request(
             prompts=tuple(prompts),
             seed=seed,
@@ -188,8 +191,11 @@ class RunPipeline(Pipeline[Request]):
             raise ConfigError(
                 f"--calibrate_cache draws from words alone, not --{', --'.join(request.controls)}."
             )
+
+        # The exact sampling is what the cached clips are compared with.
         exact = {**request.sampling, "cache_threshold": 0.0}
         generator = self._generator(dataclasses.replace(request, sampling=exact))
+
         with jax.set_mesh(self.mesh):
             record = self.weights()
             return calibrate(

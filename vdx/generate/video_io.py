@@ -62,6 +62,7 @@ def write_video(
     first, frames = _peek(frames)
     _check(first[None], fps)
 
+    # The size of the video, and its exact rate.
     factor = -(-min_side // min(first.shape[:2]))
     height = factor * first.shape[0]
     width = factor * first.shape[1]
@@ -71,11 +72,14 @@ def write_video(
         atomic_write(path) as part,
         av.open(str(part), "w", format="mp4", options=options) as out,
     ):
+        # H.264 with 4:2:0 needs even sides.
         stream = _add_stream(out, rate, height + height % 2, width + width % 2)
         for number, frame in enumerate(frames):
             enlarged = frame.repeat(factor, axis=0).repeat(factor, axis=1)
             even = np.pad(enlarged, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             out.mux(stream.encode(_yuv_frame(even, number, rate)))
+
+        # The frames that the encoder still holds.
         out.mux(stream.encode(None))
 
 
