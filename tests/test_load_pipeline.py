@@ -125,15 +125,15 @@ def test_paths_that_cannot_be_opened_are_explained(workdir, tmp_path):
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_renamed_keys_of_older_manifests_are_named(old, clip, pipeline):
-    manifest = {**clip.manifest, "request": {**clip.manifest["request"]}}
-    manifest["request"]["sampling"] = {**manifest["request"]["sampling"]}
+    request = {**clip.manifest["request"]}
+    section = request
     *path, last = old.split(".")
-    section = manifest
     for key in path:
+        section[key] = {**section[key]}
         section = section[key]
     section[last] = 1
-    with pytest.raises(ConfigError, match=f"{old} is now {RENAMED[old]}"):
-        pipeline.remake(manifest)
+    with pytest.raises(ConfigError, match=f"request.{old} is now request.{RENAMED[old]}"):
+        pipeline.remake({**clip.manifest, "request": request})
 
 
 def test_a_file_that_is_no_manifest(pipeline, workdir):

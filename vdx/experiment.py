@@ -29,8 +29,8 @@ from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.generator import Generator, Sampling
-from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
+from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
 from vdx.models.adapters.trainable import Trainable, overlaid
@@ -134,7 +134,7 @@ class Sections:
 
     What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
     a run whose state and place in the data it takes over; `init`, a run whose averaged weights
-    it takes; `weights`, a public network (a file or folder that vdx.interop.wan, latte or unet
+    it takes; `weights`, a public network (a file or folder that vdx.interop.transformer or unet
     reads, or several that are parts of one U-Net), or again a run; new weights. Runs are named by a
     workdir, or one step of it: runs/a/checkpoints/500.
 

@@ -13,32 +13,33 @@ from typing import Any, TypeVar
 import jax
 
 from vdx.config.build import ConfigError, fill
+from vdx.config.renamed import check_renamed_keys
 from vdx.files import read_json
 from vdx.generate.request import Request
 
 R = TypeVar("R", bound=Request)
 
-# Keys of older manifests, and their names now.
+# Key of an older request -> its name now; both below `request`.
 RENAMED = {
-    "request.steer": "request.controls",
-    "request.sampling.grid": "request.sampling.timesteps",
-    "request.sampling.reuse": "request.sampling.cache_threshold",
-    "request.sampling.guide": "request.sampling.signal_guidance",
-    "request.sampling.rescale": "request.sampling.guidance_rescale",
-    "request.sampling.interval": "request.sampling.guidance_interval",
+    "steer": "controls",
+    "sampling.grid": "sampling.timesteps",
+    "sampling.reuse": "sampling.cache_threshold",
+    "sampling.guide": "sampling.signal_guidance",
+    "sampling.rescale": "sampling.guidance_rescale",
+    "sampling.interval": "sampling.guidance_interval",
     # Requests to pretrained weights were flat.
-    "request.sampler": "request.sampling.sampler",
-    "request.grid": "request.sampling.timesteps",
-    "request.timesteps": "request.sampling.timesteps",
-    "request.steps": "request.sampling.steps",
-    "request.shift": "request.sampling.shift",
-    "request.reuse": "request.sampling.cache_threshold",
-    "request.cache_threshold": "request.sampling.cache_threshold",
-    "request.image": "request.controls.image",
-    "request.last_image": "request.controls.last_image",
-    "request.control": "request.controls.control",
-    "request.control_mask": "request.controls.control_mask",
-    "request.reference": "request.controls.reference",
+    "sampler": "sampling.sampler",
+    "grid": "sampling.timesteps",
+    "timesteps": "sampling.timesteps",
+    "steps": "sampling.steps",
+    "shift": "sampling.shift",
+    "reuse": "sampling.cache_threshold",
+    "cache_threshold": "sampling.cache_threshold",
+    "image": "controls.image",
+    "last_image": "controls.last_image",
+    "control": "controls.control",
+    "control_mask": "controls.control_mask",
+    "reference": "controls.reference",
 }
 
 
@@ -104,25 +105,7 @@ def check_manifest(manifest: Any, where: str) -> None:
             f"{where} is not a manifest of vdx.sample: expected a JSON object with the keys "
             "request and weights."
         )
-    for old, new in RENAMED.items():
-        if _has(manifest, old):
-            raise ConfigError(
-                f"{where}: {old} is now {new}. Rename the key, or draw the clip with the "
-                f"version of vdx in the manifest, {_version(manifest)}."
-            )
-
-
-def _has(tree: Any, path: str) -> bool:
-    for key in path.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
-
-
-def _version(manifest: Mapping[str, Any]) -> str:
-    versions = manifest.get("versions")
-    return str(versions.get("vdx", "unknown")) if isinstance(versions, Mapping) else "unknown"
+    check_renamed_keys(manifest["request"], RENAMED, "request", where)
 
 
 def manifest_request(manifest: Mapping[str, Any], kind: type[R]) -> R:

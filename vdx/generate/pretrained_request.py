@@ -131,7 +131,7 @@ def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedR
     # Defaults of the family, then of the folder, then of the input files; then what is given.
     fields = dataclasses.asdict(family_defaults(model)) | {"seed": 0, "dtype": model.dtype}
     if not {"sampler", "timesteps", "shift"} <= given.keys():
-        fields |= model.schedule()
+        fields |= model.schedule()._asdict()
     fields |= _default_size(model, given, fields)
     fields |= _default_length(model, given, fields)
     fields |= given

@@ -13,7 +13,7 @@ from typing import Any
 
 from vdx.config.build import ConfigError, lookup
 from vdx.interop.keymap import KEEP, LINEAR, Row, WeightsError, listed, patches
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.stored_array import StoredArray
 from vdx.models.encoders.clip import CLIPTextModel, CLIPVisionModel
 from vdx.models.encoders.t5 import T5Encoder
 

@@ -8,7 +8,7 @@
 The first two and the last two differ in how they name layers; any prefix is taken with any names.
 `.alpha` scales by alpha / rank, and without it, or an alpha in the metadata, the scale is 1.
 `.diff`, `.diff_b` and `.lora_B.bias` are whole differences of a weight or a bias. Layers' names and
-the order of their channels come from the rows of vdx.interop.wan, as those of the weights do.
+the order of their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
 """
 
 import json
@@ -25,10 +25,12 @@ from flax.traverse_util import unflatten_dict
 
 from vdx.config.build import lookup
 from vdx.files import read_json
-from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, place_of
-from vdx.interop.load import export_plan, open_weights
-from vdx.interop.safetensors import StoredArray, read_file, write
-from vdx.interop.wan import original_name, wan_transformer_rows
+from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, slot_finder
+from vdx.interop.load import open_weights
+from vdx.interop.safetensors import read_file, write
+from vdx.interop.save import export_plan
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
@@ -89,8 +91,8 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
     source, settings = _open(Path(path), part)
     problems: list[str] = []
     layers = _by_layer(source, plan, part, problems)
-    factors = _Factors(flat(shapes), place_of(adapter_rows(rows, plan)))
-    deltas = _Deltas(flat(shapes), place_of(rows))
+    factors = _Factors(flat(shapes), slot_finder(adapter_rows(rows, plan)))
+    deltas = _Deltas(flat(shapes), slot_finder(rows))
     for layer, arrays in layers.items():
         scale = 1.0
         if pair := _pair(layer, arrays, plan, problems):

@@ -26,17 +26,11 @@ from vdx.interop.keymap import (
     flat,
     listed,
     patches,
-    place_of,
+    slot_finder,
 )
-from vdx.interop.load import (
-    abstract_params,
-    empty_folder,
-    export_plan,
-    load_params,
-    open_weights,
-    write_parts,
-)
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.load import abstract_params, load_params, open_weights
+from vdx.interop.save import empty_folder, export_plan, write_shards
+from vdx.interop.stored_array import StoredArray
 from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,
@@ -265,7 +259,7 @@ def load_unet(
     branch = set(CONTROLS) & set(files.configs)
     rows = unet_rows(model, linear, files.linear("control.") if branch else linear)
     if not branch:
-        place, ours = place_of(rows), flat(like)
+        place, ours = slot_finder(rows), flat(like)
         source |= {
             f"control.{key}": stored
             for key, stored in files.source.items()
@@ -387,7 +381,7 @@ def save_unet(
             yield key, np.asarray(frame_positions(FRAMES, width)).reshape(1, FRAMES, width)
 
     empty_folder(path)
-    write_parts(path, "diffusion_pytorch_model", plan | table, arrays(), max_shard_bytes)
+    write_shards(path, "diffusion_pytorch_model", plan | table, arrays(), max_shard_bytes)
     write_json(Path(path) / "config.json", config)
 
 
