@@ -1,4 +1,4 @@
-"""Functions that the entry points share: arguments, flags as values, errors as messages."""
+"""Arguments, flags and errors, as all entry points treat them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ MAPS = ("depth", "pose", "flow")  # the dense maps of --control
 
 
 def start(argv: Sequence[str]) -> None:
-    """Refuse stray arguments and enable the compilation cache: the first line of a `main`."""
+    """Refuse stray arguments and enable the compilation cache."""
     refuse_arguments(argv)
     enable_compilation_cache()
 
@@ -33,7 +33,7 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the program with a message where the message is enough, not with a stack trace."""
+    """End the program with a message, not a stack trace, where that is enough."""
     try:
         yield
     except (
@@ -77,7 +77,7 @@ def parse_mesh(text: str | None) -> dict[str, int] | None:
 
 
 def parse_guidance(text: str | None) -> float | tuple[float, ...] | None:
-    """Return one guidance scale, or a tuple of the scales of two experts. Raises UsageError."""
+    """Return one scale, or a tuple for two experts. Raises UsageError."""
     if not text:
         return None
     try:

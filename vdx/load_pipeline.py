@@ -33,7 +33,7 @@ def load(
     mesh: Mapping[str, int] | None = None,
     log: Log = lambda line: None,
 ) -> Pipeline[Any]:
-    """Open the workdir of a run, one of its checkpoints, or a folder of pretrained weights.
+    """Open a run's workdir, one of its checkpoints, or pretrained weights.
 
     Nothing large is read before the first clip is drawn.
 
@@ -94,7 +94,10 @@ def run_pipeline(
     load_weights: Callable[[], LoadedWeights],
     workdir: Path | None = None,
 ) -> RunPipeline:
-    """Return the pipeline of an experiment; `load_weights` is called at the first clip."""
+    """Return the pipeline of an experiment.
+
+    load_weights: called at the first clip.
+    """
     defaults = ClipDefaults()
     if experiment.clip is not None:
         num_frames, fps = experiment.clip_default()
@@ -105,7 +108,7 @@ def run_pipeline(
 def params_pipeline(
     experiment: Experiment, mesh: Mesh, params: Params | None = None
 ) -> RunPipeline:
-    """Return a pipeline for parameters in memory, as training and evaluation draw clips.
+    """Return a pipeline for parameters in memory, for training and evaluation.
 
     params: None if `RunPipeline.with_params` gives them later.
     """

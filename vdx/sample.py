@@ -1,11 +1,12 @@
-"""Generate: python -m vdx.sample --workdir=runs/tiny --prompt="a red circle moves right" \\
-    --out=out.mp4
+"""Generate clips from the command line.
 
-or, with pretrained weights (docs/weights.md), --weights=FOLDER instead of --workdir.
+    python -m vdx.sample --workdir=runs/tiny --prompt="a red circle moves right" --out=out.mp4
+
+With pretrained weights (docs/weights.md), --weights=FOLDER takes the place of --workdir.
 
 A JSON manifest next to the mp4 holds everything that went into it: `--from_manifest=out.json`
 makes the same clip again, bit for bit on the same machine. `--prompts_file` has one prompt a line,
-and --out is then a folder. The same from Python: `vdx.load`.
+and --out is then a folder. `vdx.load` does the same from Python.
 """
 
 import collections
@@ -104,7 +105,7 @@ def requested() -> tuple[Pipeline[Any], Request]:
 
 
 def restored() -> tuple[Pipeline[Any], Request]:
-    """Return the pipeline and the request of a manifest; flags name files that have moved."""
+    """Return the pipeline and the request of a manifest; flags name moved files."""
     manifest = read_manifest(FLAGS.from_manifest)
     mesh = cli.parse_mesh(FLAGS.mesh)
     pipeline = load_for_manifest(FLAGS.workdir or FLAGS.weights, manifest, mesh, log())
@@ -118,7 +119,7 @@ def restored() -> tuple[Pipeline[Any], Request]:
 
 
 def check_kind(pipeline: Pipeline[Any]) -> None:
-    """Raise UsageError for a run given as --weights, or pretrained weights as --workdir."""
+    """Raise UsageError for a run as --weights, or pretrained weights as --workdir."""
     if isinstance(pipeline, RunPipeline) != bool(FLAGS.workdir):
         given, right = ("workdir", "weights") if FLAGS.workdir else ("weights", "workdir")
         raise app.UsageError(f"{pipeline.where} is no --{given}: give it as --{right}.")
@@ -159,7 +160,7 @@ def collected(clips: Iterable[Pieces], arrays: list[np.ndarray]) -> Iterator[Pie
 
 
 def log() -> Callable[[str], None]:
-    """Return `print` on the first process, and a function that does nothing on the others."""
+    """Return `print` on the first process, a function without effect on others."""
     return print if jax.process_index() == 0 else lambda line: None
 
 
@@ -182,9 +183,6 @@ def calibrate_cache() -> None:
 def define_flags() -> None:
     """Define the flags; without a default they have that of the model."""
     text = flags.DEFINE_string
-    integer = flags.DEFINE_integer
-    number = flags.DEFINE_float
-
     text("workdir", None, "The workdir of a run of vdx.main.")
     text("weights", None, "A folder of diffusers, or written by vdx.convert.")
     text("prompt", None, "What the clip shows.")
@@ -194,13 +192,23 @@ def define_flags() -> None:
     flags.DEFINE_bool("averaged", True, "The averaged weights, or those of the step itself.")
     text("out", "out.mp4", "An mp4, or a folder for several prompts.")
     text("save_array", None, "Also save float32 [n t h w c] in [-1, 1] as .npy.")
+    types = ["float32", "bfloat16"]
+    flags.DEFINE_enum("dtype", None, types, "Default: float32 on a CPU, else bfloat16.")
+    text("mesh", None, "Such as fsdp=4,tensor=2; default: tensor as far as it divides the heads.")
+    define_sampling_flags()
+    define_condition_flags()
 
+
+def define_sampling_flags() -> None:
+    """Define the flags of the clip's size, of the sampler and of the step cache."""
+    text = flags.DEFINE_string
+    integer = flags.DEFINE_integer
+    number = flags.DEFINE_float
     integer("seed", 0, "Clip i takes seed + i.")
     integer("num_frames", None, "Frames of the clip.", lower_bound=1)
     number("fps", None, "Frames per second; some models read it.", lower_bound=0.1)
     integer("height", None, "Pixels.", lower_bound=1)
     integer("width", None, "Pixels.", lower_bound=1)
-
     text("sampler", None, f"One of {', '.join(SAMPLERS)}.")
     rows = ", ".join(TIMESTEPS)
     text("timesteps", None, f"Times of the steps: one of {rows}; see docs/weights.md.")
@@ -208,21 +216,6 @@ def define_flags() -> None:
     number("shift", None, "Time shift: above 1, more steps at high noise.")
     text("guidance", None, "Scale, 1 is none; 4,3: of the experts for high and low noise.")
     text("signal_guidance", None, "Scales of other signals, such as depth=2,flow=1.5.")
-    text("negative_prompt", None, "Guidance leads away from it; default: empty.")
-
-    text("image", None, "A picture that the clip begins with.")
-    text("last_image", None, "A picture that it ends with.")
-    text("reference", None, "A picture of the subject; of VACE also several: a.png,b.png.")
-    text("control", None, "Of a run depth=FILE,pose=FILE (vdx.data.track_files); of VACE a video.")
-    text("control_mask", None, "A video or a picture, white where the control is drawn anew.")
-    text("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
-    text("camera", None, "A .json file of cameras, as vdx.data.camera says.")
-    text("actions", None, "One for each frame, with commas between them, or a .json file.")
-    number("motion", None, "Strength of motion (vdx.data.motion).", lower_bound=0.0)
-    text("init_noise", None, "A .npy file, float32 [b t h w c], instead of noise of the seeds.")
-    text("lora", None, "LoRA files with weights: style.safetensors:0.8,other.safetensors.")
-    text("lora_2", None, "The same for the second of two experts.")
-
     number("cache_threshold", None, "Step cache (vdx.diffusion.step_cache); 0 is exact.", 0.0)
     number(
         "calibrate_cache",
@@ -232,9 +225,24 @@ def define_flags() -> None:
         "--prompts_file, or the first sample prompts of the run.",
     )
     flags.DEFINE_bool("step_cache", False, "Use the threshold that --calibrate_cache found.")
-    types = ["float32", "bfloat16"]
-    flags.DEFINE_enum("dtype", None, types, "Default: float32 on a CPU, else bfloat16.")
-    text("mesh", None, "Such as fsdp=4,tensor=2; default: tensor as far as it divides the heads.")
+
+
+def define_condition_flags() -> None:
+    """Define the flags of conditions, adapters and noise."""
+    text = flags.DEFINE_string
+    text("negative_prompt", None, "Guidance leads away from it; default: empty.")
+    text("image", None, "A picture that the clip begins with.")
+    text("last_image", None, "A picture that it ends with.")
+    text("reference", None, "A picture of the subject; of VACE also several: a.png,b.png.")
+    text("control", None, "Of a run depth=FILE,pose=FILE (vdx.data.track_files); of VACE a video.")
+    text("control_mask", None, "A video or a picture, white where the control is drawn anew.")
+    text("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
+    text("camera", None, "A .json file of cameras in the format of vdx.data.camera.")
+    text("actions", None, "One for each frame, with commas between them, or a .json file.")
+    flags.DEFINE_float("motion", None, "Strength of motion (vdx.data.motion).", lower_bound=0.0)
+    text("init_noise", None, "A .npy file, float32 [b t h w c], instead of noise of the seeds.")
+    text("lora", None, "LoRA files with weights: style.safetensors:0.8,other.safetensors.")
+    text("lora_2", None, "The same for the second of two experts.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Clips made block by block, by a network that sees no later block (`block` in its pattern).
+"""Clips drawn block by block, by a network that sees no later block.
 
-The sampler denoises every block from noise, while a cache holds the keys and values of the blocks
+Such a network has `block` in its pattern. The sampler denoises every block from noise, while a cache holds the keys and values of the blocks
 before it. Then the network reads the clean block once more, at time 0, which writes its own keys
 and values to the cache (Yin et al. 2024, CausVid; Huang et al. 2025, Self-Forcing). One program
 serves every block: the position of a block is an argument of it. With a `window` the cache does
@@ -143,7 +143,7 @@ class BlockwiseGenerator(Generator):
         fps: float,
         controls: Mapping[str, np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Return an iterator over blocks of the clips, float32 [n t h w c], as they are drawn.
+        """Return an iterator over the blocks of clips, float32 [n t h w c].
 
         num_frames: None for clips without end, which need a `window` in every mixer, so that the
         cache does not grow; the controls of the frames of one block then serve all blocks. Raises
@@ -274,7 +274,7 @@ class BlockwiseGenerator(Generator):
         key: PRNGKeyArray,
         blocks: int,
     ) -> tuple[Array, Cache]:
-        """Return (x0 [b t h w c] of block number `index`, the cache with this block). Pure."""
+        """Return (x0 [b t h w c] of block number `index`, the cache with it). Pure."""
         position = CachePosition(index * self.network.block(), blocks)
         state = state._replace(conditions=self.block_conditions(state.conditions, index))
 

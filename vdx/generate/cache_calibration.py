@@ -1,6 +1,6 @@
-"""Calibration of the step cache: the largest threshold whose clips stay near the exact ones.
+"""Calibration of the step cache.
 
-The result is a file in the workdir. It holds for the weights and the sampling that it was found
+It finds the largest threshold whose clips stay near the exact ones. The result is a file in the workdir. It holds for the weights and the sampling that it was found
 with, and for no others.
 """
 
@@ -85,7 +85,7 @@ def check_calibration(
     fps: float,
     where: str,
 ) -> None:
-    """Raise ConfigError for other weights, sampling, length or rate than the calibration's."""
+    """Raise ConfigError if a calibration is of other weights or another clip."""
     # Both sides as JSON holds them: tuples are lists.
     wanted = _listed(
         relevant_sampling(sampling) | {"num_frames": num_frames, "fps": fps, "weights": weights}
@@ -180,7 +180,7 @@ def calibrate(
     weights: str,
     log: Callable[[str], None] = print,
 ) -> CacheCalibration:
-    """Find, by bisection, the largest threshold at which every clip has an SSIM of `floor`.
+    """Find the largest threshold at which every clip has an SSIM of `floor`.
 
     The SSIM is to the clip of all evaluations; the threshold is 0 if there is none. Clip i has
     seed + i. Clips are drawn one by one: a batch makes at least as many evaluations. Raises
@@ -222,7 +222,7 @@ def calibrate(
 def _bisect(
     clips: _Clips, exact: Sequence[np.ndarray], floor: float, log: Callable[[str], None]
 ) -> _Measurement | None:
-    """Return the measurement of the largest good threshold found; None if none was good."""
+    """Return the measurement of the largest good threshold, or None."""
     best = None
     low = np.log(MIN_THRESHOLD)
     high = np.log(MAX_THRESHOLD)

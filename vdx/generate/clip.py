@@ -1,4 +1,4 @@
-"""Clips in memory and on disk, each with the manifest from which it can be made again."""
+"""Clips in memory and on disk, with the manifests that make them again."""
 
 import dataclasses
 import hashlib
@@ -81,7 +81,7 @@ def check_output(request: Request, out: Path) -> None:
 def write_stream(
     clips: Iterable[Pieces], request: Request, weights: Weights | None, out: Path
 ) -> None:
-    """Write clips while they are decoded; no clip is held in memory as a whole.
+    """Write clips while they are decoded; memory never holds a whole clip.
 
     One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
     """

@@ -1,4 +1,4 @@
-"""Controls of a request to a trained model: files and numbers become entries of a batch."""
+"""Controls of a request to a trained model, read from files and numbers."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping
@@ -31,7 +31,7 @@ def read_controls(
     flow_points: int,
     first_frame: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Return the entries of a batch of one clip of `shape` (t, h, w, c) for named controls.
+    """Return the batch entries [1 ...] of controls for a clip of `shape` [t h w c].
 
     image, last_image: files of pictures that the clip begins and ends with. reference: a picture
     of its subject. depth, pose, flow, camera: files as vdx.data.track_files says, with an entry
@@ -42,14 +42,7 @@ def read_controls(
     subtracts. flow_points: see ClipSampling. first_frame: see Generator. Raises ConfigError for
     signals that the model was not trained with, and for files that cannot be read.
     """
-    # Every control needs a signal that the model was trained with.
-    for name in controls:
-        signal = "known_frames" if name in KNOWN else name
-        if signal not in signals and not (first_frame and name == "image"):
-            raise ConfigError(
-                f"--{name}: this model was not trained with the signal {signal!r}; "
-                f"it reads: {', '.join(signals)}."
-            )
+    _check_signals(controls, signals, first_frame)
 
     # Pictures of known frames, and numbers.
     entries: dict[str, np.ndarray] = {}
@@ -75,6 +68,19 @@ def read_controls(
     return {name: np.asarray(value)[None] for name, value in entries.items()}
 
 
+def _check_signals(
+    controls: Mapping[str, Any], signals: Collection[str], first_frame: bool
+) -> None:
+    """Raise ConfigError for a control whose signal the model was not trained with."""
+    for name in controls:
+        signal = "known_frames" if name in KNOWN else name
+        if signal not in signals and not (first_frame and name == "image"):
+            raise ConfigError(
+                f"--{name}: this model was not trained with the signal {signal!r}; "
+                f"it reads: {', '.join(signals)}."
+            )
+
+
 def _dummy_clip(
     controls: Mapping[str, Any],
     tracks: Mapping[str, Callable[[np.ndarray], np.ndarray]],
@@ -82,7 +88,7 @@ def _dummy_clip(
     fps: float,
     flow_points: int,
 ) -> Clip:
-    """Return a black clip that has the given tracks, for the functions that read signals."""
+    """Return a black clip with the given tracks, as the readers of signals take it."""
     t, h, w, _ = shape
     times = np.arange(t) / fps
     key = ", ".join(f"--{name}={controls[name]}" for name in tracks)

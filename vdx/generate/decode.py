@@ -1,4 +1,4 @@
-"""Decoding of latents, a few frames at a time, so that memory does not grow with the clip."""
+"""Decoding of latents in pieces, so that memory does not grow with the clip."""
 
 from collections.abc import Iterator
 from typing import Any

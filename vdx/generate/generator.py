@@ -1,4 +1,4 @@
-"""The sampler of a trained denoiser: conditioning, guidance, one scan over steps, pixels."""
+"""The generator: conditioning, guidance, one scan over sampler steps, pixels."""
 
 import dataclasses
 import functools
@@ -259,7 +259,7 @@ class Generator:
         clamped: ClampedFrames | None = None,
         threshold: float | Array | None = None,
     ) -> tuple[Carry, Array]:
-        """Return (carry after the evaluations of `table`, bool [steps]: which were made). Pure.
+        """Return (carry after the steps of `table`, bool [steps]: evaluated). Pure.
 
         The clip is the first array of the carry. Guidance leads from the conditions `negative`
         to those of `batch`; None: to those of `batch` from the same without their text.
@@ -302,7 +302,10 @@ class Generator:
         return StepCache(threshold, self.sampling.guidance_interval)
 
     def guidance_branches(self, batch: Batch) -> list[tuple[set[str], float]]:
-        """Return (signals, scale) of each guided step from fewer to more conditions, text last."""
+        """Return (signals, scale) of each guidance branch, from fewer conditions to all.
+
+        The text is last.
+        """
         missing = self.model.missing_signals(batch)
         branches = [({name}, scale) for name, scale in self.sampling.signal_guidance.items()]
         branches.append((set(TEXT), self.sampling.guidance))

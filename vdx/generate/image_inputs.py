@@ -38,18 +38,21 @@ def iter_frames(name: str, path: str, fps: float) -> Iterator[Image.Image]:
 
 
 def count_frames(name: str, path: str, fps: float, most: int) -> int:
-    """Return how many frames a file has at this rate, at most `most`. Raises ConfigError."""
+    """Return the frames of a file at this rate, at most `most`. Raises ConfigError."""
     return sum(1 for _ in itertools.islice(iter_frames(name, path, fps), most))
 
 
 def resize_image(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Return float32 [h w 3] in [-1, 1], or [h w] of a grey image; proportions are not kept."""
+    """Return float32 [h w 3] in [-1, 1], or [h w] of a grey image.
+
+    Proportions are not kept.
+    """
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(resized, np.float32) / 127.5 - 1
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Return float32 [h w 3] in [-1, 1]: the whole image in the middle of a white frame.
+    """Return float32 [h w 3] in [-1, 1]: the whole image inside a white frame.
 
     Follows the references of `WanVACEPipeline` of diffusers: the sides become multiples of
     REFERENCE_MULTIPLE, then pixels are interpolated linearly, also where the image shrinks.
@@ -76,7 +79,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def _interpolate(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Resample one of the first two axes of [h w c] linearly, pixel centres half a pixel in."""
+    """Resample axis 0 or 1 of [h w c] linearly; pixel centres are half a pixel in."""
     length = x.shape[axis]
     positions = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
     low = positions.astype(int)

@@ -1,4 +1,4 @@
-"""Manifests: JSON files that hold everything needed to make clips again, bit for bit.
+"""Manifests: JSON files from which clips are made again, bit for bit.
 
 A manifest names the request, the weights with their identity, the versions, and a SHA-256 of the
 pixels. It never chooses which folder is opened: a manifest from elsewhere could name any.
@@ -99,7 +99,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: Any, where: str) -> None:
-    """Raise ConfigError for a value that is no manifest, or has a key that was renamed."""
+    """Raise ConfigError for a value that is no manifest, or has a renamed key."""
     if not isinstance(manifest, Mapping) or not {"request", "weights"} <= set(manifest):
         raise ConfigError(
             f"{where} is not a manifest of vdx.sample: expected a JSON object with the keys "

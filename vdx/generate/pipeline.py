@@ -1,4 +1,4 @@
-"""Pipelines: clips for prompts, by the same call from a run or from pretrained weights."""
+"""Pipelines: clips for prompts, from a run or from pretrained weights."""
 
 import abc
 import hashlib
@@ -52,7 +52,10 @@ class Pipeline(abc.ABC, Generic[R]):
 
     @abc.abstractmethod
     def manifest_request(self, manifest: Mapping[str, Any], **moved: Any) -> R:
-        """Return the checked request of a manifest; `moved` are new paths of its input files."""
+        """Return the checked request of a manifest.
+
+        moved: new paths of its input files.
+        """
 
     @abc.abstractmethod
     def manifest_weights(self, manifest: Mapping[str, Any]) -> Weights:
@@ -78,7 +81,7 @@ class Pipeline(abc.ABC, Generic[R]):
             frames = np.stack(list(iter_uint8_frames(pieces)))
             digest = hashlib.sha256(frames.tobytes()).hexdigest()
             # Clips of one request share programs and, with some samplers, noise: the manifest
-            # holds the whole request, and `index` says which of its clips this is.
+            # holds the whole request, and `index` is the number of this clip in it.
             index = {"index": i} if len(request.prompts) > 1 else {}
             manifest = make_manifest(request, weights, digest, **index)
             clips.append(Clip(frames, request.fps, request.prompts[i], request.seeds[i], manifest))

@@ -1,4 +1,4 @@
-"""Clips from pretrained weights: prompts and pictures through the networks of a PretrainedModel.
+"""Clips from the networks of a PretrainedModel.
 
 The networks are on the mesh one after another: the text encoder, what reads pictures, the
 transformer (of two experts first that of high noise, then the other), the decoder.
@@ -45,7 +45,7 @@ PIXELS = 2**20
 
 
 class PretrainedGenerator:
-    """Draws the clips of a request in four stages: encode text, read images, denoise, decode."""
+    """Draws clips in four stages: encode text, read images, denoise, decode."""
 
     def __init__(
         self, model: PretrainedModel, request: PretrainedRequest, mesh: Mesh, log: Log = print
@@ -80,7 +80,10 @@ class PretrainedGenerator:
     # Stage 1: text.
 
     def encode_text(self) -> Arrays:
-        """Return `text` [n+1 l d] and `text_mask`: of the prompts and, last, the negative one."""
+        """Return `text` [n+1 l d] and `text_mask` [n+1 l].
+
+        Rows are the prompts and, last, the negative prompt.
+        """
         tokenize = PromptTokenizer(self.model.tokenizer)
         ids, mask = tokenize([*self.request.prompts, self.request.negative_prompt])
         params = self.load("text_encoder")
@@ -96,7 +99,7 @@ class PretrainedGenerator:
     # Stage 2: pictures and videos.
 
     def read_images(self) -> Arrays:
-        """Return the conditions besides the text, b = 1; none for a model of text alone."""
+        """Return the conditions other than the text, b = 1; may be empty."""
         if self.model.reads_control:
             return self.control_conditions()
         if "image" in self.request.controls:
@@ -282,7 +285,10 @@ class PretrainedGenerator:
         return int(np.sum(times >= 1000 * self.model.boundary))
 
     def load_expert(self, number: int) -> Params | Adapted:
-        """Read an expert, with its adapters beside the kernels: nothing of their size is made."""
+        """Read an expert and its adapters.
+
+        Adapters stay factors, so that no further array of a kernel's size is made.
+        """
         params = self.load(EXPERTS[number])
         adapters = self.request.adapters(number)
         if not adapters:
@@ -326,7 +332,10 @@ class PretrainedGenerator:
         return params
 
     def compile_call(self, name: str, call: Callable[..., Array]) -> Callable[..., Array]:
-        """Compile (params, *arrays) -> call(apply, *arrays); `apply` is that of a component."""
+        """Compile (params, *arrays) -> call(apply, *arrays).
+
+        `apply` is that of the component `name` with the parameters.
+        """
         module = self.model.components[name].module
 
         def run(params: Params, *args: Array) -> Array:

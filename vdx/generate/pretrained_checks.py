@@ -119,7 +119,7 @@ def last_image_is_given(
 
 
 def _reads_two_tokens(model: PretrainedModel) -> bool:
-    """Return whether the image tokens have positions, so that two images differ (FLF2V)."""
+    """Return whether image tokens have positions: two images differ (FLF2V)."""
     return bool(model.signals.get("image_tokens", {}).get("positions"))
 
 

@@ -50,7 +50,7 @@ class PretrainedPipeline(Pipeline[PretrainedRequest]):
     def request(
         self, prompts: Sequence[str], *, seed: int = 0, **settings: Any
     ) -> PretrainedRequest:
-        """Complete a request with the defaults of the folder and of the family, and check it.
+        """Complete a request with the defaults of folder and family, and check it.
 
         settings: vdx.generate.pretrained_request.SETTINGS. Raises ConfigError and WeightsError.
         """
@@ -68,8 +68,9 @@ class PretrainedPipeline(Pipeline[PretrainedRequest]):
         self.model.check(mesh)
 
     def manifest_request(self, manifest: Mapping[str, Any], **moved: Any) -> PretrainedRequest:
-        """Return the checked request of a manifest; `moved` are new paths of its files, and mesh.
+        """Return the checked request of a manifest.
 
+        moved: new paths of its input files, and a new mesh.
         Raises ConfigError for a manifest of another dtype than this pipeline's.
         """
         request = remake(manifest["request"], moved)
@@ -100,7 +101,7 @@ class PretrainedPipeline(Pipeline[PretrainedRequest]):
 
 
 def _json(value: Any) -> Any:
-    """Return a setting as a JSON value: paths as text, one reference or LoRA as a tuple."""
+    """Return a setting with paths as text and lists as tuples."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list | tuple):

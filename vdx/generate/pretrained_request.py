@@ -118,7 +118,7 @@ def default_mesh(model: PretrainedModel) -> dict[str, int]:
 
 
 def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedRequest:
-    """Return a request with the defaults of the folder and of the family for what is missing.
+    """Return a request; what is missing has the defaults of folder and family.
 
     settings: names of SETTINGS; None counts as missing. Without a size the frame has the
     proportions of the image or the control, and the default area. Without num_frames there are
@@ -165,7 +165,7 @@ def _checked_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _default_size(
     model: PretrainedModel, given: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Return height and width with the proportions of the image or control, if there is one."""
+    """Return height and width in the proportions of the image or control, if any."""
     shown = next((name for name in ("image", "control") if name in given), None)
     if shown is None or {"height", "width"} & given.keys():
         return {}
@@ -205,8 +205,9 @@ def size_unit(model: PretrainedModel) -> int:
 
 
 def remake(fields: Mapping[str, Any], moved: Mapping[str, Any]) -> PretrainedRequest:
-    """Return the request of a manifest; `moved` are new paths of its files, and a new mesh.
+    """Return the request of a manifest.
 
+    moved: new paths of its files, and a new mesh.
     Raises ConfigError for a file that the request does not read.
     """
     request = manifest_request({"request": fields}, PretrainedRequest)
@@ -218,7 +219,10 @@ def remake(fields: Mapping[str, Any], moved: Mapping[str, Any]) -> PretrainedReq
 
 
 def start_noise(request: PretrainedRequest, model: PretrainedModel) -> np.ndarray:
-    """Return noise float32 [n t h w c]. Raises ConfigError for init_noise of another shape."""
+    """Return noise float32 [n t h w c].
+
+    Raises ConfigError for init_noise of another shape or type.
+    """
     shape = request.latent_shape(model)
     if request.init_noise is None:
         keys = [jax.random.key(seed) for seed in request.seeds]

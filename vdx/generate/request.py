@@ -1,4 +1,4 @@
-"""Requests: everything besides the weights that decides a set of clips."""
+"""Requests: everything but the weights that decides a set of clips."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ class Request:
     num_frames: int  # pixel frames of a clip
     fps: float  # frames per second of the clip; some models read it
     sampling: dict[str, Any]  # fields of vdx.generate.generator.Sampling
-    # Conditions besides the text, by the name of their flag: paths, names or numbers.
+    # Conditions other than the text, by the name of their flag: paths, names or numbers.
     controls: dict[str, Any] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of each input file
 
@@ -68,7 +68,7 @@ class Request:
 
 
 def is_file(name: str, value: Any) -> bool:
-    """Return whether a control is given as a file, not as a number or as names of actions."""
+    """Return whether a control is a file, not a number or names of actions."""
     return isinstance(value, str) and (name != "actions" or value.endswith(".json"))
 
 

@@ -38,10 +38,10 @@ class LoadedWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClipDefaults:
-    """The clip that a model draws unless a request says otherwise."""
+    """The clip that a model draws by default."""
 
-    num_frames: int | None = None  # None: a request must say it
-    fps: float | None = None  # frames per second; None: a request must say it
+    num_frames: int | None = None  # None: every request gives it
+    fps: float | None = None  # frames per second; None: every request gives it
     flow_points: int = 0  # points of sparse optical flow; see ClipSampling
 
 
@@ -133,7 +133,10 @@ class RunPipeline(Pipeline[Request]):
         self._read_controls(request)
 
     def manifest_request(self, manifest: Mapping[str, Any], **moved: Any) -> Request:
-        """Return the checked request of a manifest; `moved` are new paths of its input files."""
+        """Return the checked request of a manifest.
+
+        moved: new paths of its input files.
+        """
         request = manifest_request(manifest, Request).relocated(moved)
         request.check_files()
         self._check(request)

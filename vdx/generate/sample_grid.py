@@ -1,4 +1,4 @@
-"""Sample grids: the same prompts and seeds drawn again while a model learns; contact sheets."""
+"""Sample grids: the same prompts and seeds drawn again while a model learns."""
 
 import textwrap
 from collections.abc import Sequence

@@ -25,13 +25,16 @@ X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
 
 
 def to_uint8(x: Any) -> np.ndarray:
-    """Return floats in [-1, 1] of any shape as uint8, rounded; values outside are clipped."""
+    """Return floats in [-1, 1] as uint8, rounded; values outside are clipped."""
     x = np.asarray(x, np.float32)
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
 def to_uint8_on_device(x: Array) -> Array:
-    """Return `to_uint8` inside a program, bit for bit: the host receives a quarter of the bytes."""
+    """Return `to_uint8` inside a program, bit for bit.
+
+    The host receives a quarter of the bytes.
+    """
     # XLA may fuse a product and the sum after it into one operation that rounds once. This is
     # x * 127.5, rounded as on the host: both products are exact.
     x = x.astype(jnp.float32)
@@ -50,7 +53,7 @@ def write_video(
 ) -> None:
     """Write frames as an H.264 mp4 that any player shows, at exactly `fps`.
 
-    frames: uint8 [t h w 3], or an iterable of [h w 3], of which one is held at a time, besides
+    frames: uint8 [t h w 3], or an iterable of [h w 3], of which memory holds one at a time and
     those that the encoder looks ahead.
 
     Small clips are enlarged by a whole factor until the shorter side has `min_side` pixels:
@@ -124,9 +127,9 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
-    """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds from the first.
+    """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    Ends where the video ends. Decodes no further than the caller iterates, and holds two frames.
+    Times count from the first frame. Ends where the video ends. Decodes no further than the caller iterates, and holds two frames.
     Raises ValueError as `read_video` does.
     """
     count = 0
