@@ -5,6 +5,7 @@ pixels. It never chooses which folder is opened: a manifest from elsewhere could
 """
 
 import dataclasses
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +75,7 @@ def make_manifest(
     # Deferred: vdx/__init__.py is the public API, which imports this module.
     from vdx import __version__
 
-    return {
+    manifest = {
         "request": dataclasses.asdict(request),
         "weights": None if weights is None else dataclasses.asdict(weights),
         "versions": {
@@ -86,6 +87,8 @@ def make_manifest(
         "pixels_sha256": pixels_sha256,
         **more,
     }
+    # The values that a file has: tuples are lists.
+    return json.loads(json.dumps(manifest))
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
