@@ -1,15 +1,16 @@
-"""What attention costs by each backend that is at hand, against torch's on the same machine.
+"""Compare the attention backends of this device with torch's attention.
 
     python benchmarks/attention.py --out=benchmarks/attention.json
 
-Self-attention of one clip, 8 heads of 64: forward, and forward with backward ("both"), in float32
-and in bfloat16. Medians of runs in turns, over torch's scaled_dot_product_attention on the same
-arrays; on a CPU the memory that a call adds; how far answer and gradients are from float32
-attention in full. Run it on a machine that does nothing else.
+The work is self-attention of one clip, 8 heads of 64: forward, and forward with backward ("both"),
+in float32 and in bfloat16. The numbers are medians of runs in turns, over those of torch's
+scaled_dot_product_attention on the same arrays; on a CPU also the memory that a call adds. The
+error is the distance of outputs and gradients from float32 attention that computes all scores at
+once. Run it on an idle machine; torch runs on the same one.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,34 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from absl import app, flags
-from side_by_side import compare, report, where
+from side_by_side import Way, compare, report, where
 
 from vdx.models.attention.backends import BACKENDS, AttentionSpec, attend
 from vdx.parallel import platform
 
 FLAGS = flags.FLAGS
-HEADS, WIDTH = 8, 64
+HEADS = 8
+WIDTH = 64  # features of a head
+
+COLUMNS = {
+    "tokens": ",",
+    "dtype": "",
+    "backend": "",
+    "forward, s": ".3f",
+    "forward over torch": ".2f",
+    "forward, MiB": ",.0f",
+    "both, s": ".3f",
+    "both over torch": ".2f",
+    "both, MiB": ",.0f",
+    "error": ".0e",
+}
 
 
-def at_hand(tokens: int, dtype: str) -> list[str]:
-    """Backends for this device; splash is for tests where it is interpreted."""
+def available_backends(tokens: int, dtype: str) -> list[str]:
+    """Return the backends for this device.
+
+    Splash also runs elsewhere, interpreted, which is for tests and is left out.
+    """
     spec = AttentionSpec(tokens, tokens, WIDTH, dtype, platform=platform())
     return [
         name
@@ -37,13 +55,9 @@ def at_hand(tokens: int, dtype: str) -> list[str]:
     ]
 
 
-def error(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def ours(name: str, arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
-    """Forward, and forward with backward."""
-    args = [jnp.asarray(a, dtype) for a in arrays]
+def vdx_ways(name: str, arrays: list[np.ndarray], dtype: str) -> dict[str, Way]:
+    """Return forward, and forward with backward, of a backend of vdx."""
+    args = [jnp.asarray(array, dtype) for array in arrays]
     attention = functools.partial(attend, backend=name)
     forward = jax.jit(attention)
     both = jax.jit(lambda q, k, v, dy: jax.vjp(attention, q, k, v)[1](dy))
@@ -53,18 +67,17 @@ def ours(name: str, arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[
     }
 
 
-def theirs(arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]:
-    """The same of torch; answers and gradients [b n s d]."""
-    *qkv, dy = (
-        torch.tensor(a).to(getattr(torch, dtype)).transpose(1, 2).contiguous() for a in arrays
-    )
+def torch_ways(arrays: list[np.ndarray], dtype: str) -> dict[str, Way]:
+    """Return forward, and forward with backward, of torch; its arrays are [b n s d]."""
+    tensors = [torch.tensor(array).to(getattr(torch, dtype)) for array in arrays]
+    *qkv, dy = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
-    def forward():
+    def forward() -> torch.Tensor:
         with torch.no_grad():
             return sdpa(*qkv)
 
-    def both():
+    def both() -> list[torch.Tensor]:
         leaves = [a.detach().requires_grad_() for a in qkv]
         sdpa(*leaves).backward(dy)
         return [a.grad for a in leaves]
@@ -72,63 +85,61 @@ def theirs(arrays: list[np.ndarray], dtype: str) -> dict[str, Callable[[], Any]]
     return {"forward": forward, "both": both}
 
 
-def seen(way: Mapping[str, Callable[[], Any]]) -> list[np.ndarray]:
-    """Answer and gradients [b s n d], float32."""
-    return [
-        a.transpose(1, 2).float().numpy()
-        if isinstance(a, torch.Tensor)
-        else np.asarray(a, np.float32)
-        for a in (way["forward"](), *way["both"]())
-    ]
+def results_of(ways: Mapping[str, Way]) -> list[np.ndarray]:
+    """Return output and gradients, float32 [b s n d]."""
+    results = []
+    for array in (ways["forward"](), *ways["both"]()):
+        if isinstance(array, torch.Tensor):
+            array = array.transpose(1, 2).float().numpy()
+        results.append(np.asarray(array, np.float32))
+    return results
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Return the distance of two arrays over the norm of the second."""
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def measure(tokens: int, dtype: str) -> list[dict[str, Any]]:
+    """Return the rows of all backends at one length and type."""
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal((1, tokens, HEADS, WIDTH), np.float32) for _ in range(4)]
-    want = seen(ours("xla", arrays, "float32"))
-    ways = {"torch": theirs(arrays, dtype)}
-    ways |= {name: ours(name, arrays, dtype) for name in at_hand(tokens, dtype)}
-    rows = {
-        name: {
-            "tokens": tokens,
-            "dtype": dtype,
-            "backend": name,
-            "error": max(map(error, seen(way), want)),
-        }
-        for name, way in ways.items()
-    }
-    for what in ("forward", "both"):
-        found = compare({name: way[what] for name, way in ways.items()}, FLAGS.runs)
-        for name, one in found.items():
+    shape = (1, tokens, HEADS, WIDTH)
+    arrays = [rng.standard_normal(shape, np.float32) for _ in range(4)]  # q, k, v, dy
+    backends = {"torch": torch_ways(arrays, dtype)}
+    for name in available_backends(tokens, dtype):
+        backends[name] = vdx_ways(name, arrays, dtype)
+
+    # Errors.
+    want = results_of(vdx_ways("xla", arrays, "float32"))
+    rows = {}
+    for name, ways in backends.items():
+        error = max(map(relative_error, results_of(ways), want))
+        rows[name] = {"tokens": tokens, "dtype": dtype, "backend": name, "error": error}
+
+    # Times and memory.
+    for work in ("forward", "both"):
+        found = compare({name: ways[work] for name, ways in backends.items()}, FLAGS.runs)
+        for name, measured in found.items():
             rows[name] |= {
-                f"{what}, s": one["seconds"],
-                f"{what}, MiB": one["mib"],
-                f"{what} over torch": one["seconds"] / found["torch"]["seconds"],
+                f"{work}, s": measured.seconds,
+                f"{work}, MiB": measured.mib,
+                f"{work} over torch": measured.seconds / found["torch"].seconds,
             }
     return list(rows.values())
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
-    rows = [
-        row
-        for dtype in ("float32", "bfloat16")
-        for tokens in map(int, FLAGS.tokens)
-        for row in measure(tokens, dtype)
-    ]
-    columns = {"tokens": ",", "dtype": "", "backend": ""}
-    for what in ("forward", "both"):
-        columns |= {f"{what}, s": ".3f", f"{what} over torch": ".2f", f"{what}, MiB": ",.0f"}
-    report(
-        Path(FLAGS.out),
-        where(torch=torch.__version__)
-        | {"heads": HEADS, "width": WIDTH, "runs": FLAGS.runs, "rows": rows},
-        columns | {"error": ".0e"},
-    )
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for tokens in FLAGS.tokens:
+            rows += measure(int(tokens), dtype)
+    facts = {"heads": HEADS, "width": WIDTH, "runs": FLAGS.runs, "rows": rows}
+    report(Path(FLAGS.out), where(torch=torch.__version__) | facts, COLUMNS)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The .json file to write.", required=True)
     flags.DEFINE_list("tokens", ["512", "2304", "4608"], "Lengths of the clip.")
-    flags.DEFINE_integer("runs", 7, "Of each way.", lower_bound=1)
+    flags.DEFINE_integer("runs", 7, "Runs of each backend.", lower_bound=1)
     app.run(main)

@@ -1,17 +1,20 @@
-"""The video VAE against `AutoencoderKLWan` of diffusers with the same weights, on a CPU.
+"""Compare the video VAE with `AutoencoderKLWan` of diffusers, on a CPU.
 
     python benchmarks/vae_decode.py --runs=11 --out=benchmarks/vae_decode.json
 
-Random weights, float32, written by diffusers and read by vdx.interop. vdx whole and in pieces of
-one latent frame; median seconds of runs in turns, without compiling, which is a column of its
-own; memory beside the weights and the input. torch takes as many threads as OMP_NUM_THREADS
-says, XLA as many as the process may run on.
+Both have the same random weights, float32, written by diffusers and read by vdx.interop. vdx runs
+on the whole clip, and in chunks of one latent frame. The numbers are median seconds of runs in
+turns, without compiling, which is a column of its own, and the memory that a call adds to the
+weights and the input. torch takes as many threads as OMP_NUM_THREADS, XLA as many as the process
+may run on.
 """
 
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -20,10 +23,11 @@ import jax
 import numpy as np
 import torch
 from absl import app, flags
-from side_by_side import compare, report, where
+from side_by_side import Way, compare, report, torch_threads, where
 
 from vdx.interop.components import open_component
 from vdx.parallel import MeshSpec
+from vdx.types import Array, Params
 
 FLAGS = flags.FLAGS
 COLUMNS = {
@@ -35,17 +39,16 @@ COLUMNS = {
     "compile": ".1f",
     "error": ".1e",
 }
-Z = 16
+CHANNELS = 16  # of the latents
+# A latent frame is 4 frames of 8 x 8 pixels; the first is one frame.
+RATE_T = 4
+RATE_HW = 8
 
 
-def numpy(x: torch.Tensor) -> np.ndarray:
-    return x.movedim(1, -1).numpy()
+class Pair:
+    """A reference, and the VAE of vdx with its weights."""
 
-
-class Both:
-    """A reference, and ours with its weights."""
-
-    def __init__(self, base_dim: int):
+    def __init__(self, base_dim: int) -> None:
         torch.manual_seed(0)
         self.torch = diffusers.AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
         with tempfile.TemporaryDirectory() as folder:
@@ -53,14 +56,11 @@ class Both:
             component = open_component("vae", folder, "float32")
             self.vae = component.module
             self.params = component.load(MeshSpec().make())
-        self.mean, self.std = (
-            np.float32(getattr(self.vae, f"latents_{k}")) for k in ("mean", "std")
-        )
 
-    def ours(self, method: str, x: np.ndarray, chunk: int | None):
-        """(run, seconds to compile)"""
+    def vdx_way(self, method: str, x: np.ndarray, chunk: int | None) -> tuple[Way, float]:
+        """Compile encode or decode; return it and the seconds to compile."""
 
-        def call(params, x):
+        def call(params: Params, x: Array) -> Array:
             y = self.vae.apply({"params": params}, x, chunk, method=method)
             return y.mean if method == "encode" else y
 
@@ -69,69 +69,83 @@ class Both:
         seconds = time.perf_counter() - start
         return lambda: np.asarray(compiled(self.params, x)), seconds
 
-    def theirs(self, method: str, x: np.ndarray):
-        first = torch.from_numpy(x if method == "encode" else x * self.std + self.mean)
-        first = first.movedim(-1, 1).contiguous()
-        if method == "encode":
-            return lambda: numpy(self.torch.encode(first).latent_dist.mean)
-        return lambda: numpy(self.torch.decode(first).sample)
+    def torch_way(self, method: str, x: np.ndarray) -> Way:
+        """Return encode or decode of the reference, whose latents are not normalised."""
+        if method == "decode":
+            x = x * np.float32(self.vae.latents_std) + np.float32(self.vae.latents_mean)
+        tensor = torch.from_numpy(x).movedim(-1, 1).contiguous()
 
-    def rows(self, method: str, x: np.ndarray, runs: int) -> list[dict]:
-        theirs = self.theirs(method, x)
-        whole, whole_seconds = self.ours(method, x, None)
-        pieces, pieces_seconds = self.ours(method, x, 1)
-        ways = {"torch": theirs, "vdx": whole, "vdx, in pieces": pieces}
-        compiling = {"torch": 0.0, "vdx": whole_seconds, "vdx, in pieces": pieces_seconds}
-        clip = (lambda y: np.clip(y, -1, 1)) if method == "decode" else (lambda y: y)
-        want = theirs()
-        errors = {name: float(np.abs(clip(way()) - want).max()) for name, way in ways.items()}
+        def encode() -> np.ndarray:
+            return self.torch.encode(tensor).latent_dist.mean.movedim(1, -1).numpy()
+
+        def decode() -> np.ndarray:
+            return self.torch.decode(tensor).sample.movedim(1, -1).numpy()
+
+        return encode if method == "encode" else decode
+
+    def rows(self, method: str, x: np.ndarray, runs: int) -> list[dict[str, Any]]:
+        """Return the rows of encode or decode."""
+        whole, whole_compile = self.vdx_way(method, x, None)
+        chunked, chunked_compile = self.vdx_way(method, x, 1)
+        ways = {"torch": self.torch_way(method, x), "vdx": whole, "vdx, in pieces": chunked}
+        compile_seconds = dict(zip(ways, (0.0, whole_compile, chunked_compile), strict=True))
+
+        # The reference clips its frames to [-1, 1].
+        want = ways["torch"]()
+        errors = {}
+        for name, way in ways.items():
+            got = np.clip(way(), -1, 1) if method == "decode" else way()
+            errors[name] = float(np.abs(got - want).max())
+
         found = compare(ways, runs)
-        return [
-            {
-                "what": method,
-                "way": name,
-                "seconds": row["seconds"],
-                "over torch": row["seconds"] / found["torch"]["seconds"],
-                "MiB": row["mib"],
-                "compile": compiling[name],
-                "error": errors[name],
-            }
-            for name, row in found.items()
-        ]
+        rows = []
+        for name, measured in found.items():
+            rows.append(
+                {
+                    "what": method,
+                    "way": name,
+                    "seconds": measured.seconds,
+                    "over torch": measured.seconds / found["torch"].seconds,
+                    "MiB": measured.mib,
+                    "compile": compile_seconds[name],
+                    "error": errors[name],
+                }
+            )
+        return rows
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     del argv
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
-    both, rng = Both(FLAGS.base_dim), np.random.default_rng(0)
-    t, side = 1 + (FLAGS.frames - 1) // 4, FLAGS.side
-    latents = rng.normal(size=(1, t, side // 8, side // 8, Z)).astype(np.float32)
-    video = np.tanh(rng.normal(size=(1, FLAGS.frames, side, side, 3))).astype(np.float32)
-    rows = both.step_table("decode", latents, FLAGS.runs) + both.step_table(
-        "encode", video, FLAGS.runs
+    torch.set_num_threads(torch_threads())
+    pair = Pair(FLAGS.base_dim)
+
+    rng = np.random.default_rng(0)
+    frames = FLAGS.frames
+    side = FLAGS.side
+    latent_shape = (1, 1 + (frames - 1) // RATE_T, side // RATE_HW, side // RATE_HW, CHANNELS)
+    latents = rng.normal(size=latent_shape).astype(np.float32)
+    video = np.tanh(rng.normal(size=(1, frames, side, side, 3))).astype(np.float32)
+    rows = pair.rows("decode", latents, FLAGS.runs) + pair.rows("encode", video, FLAGS.runs)
+
+    measured_on = where(
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+        torch_threads=str(torch.get_num_threads()),
     )
-    report(
-        Path(FLAGS.out),
-        {
-            **where(
-                torch=torch.__version__,
-                diffusers=diffusers.__version__,
-                torch_threads=str(torch.get_num_threads()),
-            ),
-            "base_dim": FLAGS.base_dim,
-            "frames": FLAGS.frames,
-            "side": side,
-            "runs": FLAGS.runs,
-            "rows": rows,
-        },
-        COLUMNS,
-    )
+    facts = {
+        "base_dim": FLAGS.base_dim,
+        "frames": frames,
+        "side": side,
+        "runs": FLAGS.runs,
+        "rows": rows,
+    }
+    report(Path(FLAGS.out), measured_on | facts, COLUMNS)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", "benchmarks/vae_decode.json", "A .json file.")
-    flags.DEFINE_integer("base_dim", 32, "Channels of the first level; the public VAE has 96.")
-    flags.DEFINE_integer("frames", 17, "1 + 4n.")
-    flags.DEFINE_integer("side", 128, "Pixels, a multiple of 8.")
-    flags.DEFINE_integer("runs", 5, "Of each way.", lower_bound=1)
+    flags.DEFINE_string("out", "benchmarks/vae_decode.json", "The .json file to write.")
+    flags.DEFINE_integer("base_dim", 32, "Channels of the first level; the pretrained VAE has 96.")
+    flags.DEFINE_integer("frames", 17, "Frames of the clip, 1 + 4n.")
+    flags.DEFINE_integer("side", 128, "Pixels of a side, a multiple of 8.")
+    flags.DEFINE_integer("runs", 5, "Runs of each way.", lower_bound=1)
     app.run(main)

@@ -22,6 +22,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+# [b] + [b t] must be written out. Set here and not in the environment: a test's commands run as
+# a user runs them.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every annotation of these two packages is checked at each call, shapes and axis letters too.
 jaxtyping.install_import_hook(["vdx.diffusion", "vdx.models"], "beartype.beartype")
 

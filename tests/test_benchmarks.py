@@ -1,4 +1,4 @@
-"""The scripts against torch at small sizes: they run to their end, and both sides answer alike."""
+"""The scripts against torch at small sizes: they finish, and both sides give the same results."""
 
 import os
 import subprocess

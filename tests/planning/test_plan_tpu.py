@@ -1,8 +1,8 @@
-"""t2v_base compiled for a slice of TPU v5e, by the real compiler, against a table of its needs.
+"""Compare the needs of t2v_base, compiled for a slice of TPU v5e, with a table.
 
-Of its 28 scanned layers there are 4: the program of a layer is the same, and so is the time it
-takes to compile. A change that makes the program larger fails here. Where it is meant, or where
-the compiler is a newer one, look at what the command below prints, which writes the table:
+The model has 4 of its 28 scanned layers: the program of a layer is the same, and so is the time to
+compile it. A change that makes the program larger fails here. Where the change is intended, or the
+compiler is newer, check what the command below prints. It also writes the table:
 
     python -m vdx.plan --config=configs/t2v_base.py --topology=v5e:2x2 --clip=16,32,32 --text=256 \\
         --config.data.loader.global_batch=8 --config.model.backbone.depth=4 \\
@@ -68,7 +68,7 @@ def test_it_fits_and_needs_no_more_memory(row):
 
 
 def test_nothing_is_computed_that_the_program_does_not_state(row):
-    """Compiled products against those of the formula, and what remat computes again."""
+    """Compiled products are those of the formula, and those that remat recomputes."""
     stated, compiled = row["stated_flops"], row["flops"] * row["devices"]
     assert row["model_flops"] == TABLE["model_flops"]
     assert stated == pytest.approx(4 / 3 * row["model_flops"], rel=0.01)
@@ -78,7 +78,7 @@ def test_nothing_is_computed_that_the_program_does_not_state(row):
 
 
 def largest_kernel(where: str, scanned: int, size: int, *config: str) -> int:
-    """Bytes of the largest one whose path matches, of one layer if `scanned`."""
+    """Return the bytes of the largest kernel whose path matches, of one layer if `scanned`."""
     shapes = flatten_dict(Experiment(resolve(*config)).shapes, sep="/")
     return max(
         size * math.prod(leaf.shape[scanned:])
@@ -100,8 +100,11 @@ def test_no_more_is_sent(row):
 
 
 def test_wan_14b_on_v5p(tmp_path):
-    """All 40 layers, 64 chips. What is sent whole outside of the scan are weights that are used
-    there, the largest of them (that of the time, in float32) as large as one of a layer."""
+    """The program has all 40 layers and 64 chips.
+
+    Only weights that are used outside of the scan are sent whole there. The largest of them (that
+    of the time, in float32) is as large as one of a layer.
+    """
     out = tmp_path / "plan.json"
     config, more = ROOT / "configs" / "wan21_t2v_14b.py", "--config.weights=unread"
     done = planned(
@@ -121,8 +124,8 @@ def test_wan_14b_on_v5p(tmp_path):
     assert looped <= largest_kernel("network/layers/", 1, 2, str(config), [more])
 
 
-def test_a_clip_too_many_is_an_answer(tmp_path):
-    """With 32 clips a chip, as they lie on 16 chips, it says what it needs and what to try."""
+def test_too_large_a_batch_is_a_result(tmp_path):
+    """With 32 clips a chip, on 16 chips, the plan has what it needs and what to try."""
     out = tmp_path / "plan.json"
     done = planned(out, *BASE, "--topology=v5e:4x4")
     assert done.returncode == 0, done.stderr
@@ -131,7 +134,7 @@ def test_a_clip_too_many_is_an_answer(tmp_path):
     assert memory["needs"] > read_json(out)["memory_has"] > 15e9
 
 
-def test_a_slice_that_is_none(tmp_path):
+def test_an_unknown_slice_is_an_error(tmp_path):
     done = planned(tmp_path / "plan.json", *BASE, "--topology=v5e:3x5")
-    assert done.returncode == 1 and "the TPU compiler does not know this slice" in done.stderr
+    assert done.returncode == 1 and "the TPU compiler has no such slice" in done.stderr
     assert "Traceback" not in done.stderr

@@ -23,7 +23,7 @@ from vdx.diffusion.guidance import Guidance, guided_denoiser, stack_branches
 from vdx.diffusion.samplers import SAMPLERS, run_steps
 from vdx.generate.generator import Generator, constrain_batch
 from vdx.models.adapters.lora import Adapted
-from vdx.models.mixers.grid_attention import CachePosition
+from vdx.models.mixers.context import CachePosition
 from vdx.parallel import BATCH
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from vdx.generate.video_io import to_uint8_on_device
-from vdx.models.vae.video_vae import VideoVAE, head_of
+from vdx.models.vae.chunks import first_piece_length
+from vdx.models.vae.video_vae import VideoVAE
 from vdx.types import Array, Params
 
 
@@ -56,7 +57,7 @@ class Decoder:
 
     def __call__(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the pieces; the next one is already dispatched when one is yielded."""
-        head = head_of(len(latents), self.chunk)
+        head = first_piece_length(len(latents), self.chunk)
         pending, history = self.first(self.params, latents[None, :head])
         for start in range(head, len(latents), self.chunk):
             done = pending

@@ -1,406 +1,164 @@
-"""What a program will need on a slice of chips that is not here: compiled for it, or estimated.
+"""Estimates of a job's needs, without a compiler.
 
-For TPUs the real compiler runs ahead of time, on any machine (`jax.experimental.topologies` and
-libtpu). For GPUs, whose compiler wants a GPU, the traced program and the layout of its arguments
-are all that is known.
+They take the shapes and the traced program alone. They serve GPUs, whose compiler needs a GPU, and
+the search, which compares hundreds of variants.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import re
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 
-from vdx.config.build import ConfigError, lookup
-from vdx.experiment import Experiment
-from vdx.flops import traced
-from vdx.hardware import CHIPS, Chip
-from vdx.interop.load import abstract_params
 from vdx.models.transformer import Transformer
-from vdx.models.vae.image_vae import ImageVAE
-from vdx.models.vae.video_vae import VideoVAE
-from vdx.parallel import AXES, MeshSpec, replicated
-from vdx.planning.hlo import Program, by_kind
-from vdx.train.program import abstract_batch, train_program, with_text
+from vdx.planning.hlo import CollectiveTotals
+from vdx.planning.job import Job
+from vdx.planning.programs import shaped_program
 
-TWICE = {"all-reduce": 2.0}  # what others send once is sent there, and the sum sent back
-# The VAEs whose latents have so many channels: Stable Diffusion's, that of Wan 2.1, of Wan 2.2.
-VAES: dict[int, Callable[..., Any]] = {
-    4: ImageVAE,
-    16: VideoVAE,
-    48: functools.partial(
-        VideoVAE,
-        base_dim=160,
-        decoder_base_dim=256,
-        z_dim=48,
-        is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-    ),
-}
-PIXELS = 2**20  # of a frame, times the latent frames decoded at once
-
-
-def abstract_mesh(spec: MeshSpec, devices: int) -> AbstractMesh:
-    """A mesh of no devices in particular. Raises ConfigError."""
-    return AbstractMesh(spec.shape(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+# Remat policy -> features that every block keeps for the backward pass, in widths of a token: the
+# operands of its products ("none"), or their results ("dots"). Other policies keep only the input
+# of each period of the pattern.
+KEPT_WIDTHS = {"none": 16, "dots": 11}
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """Chips to plan for: "v5e:4x4", a row of CHIPS and a topology, or "h100:8", a number."""
+class Counts:
+    """The work of one device in one call."""
 
-    name: str
-
-    @functools.cached_property
-    def chip(self) -> Chip:
-        return lookup(self.name.partition(":")[0], CHIPS, "--topology")
-
-    @property
-    def compiles(self) -> bool:
-        return self.chip.kind.startswith("TPU")
-
-    @property
-    def devices(self) -> int:
-        """Raises ConfigError for what is not a slice."""
-        sizes = self.name.partition(":")[2]
-        if not re.fullmatch(r"\d+(x\d+)*" if self.compiles else r"\d+", sizes):
-            raise ConfigError(
-                f"--topology={self.name} is not like v5e:4x4 or h100:8. Known chips: "
-                f"{', '.join(CHIPS)}."
-            )
-        return math.prod(map(int, sizes.split("x"))) * self.chip.per_chip
-
-    def mesh(self, spec: MeshSpec) -> Mesh | AbstractMesh:
-        """The mesh of a config over these chips. Raises ConfigError."""
-        if not self.compiles:
-            return abstract_mesh(spec, self.devices)
-        if importlib.util.find_spec("libtpu") is None:
-            raise ConfigError(
-                "Planning for a TPU runs its compiler, libtpu, which is not here. No "
-                "TPU is needed for it: pip install 'vdx[tpu]'"
-            )
-        assert self.devices  # or it says what is wrong with the name
-        try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices
-        except Exception as error:
-            raise ConfigError(
-                f"--topology={self.name}: the TPU compiler does not know this slice. There are "
-                f"v5e:2x2, v5e:4x4, v5p:2x2x2, v6e:4x4 and others like them. It said: {error}"
-            ) from error
-        return spec.make(found)
+    flops: float
+    traffic: float  # bytes to and from its memory
+    sent: float  # bytes to other devices
+    # Kind of collective -> its totals in loops and outside (see `by_kind`); empty if estimated.
+    collectives: dict[str, dict[str, CollectiveTotals]]
+    kernels: int | None = None  # runs of kernels, which `flops` leaves out; None if estimated
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A program of an experiment. what: a row of PROGRAMS. clip: [t h w c] of the model's space;
-    text: tokens of cached text."""
+class Needs:
+    """The needs of a program on one device, estimated or compiled."""
 
-    experiment: Experiment
-    what: str
-    clip: tuple[int, ...]
-    text: int | None
-
-    def program(self, mesh: Any) -> tuple[Any, tuple]:
-        """(jitted function, its arguments as shapes laid out on the mesh)."""
-        return PROGRAMS[self.what](self, mesh)
-
-    @property
-    def clips(self) -> int:
-        """Of one call."""
-        e = self.experiment
-        return {"train": e.data.loader["global_batch"], "sample": e.sampling.batch, "decode": 1}[
-            self.what
-        ]
-
-    @functools.cached_property
-    def model_flops(self) -> float:
-        """Operations that the result of one call needs, of all devices together: to train a whole
-        network three times the forward pass; to sample one for each evaluation and each condition;
-        else what the program states when nothing is recomputed."""
-        e = self.experiment
-        if self.what == "sample":
-            generator = e.generator()
-            branches = 1 + len(generator.guidance_branches(_conditions(self, 1)))
-            forwards = len(generator.step_table()["t"]) * branches
-        elif self.what == "train" and e.part is None:
-            forwards = 3
-        else:
-            return self.with_backbone(remat="none").stated_flops
-        return forwards * self.clips * e.model.flops(self.clip, self.text)
-
-    @functools.cached_property
-    def stated_flops(self) -> float:
-        """Operations that the traced program states, what remat recomputes included, but not what
-        an attention kernel does again by itself."""
-        mesh, job = MeshSpec().make(jax.devices()[:1]), self
-        if isinstance(self.experiment.model.backbone, Transformer):
-            job = self.with_backbone(attention="xla")
-        with jax.set_mesh(mesh):
-            function, args = job.program(mesh)
-            return traced(function, *args)
-
-    def with_backbone(self, **fields: Any) -> "Job":
-        model = self.experiment.config["model"]
-        return self.changed(model={**model, "backbone": {**model["backbone"], **fields}})
-
-    def changed(self, **sections: Any) -> "Job":
-        """The same with other sections of the config."""
-        config = {**self.experiment.config, **sections}
-        return dataclasses.replace(self, experiment=Experiment(config))
+    # Purpose -> bytes. {"needs": all of them} for a program that does not fit.
+    memory: dict[str, float]
+    counts: Counts | None  # None: the compiler ran out of the device's memory
+    memory_has: float | None = None  # bytes there are; None: the compiler does not report it
+    compile_seconds: float | None = None  # None if estimated
 
 
-def _train(job: Job, mesh: Any) -> tuple[Any, tuple]:
-    step, like = train_program(job.experiment, mesh)
-    batch = abstract_batch(job.experiment, mesh, job.clip, job.text)
-    return step, (like, batch, job.experiment.abstract_frozen(mesh))
+def estimate_needs(job: Job, mesh: Mesh, stated_flops: float) -> Needs:
+    """Return a lower bound of memory and operations, and a rough number of bytes sent.
 
-
-def _conditions(job: Job, rows: int) -> dict[str, Any]:
-    """What a generator is told, as shapes that lie on every device."""
-    conditioning = job.experiment.model.conditioning
-    shapes = {
-        k: (v.shape[1:], v.dtype)
-        for k, v in jax.eval_shape(lambda: conditioning.dummy_batch(job.clip)).items()
-    }
-    return {
-        k: jax.ShapeDtypeStruct((rows, *shape), dtype)
-        for k, (shape, dtype) in with_text(job.experiment, shapes, job.text).items()
-    }
-
-
-def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
-    e = job.experiment
-    generator = e.generator(size=(job.clip[1], job.clip[2]))
-    # All inside eval_shape: no operation can run on chips that are not here.
-    trained = abstract_params(jax.eval_shape(lambda: e.new_params(jax.random.key(0))), mesh)
-    params = e.objective.whole(trained, e.abstract_frozen(mesh))
-    draw = jax.jit(
-        lambda params, batch, seeds: generator.from_seeds(
-            params, batch, seeds, None, None, job.clip
-        )[0]
+    stated_flops: of the traced program, of all devices together.
+    """
+    sent = 0.0
+    if job.what == "train":
+        sent = bytes_sent(job, mesh)
+    counts = Counts(
+        flops=stated_flops / mesh.size,
+        traffic=2.0 * bytes_per_device(_arguments(job, mesh)),  # each is read and written once
+        sent=sent,
+        collectives={},
     )
-    rows = generator.batch_size(job.clips)
-    return draw, (params, _conditions(job, rows), jax.ShapeDtypeStruct((rows,), jnp.int32))
+    return Needs(least_memory(job, mesh), counts)
 
 
-def _decode(job: Job, mesh: Any) -> tuple[Any, tuple]:
-    """As vdx.generate.pretrained decodes a clip."""
-    network = job.experiment.model.backbone
-    if (make := VAES.get(network.channels)) is None:
-        raise ConfigError(
-            f"--what=decode: latents of {network.channels} channels are of no VAE "
-            f"that is known; those of {', '.join(map(str, VAES))} channels are."
-        )
-    vae, latents = make(dtype=network.dtype), jax.ShapeDtypeStruct((1, *job.clip), jnp.float32)
-    chunk: tuple[int, ...] = ()
-    if isinstance(vae, VideoVAE):
-        sides = job.clip[1] * job.clip[2] * vae.rates[1] ** 2
-        chunk = (max(1, PIXELS // sides),)
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3))))
-    function = jax.jit(
-        lambda params, z: vae.apply({"params": params}, z, *chunk, method="decode"),
-        out_shardings=replicated(mesh),
-    )
-    return function, (abstract_params(shapes["params"], mesh, network.dtype), latents)
+def bytes_per_device(tree: Any) -> float:
+    """Return the bytes on one device of a tree of shapes, by their shardings.
 
-
-PROGRAMS: dict[str, Callable[[Job, Any], tuple[Any, tuple]]] = {
-    "train": _train,
-    "sample": _sample,
-    "decode": _decode,
-}
-
-
-def bytes_held(args: Any) -> float:
-    """Of one device, by shapes and where they lie."""
-
-    def one(leaf: Any) -> float:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return 0.0  # a key
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        return float(math.prod(shape) * leaf.dtype.itemsize)
-
-    return sum(map(one, jax.tree.leaves(args)))
-
-
-@functools.lru_cache(maxsize=1)
-def _arguments(job: Job, mesh: Any) -> tuple:
-    return job.program(mesh)[1]
-
-
-# Features that stay for the backward pass, in widths of a token, of every block: the operands of
-# its products, or their results. Other policies keep what a period of the pattern begins with.
-KEPT = {"none": 16, "dots": 11}
-
-
-def least_memory(
-    job: Job, mesh: Any, clips: int | None = None, remat: str | None = None
-) -> dict[str, float]:
-    """About the bytes of one device that no compiler can do without: arguments, and to train
-    gradients and what the backward pass begins from. clips: of a call, and remat, if others than
-    the job's."""
-    args, clips = _arguments(job, mesh), clips or job.clips
-    if job.what != "train":
-        return {"arguments": bytes_held(args)}
-    state, batch, frozen = args
-    least = {
-        "arguments": bytes_held((state, frozen)) + bytes_held(batch) * clips / job.clips,
-        "gradients": bytes_held(state.params),
-        "kept": 0.0,
-    }
-    network = job.experiment.model.backbone
-    if isinstance(network, Transformer):
-        depth, periods = network.dims()[1], network.dims()[1] // len(network.dims()[3])
-        least["kept"] = (
-            _token_bytes(job, mesh, clips)
-            / job.experiment.optimizer.grad_accum_steps
-            * (periods + depth * KEPT.get(remat or network.remat, 0))
-        )
-    return least
-
-
-def _token_bytes(job: Job, mesh: Any, clips: int) -> float:
-    """Of all tokens of one device, once."""
-    network, parts = job.experiment.model.backbone, dict(mesh.shape)
-    return (
-        math.prod(network.grid(job.clip))
-        * network.dims()[0]
-        * jnp.dtype(network.dtype).itemsize
-        * clips
-        / (parts["context"] * parts["data"] * parts["fsdp"])
-    )
-
-
-def sent(job: Job, mesh: Any, clips: int | None = None) -> float:
-    """A rough number of bytes that a device sends to train a step: weights gathered twice where
-    they are split, gradients summed, tokens exchanged over context and tensor."""
-    parts, (state, _, frozen) = dict(mesh.shape), _arguments(job, mesh)
-    network, clips = job.experiment.model.backbone, clips or job.clips
-    size = jnp.dtype(network.dtype).itemsize
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.params, frozen)))
-    trained, total = bytes_held(state.params), 0.0
-    if parts["fsdp"] > 1:
-        total += 2 * size * weights / parts["tensor"] + trained * parts["fsdp"]
-    if parts["data"] > 1:
-        total += 2 * trained
-    if isinstance(network, Transformer):
-        # In a block three sums, or queries, keys, values and the result; in three passes.
-        times = 6 * (parts["tensor"] > 1) + 4 * (parts["context"] > 1)
-        total += 3 * times * network.dims()[1] * _token_bytes(job, mesh, clips)
+    Random keys do not count.
+    """
+    total = 0.0
+    for leaf in jax.tree.leaves(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):  # a key
+            continue
+        shape = leaf.shape
+        if leaf.sharding:
+            shape = leaf.sharding.shard_shape(shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
     return total
 
 
-def compile_for(job: Job, mesh: Any) -> dict[str, Any]:
-    """What the compiler says of the program for this mesh; see `estimated` for the keys."""
-    with jax.set_mesh(mesh):
-        function, args = job.program(mesh)
-        lowered, begin = function.lower(*args), time.perf_counter()
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(str(error)):
-                raise
-            return {
-                "fits": False,
-                "memory": out_of_memory(str(error)),
-                "compile_seconds": time.perf_counter() - begin,
-            }
-    memory, text = program.memory_analysis(), program.as_text()
-    counted = Program(text)
-    collectives = counted.collectives
-    return {
-        "fits": True,
-        "compile_seconds": time.perf_counter() - begin,
-        "memory": {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            "program": memory.generated_code_size_in_bytes,
-        },
-        "flops": counted.flops,
-        "traffic": counted.traffic,
-        "kernels": counted.kernels,
-        "sent": sum(TWICE.get(c.kind, 1.0) * c.bytes * c.times for c in collectives),
-        "collectives": by_kind(collectives),
-    }
+# One entry is enough: the search goes from mesh to mesh.
+@functools.lru_cache(maxsize=1)
+def _arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
+    """Return the shapes of a job's arguments, laid out on the mesh."""
+    return shaped_program(job, mesh).args
 
 
-def estimated(job: Job, mesh: Any) -> dict[str, Any]:
-    """Without a compiler: bytes and operations of one device that are certain to be needed, and a
-    rough number of what is sent.
+def least_memory(
+    job: Job, mesh: Mesh, clips: int | None = None, remat: str | None = None
+) -> dict[str, float]:
+    """Return {purpose: bytes} of one device that no compiler can avoid, approximately.
 
-    fits: whether it may. memory: bytes by what they are for. flops, traffic, sent: operations,
-    bytes to and from memory, bytes to other devices, in one call. collectives: see `by_kind`.
+    These are the arguments and, for training, the gradients and the activations that the backward
+    pass starts from. clips: of a call, and remat: if other than the job's.
     """
-    args, least = _arguments(job, mesh), least_memory(job, mesh)
+    args = _arguments(job, mesh)
+    clips = clips or job.clips
+    if job.what != "train":
+        return {"arguments": bytes_per_device(args)}
+
+    state, batch, frozen = args
+    batch_bytes = bytes_per_device(batch) * clips / job.clips
     return {
-        "fits": True,
-        "memory": least,
-        "flops": job.stated_flops / mesh.size,
-        "traffic": 2.0 * bytes_held(args),
-        "collectives": {},
-        "sent": sent(job, mesh) if job.what == "train" else 0.0,
+        "arguments": bytes_per_device((state, frozen)) + batch_bytes,
+        "gradients": bytes_per_device(state.params),
+        "kept": _kept_bytes(job, mesh, clips, remat),
     }
 
 
-def out_of_memory(message: str) -> dict[str, float]:
-    """Bytes that a program needs and that there are, as the compiler says them; none if it does
-    not."""
-    size = r"\(?([\d.]+)([KMGT]?)\)?"
-    used = re.search(rf"Used {size} of {size} hbm", message) or re.search(
-        rf"temporaries {size} exceeds available HBM {size}", message
-    )
-    if used is None:
-        return {}
-    needs, needs_unit, has, has_unit = used.groups()
-    unit = lambda letter: 1024.0 ** " KMGT".index(letter or " ")
-    return {"needs": float(needs) * unit(needs_unit), "has": float(has) * unit(has_unit)}
+def _kept_bytes(job: Job, mesh: Mesh, clips: int, remat: str | None) -> float:
+    """Return the bytes of activations that one device keeps for the backward pass.
+
+    0 for a network that is no transformer, of which nothing is known.
+    """
+    network = job.experiment.model.backbone
+    if not isinstance(network, Transformer):
+        return 0.0
+    dims = network.dims()
+    widths = dims.periods + dims.depth * KEPT_WIDTHS.get(remat or network.remat, 0)
+    microbatches = job.experiment.optimizer.grad_accum_steps
+    return _token_bytes(job, mesh, clips) / microbatches * widths
 
 
-def plan(job: Job, slice_: Slice) -> dict[str, Any]:
-    """All that is known of a job on a slice, as JSON has it; times in seconds, sizes in bytes.
-    Raises ConfigError for what cannot be."""
-    e, chip = job.experiment, slice_.chip
-    mesh = slice_.mesh(e.mesh_spec)
-    facts = (compile_for if slice_.compiles else estimated)(job, mesh)
-    has = facts["memory"].pop("has", chip.memory)
-    if not slice_.compiles:
-        facts["fits"] = sum(facts["memory"].values()) <= has
-    if facts["fits"] or "flops" in facts:
-        # What kernels do is stated, and not in the compiled text.
-        hidden = job.stated_flops / mesh.size if facts.get("kernels") else 0.0
-        facts["bounds"] = {
-            "arithmetic": max(facts["flops"], hidden) / chip.flops,
-            "memory": facts["traffic"] / chip.bandwidth,
-            "interconnect": facts["sent"] / chip.interconnect,
-        }
-    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    trained = count(jax.eval_shape(e.new_params, jax.random.key(0)))
-    return {
-        "what": job.what,
-        "topology": slice_.name,
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "compiled": slice_.compiles,
-        "clip": list(job.clip),
-        "text": job.text,
-        "clips": job.clips,
-        "tokens": e.model.num_tokens((1, *job.clip)),
-        "remat": e.config["model"]["backbone"].get("remat", "none"),
-        "parameters": count(e.shapes),
-        "trained": trained,
-        "model_flops": job.model_flops,
-        "stated_flops": job.stated_flops,
-        "memory_has": has,
-        **facts,
-    }
+def _token_bytes(job: Job, mesh: Mesh, clips: int) -> float:
+    """Return the bytes of all tokens of one device, each of the network's width."""
+    network = job.experiment.model.backbone
+    parts = mesh.shape["context"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens = math.prod(network.grid(job.clip))
+    return tokens * network.dims().width * jnp.dtype(network.dtype).itemsize * clips / parts
+
+
+def bytes_sent(job: Job, mesh: Mesh, clips: int | None = None) -> float:
+    """Return a rough number of bytes that a device sends in one training step.
+
+    Weights are gathered twice where fsdp splits them, gradients are summed, and tokens are
+    exchanged over context and tensor.
+    """
+    state, _, frozen = _arguments(job, mesh)
+    network = job.experiment.model.backbone
+    parts = mesh.shape
+    total = 0.0
+
+    # Weights, gathered for the forward and the backward pass, and their gradients.
+    trained = bytes_per_device(state.params)
+    if parts["fsdp"] > 1:
+        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.params, frozen)))
+        gathered = 2 * jnp.dtype(network.dtype).itemsize * weights / parts["tensor"]
+        total += gathered + trained * parts["fsdp"]
+    if parts["data"] > 1:
+        total += 2 * trained  # an all-reduce sends there and back
+
+    # Tokens, in the forward pass and twice in the backward pass.
+    if isinstance(network, Transformer):
+        times = 0
+        if parts["tensor"] > 1:
+            times += 6  # three sums a block, each sent there and back
+        if parts["context"] > 1:
+            times += 4  # queries, keys, values and the result
+
+        total += 3 * times * network.dims().depth * _token_bytes(job, mesh, clips or job.clips)
+
+    return total

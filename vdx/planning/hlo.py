@@ -1,395 +1,194 @@
-"""What a compiled program does, counted in its text (HLO): products, memory traffic, collectives.
+"""Counts of what a compiled program does, from its text (HLO).
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, and so misses nearly
-all of a network whose layers are scanned. Here every computation counts as often as it is called:
-the body of a `while` as often as its counter says. What is inside a Mosaic (Pallas) kernel is not
-text, and is not counted.
+Counted are products, memory traffic, kernels and collectives. XLA's own cost analysis counts the
+body of a loop once, however often it runs. It so misses nearly all of a network whose layers are
+scanned. Here a computation counts as often as it is called, and the body of a `while` as often as
+its counter states. The inside of a Mosaic (Pallas) kernel is not text, and does not count.
 """
 
 import dataclasses
 import functools
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypedDict
 
-import numpy as np
+from vdx.planning.hlo_products import convolution_flops, dot_flops
+from vdx.planning.hlo_text import Instruction, Module, parse_module
+from vdx.planning.hlo_traffic import COLLECTIVES, bytes_moved, is_still
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-)
-BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "s8": 8,
-    "u8": 8,
-    "s16": 16,
-    "u16": 16,
-    "f16": 16,
-    "bf16": 16,
-    "s32": 32,
-    "u32": 32,
-    "f32": 32,
-    "s64": 64,
-    "u64": 64,
-    "f64": 64,
-}
-# Instructions that move nothing by themselves.
-STILL = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "iota",
-    "opt-barrier",
-}
-
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_CALLS = re.compile(
-    r"(calls|body|condition|to_apply|branch_computations|called_computations)="
-    r"(\{[^}]*\}|%[\w.\-]+)"
-)
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=\d+")
+KERNEL = "tpu_custom_call"  # target of the call of a Mosaic kernel
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    sizes: tuple[int, ...]
-    bytes: float
-    here: bool  # in the chip's large memory, not in a small fast one
+class Visit(NamedTuple):
+    """An instruction at one of the places that call its computation."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    opcode: str
-    result: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str  # all that follows the opcode
-    root: bool  # its result is that of its computation
-
-    @property
-    def callees(self) -> list[tuple[str, str]]:
-        """(role, name of a computation)"""
-        return [
-            (role, name)
-            for role, names in _CALLS.findall(self.attributes)
-            for name in re.findall(r"%([\w.\-]+)", names)
-        ]
+    computation: str
+    instruction: Instruction
+    times: int  # how often it runs there
+    in_loop: bool
+    in_fusion: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """kind: one of COLLECTIVES. bytes: of the arrays that go in or those that come out, whichever
-    are more, of one device; largest: of one of them. times: how often it runs. looped: it is inside
-    a loop, such as that over layers."""
+    """A communication between devices, as one of them runs it."""
 
-    kind: str
-    bytes: float
-    largest: float
-    times: int
-    looped: bool
+    kind: str  # one of COLLECTIVES
+    bytes: float  # of the arrays that go in or of those that come out, whichever are more
+    largest: float  # bytes of the largest of these arrays
+    times: int  # how often it runs
+    in_loop: bool  # such as the loop over layers
 
 
 class Program:
-    """The text of a compiled program, as `jax.stages.Compiled.as_text` gives it."""
+    """The counts of a program, from the text that `jax.stages.Compiled.as_text` gives."""
 
-    def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, current = "", None
-        for line in text.splitlines():
-            if current is None:
-                if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
-                    current = self.computations.setdefault(head[2], {})
-                    self.entry = head[2] if head[1] else self.entry
-            elif line.rstrip() == "}":  # a kernel's metadata have lines of their own
-                current = None
-            elif (one := _parse(line)) is not None:
-                current[one.name] = one
+    def __init__(self, text: str) -> None:
+        self.module = parse_module(text)
 
     @functools.cached_property
-    def visits(self) -> list[tuple[str, Instruction, int, bool, bool]]:
-        """(computation, instruction, how often it runs, in a loop, in a fusion) of all that runs,
-        once for each place that calls it."""
-        out: list[tuple[str, Instruction, int, bool, bool]] = []
-
-        def walk(name: str, times: int, looped: bool, fused: bool) -> None:
-            for one in self.computations.get(name, {}).values():
-                out.append((name, one, times, looped, fused))
-                for role, callee in one.callees:
-                    if role == "to_apply" and one.opcode != "call":
-                        continue  # an addition, or the like
-                    trips = self.trips(one) if role == "body" else 1
-                    walk(
-                        callee,
-                        times * trips,
-                        looped or role == "body",
-                        fused or one.opcode == "fusion",
-                    )
-
-        walk(self.entry, 1, False, False)
-        return out
-
-    def trips(self, loop: Instruction) -> int:
-        """How often the body of a while runs: as XLA says, or what its counter, from 0, is
-        compared with; 1 if neither is there."""
-        if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-            return int(found[1])
-        condition = dict(loop.callees).get("condition", "")
-        limits = [
-            int(found[1])
-            for one in self.computations.get(condition, {}).values()
-            if one.opcode == "constant" and (found := re.match(r"\((\d+)\)", one.attributes))
-        ]
-        return limits[0] if len(limits) == 1 else 1
+    def visits(self) -> list[Visit]:
+        """Return every instruction that runs, once for each place that calls it."""
+        return list(_walk(self.module, self.module.entry))
 
     @property
     def flops(self) -> float:
-        """Operations of products and convolutions, of one device, two to a multiply-add."""
-        return float(
-            sum(times * self._products(name, one) for name, one, times, _, _ in self.visits)
-        )
+        """Return the operations of products and convolutions, of one device."""
+        return float(sum(visit.times * _flops(self.module, visit) for visit in self.visits))
 
     @property
     def traffic(self) -> float:
-        """Bytes to and from a device's memory, if every instruction reads its operands and writes
-        its result once, a fusion being one instruction: the slices of an operand, where it takes
-        no more, and of a result, where the rest stays what it is."""
-        return float(
-            sum(
-                times * self._moved(name, one)
-                for name, one, times, _, fused in self.visits
-                if not fused
-                and one.opcode not in STILL
-                and not one.opcode.endswith(("-done", "-update"))
-            )
-        )
+        """Return the bytes to and from a device's main memory.
+
+        Instructions inside a fusion move nothing by themselves: the fusion counts as one.
+        """
+        total = 0.0
+        for visit in self.visits:
+            if not visit.in_fusion and not is_still(visit.instruction):
+                moved = bytes_moved(self.module, visit.computation, visit.instruction)
+                total += visit.times * moved
+        return total
 
     @property
     def kernels(self) -> int:
-        """How often a kernel runs, of which nothing is counted."""
-        return sum(
-            times for _, one, times, _, _ in self.visits if "tpu_custom_call" in one.attributes
-        )
+        """Return how often a kernel runs; nothing of it counts elsewhere."""
+        return sum(visit.times for visit in self.visits if KERNEL in visit.instruction.attributes)
 
     @property
     def collectives(self) -> list[Collective]:
-        """An asynchronous one on a TPU stands in several fusions, all with its channel."""
-        out: dict[str, Collective] = {}
-        for name, one, times, looped, _ in self.visits:
-            kind = one.opcode.removesuffix("-start")
+        """Return the collectives, each channel once.
+
+        An asynchronous one is written in several fusions on a TPU, with one channel.
+        """
+        found: dict[str, Collective] = {}
+        for visit in self.visits:
+            instruction = visit.instruction
+            kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                given = [a.bytes for a in self._operands(name, one)]
-                made = [a.bytes for a in one.result]
-                # What is asynchronous returns its operands beside its results.
-                both = kind != one.opcode and len(made) > len(given)
-                moved = max(sum(given), sum(made) - both * sum(given))
-                channel = re.search(r"channel_id=\d+", one.attributes)
-                out.setdefault(
-                    channel[0] if channel else f"{name}/{one.name}",
-                    Collective(kind, moved, max(given + made), times, looped),
-                )
-        return list(out.values())
-
-    def _operands(self, name: str, one: Instruction) -> list[Array]:
-        known = self.computations[name]
-        return [a for operand in one.operands if operand in known for a in known[operand].result]
-
-    def _moved(self, name: str, one: Instruction) -> float:
-        inside, known = self._inside(one), self.computations[name]
-        if one.opcode in ("copy-start", "slice-start"):  # -> (from, to, ...)
-            start, end = one.result[:2]
-            return end.bytes * (start.here + end.here)
-        if one.opcode in ("slice", "dynamic-slice"):
-            return 2.0 * _here(one.result)
-        if one.opcode == "dynamic-update-slice":
-            return 2.0 * _here(known[one.operands[1]].result)
-        read = sum(
-            self._read(inside, i, _here(known[operand].result))
-            for i, operand in enumerate(one.operands)
-            if operand in known
-        )
-        return read + self._written(inside, one.result)
-
-    def _inside(self, one: Instruction) -> str:
-        """The computation of a fusion, else nothing."""
-        return (
-            next((callee for role, callee in one.callees if role == "calls"), "")
-            if one.opcode == "fusion"
-            else ""
-        )
-
-    def _read(self, inside: str, index: int, size: float) -> float:
-        """Of the `size` bytes of an operand, those that are read: of a fusion's perhaps slices."""
-        if not inside:
-            return size
-        known = self.computations[inside]
-        parameter = next(
-            one.name
-            for one in known.values()
-            if one.opcode == "parameter" and one.attributes.startswith(f"({index})")
-        )
-
-        def taken(name: str) -> float:
-            total = 0.0
-            for one in known.values():
-                for i, operand in enumerate(one.operands):
-                    if operand != name:
-                        continue
-                    if one.opcode == "bitcast":
-                        total += taken(one.name)
-                    elif one.opcode in ("slice", "dynamic-slice") and i == 0:
-                        total += sum(a.bytes for a in one.result)
-                    elif one.opcode == "fusion":
-                        total += self._read(self._inside(one), i, size)
-                    elif not (
-                        one.opcode == "tuple"
-                        or one.opcode in COLLECTIVES
-                        or (one.opcode == "dynamic-update-slice" and i == 0)
-                    ):
-                        return size
-            return total
-
-        return min(size, taken(parameter))
-
-    def _written(self, inside: str, results: tuple[Array, ...]) -> float:
-        """Of the bytes of the results, those that are written: none of what passes through a fusion
-        or is on its way from other devices."""
-        if not inside:
-            return _here(results)
-        known = self.computations[inside]
-
-        def made(one: Instruction, results: tuple[Array, ...]) -> float:
-            if one.opcode == "bitcast":
-                return made(known[one.operands[0]], results)
-            if one.opcode == "tuple":
-                return sum(
-                    made(known[name], (result,))
-                    for name, result in zip(one.operands, results, strict=True)
-                )
-            if one.opcode == "dynamic-update-slice":
-                return _here(known[one.operands[1]].result) if _here(results) else 0.0
-            if one.opcode == "fusion":
-                return self._written(self._inside(one), results)
-            return 0.0 if one.opcode in ("parameter", *COLLECTIVES) else _here(results)
-
-        return made(next(one for one in known.values() if one.root), results)
-
-    def _products(self, name: str, one: Instruction) -> float:
-        if one.opcode not in ("dot", "convolution"):
-            return 0.0
-        left, right = self._operands(name, one)[:2]
-        out = one.result[0]
-        if one.opcode == "dot":
-            dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-            contracted = [int(i) for i in dims[1].split(",") if i] if dims else []
-            return 2.0 * math.prod(out.sizes) * math.prod(left.sizes[i] for i in contracted)
-        return _convolution(left.sizes, right.sizes, out.sizes, one.attributes)
+                key = f"{visit.computation}/{instruction.name}"
+                channel = _CHANNEL.search(instruction.attributes)
+                if channel:
+                    key = channel[0]
+                found.setdefault(key, _collective(self.module, visit, kind))
+        return list(found.values())
 
 
-def by_kind(collectives: list[Collective]) -> dict[str, dict[str, Any]]:
-    """kind -> {"looped", "outside"} -> {"count", "bytes", "largest"}: how often, all bytes, and
-    those of the largest array."""
-    out: dict[str, dict[str, Any]] = defaultdict(dict)
-    for one in collectives:
-        place = out[one.kind].setdefault(
-            "looped" if one.looped else "outside", {"count": 0, "bytes": 0.0, "largest": 0.0}
-        )
-        place["count"] += one.times
-        place["bytes"] += one.times * one.bytes
-        place["largest"] = max(place["largest"], one.largest)
-    return dict(sorted(out.items()))
+def _walk(
+    module: Module, computation: str, times: int = 1, in_loop: bool = False, in_fusion: bool = False
+) -> Iterator[Visit]:
+    """Yield the visits of a computation and of those that it calls.
+
+    Those of a callee follow the instruction that calls it. The computation that a reduction
+    applies to two scalars (`to_apply`) is left out.
+    """
+    for instruction in module.computations.get(computation, {}).values():
+        yield Visit(computation, instruction, times, in_loop, in_fusion)
+        for role, callee in instruction.callees:
+            if role == "to_apply" and instruction.opcode != "call":
+                continue
+            trips = 1
+            if role == "body":
+                trips = trip_count(module, instruction)
+            yield from _walk(
+                module,
+                callee,
+                times * trips,
+                in_loop or role == "body",
+                in_fusion or instruction.opcode == "fusion",
+            )
 
 
-def _here(arrays: Iterable[Array]) -> float:
-    return sum(a.bytes for a in arrays if a.here)
+def trip_count(module: Module, loop: Instruction) -> int:
+    """Return how often the body of a `while` runs.
+
+    This is the count that XLA annotates or, without one, the constant in the loop's condition,
+    with which a counter from 0 is compared; 1 if the condition has no or several constants.
+    """
+    annotated = _TRIP_COUNT.search(loop.attributes)
+    if annotated:
+        return int(annotated[1])
+
+    condition = dict(loop.callees).get("condition", "")
+    limits = []
+    for instruction in module.computations.get(condition, {}).values():
+        constant = _CONSTANT.match(instruction.attributes)
+        if instruction.opcode == "constant" and constant:
+            limits.append(int(constant[1]))
+    return limits[0] if len(limits) == 1 else 1
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if not depth:
-            return i
-    return len(text)
+def _flops(module: Module, visit: Visit) -> float:
+    """Return the operations of one run of an instruction; 0 for what is no product."""
+    instruction = visit.instruction
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0.0
+    left, right = module.operand_arrays(visit.computation, instruction)[:2]
+    out = instruction.results[0]
+    if instruction.opcode == "dot":
+        return dot_flops(left, out, instruction.attributes)
+    return convolution_flops(left, right, out, instruction.attributes)
 
 
-def _parse(line: str) -> Instruction | None:
-    name, equals, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    if not equals:
-        return None
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    start = rest.find("(")
-    stop = _closing(rest, start)
-    return Instruction(
-        name.removeprefix("%"),
-        rest[:start],
-        _arrays(kind),
-        tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])),
-        rest[start:],
-        line.lstrip().startswith("ROOT "),
+def _collective(module: Module, visit: Visit, kind: str) -> Collective:
+    """Return the collective of a visit, with the bytes that it moves."""
+    instruction = visit.instruction
+    inputs = [array.bytes for array in module.operand_arrays(visit.computation, instruction)]
+    outputs = [array.bytes for array in instruction.results]
+
+    # The start of an asynchronous one returns its operands together with its results.
+    is_start = instruction.opcode != kind
+    returned = sum(outputs)
+    if is_start and len(outputs) > len(inputs):
+        returned -= sum(inputs)
+    return Collective(
+        kind=kind,
+        bytes=max(sum(inputs), returned),
+        largest=max(inputs + outputs),
+        times=visit.times,
+        in_loop=visit.in_loop,
     )
 
 
-def _arrays(kind: str) -> tuple[Array, ...]:
-    out = []
-    for dtype, sizes, layout in _SHAPE.findall(kind):
-        shape = tuple(int(n) for n in sizes.split(",") if n)
-        bits = BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
-        out.append(Array(shape, math.prod(shape) * bits / 8, not re.search(r"S\([1-9]", layout)))
-    return tuple(out)
+class CollectiveTotals(TypedDict):
+    """The collectives of one kind, in loops or outside of them."""
+
+    count: int  # how often they run
+    bytes: float  # of all runs
+    largest: float  # bytes of the largest array
 
 
-def _convolution(
-    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
-) -> float:
-    """Two for every pair of an output and an entry of the kernel that reads no padding and no hole:
-    batched products are convolutions with holes to XLA."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    assert labels is not None, attributes
-    window = dict(
-        re.findall(
-            r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", attributes) or ["", ""])[1]
-        )
-    )
-    at = lambda key, i, default: window[key].split("x")[i] if key in window else default
-    pairs = (
-        2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
-    )
-    for i in range(len(labels[1]) - 2):
-        size, kernel, results = (
-            sizes[label.index(str(i))]
-            for sizes, label in zip((left, right, out), labels.groups(), strict=True)
-        )
-        pairs *= _read(
-            size,
-            kernel,
-            results,
-            int(at("stride", i, 1)),
-            int(at("pad", i, "0_0").split("_")[0]),
-            int(at("lhs_dilate", i, 1)),
-            int(at("rhs_dilate", i, 1)),
-        )
-    return pairs
-
-
-@functools.cache
-def _read(size: int, kernel: int, results: int, step: int, low: int, hole: int, apart: int) -> int:
-    """Along one axis: pairs of a result and an entry of the kernel that read an entry."""
-    place = np.arange(results)[:, None] * step + np.arange(kernel) * apart - low
-    return int(((place >= 0) & (place <= (size - 1) * hole) & (place % hole == 0)).sum())
+def by_kind(collectives: Iterable[Collective]) -> dict[str, dict[str, CollectiveTotals]]:
+    """Return {kind: {"looped" or "outside": totals}}, the kinds in alphabetical order."""
+    kinds: dict[str, dict[str, CollectiveTotals]] = defaultdict(dict)
+    for collective in collectives:
+        place = "looped" if collective.in_loop else "outside"
+        empty = CollectiveTotals(count=0, bytes=0.0, largest=0.0)
+        totals = kinds[collective.kind].setdefault(place, empty)
+        totals["count"] += collective.times
+        totals["bytes"] += collective.times * collective.bytes
+        totals["largest"] = max(totals["largest"], collective.largest)
+    return dict(sorted(kinds.items()))
