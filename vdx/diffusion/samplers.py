@@ -20,8 +20,7 @@ from vdx.diffusion.process import FLOOR, Process
 from vdx.diffusion.step_cache import StepCache, StepCacheState
 from vdx.types import Array, PRNGKeyArray
 
-# Name -> coefficients of all evaluations, [evaluations]; traced where a program takes them.
-StepTable = Mapping[str, np.ndarray | Array]
+StepTable = dict[str, np.ndarray]  # name -> coefficients of all evaluations, [evaluations]
 Row = Mapping[str, Any]  # name -> coefficient of one evaluation, traced
 Carry = tuple[Array, ...]  # a sampler's state; its first array is x_t
 
@@ -90,7 +89,7 @@ def run_steps(
     process: Process,
     sampler: Sampler,
     carry: Carry,
-    table: StepTable,
+    table: Mapping[str, np.ndarray | Array],  # a StepTable, or a part of one, traced
     key: PRNGKeyArray | None = None,
     step_cache: StepCache | None = None,
 ) -> Steps:
