@@ -1,10 +1,10 @@
 """Clips drawn block by block, by a network that sees no later block.
 
-Such a network has `block` in its pattern. The sampler denoises every block from noise, while a cache holds the keys and values of the blocks
-before it. Then the network reads the clean block once more, at time 0, which writes its own keys
-and values to the cache (Yin et al. 2024, CausVid; Huang et al. 2025, Self-Forcing). One program
-serves every block: the position of a block is an argument of it. With a `window` the cache does
-not grow, and a clip may continue without end.
+Such a network has `block` in its pattern. The sampler denoises every block from noise, while a
+cache holds the keys and values of the blocks before it. Then the network reads the clean block
+once more, at time 0, which writes its own keys and values to the cache (Yin et al. 2024, CausVid;
+Huang et al. 2025, Self-Forcing). One program serves every block: the position of a block is an
+argument of it. With a `window` the cache does not grow, and a clip may continue without end.
 """
 
 import dataclasses

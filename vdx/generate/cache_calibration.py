@@ -1,7 +1,7 @@
 """Calibration of the step cache.
 
-It finds the largest threshold whose clips stay near the exact ones. The result is a file in the workdir. It holds for the weights and the sampling that it was found
-with, and for no others.
+It finds the largest threshold whose clips stay near the exact ones. The result is a file in the
+workdir. It holds for the weights and the sampling that it was found with, and for no others.
 """
 
 import dataclasses

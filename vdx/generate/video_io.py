@@ -129,8 +129,8 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
     """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    Times count from the first frame. Ends where the video ends. Decodes no further than the caller iterates, and holds two frames.
-    Raises ValueError as `read_video` does.
+    Times count from the first frame. Ends where the video ends. Decodes no further than the caller
+    iterates, and holds two frames. Raises ValueError as `read_video` does.
     """
     count = 0
     last_second = 0.0
