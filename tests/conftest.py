@@ -103,6 +103,19 @@ def public_file(tmp_path_factory):
     return save
 
 
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """The workdir of a finished micro run, made by the real command in its own process.
+
+    Tests copy it before they change it.
+    """
+    from tests.micro_run import MICRO, command
+
+    path = tmp_path_factory.mktemp("run") / "micro"
+    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={path}", *MICRO)
+    return path
+
+
 @pytest.fixture
 def at_root(monkeypatch):
     """Runs a test in the repository's root, where `configs/` is found."""

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 # From the top to the ground; a module may import its own level and lower ones.
 LEVELS = [
     {"main", "sample", "evaluate", "convert", "plan"},
+    {"cli"},
     {"evaluation", "planning"},
+    {"load_pipeline"},
     {"experiment", "weights"},
     {"train", "generate"},
     {"interop", "metrics"},

@@ -15,7 +15,7 @@ from vdx.data.records import latent_features, write_records
 from vdx.diffusion.losses import shared_times
 from vdx.experiment import Experiment, load
 from vdx.files import read_rows
-from vdx.generate.pipeline import Sampling
+from vdx.generate.generator import Sampling
 from vdx.interop.keymap import WeightsError
 from vdx.interop.lora import open_lora, write_lora
 from vdx.interop.save import export_plan, save_folder

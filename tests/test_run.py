@@ -1,10 +1,7 @@
-"""The whole path at a very small size: train, resume, sample, judge, report."""
+"""The whole path at a very small size: train, resume, sample, evaluate, report."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.micro_run import MICRO, ROOT, command, config
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
 from vdx.experiment import load
@@ -20,67 +18,6 @@ from vdx.main import run
 from vdx.train import compile as compile_module
 from vdx.train.preemption import PreemptionHandler
 from vdx.weights import open_params
-
-ROOT = Path(__file__).parents[1]
-MICRO = [
-    "--config.train.steps=6",
-    "--config.train.log_every=2",
-    "--config.train.eval_every=3",
-    "--config.train.sample_every=6",
-    "--config.train.save_every=2",
-    "--config.train.eval_clips=8",
-    "--config.data.loader.global_batch=8",
-    "--config.data.clip.num_frames=(8,)",
-    "--config.eval.prompts=4",
-    "--config.model.backbone.width=32",
-    "--config.model.backbone.depth=2",
-    "--config.model.backbone.heads=2",
-    "--config.sample.steps=3",
-    "--config.train.sample_prompts=('a red circle moves right', 'a blue square turns')",
-]
-# Python in which the core path's strangers are not installed.
-BLOCK = """
-import sys
-class Hide:
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, *args):
-        if name.split(".")[0] not in ("torch", "tensorflow"):
-            return self.finder.find_spec(name, *args)
-sys.meta_path[:] = map(Hide, sys.meta_path)
-import runpy
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-
-
-def config(*extra: str) -> dict:
-    return resolve(str(ROOT / "configs" / "t2v_tiny.py"), [*MICRO, *extra])
-
-
-def command(module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
-    """A vdx command as a user runs it, on one device, with torch and TensorFlow blocked."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCK, module, *args],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory) -> Path:
-    """A finished run, made by the real command in its own process."""
-    out = tmp_path_factory.mktemp("run") / "micro"
-    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={out}", *MICRO)
-    return out
 
 
 def test_a_run_leaves_what_it_promises(workdir):
@@ -101,8 +38,8 @@ def test_a_run_leaves_what_it_promises(workdir):
     result = read_json(workdir / "eval.json")
     assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
     assert result["true_renders"]["all"] == 1.0
-    with Image.open(workdir / "eval" / "sample_grid.webp") as wall:
-        assert wall.size == (6 * 160, 160) and wall.n_frames == 8
+    with Image.open(workdir / "eval" / "sample_grid.webp") as grid:
+        assert grid.size == (6 * 160, 160) and grid.n_frames == 8
     assert len(list((workdir / "samples" / "00000006").glob("*.mp4"))) == 2
     page = (workdir / "report.html").read_text()
     assert "a red circle moves right" in page and "samples/00000006/000.mp4" in page

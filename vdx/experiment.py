@@ -33,7 +33,7 @@ from vdx.diffusion.process import PROCESSES
 from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.models.adapters.lora import Lora
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser

@@ -40,26 +40,19 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 
 import vdx
-from vdx.compilation_cache import enable_compilation_cache
-from vdx.config.build import ConfigError
+from vdx.cli import exit_on_user_error, start
 from vdx.config.loader import is_override, resolve
-from vdx.data.pipeline import DataError
-from vdx.data.workers import WorkerDied
 from vdx.evaluate import evaluate_run
 from vdx.evaluation.loss_at_times import LossAtTimes
 from vdx.evaluation.report import write_report
 from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
-from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint_match import CheckpointError
-from vdx.train.loop import BadNumbers, PeriodicTask, TrainedRun, train
+from vdx.load_pipeline import params_pipeline
+from vdx.train.loop import PeriodicTask, TrainedRun, train
 from vdx.train.preemption import (
-    STUCK,
     PreemptionHandler,
-    WorkdirInUse,
     exit_if_peer_lost,
-    exit_now,
     lock_workdir,
 )
 from vdx.types import Params
@@ -68,9 +61,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    enable_compilation_cache()
+    start(argv)
     if FLAGS.coordinator:
         jax.distributed.initialize(
             FLAGS.coordinator,
@@ -82,30 +73,6 @@ def main(argv):
         jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
     with exit_on_user_error(), exit_if_peer_lost(), PreemptionHandler() as stop:
         run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), stop)
-
-
-@contextlib.contextmanager
-def exit_on_user_error():
-    """Ends the program with a message instead of a stack trace where the message says it all."""
-    try:
-        yield
-    except (
-        ConfigError,
-        DataError,
-        WorkerDied,
-        WeightsError,
-        CheckpointError,
-        BadNumbers,
-        WorkdirInUse,
-        OSError,
-    ) as error:
-        code = STUCK if isinstance(error, WorkerDied) else 1
-        hint = (
-            ["What was saved before is whole: once this is mended, the same command goes on."]
-            if isinstance(error, OSError)
-            else []
-        )
-        exit_now(code, "\n".join([str(error), *getattr(error, "__notes__", []), *hint]))
 
 
 def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:

@@ -16,7 +16,7 @@ from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.experiment import Experiment, load
 from vdx.files import read_rows
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator
+from vdx.generate.generator import Generator
 from vdx.main import run
 from vdx.models.denoiser import Denoiser
 from vdx.train.objectives import Objective

@@ -89,7 +89,7 @@ def run_steps(
     process: Process,
     sampler: Sampler,
     carry: Carry,
-    table: StepTable,
+    table: Mapping[str, np.ndarray | Array],  # a StepTable, or a part of one, traced
     key: PRNGKeyArray | None = None,
     step_cache: StepCache | None = None,
 ) -> Steps:

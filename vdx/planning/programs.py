@@ -78,7 +78,7 @@ def _sample(job: Job, mesh: Mesh) -> ShapedProgram:
     # The batch is filled up to the shares of the mesh.
     experiment = job.experiment
     generator = experiment.generator(size=(job.clip[1], job.clip[2]))
-    chunk = generator.at_once(job.clips)
+    chunk = generator.batch_size(job.clips)
 
     # The key too is made inside eval_shape: no operation can run on chips that are not here.
     shapes = jax.eval_shape(lambda: experiment.new_params(jax.random.key(0)))
