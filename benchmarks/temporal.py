@@ -29,8 +29,8 @@ from vdx.files import read_json, write_json
 from vdx.generate.sample_grid import write_sheet
 from vdx.generate.video_io import to_uint8
 from vdx.main import run
-from vdx.metrics.prompt_following import track_object
 from vdx.metrics.temporal_consistency import flicker, identity_drift
+from vdx.metrics.tracking import track_object
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.train.preemption import PreemptionHandler

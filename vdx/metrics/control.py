@@ -20,7 +20,8 @@ from vdx.data.scenes.signals import depth, flow
 from vdx.data.scenes.source import CAMERAS, SPEEDS, STEER, VELOCITIES, Scene
 from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
-from vdx.metrics.prompt_following import read_angles, read_attributes, track_object
+from vdx.metrics.prompt_following import read_angles, read_attributes
+from vdx.metrics.tracking import track_object
 
 __all__ = ["CONTROL_METRICS", "Metric", "control_scores", "psnr", "rank_correlation", "scene_truth"]
 
