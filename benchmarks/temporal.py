@@ -135,10 +135,9 @@ def config_of(pattern, steps: int) -> dict:
             "--config.model.backbone.depth=4",
             f"--config.model.backbone.pattern={pattern!r}",
             f"--config.train.steps={steps}",
-            "--config.train.eval_every=0",
+            "--config.eval={'loss': None}",
             "--config.train.sample_every=0",
             f"--config.train.save_every={steps}",
-            "--config.eval.prompts=0",
         ],
     )
     for name in ("fps", "num_frames"):

@@ -70,9 +70,7 @@ class Data:
 class Training:
     """Counts are in steps; 0 turns an action off.
 
-    ema: decay of the averaged weights. eval_clips: clips of the held-out and of the training
-    set whose loss is measured at the fixed noise `levels`. bins: noise levels of the logged
-    loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...; empty:
+    ema: decay of the averaged weights. bins: noise levels of the logged loss. wall: prompts of the samples drawn during training, which take seeds 0, 1, ...; empty:
     the first captions of the data. keep: newest checkpoints that stay; keep_every: also those
     at its multiples; best: also the one at which this metric, e.g. "validation/loss", was lowest.
     spike: a batch is refused if its gradient norm exceeds the running mean this many times
@@ -84,7 +82,6 @@ class Training:
     steps: int
     ema: float = 0.999
     log_every: int = 20
-    eval_every: int = 500
     sample_every: int = 500
     save_every: int = 500
     max_to_keep: int = 2
@@ -94,8 +91,6 @@ class Training:
     max_bad_steps: int = 3
     max_rollbacks: int = 2
     watchdog_seconds: float = 1800.0
-    eval_clips: int = 64
-    eval_times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     loss_bins: int = 5
     sample_prompts: tuple[str, ...] = ()
 
@@ -105,20 +100,6 @@ class Training:
                 f"config.train.max_to_keep = {self.max_to_keep} and bad_in_row = "
                 f"{self.max_bad_steps} must be at least 1."
             )
-        if self.best_metric and not (self.eval_every and self.save_every % self.eval_every == 0):
-            raise ConfigError(
-                f"config.train.best_metric = {self.best_metric!r} needs a measurement at every save: save_every "
-                f"= {self.save_every} must be a multiple of eval_every = {self.eval_every}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """On held-out scenes: prompts of prompt following, and clips for each signal that steers; 0
-    where truth is not known."""
-
-    prompts: int = 0
-    steering: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +155,7 @@ class Experiment:
         self.weights = top.weights
         self.data = fill(Data, top.data, "config.data")
         self.training = fill(Training, top.train, "config.train")
-        self.eval = fill(EvalConfig, top.eval, "config.eval")
+        self.eval = top.eval  # row of EVALUATORS -> its settings, None: off
         self.optimizer = fill(Optimizer, top.optim, "config.optim")
         self.mesh_spec = fill(MeshSpec, top.mesh, "config.mesh")
         self.sampling = fill(Sampling, top.sample, "config.sample")

@@ -44,8 +44,8 @@ from vdx.config.build import ConfigError
 from vdx.config.loader import is_override, resolve
 from vdx.data.pipeline import DataError
 from vdx.data.workers import WorkerDied
-from vdx.evaluate import evaluate_run
 from vdx.evaluation.report import write_report
+from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
@@ -112,13 +112,13 @@ def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:
         experiment = with_pixel_mean(config, workdir)
         mesh = experiment.mesh_spec.make()
         with jax.set_mesh(mesh):
-            done = train_and_judge(experiment, workdir, mesh, stop)
+            done = train_and_evaluate(experiment, workdir, mesh, stop)
         if primary:
             page = write_report(workdir)
             print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
 
 
-def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: PreemptionHandler) -> Run:
+def train_and_evaluate(experiment: Experiment, workdir: Path, mesh, stop: PreemptionHandler) -> Run:
     primary, generator = jax.process_index() == 0, experiment.generator()
 
     def on_sample(step, params):
@@ -136,9 +136,11 @@ def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: Preemptio
 
     if primary:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
-    done = train(experiment, workdir, mesh, on_sample, stop)
-    if experiment.eval.prompts or experiment.eval.steering:
-        evaluate_run(experiment, done.params, workdir, step=int(done.state.step))
+    evaluations = periodic_tasks(experiment, workdir, mesh)
+    done = train(experiment, workdir, mesh, on_sample, stop, evaluations)
+    rows = rows_at_end(experiment)
+    if rows:
+        evaluate_run(experiment, done.params, workdir, int(done.state.step), rows)
     return done
 
 

@@ -1,4 +1,4 @@
-"""Reads colour, shape and motion from clips of scenes, and compares them with their prompts.
+"""Read colour, shape and motion from clips of scenes, and compares them with their prompts.
 
 The reader knows how `vdx.data.scenes` draws, and does not get the prompt. It follows one object
 under a static camera (`vdx.metrics.tracking`), compares it with drawn templates, and fits its
@@ -44,7 +44,7 @@ def score(
     fps: float = 8.0,
     **vocabulary: Sequence[str],
 ) -> dict[str, Any]:
-    """Scores how well clips show the words of their prompts.
+    """Score how well clips show the words of their prompts.
 
     videos: n clips uint8 [t h w 3]; attributes: for each the wanted {"colour", "shape",
     "motion"} (more keys are ignored); vocabulary: the keywords of `read_attributes`.
@@ -85,14 +85,14 @@ def score(
 
 
 def _chance(wanted: Sequence[str], read: Sequence[str]) -> float:
-    """Returns the expected accuracy of the readings in random order."""
+    """Return the expected accuracy of the readings in random order."""
     often = Counter(read)
     hits = sum(count * often[word] for word, count in Counter(wanted).items())
     return hits / len(read) ** 2
 
 
 def _confusion(wanted: Sequence[str], read: Sequence[str]) -> dict[str, Any]:
-    """Counts {"labels", "matrix" int [wanted, read]}."""
+    """Count {"labels", "matrix" int [wanted, read]}."""
     labels = [*sorted({*wanted, *read} - {NONE}), NONE]
     matrix = np.zeros((len(labels), len(labels)), int)
     for one, other in zip(wanted, read, strict=True):
@@ -107,7 +107,7 @@ def read_attributes(
     shapes: Sequence[str] = SHAPES,
     motions: Sequence[str] = MOTIONS,
 ) -> dict[str, str]:
-    """Reads {"colour", "shape", "motion"} of the object in a clip, "none" where unreadable.
+    """Read {"colour", "shape", "motion"} of the object in a clip, "none" where unreadable.
 
     video: uint8 [t h w 3] of one object, static camera, 8 frames and 32 pixels or more;
     fps: frames per second; colours, shapes, motions: the words to choose from.
@@ -125,7 +125,7 @@ def read_attributes(
 
 
 def read_angles(track: Track, shapes: Sequence[str] = SHAPES) -> tuple[np.ndarray, float]:
-    """Reads the angles [frames seen] of an object, and the period of its shape's symmetry.
+    """Read the angles [frames seen] of an object, and the period of its shape's symmetry.
 
     Angles and period are clockwise radians. The period is 0 for a shape that looks the same at
     every angle, and for one that cannot be read.
@@ -139,7 +139,7 @@ def read_angles(track: Track, shapes: Sequence[str] = SHAPES) -> tuple[np.ndarra
 
 
 def _angles(shape: str, step: float) -> np.ndarray:
-    """Returns angles over one period of the shape's symmetry, about `step` degrees apart."""
+    """Return angles over one period of the shape's symmetry, about `step` degrees apart."""
     if shape not in SYMMETRY:
         return np.zeros(1, np.float32)
     period = math.tau / SYMMETRY[shape]
@@ -148,7 +148,7 @@ def _angles(shape: str, step: float) -> np.ndarray:
 
 
 def _name_shape(track: Track, shapes: Sequence[str]) -> tuple[str, str]:
-    """Names (shape, style) of the object where it is largest, each frame at its best angle."""
+    """Name (shape, style) of the object where it is largest, each frame at its best angle."""
     largest = np.argsort(-track.area[track.seen])[:SHAPE_FRAMES]
     frames = track.seen[largest].tolist()
 
@@ -174,7 +174,7 @@ def _name_shape(track: Track, shapes: Sequence[str]) -> tuple[str, str]:
 
 
 def _name_motion(track: Track, fps: float, shape: str, style: str, motions: Sequence[str]) -> str:
-    """Names the strongest motion, each measured against a slow motion of scenes."""
+    """Name the strongest motion, each measured against a slow motion of scenes."""
     height, width = track.amount.shape[1:]
     times = track.seen / fps
     x, y = (track.centre[track.seen] / (width, height)).T
@@ -205,7 +205,7 @@ def _name_motion(track: Track, fps: float, shape: str, style: str, motions: Sequ
 
 
 def _turning(track: Track, times: np.ndarray, shape: str, style: str) -> float:
-    """Fits one constant turn to all frames: clockwise radians per second; 0 if none fits."""
+    """Fit one constant turn to all frames: clockwise radians per second; 0 if none fits."""
     if shape not in SYMMETRY or len(times) < LEAST_FRAMES:
         return 0.0
     angles = _angles(shape, MEDIUM)
@@ -216,8 +216,8 @@ def _turning(track: Track, times: np.ndarray, shape: str, style: str) -> float:
     # The column of `cosines` of each hypothesis: [rates, starts, frames].
     fastest = min(FASTEST, ALIAS * period / float(np.median(np.diff(times))))
     rates = np.linspace(-fastest, fastest, RATES)
-    turned = rates[:, None, None] * times / period * len(angles)
-    column = np.rint(turned + np.arange(len(angles))[:, None]).astype(int) % len(angles)
+    rotation = rates[:, None, None] * times / period * len(angles)
+    column = np.rint(rotation + np.arange(len(angles))[:, None]).astype(int) % len(angles)
 
     fit = cosines[np.arange(len(times)), column].mean(-1).max(-1)  # rates
     best = int(fit.argmax())

@@ -1,4 +1,4 @@
-"""Follows the object of a scene through a clip, from pixels.
+"""Follow the object of a scene through a clip, from pixels.
 
 The reader knows the backgrounds and the colours of `vdx.data.scenes`, and nothing about the clip.
 It reads one object under a static camera. Of several objects it reads one, which is undefined.
@@ -27,7 +27,7 @@ GRID = 32  # samples along a template's side; finer windows are subsampled
 
 
 def track_object(video: np.ndarray, colours: Sequence[str] = tuple(COLOURS)) -> "Track | None":
-    """Follows the object of a clip uint8 [t h w 3]; None where no object is found.
+    """Follow the object of a clip uint8 [t h w 3]; None where no object is found.
 
     colours: the names to choose from. Raises ValueError for another dtype or shape.
     """
@@ -47,7 +47,7 @@ def track_object(video: np.ndarray, colours: Sequence[str] = tuple(COLOURS)) -> 
 
 
 def foreground(video: np.ndarray) -> np.ndarray:
-    """Finds the pixels of a clip uint8 [t h w 3] that differ from its background: bool [t h w].
+    """Find the pixels of a clip uint8 [t h w 3] that differ from its background: bool [t h w].
 
     The background is a plain colour or a pattern of scenes, at rest.
     Raises ValueError for another dtype or shape.
@@ -67,7 +67,7 @@ def _rgb(colour: str) -> np.ndarray:
 
 
 def _estimate_background(video: np.ndarray) -> np.ndarray:
-    """Estimates float32 [h w 3]: a plain colour or a known pattern, the one that fits best.
+    """Estimate float32 [h w 3]: a plain colour or a known pattern, the one that fits best.
 
     The level of each channel comes from the frame's border, which an object hardly covers,
     so that a clip that is slightly too bright or tinted is read as well.
@@ -90,13 +90,13 @@ def _estimate_background(video: np.ndarray) -> np.ndarray:
 
 
 def _differs(frames: np.ndarray, back: np.ndarray) -> np.ndarray:
-    """Compares frames with a background: bool [t h w]."""
+    """Compare frames with a background: bool [t h w]."""
     residual = frames - back
     return (residual**2).sum(-1) > _threshold(residual) ** 2
 
 
 def _threshold(residual: np.ndarray) -> float:
-    """Returns a colour distance that noise does not reach.
+    """Return a colour distance that noise does not reach.
 
     The noise is read where little differs: its deviation is 1.48 medians of the residual.
     """
@@ -105,7 +105,7 @@ def _threshold(residual: np.ndarray) -> float:
 
 
 def _name_colour(pixels: np.ndarray, behind: np.ndarray, colours: Sequence[str]) -> str:
-    """Names the colour whose blends with the background explain the pixels [n 3]; or "none".
+    """Name the colour whose blends with the background explain the pixels [n 3]; or "none".
 
     A blend is a point on the segment from the background to the colour, which covers soft and
     antialiased edges, or to the darker fill of an outlined shape.
@@ -164,7 +164,7 @@ class Track:
         scales: np.ndarray | float = 1.0,
         loose: bool = False,
     ) -> np.ndarray:
-        """Compares the object of a frame with its template: cosines [n] at n angles or scales.
+        """Compare the object of a frame with its template: cosines [n] at n angles or scales.
 
         The template's radius is the one with the object's area, times the scale. With `loose`,
         the template may also be blurred, if that is closer to the object.
@@ -196,7 +196,7 @@ class Track:
 
 
 def _contrast(back: np.ndarray, weight: np.ndarray, own: np.ndarray) -> float:
-    """Returns how much darker the background [h w 3] is than a colour [3], along the colour.
+    """Return how much darker the background [h w 3] is than a colour [3], along the colour.
 
     weight [h w]: where the object is. Rounded, so that few areas of templates are computed.
     """
@@ -214,7 +214,7 @@ def template(
     angle: np.ndarray | float,
     contrast: float,
 ) -> np.ndarray:
-    """Draws the amount of its own colour of a shape at offsets: 1 inside a flat one.
+    """Draw the amount of its own colour of a shape at offsets: 1 inside a flat one.
 
     contrast: see Track; it decides how much the darker fill of an outlined shape counts.
     """
@@ -224,20 +224,20 @@ def template(
 
 @functools.lru_cache(maxsize=1024)
 def _area(shape: str, style: str, contrast: float) -> float:
-    """Returns the sum of a template over the square of its radius, measured at 40 pixels."""
+    """Return the sum of a template over the square of its radius, measured at 40 pixels."""
     line = np.arange(-50, 51, dtype=np.float32)
     drawn = template(shape, style, line, line[:, None], 40.0, 0.0, contrast)
     return float(drawn.sum()) / 1600.0
 
 
 def _cosine(drawn: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Returns the cosines [n] between templates [n h w] and amounts [h w]."""
+    """Return the cosines [n] between templates [n h w] and amounts [h w]."""
     power = (drawn * drawn).sum((1, 2)) * (amount * amount).sum()
     return (drawn * amount).sum((1, 2)) / np.sqrt(np.maximum(power, 1e-12))
 
 
 def _blur(drawn: np.ndarray) -> np.ndarray:
-    """Filters images [n h w] by the binomial filter [1 2 1] / 4 along both axes."""
+    """Filter images [n h w] by the binomial filter [1 2 1] / 4 along both axes."""
     down = 0.5 * drawn
     down[:, 1:] += 0.25 * drawn[:, :-1]
     down[:, :-1] += 0.25 * drawn[:, 1:]

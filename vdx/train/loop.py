@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vdx.files import append_rows, host_file, write_json
 from vdx.models.attention.backends import selected_backends
 from vdx.models.conditioning.signals import NULL
 from vdx.models.transformer import check_remat
-from vdx.parallel import put_batch, replicated
+from vdx.parallel import put_batch
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.checksum import whole_digest
 from vdx.train.compile import StepCompiler, peak_flops
@@ -23,7 +23,7 @@ from vdx.train.log import Log
 from vdx.train.preemption import Preempted, PreemptionHandler, Watchdog, exit_if_peer_lost
 from vdx.train.program import train_program
 from vdx.train.state import TrainState
-from vdx.train.step import make_eval_step
+from vdx.types import Params
 
 
 class BadNumbers(ValueError):
@@ -72,42 +72,13 @@ class MetricsAccumulator:
         return out
 
 
-class Evaluation:
-    """Loss at fixed noise levels on clips that are read once: held-out ones, and seen ones."""
+@dataclasses.dataclass(frozen=True)
+class PeriodicTask:
+    """Something that a run does every few steps with its averaged parameters."""
 
-    def __init__(self, experiment, mesh):
-        t = experiment.training
-        self.levels, self.mesh, self.key = t.eval_times, mesh, jax.random.key(1234)
-        size = min(t.eval_clips, experiment.data.loader["global_batch"])
-        self.sets: dict[str, list[Mapping]] = {}
-        for name, validation in (("validation", True), ("train_eval", False)):
-            # Another seed than training's: other windows of the clips that training sees.
-            batches = experiment.batches(
-                validation=validation,
-                seed=experiment.seed + 1,
-                workers=0,
-                global_batch=size,
-                buckets=(),
-            )
-            self.sets[name] = [
-                put_batch(mesh, next(batches)) for _ in range(max(1, t.eval_clips // size))
-            ]
-            batches.close()
-        self.step = jax.jit(
-            make_eval_step(experiment.objective, t.eval_times), out_shardings=replicated(mesh)
-        )
-
-    def __call__(self, params) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for name, batches in self.sets.items():
-            pairs = [self.step(params, batch, self.key) for batch in batches]
-            cond, null = (np.concatenate(side, 1) for side in zip(*pairs, strict=True))
-            out |= {f"{name}/loss": float(cond.mean()), f"{name}/loss_null": float(null.mean())}
-            out |= {
-                f"{name}/loss_t{level:g}": float(loss)
-                for level, loss in zip(self.levels, cond.mean(1), strict=True)
-            }
-        return out
+    name: str
+    every: int  # steps; also run after the last step
+    run: Callable[[int, Params], Mapping[str, float]]  # (step, parameters) -> scores to log
 
 
 @dataclasses.dataclass
@@ -131,7 +102,12 @@ class PendingStep:
 
 
 def train(
-    experiment, workdir: Path, mesh, on_sample: Callable[[int, Any], None], stop: PreemptionHandler
+    experiment,
+    workdir: Path,
+    mesh,
+    on_sample: Callable[[int, Any], None],
+    stop: PreemptionHandler,
+    evaluations: Sequence[PeriodicTask] = (),
 ) -> Run:
     """Trains to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
 
@@ -149,7 +125,9 @@ def train(
             ) as watchdog,
             exit_if_peer_lost(kill_workers),
         ):
-            trainer = Trainer(experiment, workdir, mesh, batches, checkpoints, watchdog)
+            trainer = Trainer(
+                experiment, workdir, mesh, batches, checkpoints, watchdog, evaluations
+            )
             if jax.process_index() == 0:  # not before: what is there may not fit this config
                 write_json(workdir / "config.json", experiment.config)
             try:
@@ -167,13 +145,20 @@ class Trainer:
     """The moving parts of a run: state, data, checkpoints, log, and the streak of bad steps."""
 
     def __init__(
-        self, experiment, workdir: Path, mesh, batches, checkpoints: Checkpoints, watchdog: Watchdog
+        self,
+        experiment,
+        workdir: Path,
+        mesh,
+        batches,
+        checkpoints: Checkpoints,
+        watchdog: Watchdog,
+        evaluations: Sequence[PeriodicTask] = (),
     ):
         self.experiment, self.t = experiment, experiment.training
         check_remat(experiment.model.backbone.remat, jax.local_devices()[0])
         self.workdir, self.mesh, self.batches = workdir, mesh, batches
         self.checkpoints, self.watchdog = checkpoints, watchdog
-        self.evaluation = Evaluation(experiment, mesh) if self.t.eval_every else None
+        self.evaluations = evaluations
         # All of them now: asked for later, one would be computed behind the step in flight.
         self.rates = np.asarray(
             jax.vmap(experiment.optimizer.rate(self.t.steps))(np.arange(self.t.steps + 1))
@@ -269,19 +254,23 @@ class Trainer:
             pause = (
                 stopping
                 or self.step == t.steps
-                or self.due(t.eval_every, t.save_every, t.sample_every)
+                or self.due(
+                    *(task.every for task in self.evaluations), t.save_every, t.sample_every
+                )
             )
             if pause and len(self.bad) < t.max_bad_steps:
                 self.collect_pending()
             if len(self.bad) >= t.max_bad_steps:
                 self.roll_back()
                 continue
-            scores = None
-            if self.evaluation and self.due(t.eval_every):
-                scores = self.evaluation(self.averaged())
+            scores: dict[str, float] = {}
+            for task in self.evaluations:
+                if self.due(task.every):
+                    scores |= task.run(self.step, self.averaged())
+            if scores:
                 self.log.row(self.step, scores)
             if self.due(t.save_every) or stopping:
-                self.save(scores)
+                self.save(scores or None)
             if stopping:
                 self.log.say(f"Stopped at step {self.step}; the same command goes on from there.")
                 self.checkpoints.wait()
