@@ -1,4 +1,7 @@
-"""Eight simulated devices for the whole suite; set before anything imports jax."""
+"""The suite's ground: eight simulated devices, checked shapes, no silent rank promotion.
+
+All of it is set before anything imports jax or vdx.
+"""
 
 import functools
 import os
@@ -14,9 +17,13 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
+
+# Every annotation of these two packages is checked at each call, shapes and axis letters too.
+jaxtyping.install_import_hook(["vdx.diffusion", "vdx.models"], "beartype.beartype")
 
 from vdx.parallel import MeshSpec  # noqa: E402
 

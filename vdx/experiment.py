@@ -24,7 +24,8 @@ from vdx.data.signals import SIGNALS
 from vdx.data.sources import SOURCES
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import WEIGHTINGS
-from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
+from vdx.diffusion.process import PROCESSES
+from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator, Sampling

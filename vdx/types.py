@@ -5,12 +5,31 @@ l text length, s any flattened sequence. Arrays are channels-last.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+import jax
+import numpy as np
+from jax.typing import DTypeLike  # "bfloat16", jnp.bfloat16 or a np.dtype
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 
-__all__ = ["Array", "Batch", "Bool", "Float", "Int", "PRNGKeyArray", "Params", "Ports", "UInt8"]
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    Array = jax.Array | np.ndarray  # a network takes both; mypy sees the one with `.at`
+
+__all__ = [
+    "Array",
+    "Batch",
+    "Bool",
+    "DTypeLike",
+    "Float",
+    "Int",
+    "PRNGKeyArray",
+    "Params",
+    "Ports",
+    "UInt8",
+]
 
 # A batch is a flat dict whose arrays share the leading axis b:
 #   video      uint8  [b t h w 3]   pixels, or

@@ -36,7 +36,7 @@ from vdx.data.scenes.source import (
     is_validation,
 )
 
-TIME_SAMPLERS = np.arange(16) / 8.0
+TIMES = np.arange(16) / 8.0
 ONE = Scenes(max_objects=1, cameras=("static",), split="all")
 
 
@@ -57,7 +57,7 @@ def alone(shape, motion, style="flat", camera="static", **numbers):
 def test_same_index_same_bytes_other_index_other_clip():
     one, two = Scenes(seed=3), Scenes(seed=3)
     assert one.scene(17) == two.scene(17)
-    np.testing.assert_array_equal(one[17].read(TIME_SAMPLERS), two[17].read(TIME_SAMPLERS))
+    np.testing.assert_array_equal(one[17].read(TIMES), two[17].read(TIMES))
     assert one.scene(17) != one.scene(18)
     assert one.scene(17) != Scenes(seed=4).scene(17)
     assert one.scene(17) != Scenes(seed=3, split="all").scene(17)
@@ -90,7 +90,7 @@ def test_state_is_where_the_pixels_are(shape, motion):
     where = {"left": (0.7, 0.5), "right": (0.3, 0.5), "up": (0.5, 0.7), "down": (0.5, 0.3)}
     x, y = where.get(motion, (0.47, 0.53))
     scene = alone(shape, motion, x=x, y=0.75 if motion == "bounce" else y, rise=0.4, phase=0.6)
-    times = TIME_SAMPLERS[:12]
+    times = TIMES[:12]
     error = centroid(scene.render(times, 32, 32)) - scene.state(times)[0]["center"]
     # Antialiasing favours no side of a shape that is the same upside down.
     assert np.abs(error * 32).max() < (
@@ -101,7 +101,7 @@ def test_state_is_where_the_pixels_are(shape, motion):
 @pytest.mark.parametrize("style", STYLES)
 def test_radius_is_what_is_drawn(style):
     scene = alone("circle", "grow", style, radius=0.15)
-    video, state = scene.render(TIME_SAMPLERS[:8], 64, 64), scene.state(TIME_SAMPLERS[:8])[0]
+    video, state = scene.render(TIMES[:8], 64, 64), scene.state(TIMES[:8])[0]
     area = (video[..., 0] > 123).sum((1, 2)) / 64**2
     np.testing.assert_allclose(np.sqrt(area / np.pi), state["size"], rtol=0.02)
 
@@ -131,7 +131,7 @@ def test_displacement_per_frame_follows_the_frame_rate(motion):
 
 def test_centre_does_not_depend_on_the_resolution():
     scene = alone("square", "right", x=0.3, y=0.45)
-    small, large = (centroid(scene.render(TIME_SAMPLERS, n, n)) for n in (32, 64))
+    small, large = (centroid(scene.render(TIMES, n, n)) for n in (32, 64))
     np.testing.assert_allclose(small, large, atol=0.05 / 32)
 
 
@@ -144,7 +144,7 @@ def test_a_pan_moves_object_and_background_together():
     scene = dataclasses.replace(
         alone("circle", "grow", camera="pan left", x=0.3), background="stripes"
     )
-    assert np.diff(scene.state(TIME_SAMPLERS)[0]["center"][:, 0]).min() > 0
+    assert np.diff(scene.state(TIMES)[0]["center"][:, 0]).min() > 0
     later = 0.25 / CAMERAS["pan left"]  # one period of the stripes
     first, last = scene.render(np.array([0.0, later]), 32, 32)
     np.testing.assert_array_equal(first[0], last[0])
@@ -351,7 +351,7 @@ def test_speed(capsys):
     start = time.process_time()
     for i in range(300):
         record = source[i]
-        record.read(TIME_SAMPLERS)
+        record.read(TIMES)
     rate = 300 / (time.process_time() - start)
     with capsys.disabled():
         print(f"\nscenes: {rate:.0f} clips of 16x32x32 a second and core")

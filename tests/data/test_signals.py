@@ -21,7 +21,7 @@ from vdx.data.sources import VideoFolder
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.generate.video_io import write_video
 
-TIME_SAMPLERS = np.arange(8) / 8.0
+TIMES = np.arange(8) / 8.0
 SIZE = {"height": 32, "width": 48}
 
 
@@ -75,15 +75,15 @@ def centroid(picture):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_depth_is_one_where_the_object_is_drawn(shape):
     one = scene(shape, "turn" if shape == "star" else "down", angle=0.3)
-    found = depth(one, TIME_SAMPLERS, **SIZE)
-    drawn = one.render(TIME_SAMPLERS, **SIZE)[..., :1] / 246.0
+    found = depth(one, TIMES, **SIZE)
+    drawn = one.render(TIMES, **SIZE)[..., :1] / 246.0
     assert found.dtype == np.float32 and found.shape == (8, 32, 48, 1)
     np.testing.assert_allclose(found, drawn, atol=0.5 / 246 + 1e-6)
 
 
 def test_the_object_behind_is_half_as_near_and_hidden():
-    found = depth(scene(second=True), TIME_SAMPLERS, **SIZE)[..., 0]
-    alone = depth(scene(), TIME_SAMPLERS, **SIZE)[..., 0]
+    found = depth(scene(second=True), TIMES, **SIZE)[..., 0]
+    alone = depth(scene(), TIMES, **SIZE)[..., 0]
     assert (found[alone == 1] == 1).all()
     behind = found[alone == 0]
     assert (behind == 0.5).sum() > 200 and (behind <= 0.5).all() and (behind == 0).any()
@@ -92,22 +92,22 @@ def test_the_object_behind_is_half_as_near_and_hidden():
 @pytest.mark.parametrize("angle", [0.0, 0.7, 2.4])
 def test_the_skeleton_stands_where_the_object_stands(angle):
     one = scene("triangle", "turn", angle)
-    found, state = pose(one, TIME_SAMPLERS, 64, 64), one.state(TIME_SAMPLERS)[0]
+    found, state = pose(one, TIMES, 64, 64), one.state(TIMES)[0]
     assert found.dtype == np.float32 and found.min() == 0 and found.max() == 1
     centre = state["center"] * 64
     np.testing.assert_allclose(centroid(found[..., 0]), centre, atol=0.05)
     half = centroid(found[..., 1]) - centre
     up = np.stack([np.sin(state["angle"]), -np.cos(state["angle"])], -1)
     np.testing.assert_allclose(half, up * 0.25 * 64 / 2, atol=0.2)
-    tip = centroid(depth(one, TIME_SAMPLERS, 64, 64)[..., 0] * (np.indices((64, 64))[None, 0] >= 0))
+    tip = centroid(depth(one, TIMES, 64, 64)[..., 0] * (np.indices((64, 64))[None, 0] >= 0))
     np.testing.assert_allclose(tip, centre, atol=0.1)  # a triangle's centroid is its centre
     # One radius up is inside the triangle with its tip at 1.12 radii, one radius down is not.
-    drawn = depth(one, TIME_SAMPLERS, 64, 64)[..., 0]
+    drawn = depth(one, TIMES, 64, 64)[..., 0]
     for sign, inside in ((1, True), (-1, False)):
         x, y = (centre + sign * 0.9 * up * 16).T.astype(int)
         assert ((drawn[np.arange(8), y, x] > 0.5) == inside).all()
     assert not found[..., 2].any()
-    second = pose(scene(second=True), TIME_SAMPLERS, 64, 64)[..., 2]
+    second = pose(scene(second=True), TIMES, 64, 64)[..., 2]
     assert second.max() == 1 and abs(centroid(second)[0, 0] - 32) < 0.1
 
 
@@ -116,7 +116,7 @@ def test_a_pixel_goes_where_the_flow_says(motion):
     """The soft star is drawn darker towards its edge in proportion to its radius, so where a
     pixel goes, the next frame's star has the same brightness: a texture that moves with it."""
     one, size = scene("star", motion, 0.4), 48
-    found, state = flow(one, TIME_SAMPLERS, size, size), one.state(TIME_SAMPLERS)[0]
+    found, state = flow(one, TIMES, size, size), one.state(TIMES)[0]
     assert found.shape == (8, 48, 48, 2) and not found[-1].any()
     rows, cols = np.indices((size, size)) + 0.5
 
@@ -131,7 +131,7 @@ def test_a_pixel_goes_where_the_flow_says(motion):
             state["angle"][i],
         )[0]
 
-    inside = depth(one, TIME_SAMPLERS, size, size)[..., 0] >= 0.5
+    inside = depth(one, TIMES, size, size)[..., 0] >= 0.5
     for i in range(7):
         x, y = cols + found[i, ..., 0], rows + found[i, ..., 1]
         before, after = brightness(i, cols, rows), brightness(i + 1, x, y)
@@ -141,9 +141,7 @@ def test_a_pixel_goes_where_the_flow_says(motion):
 
 
 def test_the_background_flows_with_the_camera():
-    found = flow(
-        scene("circle", "grow", camera="pan left", background="dots"), TIME_SAMPLERS, **SIZE
-    )
+    found = flow(scene("circle", "grow", camera="pan left", background="dots"), TIMES, **SIZE)
     corner = found[:-1, 0, 0]
     np.testing.assert_allclose(corner, [[0.1 / 8 * 48, 0]] * 7, rtol=1e-5)
 
@@ -151,7 +149,7 @@ def test_the_background_flows_with_the_camera():
 def test_the_reference_is_the_subject_alone():
     for i in range(20):
         one = Scenes(motions=("turn", "left")).scene(i)
-        found = reference(one, TIME_SAMPLERS, 40, 40)
+        found = reference(one, TIMES, 40, 40)
         item = one.objects[0]
         upright = Object(item.shape, item.colour, "grow", "large", "slow", radius=0.25)
         drawn = Scene((upright,), "black", "static", one.style).render(np.zeros(1), 40, 40)
@@ -208,7 +206,7 @@ def test_maps_follow_the_frames_through_resizing():
         )
     assert step[0, 0] > 0.5 and found["reference"].shape == (32, 32, 3)
     assert found["depth"].min() >= 0 and found["depth"].max() <= 1
-    whole = camera(panned, TIME_SAMPLERS, 64, 96)
+    whole = camera(panned, TIMES, 64, 96)
     rays = plucker(whole[..., :3], whole[..., 3:], 64, 96)[:, :, 16:80]  # the part that is kept
     halved = rays.reshape(8, 32, 2, 32, 2, 6).mean((2, 4))
     np.testing.assert_allclose(found["camera"], halved, atol=1e-3)
@@ -216,7 +214,7 @@ def test_maps_follow_the_frames_through_resizing():
 
 def test_sparse_flow_tells_a_few_points_that_move_with_the_object():
     one = scene("circle", "right")
-    dense = flow(one, TIME_SAMPLERS, 32, 32)
+    dense = flow(one, TIMES, 32, 32)
     found = sparse_flow_hints(dense, 3, np.random.default_rng(0))
     assert (found[:-1, ..., 2].sum((1, 2)) == 3).all() and not found[-1].any()
     assert not found[found[..., 2] == 0].any()

@@ -15,12 +15,12 @@ from vdx.diffusion.process import (
     BETAS,
     PREDICTIONS,
     PROCESSES,
-    TIME_SAMPLERS,
     RectifiedFlow,
     VariancePreserving,
     expand,
     shift_time,
 )
+from vdx.diffusion.time_sampling import TIME_SAMPLERS
 
 TIMES_TO_TRY = [0.0, 1e-3, 0.0105, 0.3, 0.5, 0.77, 0.999, 1.0]
 ALL = [

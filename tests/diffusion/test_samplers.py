@@ -15,8 +15,8 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import PREDICTIONS, PROCESSES, RectifiedFlow, VariancePreserving, expand
-from vdx.diffusion.samplers import SAMPLERS, sample, uniform_timesteps
-from vdx.diffusion.timesteps import TIMESTEPS
+from vdx.diffusion.samplers import SAMPLERS, sample
+from vdx.diffusion.timesteps import TIMESTEPS, uniform_timesteps
 
 MEAN = np.array([0.8, -0.5, 0.1, 0.0, -1.2])
 VARIANCE = np.array([0.04, 0.5, 1.0, 0.001, 2.0])
@@ -212,7 +212,7 @@ def test_errors():
         sample(denoise, process, SAMPLERS["euler"](), x, np.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="key"):
         sample(denoise, process, SAMPLERS["ddpm"](), x, np.array([1.0, 0.0]))
-    with pytest.raises(ValueError, match="time_grid"):
+    with pytest.raises(ValueError, match="uniform_timesteps"):
         sample(
             denoise, RectifiedFlow(prediction="noise"), SAMPLERS["euler"](), x, np.array([1.0, 0.0])
         )
@@ -243,13 +243,13 @@ def fresh_noise():
     return np.random.default_rng(1).normal(size=(STEPS, 2, 3, 2, 2, 4)).astype(np.float32)
 
 
-def our_states(process, sampler, x, times, monkeypatch, cross_kv=lambda t: t):
-    """Every point that the network, told `told(t)`, is asked at, and the result."""
+def our_states(process, sampler, x, times, monkeypatch, network_time=lambda t: t):
+    """Every point at which the network is evaluated, and the result."""
     states = []
 
     def denoise(x, t):
         jax.debug.callback(lambda x: states.append(np.asarray(x)), x, ordered=True)
-        return toy(jnp, x, told(t[0]))
+        return toy(jnp, x, network_time(t[0]))
 
     table = jnp.asarray(fresh_noise())
     monkeypatch.setattr(jax.random, "fold_in", lambda key, i: i)
@@ -415,7 +415,7 @@ def flow_scheduler(grid, steps, shift):
 @pytest.mark.parametrize("shift", [3.0, 5.0])
 @pytest.mark.parametrize("name", TIMESTEPS)
 def test_grids_of_public_models(name, steps, shift, monkeypatch):
-    """Times, what the network is told, and every state of the sampler that goes with them."""
+    """Times, network times and every state of the sampler that goes with them."""
     row = {"unipc": "unipc", "dpmpp": "dpmpp_2m"}.get(name.rpartition("_")[2], "euler")
     scheduler, grid = flow_scheduler(name, steps, shift), TIMESTEPS[name](steps, shift)
     network = scheduler.timesteps.double().numpy()
@@ -429,7 +429,7 @@ def test_grids_of_public_models(name, steps, shift, monkeypatch):
         first_noise(),
         grid.times,
         monkeypatch,
-        cross_kv=lambda t: grid.network_time(t) / 1000,
+        network_time=lambda t: grid.network_time(t) / 1000,
     )
     assert_same(ours, their_states(scheduler, first_noise(), network / 1000, monkeypatch))
 

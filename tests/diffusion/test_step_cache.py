@@ -1,4 +1,4 @@
-"""Evaluations that are not made, against a loop that says the rule once more."""
+"""The step cache against a loop that states its rule once more."""
 
 import itertools
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vdx.diffusion.process import RectifiedFlow
-from vdx.diffusion.samplers import SAMPLERS, run_steps, sample, step_table, uniform_timesteps
+from vdx.diffusion.samplers import SAMPLERS, run_steps, sample, step_table
 from vdx.diffusion.step_cache import StepCache
+from vdx.diffusion.timesteps import uniform_timesteps
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 2, 3, 3, 2)).astype(np.float32)

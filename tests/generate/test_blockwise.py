@@ -19,7 +19,7 @@ from vdx.generate.cache_calibration import calibrate
 from vdx.generate.pipeline import Sampling
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import rope_table, turned
+from vdx.models.layers import rope_table, shift_rope
 from vdx.models.mixers.grid_attention import MIXERS, CachePosition, MixContext
 from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
@@ -64,7 +64,7 @@ def test_rotary_positions_move_on_exactly():
         angles = np.arange(start, start + 3)[:, None] * 1e4 ** (
             -np.arange(0, features, 2) / features
         )
-        cos, sin = turned(rope, jnp.int32(start), width)
+        cos, sin = shift_rope(rope, jnp.int32(start), width)
         for got, old, want in ((cos, rope[0], np.cos(angles)), (sin, rope[1], np.sin(angles))):
             atol = 1e-6 + start * 2**-32 * np.pi
             np.testing.assert_allclose(got[:, 1, 1, 0, : features // 2], want, atol=atol)
@@ -158,7 +158,7 @@ def test_with_mixers_of_one_frame_and_of_one_place(randomise):
 
 
 def test_positions_that_do_not_move_on_are_seen(cached, monkeypatch):
-    monkeypatch.setattr(transformer, "turned", lambda rope, *_: rope)
+    monkeypatch.setattr(transformer, "shift_rope", lambda rope, *_: rope)
     case = copy.copy(cached("all", 2))
     vars(case).pop("step", None)
     assert case.error() > 1e-3

@@ -6,7 +6,7 @@ import pytest
 from vdx.data.scenes.source import COLOURS, MOTIONS, SHAPES, Object, Scene, Scenes
 from vdx.metrics.prompt_following import ATTRIBUTES, read_attributes, score
 
-TIME_SAMPLERS = np.arange(16) / 8.0
+TIMES = np.arange(16) / 8.0
 FULL = Scenes(max_objects=1, cameras=("static",), split="all", seed=11)
 SIMPLE = Scenes(
     max_objects=1,
@@ -114,15 +114,15 @@ def planted(shape="square", colour="red", motion="right", style="flat", back="gr
 
 def test_recolouring_changes_the_colour_only():
     for colour in COLOURS:
-        video = planted(colour="red").render(TIME_SAMPLERS, 32, 32)
-        other = planted(colour=colour).render(TIME_SAMPLERS, 32, 32)
+        video = planted(colour="red").render(TIMES, 32, 32)
+        other = planted(colour=colour).render(TIMES, 32, 32)
         assert read_attributes(video)["colour"] == "red"
         assert read_attributes(other) == {"colour": colour, "shape": "square", "motion": "right"}
 
 
 def test_another_shape_changes_the_shape_only():
     for shape in SHAPES:
-        video = planted(shape=shape, motion="up", back="dots").render(TIME_SAMPLERS, 32, 32)
+        video = planted(shape=shape, motion="up", back="dots").render(TIMES, 32, 32)
         assert read_attributes(video) == {"colour": "red", "shape": shape, "motion": "up"}
 
 
@@ -140,7 +140,7 @@ def test_another_shape_changes_the_shape_only():
     ],
 )
 def test_time_reversed_and_frozen_clips(motion, reversed_reads):
-    video = planted(motion=motion).render(TIME_SAMPLERS, 32, 32)
+    video = planted(motion=motion).render(TIMES, 32, 32)
     right = {"colour": "red", "shape": "square"}
     assert read_attributes(video) == {**right, "motion": motion}
     assert read_attributes(video[::-1]) == {**right, "motion": reversed_reads}
@@ -148,14 +148,14 @@ def test_time_reversed_and_frozen_clips(motion, reversed_reads):
 
 
 def test_frames_in_random_order_do_not_move_right():
-    video = planted().render(TIME_SAMPLERS, 32, 32)
+    video = planted().render(TIMES, 32, 32)
     order = np.random.default_rng(1).permutation(16)
     assert read_attributes(video[order])["motion"] != "right"
 
 
 def test_the_frame_rate_decides_what_counts_as_moving():
     """The same frames at a sixth of the rate are too slow to be a scene's motion."""
-    video = planted(motion="right").render(TIME_SAMPLERS, 32, 32)
+    video = planted(motion="right").render(TIMES, 32, 32)
     assert read_attributes(video, fps=8.0)["motion"] == "right"
     assert read_attributes(video, fps=1.3)["motion"] == "none"
 
@@ -163,14 +163,14 @@ def test_the_frame_rate_decides_what_counts_as_moving():
 def test_nothing_is_read_where_nothing_is():
     nothing = dict.fromkeys(ATTRIBUTES, "none")
     rng = np.random.default_rng(0)
-    blank = Scene((), "checks").render(TIME_SAMPLERS, 32, 32)
+    blank = Scene((), "checks").render(TIMES, 32, 32)
     noise = rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)
     assert read_attributes(blank) == nothing
     assert read_attributes(spoil(blank, rng, 16.0)) == nothing
     assert read_attributes(noise)["motion"] == "none"
     assert read_attributes(noise)["shape"] == "none"
     # An object that is there in only a few frames has a colour, and no motion.
-    video = planted(back="checks").render(TIME_SAMPLERS, 32, 32)
+    video = planted(back="checks").render(TIMES, 32, 32)
     video[3:] = blank[3:]
     assert read_attributes(video)["motion"] == "none"
 
@@ -184,7 +184,7 @@ def test_a_shape_that_no_scene_has_is_none(high, wide):
 
 
 def test_the_vocabulary_can_be_restricted():
-    video = planted(colour="orange").render(TIME_SAMPLERS, 32, 32)
+    video = planted(colour="orange").render(TIMES, 32, 32)
     assert read_attributes(video, colours=("blue", "green"))["colour"] == "none"
     assert read_attributes(video, motions=("left", "up"))["motion"] == "none"
 

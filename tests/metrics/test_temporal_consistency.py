@@ -8,13 +8,13 @@ from vdx.metrics.temporal_consistency import flicker, identity_drift, lab
 from vdx.metrics.tracking import track_object
 
 RNG = np.random.default_rng(0)
-TIME_SAMPLERS = np.arange(8) / 8
+TIMES = np.arange(8) / 8
 
 
 @pytest.fixture(scope="module")
 def moving():
     item = Object("square", "red", "right", "large", "slow", x=0.3, radius=0.25)
-    return Scene((item,), background="checks").render(TIME_SAMPLERS, 48, 48)
+    return Scene((item,), background="checks").render(TIMES, 48, 48)
 
 
 def shifted(video, levels):

@@ -11,7 +11,8 @@ import pytest
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.diffusion.losses import WEIGHTINGS
-from vdx.diffusion.process import PROCESSES, TIME_SAMPLERS
+from vdx.diffusion.process import PROCESSES
+from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.experiment import Experiment, load, open_params
 from vdx.files import read_rows
 from vdx.generate.blockwise import BlockwiseGenerator

@@ -1,8 +1,8 @@
 """Configs from the command line: --config=configs/NAME.py[:variant] --config.a.b=value ...
 
-ml_collections' own flags refuse a key that the file does not spell out, even where the code
-has a default for it. Here any key may be set, and `vdx.experiment` then checks all of them
-against the classes they configure, with the nearest known key in the message.
+The flags of ml_collections refuse a key that the file does not spell out, even where the code
+has a default for it. Here any key may be set. `vdx.experiment` then checks all of them against
+the classes that they configure, and its errors name the nearest known key.
 """
 
 import ast
@@ -16,12 +16,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vdx.config.build import ConfigError
+from vdx.config.renamed import check_renamed_keys
 
 WORDS = {"true": True, "false": False, "null": None}  # "none" is a name in several tables
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The ConfigDict that `get_config(variant)` of a Python file returns."""
+    """Returns the ConfigDict that `get_config(variant)` of a Python file returns.
+
+    spec: "configs/NAME.py" or "configs/NAME.py:variant". Raises ConfigError if there is no such
+    file.
+    """
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
@@ -42,7 +47,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal, true, false or null; anything else is a string."""
+    """Parses a Python literal, true, false or null; anything else is a string."""
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:
@@ -52,7 +57,10 @@ def parse_value(text: str) -> Any:
 
 
 def override(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets `a.b.c`, making sections on the way; references in the config follow."""
+    """Sets `a.b.c` and makes sections on the way; references in the config follow.
+
+    Raises ConfigError where a section of the key is a value.
+    """
     *sections, last = key.split(".")
     for section in sections:
         if section not in config or config[section] is None:
@@ -65,15 +73,21 @@ def override(config: ConfigDict, key: str, value: Any) -> None:
 
 
 def is_override(arg: str) -> bool:
+    """Returns whether an argument sets a key of the config."""
     return arg.startswith("-") and arg.lstrip("-").startswith("config.")
 
 
 def resolve(spec: str, argv: Sequence[str]) -> dict[str, Any]:
-    """The config file `spec` with the overrides among `argv`, as plain JSON values."""
+    """Resolves a config file and the overrides among `argv` to plain JSON values.
+
+    Raises ConfigError for an override without a value, or a key that has a new name.
+    """
     config = load_config(spec)
     for arg in filter(is_override, argv):
         key, equals, text = arg.lstrip("-").removeprefix("config.").partition("=")
         if not equals:
             raise ConfigError(f"Write {arg}=VALUE.")
         override(config, key, parse_value(text))
-    return json.loads(config.to_json())
+    resolved: dict[str, Any] = json.loads(config.to_json())
+    check_renamed_keys(resolved)
+    return resolved

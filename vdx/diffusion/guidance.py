@@ -1,7 +1,7 @@
-"""Classifier-free guidance: one network, asked with and without its condition.
+"""Classifier-free guidance: one network, evaluated with and without its conditions.
 
-Guidance is linear, and at a fixed x_t every kind of prediction is affine in x0 with the same
-coefficients for both answers, so it acts alike on noise, v, x0 and velocity.
+Guidance is linear. At a fixed x_t every kind of prediction is affine in x0, with the same
+coefficients for all branches, so guidance acts equally on noise, v, x0 and velocity.
 """
 
 import dataclasses
@@ -18,20 +18,18 @@ from vdx.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How strongly conditions are followed.
+    """The strength with which a sample follows its conditions.
 
-    scales: of answers a_0 ... a_n under ever more conditions,
-        a_0 + sum_i scales[i] (a_{i+1} - a_i). One is classifier-free guidance (Ho & Salimans
-        2022), several give each condition a scale of its own (Brooks et al. 2023,
-        InstructPix2Pix); 1 everywhere is a_n alone.
-    rescale: phi in [0, 1], pulls the contrast back to that of a_n (Lin et al. 2023).
-    interval: times (low, high), ends included, where the scales hold; elsewhere they are 1
-        (Kynkäänniemi et al. 2024).
+    Branches a_0 ... a_n are predictions under growing sets of conditions. They combine to
+    a_0 + sum_i scales[i] (a_{i+1} - a_i). One scale is classifier-free guidance (Ho & Salimans
+    2022); several give each condition its own scale (Brooks et al. 2023, InstructPix2Pix).
     Raises ConfigError for values out of range.
     """
 
-    scales: tuple[float, ...] = (1.0,)
-    rescale: float = 0.0
+    scales: tuple[float, ...] = (1.0,)  # 1 everywhere is a_n alone
+    rescale: float = 0.0  # phi in [0, 1]: restores the contrast of a_n (Lin et al. 2023)
+    # Times (low, high), ends included, where the scales apply; elsewhere they are 1
+    # (Kynkäänniemi et al. 2024).
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -44,13 +42,15 @@ class Guidance:
 
     @property
     def num_branches(self) -> int:
-        """How many the network gives."""
+        """The number of predictions that one guided evaluation computes."""
         return 1 if all(scale == 1.0 for scale in self.scales) else len(self.scales) + 1
 
 
 def stack_branches(conditions: Sequence[Any], guidance: Guidance) -> Any:
-    """All that the network is asked with, in one batch, the questions of a clip side by side (on a
-    mesh they then are where the clip is, and nothing is sent); the last alone if every scale is 1.
+    """Stacks the guidance branches along the batch.
+
+    The order is clip-major, so that a sharded batch needs no communication. Returns the last
+    branch alone if every scale is 1.
 
     conditions: pytrees of the same structure, every leaf [b ...], from the fewest conditions to
     all, one more than there are scales. Raises ValueError when structures or numbers differ.
@@ -59,43 +59,53 @@ def stack_branches(conditions: Sequence[Any], guidance: Guidance) -> Any:
         return conditions[-1]
     if len(conditions) != guidance.num_branches:
         raise ValueError(
-            f"{len(guidance.scales)} guidance scales lead from one answer to the "
-            f"next of {guidance.num_branches}, but there are {len(conditions)}."
+            f"{len(guidance.scales)} guidance scales need {guidance.num_branches} branches, "
+            f"but there are {len(conditions)}."
         )
     structures = [str(jax.tree.structure(c)) for c in conditions]
     if len(set(structures)) > 1:
         raise ValueError(f"Guidance needs the same signals in all its conditions: {structures}.")
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *conditions
-    )
+
+    def stack(*leaves: Array) -> Array:
+        stacked = jnp.stack(leaves, 1)  # [b branches ...]
+        return stacked.reshape(-1, *leaves[0].shape[1:])
+
+    return jax.tree.map(stack, *conditions)
 
 
 def guided_denoiser(
     network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any], guidance: Guidance
 ) -> Callable[[Array, Array], Array]:
-    """denoise(x_t, t) -> float32 prediction, from network(x_t, t, ports) -> prediction; for
-    conditions see `questions`."""
-    ports, n = stack_branches(conditions, guidance), guidance.num_branches
+    """Returns denoise(x_t, t) -> guided float32 prediction.
+
+    network(x_t, t, ports) -> prediction is evaluated once, on all branches. For `conditions` see
+    `stack_branches`.
+    """
+    ports = stack_branches(conditions, guidance)
+    n = guidance.num_branches
     if n == 1:
         return lambda x_t, t: network(x_t, t, ports).astype(jnp.float32)
 
     def denoise(x_t: Array, t: Array) -> Array:
-        answers = network(jnp.repeat(x_t, n, 0), jnp.repeat(t, n, 0), ports).astype(jnp.float32)
-        answers = answers.reshape(-1, n, *answers.shape[1:])
-        return combine([answers[:, i] for i in range(n)], t, guidance)
+        stacked = network(jnp.repeat(x_t, n, 0), jnp.repeat(t, n, 0), ports).astype(jnp.float32)
+        branches = stacked.reshape(-1, n, *stacked.shape[1:])
+        return combine([branches[:, i] for i in range(n)], t, guidance)
 
     return denoise
 
 
-def combine(answers: Sequence[Array], t: Array, guidance: Guidance) -> Array:
-    """The guided prediction from the answers [b t h w c] at times t [b] (or [b t])."""
+def combine(branches: Sequence[Array], t: Array, guidance: Guidance) -> Array:
+    """Combines branches [b t h w c] at times t, [b] or [b t], to the guided prediction."""
     low, high = guidance.interval
-    inside, out = (t >= low) & (t <= high), answers[0]
-    for before, after, scale in zip(answers, answers[1:], guidance.scales, strict=False):
+    inside = (t >= low) & (t <= high)
+
+    out = branches[0]
+    for before, after, scale in zip(branches, branches[1:], guidance.scales, strict=False):
         out = out + expand(jnp.where(inside, scale, 1.0), after) * (after - before)
     if guidance.rescale == 0.0:
         return out
+
     axes = tuple(range(1, out.ndim))
     spread = jnp.std(out, axes, keepdims=True)
-    matched = out * jnp.std(answers[-1], axes, keepdims=True) / jnp.maximum(spread, 1e-8)
+    matched = out * jnp.std(branches[-1], axes, keepdims=True) / jnp.maximum(spread, 1e-8)
     return guidance.rescale * matched + (1 - guidance.rescale) * out

@@ -1,9 +1,9 @@
-"""The forward process: how noise enters a video, and how training draws its times.
+"""The forward process: how noise enters a video, and what a network may predict.
 
     x_t = alpha(t) x0 + sigma(t) noise,    t in [0, 1], 0 is data, 1 is noise.
 
-Arrays are [b t h w c]; a time is a scalar, [b], or [b t] (one for each frame). What a network
-predicts is always converted through the pair (x0, noise), so n kinds need n rules, not n * n:
+Arrays are [b t h w c]. A time is a scalar, [b], or [b t] (one for each frame). Every prediction
+is converted through the pair (x0, noise), so n kinds need n rules and not n * n:
 
     kind      prediction              x0 from it                        impossible where
     noise     noise                   (x_t - sigma noise) / alpha       alpha = 0
@@ -11,8 +11,8 @@ predicts is always converted through the pair (x0, noise), so n kinds need n rul
     v         alpha noise - sigma x0  (Salimans & Ho 2022)              nowhere
     velocity  noise - x0              (Lipman 2023, Liu 2023)           nowhere
 
-Schedules take numpy in and give float64 numpy (grids, sampler coefficients), or jax in and
-give float32 jax (training).
+Schedules map numpy to float64 numpy (timesteps, sampler coefficients) and jax to float32 jax
+(training).
 """
 
 import dataclasses
@@ -26,101 +26,117 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import ConfigError, lookup
-from vdx.types import Array, PRNGKeyArray
+from vdx.types import Array
 
-# Divisors are kept above this, so that the two impossible corners stay finite. It is below
-# the smallest alpha of any schedule here except the exact zero of rectified flow.
+# The lower bound of every divisor: it keeps the two impossible corners finite. It is below the
+# smallest alpha of any schedule here, except the exact zero of rectified flow.
 FLOOR = 1e-5
 
 
 def expand(t: Any, x: Array) -> Array:
-    """`t` in float32 with its axes on the leading axes of `x`: [], [b] or [b t]."""
+    """Reshapes `t`, [] or [b] or [b t], to float32 that broadcasts over the axes of `x`."""
     t = jnp.asarray(t, jnp.float32)
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def shift_time(t: Any, s: float) -> Any:
-    """s t / (1 + (s - 1) t): more time at high noise for s > 1 (Esser et al. 2024, eq. 23)."""
+    """Returns s t / (1 + (s - 1) t), which for s > 1 moves times towards noise.
+
+    Source: Esser et al. 2024, eq. 23.
+    """
     return s * t / (1 + (s - 1) * t)
 
 
 def _numpy_for(t: Any) -> tuple[Any, Any]:
-    """(jnp, t in float32) for a jax array, (np, t in float64) for anything else."""
+    """Returns (jnp, t in float32) for a jax array, (np, t in float64) for anything else."""
     if isinstance(t, jax.Array):
         return jnp, t.astype(jnp.float32)
     return np, np.asarray(t, np.float64)
 
 
 class Prediction:
-    """One kind of prediction: its value for a pair (x0, noise), and the pair for its value."""
+    """One kind of prediction, converted from and to the pair (x0, noise)."""
 
     def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
+        """Returns the prediction of a perfect network for this pair."""
         raise NotImplementedError
 
     def decode(
         self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
     ) -> tuple[Array, Array]:
+        """Returns the pair (x0, noise) that a prediction at x_t implies."""
         raise NotImplementedError
 
     def determinant(self, alpha: Any, sigma: Any) -> Any:
-        """|d (x_t, prediction) / d (x0, noise)|, what `decode` divides by."""
+        """Returns |d (x_t, prediction) / d (x0, noise)|, by which `decode` divides."""
         raise NotImplementedError
 
 
 class NoisePrediction(Prediction):
-    """The noise (Ho et al. 2020)."""
+    """The noise itself (Ho et al. 2020)."""
 
-    def encode(self, x0, noise, alpha, sigma):
+    def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
         return noise
 
-    def decode(self, prediction, x_t, alpha, sigma):
-        return (x_t - sigma * prediction) / jnp.maximum(alpha, FLOOR), prediction
+    def decode(
+        self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
+    ) -> tuple[Array, Array]:
+        x0 = (x_t - sigma * prediction) / jnp.maximum(alpha, FLOOR)
+        return x0, prediction
 
-    def determinant(self, alpha, sigma):
+    def determinant(self, alpha: Any, sigma: Any) -> Any:
         return alpha
 
 
 class X0Prediction(Prediction):
     """The clean video itself."""
 
-    def encode(self, x0, noise, alpha, sigma):
+    def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
         return x0
 
-    def decode(self, prediction, x_t, alpha, sigma):
-        return prediction, (x_t - alpha * prediction) / jnp.maximum(sigma, FLOOR)
+    def decode(
+        self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
+    ) -> tuple[Array, Array]:
+        noise = (x_t - alpha * prediction) / jnp.maximum(sigma, FLOOR)
+        return prediction, noise
 
-    def determinant(self, alpha, sigma):
+    def determinant(self, alpha: Any, sigma: Any) -> Any:
         return sigma
 
 
 class VPrediction(Prediction):
-    """Salimans & Ho 2022; the division extends it to alpha^2 + sigma^2 other than 1."""
+    """The v of Salimans & Ho 2022, for any alpha^2 + sigma^2 by a division."""
 
-    def encode(self, x0, noise, alpha, sigma):
+    def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
         return alpha * noise - sigma * x0
 
-    def decode(self, prediction, x_t, alpha, sigma):
+    def decode(
+        self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
+    ) -> tuple[Array, Array]:
         norm = self.determinant(alpha, sigma)
-        return (
-            (alpha * x_t - sigma * prediction) / norm,
-            (sigma * x_t + alpha * prediction) / norm,
-        )
+        x0 = (alpha * x_t - sigma * prediction) / norm
+        noise = (sigma * x_t + alpha * prediction) / norm
+        return x0, noise
 
-    def determinant(self, alpha, sigma):
+    def determinant(self, alpha: Any, sigma: Any) -> Any:
         return alpha**2 + sigma**2
 
 
 class VelocityPrediction(Prediction):
-    """noise - x0, which is d x_t / dt of the straight path; defined for any alpha, sigma."""
+    """The velocity noise - x0, d x_t / dt of the straight path, for any alpha and sigma."""
 
-    def encode(self, x0, noise, alpha, sigma):
+    def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
         return noise - x0
 
-    def decode(self, prediction, x_t, alpha, sigma):
+    def decode(
+        self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
+    ) -> tuple[Array, Array]:
         norm = self.determinant(alpha, sigma)
-        return (x_t - sigma * prediction) / norm, (x_t + alpha * prediction) / norm
+        x0 = (x_t - sigma * prediction) / norm
+        noise = (x_t + alpha * prediction) / norm
+        return x0, noise
 
-    def determinant(self, alpha, sigma):
+    def determinant(self, alpha: Any, sigma: Any) -> Any:
         return alpha + sigma
 
 
@@ -133,38 +149,38 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 class Process:
-    """What every process offers; a row of PROCESSES says `alpha`, `sigma`, `network_time`."""
+    """The base of the rows of PROCESSES, which define `alpha`, `sigma` and `network_time`."""
 
-    prediction: str
-    velocity_kind: ClassVar[str]  # the kind that losses.VelocityWeight stands for
+    prediction: str  # a row of PREDICTIONS: what the network predicts
+    velocity_kind: ClassVar[str]  # the kind of prediction that losses.VelocityWeight targets
 
     def __post_init__(self) -> None:
         lookup(self.prediction, PREDICTIONS, "process.prediction")
 
     def alpha(self, t: Any) -> Any:
-        """Signal scale, the shape of t."""
+        """Returns the scale of the signal, in the shape of t."""
         raise NotImplementedError
 
     def sigma(self, t: Any) -> Any:
-        """Noise scale, the shape of t."""
+        """Returns the scale of the noise, in the shape of t."""
         raise NotImplementedError
 
     def network_time(self, t: Any) -> Any:
-        """The number that the network is fed for t, of the order of 1000."""
+        """Returns the network's time input for t, of the order of 1000."""
         raise NotImplementedError
 
     def nearest_time(self, t: np.ndarray) -> np.ndarray:
-        """The nearest times that a sampler should visit with this process and prediction."""
+        """Returns the nearest times that a sampler may visit with this prediction."""
         raise NotImplementedError
 
     def log_snr(self, t: Any) -> Any:
-        """log(alpha^2 / sigma^2), the shape of t; infinite where one of them is 0."""
+        """Returns log(alpha^2 / sigma^2), infinite where one of them is 0."""
         xp, t = _numpy_for(t)
         with np.errstate(divide="ignore"):
             return 2 * (xp.log(self.alpha(t)) - xp.log(self.sigma(t)))
 
     def determinant(self, t: Any, kind: str | None = None) -> Any:
-        """|d (x_t, prediction) / d (x0, noise)|, the shape of t.
+        """Returns |d (x_t, prediction) / d (x0, noise)|, in the shape of t.
 
         At a fixed x_t, errors obey: x0 error = sigma / determinant * prediction error.
         """
@@ -172,32 +188,36 @@ class Process:
         return rule.determinant(self.alpha(t), self.sigma(t))
 
     def add_noise(self, x0: Array, noise: Array, t: Any) -> Array:
-        """x_t [b t h w c], float32."""
+        """Returns x_t [b t h w c], float32."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def from_x0_noise(self, x0: Array, noise: Array, t: Any, kind: str | None = None) -> Array:
-        """The prediction that a perfect network makes, which is the training target.
+        """Returns the prediction of a perfect network, the training target: float32 like x0.
 
-        `kind` is a row of PREDICTIONS, by default that of the process. Shape of x0, float32.
+        kind: a row of PREDICTIONS, by default that of the process.
         """
         rule = lookup(kind or self.prediction, PREDICTIONS, "prediction")
-        alpha, sigma = expand(self.alpha(t), x0), expand(self.sigma(t), x0)
-        x0, noise = x0.astype(jnp.float32), noise.astype(jnp.float32)
-        return rule.encode(x0, noise, alpha, sigma)
+        alpha = expand(self.alpha(t), x0)
+        sigma = expand(self.sigma(t), x0)
+        return rule.encode(x0.astype(jnp.float32), noise.astype(jnp.float32), alpha, sigma)
 
     def to_x0_noise(self, prediction: Array, x_t: Array, t: Any) -> tuple[Array, Array]:
-        """(x0, noise) that a prediction at x_t means; shapes of x_t, float32.
+        """Returns the (x0, noise) that a prediction at x_t implies: float32 like x_t.
 
-        They satisfy x_t = alpha x0 + sigma noise, except within FLOOR of an impossible
-        corner, where the result is finite but says nothing about the missing half.
+        They satisfy x_t = alpha x0 + sigma noise, except within FLOOR of an impossible corner.
+        There the result is finite and the missing half is arbitrary.
         """
-        alpha, sigma = expand(self.alpha(t), x_t), expand(self.sigma(t), x_t)
-        prediction, x_t = prediction.astype(jnp.float32), x_t.astype(jnp.float32)
-        return PREDICTIONS[self.prediction].decode(prediction, x_t, alpha, sigma)
+        rule = PREDICTIONS[self.prediction]
+        alpha = expand(self.alpha(t), x_t)
+        sigma = expand(self.sigma(t), x_t)
+        return rule.decode(prediction.astype(jnp.float32), x_t.astype(jnp.float32), alpha, sigma)
 
 
 def _cosine_betas(start: float, end: float, steps: int) -> np.ndarray:
-    """Nichol & Dhariwal 2021, eq. 17, betas clipped at 0.999; start and end are unused."""
+    """Returns the betas of Nichol & Dhariwal 2021, eq. 17, clipped at 0.999.
+
+    `start` and `end` are unused: every row of BETAS has the same signature.
+    """
     angle = (np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2
     alpha_bar = np.cos(angle) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
@@ -212,19 +232,20 @@ BETAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1 (Ho et al. 2020), from a table of discrete steps.
+    """The process with alpha^2 + sigma^2 = 1 (Ho et al. 2020), from a table of discrete steps.
 
-    Step k of `steps` is t = (k + 1) / steps and alpha^2 is 1 at t = 0; log alpha is linear in
-    between. The network is fed k as a float. `zero_terminal_snr` rescales the table so that
-    t = 1 holds no signal (Lin et al. 2023, algorithm 1); a noise prediction cannot start there.
-    Raises ConfigError for an unknown name or numbers that give no schedule.
+    Step k of `steps` is t = (k + 1) / steps, and alpha^2 is 1 at t = 0. log alpha is linear in
+    between. The network's time is k, as a float. Raises ConfigError for an unknown name, or for
+    numbers that give no schedule.
     """
 
-    betas: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    steps: int = 1000
-    prediction: str = "noise"
+    betas: str = "linear"  # a row of BETAS
+    beta_start: float = 1e-4  # noise variance of the first step, of Ho et al. 2020
+    beta_end: float = 0.02  # and of the last one
+    steps: int = 1000  # discrete steps of the table
+    prediction: str = "noise"  # a row of PREDICTIONS
+    # Rescale the table so that t = 1 holds no signal (Lin et al. 2023, algorithm 1). A noise
+    # prediction cannot start there.
     zero_terminal_snr: bool = False
     velocity_kind: ClassVar[str] = "v"
 
@@ -244,17 +265,18 @@ class VariancePreserving(Process):
 
     @functools.cached_property
     def _log_alpha_bar(self) -> np.ndarray:
-        """log alpha^2 at t = 0, 1/steps, ..., 1; float64 [steps + 1]."""
+        """Returns log alpha^2 at t = 0, 1/steps, ..., 1: float64 [steps + 1]."""
         betas = BETAS[self.betas](self.beta_start, self.beta_end, self.steps)
         table = np.cumsum(np.log1p(-betas))
         if self.zero_terminal_snr:
             root = np.exp(table / 2)
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-            # A positive last entry keeps the logarithm finite; as signal it is nothing.
+            # A positive last entry keeps the logarithm finite; its signal is negligible.
             table = 2 * np.log(np.maximum(root, 1e-6))
         return np.concatenate([[0.0], table])
 
     def _log_alpha_bar_at(self, t: Any) -> Any:
+        """Interpolates the table at any t."""
         xp, t = _numpy_for(t)
         return xp.interp(t * self.steps, xp.arange(self.steps + 1), xp.asarray(self._log_alpha_bar))
 
@@ -277,12 +299,13 @@ class VariancePreserving(Process):
 
 @dataclasses.dataclass(frozen=True)
 class RectifiedFlow(Process):
-    """Straight paths: alpha = 1 - t, sigma = t (Liu et al. 2023, Lipman et al. 2023).
+    """The process of straight paths, alpha = 1 - t and sigma = t.
 
-    The network is fed 1000 t. Raises ConfigError for an unknown prediction.
+    The network's time is 1000 t. Raises ConfigError for an unknown prediction. Sources: Liu et
+    al. 2023, Lipman et al. 2023.
     """
 
-    prediction: str = "velocity"
+    prediction: str = "velocity"  # a row of PREDICTIONS
     velocity_kind: ClassVar[str] = "velocity"
 
     def alpha(self, t: Any) -> Any:
@@ -295,65 +318,9 @@ class RectifiedFlow(Process):
         return _numpy_for(t)[1] * 1000
 
     def nearest_time(self, t: np.ndarray) -> np.ndarray:
-        # At t = 1 there is no signal, so the noise says nothing about x0.
+        # At t = 1 there is no signal, so the noise does not determine x0.
         last = 0.999 if self.prediction == "noise" else 1.0
         return np.minimum(np.asarray(t, np.float64), last)
 
 
 PROCESSES = {"variance_preserving": VariancePreserving, "rectified_flow": RectifiedFlow}
-
-
-def _stratified(key: PRNGKeyArray, batch: int) -> Array:
-    """float32 [batch], each uniform in (0, 1), one in each 1/batch (Kingma et al. 2021, VDM)."""
-    offset_key, order_key = jax.random.split(key)
-    offset = jax.random.uniform(offset_key, ())
-    u = (offset + jnp.arange(batch) / batch) % 1.0
-    # The order is random, or rows of a batch (devices) would see only their own noise level.
-    return jnp.clip(jax.random.permutation(order_key, u), 1e-6, 1 - 1e-6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Uniform:
-    """Training times uniform in [0, 1], then shifted.
-
-    `shift` and, when `base_tokens` is set, sqrt(tokens / base_tokens) multiply to the s of
-    `shift_time`: a larger video needs more noise to hide the same content (Esser et al. 2024).
-    Raises ConfigError for a shift or base_tokens that is not positive.
-    """
-
-    shift: float = 1.0
-    base_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.shift <= 0 or (self.base_tokens is not None and self.base_tokens <= 0):
-            raise ConfigError(
-                f"times: shift = {self.shift}, base_tokens = {self.base_tokens}; "
-                "both must be positive."
-            )
-
-    def shift_for(self, num_tokens: int) -> float:
-        """The s of `shift_time` for a video of that many tokens."""
-        ratio = num_tokens / self.base_tokens if self.base_tokens else 1.0
-        return self.shift * math.sqrt(ratio)
-
-    def quantile(self, u: Array) -> Array:
-        """Inverse cumulative distribution, before the shift."""
-        return u
-
-    def sample(self, key: PRNGKeyArray, batch: int, num_tokens: int) -> Array:
-        """Times float32 [batch], stratified over the batch so that gradients vary less."""
-        return shift_time(self.quantile(_stratified(key, batch)), self.shift_for(num_tokens))
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitNormal(Uniform):
-    """logit(t) ~ N(mean, std^2), then shifted (Esser et al. 2024, section 3.1)."""
-
-    mean: float = 0.0
-    std: float = 1.0
-
-    def quantile(self, u: Array) -> Array:
-        return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
-
-
-TIME_SAMPLERS = {"uniform": Uniform, "logit_normal": LogitNormal}

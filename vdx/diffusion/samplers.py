@@ -1,160 +1,178 @@
 """Samplers: from noise to video in one `lax.scan` over evaluations of the network.
 
-A sampler turns a grid of times into rows of coefficients (`plan`, float64 numpy), one row for
-each evaluation, and a row and the pair (x0, noise) into the next point (`step`). Neither knows
-the network nor what it predicts. With lambda = log(alpha / sigma), a step from t down to s has
-h = lambda_s - lambda_t > 0, which is infinite from alpha = 0 or to sigma = 0; the limits of all
-coefficients are finite.
+A sampler turns times into a table of coefficients (`plan`, float64 numpy), one row for each
+evaluation. From a row and the pair (x0, noise) it computes the next point (`step`). Samplers do
+not depend on the network or on the kind of its prediction. With lambda = log(alpha / sigma), a
+step from t down to s has h = lambda_s - lambda_t > 0. It is infinite from alpha = 0 or to
+sigma = 0; the limits of all coefficients are finite.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import ConfigError
-from vdx.diffusion.process import FLOOR, Process, shift_time
+from vdx.diffusion.process import FLOOR, Process
 from vdx.diffusion.step_cache import StepCache, StepCacheState
 from vdx.types import Array, PRNGKeyArray
 
-StepTable = dict[str, np.ndarray]
-Carry = tuple[Array, ...]
+StepTable = dict[str, np.ndarray]  # name -> coefficients of all evaluations, [evaluations]
+Row = Mapping[str, Any]  # name -> coefficient of one evaluation, traced
+Carry = tuple[Array, ...]  # a sampler's state; its first array is x_t
 
 
-def uniform_timesteps(process: Process, steps: int, shift: float = 1.0) -> np.ndarray:
-    """Times for `sample`: float64 [steps + 1] from 1 to 0, uniform and then shifted.
+class Sampler(Protocol):
+    """The interface of the rows of SAMPLERS."""
 
-    Moved to the nearest times that the process has: for a variance preserving one these are
-    its discrete steps ("trailing" spacing, Lin et al. 2023). Raises ConfigError when fewer
-    than `steps` different times are left.
-    """
-    if steps < 1 or shift <= 0:
-        raise ConfigError(f"sampler: steps = {steps} and shift = {shift} must be positive.")
-    times = process.nearest_time(shift_time(np.linspace(1.0, 0.0, steps + 1), shift))
-    if np.any(np.diff(times) >= 0):
-        raise ConfigError(
-            f"sampler: {steps} steps with shift {shift} are finer than the times "
-            f"of {process}; use fewer steps."
-        )
-    return times
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw fresh noise."""
+        ...
+
+    def plan(self, process: Process, times: np.ndarray) -> StepTable:
+        """Returns the coefficients of the evaluations that lead through `times`."""
+        ...
+
+    def start(self, x: Array) -> Carry:
+        """Returns the state at times[0]."""
+        ...
+
+    def step(self, carry: Carry, x0: Array, noise: Array, row: Row, fresh: Array | None) -> Carry:
+        """Returns the state after one evaluation, which gave the pair (x0, noise)."""
+        ...
+
+
+class Steps(NamedTuple):
+    """The result of some consecutive evaluations."""
+
+    carry: Carry  # the sampler's state after them
+    evaluated: Array  # bool [evaluations]: which of them evaluated the network
 
 
 def sample(
     denoise: Callable[[Array, Array], Array],
     process: Process,
-    sampler: Any,
+    sampler: Sampler,
     x: Array,
     times: np.ndarray,
     key: PRNGKeyArray | None = None,
 ) -> Array:
-    """The video at times[-1], float32 [b t h w c], from `x` at times[0].
+    """Returns the video at times[-1], float32 [b t h w c], from `x` at times[0].
 
-    denoise(x_t, t [b]) -> prediction of the kind that the process says. `times` is a concrete
-    float [n + 1], decreasing, normally from 1 to 0. `key` is needed by stochastic samplers;
-    evaluation i draws from fold_in(key, i). Raises ValueError for times that do not decrease
-    within [0, 1], a missing key, or a start where the prediction cannot say x0.
+    denoise(x_t, t [b]) -> prediction of the process's kind. times: concrete floats [n + 1],
+    decreasing, normally from 1 to 0. key: needed by stochastic samplers; evaluation i draws from
+    fold_in(key, i). Raises ValueError for times that do not decrease within [0, 1], a missing
+    key, or a start where the prediction does not determine x0.
     """
-    rows = step_table(process, sampler, times)
-    return run_steps(denoise, process, sampler, sampler.start(x.astype(jnp.float32)), rows, key)[0][
-        0
-    ]
+    table = step_table(process, sampler, times)
+    start = sampler.start(x.astype(jnp.float32))
+    return run_steps(denoise, process, sampler, start, table, key).carry[0]
 
 
-def step_table(process: Process, sampler: Any, times: np.ndarray) -> StepTable:
-    """The sampler's plan over `times`, float32, and `index`, the number of each evaluation.
+def step_table(process: Process, sampler: Sampler, times: np.ndarray) -> StepTable:
+    """Returns the sampler's plan over `times`, float32, with the `index` of each evaluation.
 
     Raises ValueError as `sample` does.
     """
     plan = sampler.plan(process, _checked(process, times))
-    rows = {name: np.asarray(values, np.float32) for name, values in plan.items()}
-    return rows | {"index": np.arange(len(rows["t"]), dtype=np.int32)}
+    table = {name: np.asarray(values, np.float32) for name, values in plan.items()}
+    return table | {"index": np.arange(len(table["t"]), dtype=np.int32)}
 
 
 def run_steps(
     denoise: Callable[[Array, Array], Array],
     process: Process,
-    sampler: Any,
+    sampler: Sampler,
     carry: Carry,
-    rows: StepTable,
+    table: StepTable,
     key: PRNGKeyArray | None = None,
-    reuse: StepCache | None = None,
-) -> tuple[Carry, Array]:
-    """(`carry` after some consecutive `rows` of `evaluations`, bool [rows]: which of them asked
-    `denoise`), so that several networks can take turns.
+    step_cache: StepCache | None = None,
+) -> Steps:
+    """Runs some consecutive rows of a step table, so that several networks can take turns.
 
-    The carry begins as `sampler.start(x)`, and x is always its first array. Without `reuse` all
-    evaluations are made.
+    The carry starts as `sampler.start(x)`, and x is always its first array. Without `step_cache`
+    every row evaluates the network.
     """
     if sampler.stochastic and key is None:
         raise ValueError(f"{sampler} draws noise: pass a key.")
-    must = np.ones(len(rows["t"]), bool) if reuse is None else reuse.must(rows["t"])
-    memory = None if reuse is None else reuse.start(carry[0])
+    if step_cache is None:
+        required = jnp.ones(len(table["t"]), bool)
+        cached = None
+    else:
+        required = step_cache.required(table["t"])
+        cached = step_cache.start(carry[0])
 
-    def evaluate(state, now) -> tuple[tuple[Carry, StepCacheState | None], Array]:
-        (carry, memory), (row, asked) = state, now
+    def evaluate(
+        state: tuple[Carry, StepCacheState | None], now: tuple[Any, Array]
+    ) -> tuple[tuple[Carry, StepCacheState | None], Array]:
+        carry, cached = state
+        row, evaluated = now  # coefficients of this evaluation; whether it is required
         x = carry[0]
         t = jnp.broadcast_to(row["t"], x.shape[:1])
-        if reuse is None:
+
+        if step_cache is None or cached is None:
             prediction = denoise(x, t)
         else:
-            prediction, memory, asked = reuse(denoise, x, t, asked, memory)
+            prediction, cached, evaluated = step_cache(denoise, x, t, evaluated, cached)
+
         x0, noise = process.to_x0_noise(prediction, x, t)
         fresh = None
         if sampler.stochastic and key is not None:
             fresh = jax.random.normal(jax.random.fold_in(key, row["index"]), x.shape)
-        return (sampler.step(carry, x0, noise, row, fresh), memory), asked
+        return (sampler.step(carry, x0, noise, row, fresh), cached), evaluated
 
-    (carry, _), asked = jax.lax.scan(evaluate, (carry, memory), (rows, must))
-    return carry, asked
+    (carry, _), evaluated = jax.lax.scan(evaluate, (carry, cached), (table, required))
+    return Steps(carry, evaluated)
 
 
 def clamp_known_frames(
     denoise: Callable[[Array, Array], Array], known: Array, is_generated: Array
 ) -> Callable[[Array, Array], Array]:
-    """A `denoise` whose network sees some frames as `known` [b t h w c], at time 0: those where
-    `free` [b t] is 0, elsewhere 1 (Wan 2.2 TI2V, whose first frame is given)."""
+    """Returns a `denoise` whose network sees given frames as they are, at time 0.
 
-    def held(x: Array, t: Array) -> Array:
-        return denoise(
-            jnp.where(is_generated[..., None, None, None] > 0, x, known), t[:, None] * is_generated
-        )
+    known: the given frames, [b t h w c]. is_generated: [b t], 0 for given frames and 1 for the
+    others. Source: Wan 2.2 TI2V, whose first frame is given.
+    """
 
-    return held
+    def clamped(x: Array, t: Array) -> Array:
+        x = jnp.where(is_generated[..., None, None, None] > 0, x, known)
+        return denoise(x, t[:, None] * is_generated)
+
+    return clamped
 
 
-def _checked(process: Process, times) -> np.ndarray:
+def _checked(process: Process, times: np.ndarray) -> np.ndarray:
+    """Returns times as float64. Raises ValueError for times that no sampler can visit."""
     times = np.asarray(times, np.float64)
-    if (
-        times.ndim != 1
-        or len(times) < 2
-        or np.any(np.diff(times) >= 0)
-        or (times[0] > 1 or times[-1] < 0)
-    ):
+    decreasing = times.ndim == 1 and len(times) > 1 and not np.any(np.diff(times) >= 0)
+    if not decreasing or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must be [n + 1], decreasing within [0, 1], not {times}.")
     if process.prediction == "noise" and process.alpha(times[0]) < FLOOR:
         raise ValueError(
-            f"times start at {times[0]}, where x_t is noise alone and a noise "
-            "prediction does not say x0; take the times from time_grid."
+            f"times start at {times[0]}, where x_t is noise alone and a noise prediction does "
+            "not determine x0; take the times from uniform_timesteps."
         )
     return times
 
 
 def _log_ratio(process: Process, times: np.ndarray) -> np.ndarray:
+    """Returns lambda = log(alpha / sigma)."""
     return process.log_snr(times) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class DDIM:
-    """Song et al. 2021, eq. 12: x_s = alpha_s x0 + (rest of sigma_s) noise + part fresh noise.
+    """DDIM (Song et al. 2021, eq. 12): x0 and noise recombined at s, with some fresh noise.
 
-    `eta` in [0, 1] is the fresh part of the posterior's standard deviation, which for any
-    alpha and sigma is sigma_s sqrt(1 - exp(-2 h)). With eta 0 it is Euler's method.
+    x_s = alpha_s x0 + (rest of sigma_s) noise + part fresh noise. The posterior's standard
+    deviation is sigma_s sqrt(1 - exp(-2 h)) for any alpha and sigma.
     """
 
-    eta: float = 0.0
+    eta: float = 0.0  # share of fresh noise in the posterior's deviation; 0: Euler's method
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -162,6 +180,7 @@ class DDIM:
 
     @property
     def stochastic(self) -> bool:
+        """Whether steps draw fresh noise."""
         return self.eta > 0
 
     def plan(self, process: Process, times: np.ndarray) -> StepTable:
@@ -178,16 +197,18 @@ class DDIM:
     def start(self, x: Array) -> Carry:
         return (x,)
 
-    def step(self, carry: Carry, x0: Array, noise: Array, row, fresh) -> Carry:
+    def step(self, carry: Carry, x0: Array, noise: Array, row: Row, fresh: Array | None) -> Carry:
         x = row["x0"] * x0 + row["noise"] * noise
-        return (x if fresh is None else x + row["fresh"] * fresh,)
+        if fresh is not None:
+            x = x + row["fresh"] * fresh
+        return (x,)
 
 
 @dataclasses.dataclass(frozen=True)
 class DDPM(DDIM):
-    """Ancestral sampling with the posterior's variance (Ho et al. 2020), which is DDIM, eta 1.
+    """Ancestral sampling with the posterior's variance (Ho et al. 2020): DDIM with eta 1.
 
-    The posterior of any Gaussian process has the same form, so it serves rectified flow too.
+    The posterior of any Gaussian process has the same form, so this covers rectified flow too.
     """
 
     eta: float = dataclasses.field(default=1.0, init=False)
@@ -195,7 +216,7 @@ class DDPM(DDIM):
 
 @dataclasses.dataclass(frozen=True)
 class Euler(DDIM):
-    """Euler's method for the probability flow ODE, which is DDIM, eta 0.
+    """Euler's method for the probability flow ODE: DDIM with eta 0.
 
     For rectified flow it is x + (s - t) velocity; for a variance preserving process the Euler
     step of x / alpha in sigma / alpha (Karras et al. 2022).
@@ -206,11 +227,11 @@ class Euler(DDIM):
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """The trapezoidal rule, two evaluations a step, one in the last (Karras et al. 2022).
+    """Heun's method: two evaluations a step, one in the last step (Karras et al. 2022).
 
     It integrates y = x / (alpha + sigma) in u = sigma / (alpha + sigma), where dy/du =
-    noise - x0: finite at both ends of every process, and the velocity itself for rectified
-    flow. The 2n - 1 rows evaluate at t0, t1, t1, t2, t2, ...
+    noise - x0. That is finite at both ends of every process, and the velocity itself for
+    rectified flow. The 2n - 1 rows evaluate at t0, t1, t1, t2, t2, ...
     """
 
     stochastic: ClassVar[bool] = False
@@ -218,7 +239,10 @@ class Heun:
     def plan(self, process: Process, times: np.ndarray) -> StepTable:
         scale = process.alpha(times) + process.sigma(times)
         u = process.sigma(times) / scale
-        twice = lambda a: np.repeat(a, 2)
+
+        def twice(a: np.ndarray) -> np.ndarray:
+            return np.repeat(a, 2)
+
         return {
             "t": twice(times[:-1])[1:],
             "scale_in": twice(scale[:-1])[1:],
@@ -230,7 +254,7 @@ class Heun:
     def start(self, x: Array) -> Carry:
         return x, jnp.zeros_like(x), jnp.zeros_like(x)
 
-    def step(self, carry: Carry, x0: Array, noise: Array, row, fresh) -> Carry:
+    def step(self, carry: Carry, x0: Array, noise: Array, row: Row, fresh: Array | None) -> Carry:
         x, y, slope = carry
         here = noise - x0
         first = row["first"] > 0
@@ -240,12 +264,17 @@ class Heun:
 
 
 def _exponential(process: Process, times: np.ndarray) -> StepTable:
-    """Rows of x_s = keep x + gain (x0 + trend (x0 - previous x0)); keep and gain are exact for
-    an x0 that stays constant in lambda, the trend makes it second order."""
-    alpha, sigma, ratio = process.alpha(times), process.sigma(times), _log_ratio(process, times)
-    h = np.diff(ratio)
+    """Returns the table of x_s = keep x + gain (x0 + trend (x0 - previous x0)).
+
+    `keep` and `gain` are exact for an x0 that is constant in lambda; `trend` makes it second
+    order.
+    """
+    alpha = process.alpha(times)
+    sigma = process.sigma(times)
+    h = np.diff(_log_ratio(process, times))
+
     trend = np.zeros_like(h)
-    # The first step knows no trend, and one to lambda = inf cannot be extrapolated.
+    # The first step has no trend yet, and a step to lambda = inf cannot be extrapolated.
     known = np.isfinite(h[1:])
     trend[1:][known] = h[1:][known] / (2 * h[:-1][known])
     return {
@@ -259,7 +288,7 @@ def _exponential(process: Process, times: np.ndarray) -> StepTable:
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolverPP2M:
-    """DPM-Solver++(2M), the midpoint form (Lu et al. 2022, algorithm 2)."""
+    """DPM-Solver++(2M) in the midpoint form (Lu et al. 2022, algorithm 2)."""
 
     stochastic: ClassVar[bool] = False
 
@@ -271,21 +300,22 @@ class DPMSolverPP2M:
     def start(self, x: Array) -> Carry:
         return x, jnp.zeros_like(x)
 
-    def step(self, carry: Carry, x0: Array, noise: Array, row, fresh) -> Carry:
+    def step(self, carry: Carry, x0: Array, noise: Array, row: Row, fresh: Array | None) -> Carry:
         x, before = carry
-        return row["keep"] * x + row["gain"] * (x0 + row["trend"] * (x0 - before)), x0
+        x = row["keep"] * x + row["gain"] * (x0 + row["trend"] * (x0 - before))
+        return x, x0
 
 
 @dataclasses.dataclass(frozen=True)
 class UniPC:
-    """UniPC with B2(h) on x0 (Zhao et al. 2023): DPM-Solver++(2M) and, for free, a corrector.
+    """UniPC with B2(h) on x0 (Zhao et al. 2023): DPM-Solver++(2M) with a corrector.
 
-    Each x0 serves twice: it corrects the step that led to it, then predicts the next one.
-    `order` is 1 or 2. Raises ConfigError for another order.
+    The corrector costs no evaluation: each x0 first corrects the step that led to it, then
+    predicts the next one. Raises ConfigError for an order other than 1 and 2.
     """
 
-    order: int = 2
-    corrector: bool = True
+    order: int = 2  # of the predictor and the corrector
+    corrector: bool = True  # whether steps are corrected
     stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -297,11 +327,15 @@ class UniPC:
         h = rows.pop("h")
         if self.order == 1:
             rows["trend"] = np.zeros_like(h)
-        old, new = np.zeros_like(h), np.full_like(h, 0.5)
+        old = np.zeros_like(h)
+        new = np.full_like(h, 0.5)
         if self.order == 2:
             old[1:-1], new[1:-1] = _correction(h[1:-1], h[:-2])
+
         # Evaluation i corrects step i - 1; there is none before the first.
-        late = lambda a: np.concatenate([[0.0], a[:-1]])
+        def late(a: np.ndarray) -> np.ndarray:
+            return np.concatenate([[0.0], a[:-1]])
+
         correct = (np.arange(len(h)) > 0) & self.corrector
         return rows | {
             "last_keep": late(rows["keep"]),
@@ -314,17 +348,17 @@ class UniPC:
     def start(self, x: Array) -> Carry:
         return x, x, jnp.zeros_like(x), jnp.zeros_like(x)
 
-    def step(self, carry: Carry, x0: Array, noise: Array, row, fresh) -> Carry:
+    def step(self, carry: Carry, x0: Array, noise: Array, row: Row, fresh: Array | None) -> Carry:
         x, last_x, last, before = carry
         mean = last + row["old"] * (before - last) + row["new"] * (x0 - last)
         corrected = row["last_keep"] * last_x + row["last_gain"] * mean
         x = jnp.where(row["correct"] > 0, corrected, x)
-        ahead = row["keep"] * x + row["gain"] * (x0 + row["trend"] * (x0 - last))
-        return ahead, x, x0, last
+        predicted = row["keep"] * x + row["gain"] * (x0 + row["trend"] * (x0 - last))
+        return predicted, x, x0, last
 
 
 def _correction(h: np.ndarray, h_before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of (x0 before last - last) and (new - last) in a corrected step of second order.
+    """Returns the weights of (x0 before last - last) and (new - last) in a corrected step.
 
     They match the exponential integral of 1 and of lambda; h is finite, h_before may not be.
     """
@@ -336,7 +370,7 @@ def _correction(h: np.ndarray, h_before: np.ndarray) -> tuple[np.ndarray, np.nda
     return rho / r, first - rho
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, type[Sampler]] = {
     "ddpm": DDPM,
     "ddim": DDIM,
     "euler": Euler,

@@ -1,9 +1,9 @@
-"""Evaluations of the network that are not made: what the last one added stands for them.
+"""The step cache: network evaluations that are skipped while the prediction hardly changes.
 
 After EasyCache (Zhou et al. 2025; TeaCache, Liu et al. 2024, measures the input of the first block
-instead): from one evaluation to the next a network's answer changes in proportion to its input,
-and the factor changes slowly. So the change of an answer is known before it is asked for. EasyCache
-adds up the changes since the last evaluation; here it is the distance from it that counts.
+instead): between evaluations a network's prediction changes in proportion to its input, and the
+factor changes slowly. So the change of a prediction is estimated before it is computed. EasyCache
+accumulates the changes since the last evaluation; here the distance from that evaluation counts.
 """
 
 import dataclasses
@@ -18,35 +18,44 @@ from vdx.types import Array
 
 
 class StepCacheState(NamedTuple):
-    """The last evaluation: its input and answer [b t h w c], and by how much answers change
-    for a change of the input [b]."""
+    """The last evaluation of the network."""
 
-    x: Array
-    answer: Array
-    rate: Array
+    x: Array  # its input [b t h w c]
+    prediction: Array  # its output [b t h w c]
+    rate: Array  # change of the prediction for a change of the input, [b]
+
+
+class CachedStep(NamedTuple):
+    """The result of one step of the sampler."""
+
+    prediction: Array  # [b t h w c], of the network or extrapolated
+    state: StepCacheState
+    evaluated: Array  # bool []: whether the network was evaluated
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCache:
-    """Whether to ask the network, for all clips of a batch alike.
+    """The rule that decides, for all clips of a batch together, whether to evaluate the network.
 
-    It is asked when the answer of one of the clips would change by `threshold` of its size or
-    more, as far as can be told; else the answer is the last one, moved as far as the input is.
-    Always asked are the first two evaluations, by which the rate is known, the last one, and the
-    first ones on both sides of the ends of `interval`, where guidance changes (see Guidance).
+    The network is evaluated when the estimated change of any clip's prediction reaches
+    `threshold`. Otherwise the last prediction is moved by as much as the input has moved. These
+    evaluations are required: the first two (they give the rate), the last, and the first on both
+    sides of each end of `interval`.
     """
 
-    threshold: float | Array
-    interval: tuple[float, float] = (0.0, 1.0)
+    threshold: float | Array  # change of a prediction relative to its size; 0: always evaluate
+    interval: tuple[float, float] = (0.0, 1.0)  # times where guidance is on (see Guidance)
 
-    def must(self, times: Array | np.ndarray) -> Array:
-        """bool [n]: which of the evaluations at these times have to be made."""
-        place, (low, high) = np.arange(len(times)), self.interval
+    def required(self, times: Array | np.ndarray) -> Array:
+        """Returns bool [n]: which of the evaluations at these times are required."""
+        low, high = self.interval
+        place = np.arange(len(times))
         inside = (times >= low) & (times <= high)
         turns = jnp.append(False, inside[1:] != inside[:-1])
         return (place < 2) | (place == len(times) - 1) | turns
 
     def start(self, x: Array) -> StepCacheState:
+        """Returns the state before the first evaluation, of inputs like x."""
         return StepCacheState(jnp.zeros_like(x), jnp.zeros_like(x), jnp.full(len(x), jnp.inf))
 
     def __call__(
@@ -54,22 +63,27 @@ class StepCache:
         denoise: Callable[[Array, Array], Array],
         x: Array,
         t: Array,
-        must: Array,
-        memory: StepCacheState,
-    ) -> tuple[Array, StepCacheState, Array]:
-        """(prediction, memory, whether the network was asked)"""
-        moved = x - memory.x
-        change = memory.rate * _size(moved) / _size(memory.answer)
-        ask = must | ~jnp.all(change < self.threshold)  # also where it is no number
+        required: Array,
+        state: StepCacheState,
+    ) -> CachedStep:
+        """Evaluates the network at (x, t), or extrapolates its last prediction."""
+        moved = x - state.x
+        change = state.rate * _size(moved) / _size(state.prediction)
+        # Negated, so that a change that is not a number evaluates the network too.
+        evaluate = required | ~jnp.all(change < self.threshold)
 
-        def asked() -> tuple[Array, StepCacheState]:
-            answer = denoise(x, t)
-            return answer, StepCacheState(x, answer, _size(answer - memory.answer) / _size(moved))
+        def evaluated() -> tuple[Array, StepCacheState]:
+            prediction = denoise(x, t)
+            rate = _size(prediction - state.prediction) / _size(moved)
+            return prediction, StepCacheState(x, prediction, rate)
 
-        prediction, memory = jax.lax.cond(ask, asked, lambda: (memory.answer + moved, memory))
-        return prediction, memory, ask
+        def extrapolated() -> tuple[Array, StepCacheState]:
+            return state.prediction + moved, state
+
+        prediction, state = jax.lax.cond(evaluate, evaluated, extrapolated)
+        return CachedStep(prediction, state, evaluate)
 
 
 def _size(x: Array) -> Array:
-    """Mean of |x| of each clip, [b]."""
+    """Returns the mean of |x| of each clip, [b]."""
     return jnp.abs(x).reshape(len(x), -1).mean(1)

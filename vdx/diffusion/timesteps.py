@@ -1,10 +1,10 @@
-"""Time grids of public flow models: where their samplers stop, and what the network is told.
+"""Timesteps: the times that a sampler visits, and the network's time at each of them.
 
-A grid of n steps has n + 1 times for `samplers.sample`, from (nearly) 1 down to 0, and for all
-but the last the number that the network is fed there, of the order of 1000. Codes differ in
-both, and a network is best asked as those who released it ask it:
+n steps have n + 1 times, from (nearly) 1 down to 0. At all but the last a number of the order of
+1000 is the network's time. Public codes differ in both, and a network samples best with the
+timesteps of its makers:
 
-    row               times before the shift, the last one left out    the network is fed
+    row               times before the shift, without the last          the network's time
     plain             n + 1 from 1 to 0                                 1000 t
     wan_unipc         n + 1 from 0.999 to 0                             1000 t without its fraction
     wan_dpmpp         n + 1 from 1 to 0                                 1000 t without its fraction
@@ -14,7 +14,8 @@ both, and a network is best asked as those who released it ask it:
 
 wan_*: the code released with Wan 2.1 and 2.2. diffusers_* (0.42): its schedulers
 FlowMatchEulerDiscrete with `shift`, and UniPCMultistep and DPMSolverMultistep with
-`use_flow_sigmas` and `flow_shift`. A name says which sampler the grid comes with; any runs on it.
+`use_flow_sigmas` and `flow_shift`. A name says with which sampler its makers use it; any sampler
+accepts any row.
 """
 
 import dataclasses
@@ -27,23 +28,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import ConfigError
-from vdx.diffusion.process import shift_time
+from vdx.diffusion.process import Process, shift_time
+
+
+def uniform_timesteps(process: Process, steps: int, shift: float = 1.0) -> np.ndarray:
+    """Returns uniform and then shifted times, float64 [steps + 1] from 1 to 0.
+
+    They are rounded to the nearest times of the process. For a variance preserving one these are
+    its discrete steps ("trailing" spacing, Lin et al. 2023). Raises ConfigError when fewer than
+    `steps` different times remain.
+    """
+    if steps < 1 or shift <= 0:
+        raise ConfigError(f"sampler: steps = {steps} and shift = {shift} must be positive.")
+    times = process.nearest_time(shift_time(np.linspace(1.0, 0.0, steps + 1), shift))
+    if np.any(np.diff(times) >= 0):
+        raise ConfigError(
+            f"sampler: {steps} steps with shift {shift} are finer than the times "
+            f"of {process}; use fewer steps."
+        )
+    return times
 
 
 @dataclasses.dataclass(frozen=True)
 class Timesteps:
-    """times: float64 [n + 1], decreasing to 0. network: float64 [n], the network's times.
+    """The times of a flow model's sampler, and the network's time at each.
 
-    For `sample(denoise, RectifiedFlow(), sampler, x, grid.times)`, whose `denoise(x, t)` asks its
-    network at `grid.network_time(t)`.
+    For `sample(denoise, RectifiedFlow(), sampler, x, timesteps.times)`, where `denoise(x, t)`
+    evaluates the network at `timesteps.network_time(t)`.
     """
 
-    times: np.ndarray
-    network: np.ndarray
+    times: np.ndarray  # float64 [n + 1], decreasing to 0
+    network: np.ndarray  # float64 [n], the network's times
 
     def network_time(self, t: Any) -> Any:
-        """`network` at the times of the grid, linear in between; the shape of t. float32 jax for
-        a jax array, for anything else float64 numpy, which is exact on the grid."""
+        """Returns the network's time at t, linear between the timesteps, in the shape of t.
+
+        float32 jax for a jax array. Anything else gives float64 numpy, exact on the timesteps.
+        """
         xp, dtype = (jnp, jnp.float32) if isinstance(t, jax.Array) else (np, np.float64)
         known = np.append(self.network, 0.0)
         return xp.interp(
@@ -77,11 +98,12 @@ def _diffusers_dpmpp(steps: int, shift: float) -> np.ndarray:
     return shift_time(1 - np.linspace(1, 0.001, steps + 1), shift)[:0:-1]
 
 
-def _grid(
+def _timesteps(
     before_zero: Callable[[int, float], np.ndarray], whole: bool, steps: int, shift: float
 ) -> Timesteps:
+    """Builds one row: times before the final 0, and network times with or without fractions."""
     if steps < 1 or shift <= 0:
-        raise ConfigError(f"grid: steps = {steps} and shift = {shift} must be positive.")
+        raise ConfigError(f"timesteps: steps = {steps} and shift = {shift} must be positive.")
     times = before_zero(steps, shift)
     # All codes keep times in float32, which is a hundredth of alpha = 1e-6.
     kept = times.astype(np.float32)
@@ -89,12 +111,12 @@ def _grid(
     return Timesteps(np.append(kept, 0).astype(np.float64), network.astype(np.float64))
 
 
-# row(steps, shift) -> Grid. Raises ConfigError unless both are positive.
+# row(steps, shift) -> Timesteps. Raises ConfigError unless both are positive.
 TIMESTEPS: dict[str, Callable[[int, float], Timesteps]] = {
-    "plain": partial(_grid, _plain, False),
-    "wan_unipc": partial(_grid, _wan_unipc, True),
-    "wan_dpmpp": partial(_grid, _plain, True),
-    "diffusers_euler": partial(_grid, _diffusers_euler, False),
-    "diffusers_unipc": partial(_grid, _diffusers_unipc, True),
-    "diffusers_dpmpp": partial(_grid, _diffusers_dpmpp, True),
+    "plain": partial(_timesteps, _plain, False),
+    "wan_unipc": partial(_timesteps, _wan_unipc, True),
+    "wan_dpmpp": partial(_timesteps, _plain, True),
+    "diffusers_euler": partial(_timesteps, _diffusers_euler, False),
+    "diffusers_unipc": partial(_timesteps, _diffusers_unipc, True),
+    "diffusers_dpmpp": partial(_timesteps, _diffusers_dpmpp, True),
 }

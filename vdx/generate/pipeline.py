@@ -18,10 +18,9 @@ from vdx.diffusion.samplers import (
     clamp_known_frames,
     run_steps,
     step_table,
-    uniform_timesteps,
 )
 from vdx.diffusion.step_cache import StepCache
-from vdx.diffusion.timesteps import TIMESTEPS, Timesteps
+from vdx.diffusion.timesteps import TIMESTEPS, Timesteps, uniform_timesteps
 from vdx.models.conditioning.signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vdx.types import Array, Float
+from vdx.types import Array, DTypeLike, Float
 
 
 class GroupNorm(nn.Module):
@@ -33,7 +33,7 @@ class ImageResidual(nn.Module):
 
     features: int
     groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     eps: float = 1e-6
 
     @nn.compact

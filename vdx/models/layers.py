@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.types import Array, Float, Int
+from vdx.types import Array, DTypeLike, Float, Int
 
 
-def geglu(x: Float[Array, "... 2d"]) -> Float[Array, "... d"]:
+def geglu(x: Float[Array, "... e"]) -> Float[Array, "... d"]:
     """The first half of the features, gated by the second (Shazeer 2020)."""
     x, gate = jnp.split(x, 2, -1)
     return x * nn.gelu(gate, approximate=False)
@@ -66,7 +66,9 @@ class LayerNorm(nn.Module):
         return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
-def sinusoidal(x: Float[Array, "..."], width: int, max_period: float = 1e4) -> Array:
+def sinusoidal(
+    x: Float[Array, "..."] | Int[Array, "..."], width: int, max_period: float = 1e4
+) -> Array:
     """[...] -> [... width]: cosines then sines of x at geometric frequencies (Vaswani 2017)."""
     half = width // 2
     freqs = np.exp(-np.log(max_period) * np.arange(half) / half).astype(np.float32)
@@ -106,7 +108,7 @@ class MLP(nn.Module):
 
     hidden: int
     activation: str = "gelu"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     out: int | None = None
 
     @nn.compact

@@ -36,7 +36,7 @@ from vdx.models.layers import (
 )
 from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, CachePosition, MixContext
 from vdx.parallel import constrain
-from vdx.types import Array, Float, Ports
+from vdx.types import Array, DTypeLike, Float, Ports
 
 # width, depth, heads, hidden features of the MLP for each feature of the width
 SIZES: dict[str, tuple[int, int, int, float]] = {
@@ -104,13 +104,13 @@ class Block(nn.Module):
     hidden: int
     activation: str
     cross: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t h w d"],
-        modulation: Float[Array, "b t 6 d"],
+        modulation: Float[Array, "b #t 6 d"],
         ports: Ports,
         context: MixContext,
     ) -> Float[Array, "b t h w d"]:
@@ -161,7 +161,7 @@ class Period(nn.Module):
     """
 
     pattern: tuple[Mapping[str, Any], ...]
-    block: dict
+    block: Mapping[str, Any]
 
     @nn.compact
     def __call__(self, carry, modulation, ports, context):
@@ -321,11 +321,11 @@ class Transformer(nn.Module):
             )
         return time[:, :: self.patch[0]]
 
-    def patches(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w k"]:
+    def patches(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b T H W k"]:
         pt, ph, pw = self.patch
         return rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
 
-    def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b t h w d"]:
+    def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b T H W d"]:
         """Patches start as their lowest frequencies, and are drawn from them again at the end."""
         return nn.Dense(
             self.dims()[0],

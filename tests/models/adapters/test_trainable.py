@@ -19,7 +19,7 @@ from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.loop import Run, train
-from vdx.train.preemption import Stop
+from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -77,7 +77,7 @@ def place(tmp_path_factory, randomise) -> tuple[str, ...]:
 
 def trained(made: Experiment, workdir: Path, mesh) -> Run:
     with jax.set_mesh(mesh):
-        return train(made, workdir, mesh, lambda *_: None, Stop())
+        return train(made, workdir, mesh, lambda *_: None, PreemptionHandler())
 
 
 @pytest.fixture(scope="module")

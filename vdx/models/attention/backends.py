@@ -32,7 +32,7 @@ def attend(
     q: Float[Array, "b ... q n d"],
     k: Float[Array, "b ... s n d"],
     v: Float[Array, "b ... s n d"],
-    mask: Bool[Array, "b s"] | Bool[Array, "b q s"] | None = None,
+    mask: Bool[Array, "#b s"] | Bool[Array, "#b q s"] | None = None,
     *,
     bias: Float[Array, "1 n q s"] | None = None,
     scale: float | None = None,

@@ -6,7 +6,7 @@ from einops import rearrange
 
 from vdx.models.attention.backends import attend
 from vdx.models.layers import MLP, LayerNorm, RMSNorm
-from vdx.types import Array, Bool, Float
+from vdx.types import Array, Bool, DTypeLike, Float
 
 
 class SelfAttention(nn.Module):
@@ -17,7 +17,7 @@ class SelfAttention(nn.Module):
 
     heads: int
     causal: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Array:
@@ -48,7 +48,7 @@ class CrossAttention(nn.Module):
     """
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     qk_norm: bool = True
     attention: str = "auto"
 

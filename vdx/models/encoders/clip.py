@@ -16,7 +16,7 @@ from PIL import Image
 from vdx.models.attention.layers import SelfAttention
 from vdx.models.layers import MLP, LayerNorm
 from vdx.parallel import constrain
-from vdx.types import Array, Bool, Float, Int, UInt8
+from vdx.types import Array, Bool, DTypeLike, Float, Int, UInt8
 
 # Of the pictures that CLIP was trained on, red, green and blue in [0, 1].
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -41,7 +41,7 @@ class Layer(nn.Module):
     activation: str
     causal: bool
     eps: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], mask: Bool[Array, "b l"] | None):

@@ -15,7 +15,7 @@ import numpy as np
 from vdx.models.attention.backends import attend
 from vdx.models.layers import ACTIVATIONS, RMSNorm
 from vdx.parallel import constrain
-from vdx.types import Array, Bool, Float, Int
+from vdx.types import Array, Bool, DTypeLike, Float, Int
 
 _XXL: dict[str, Any] = dict(width=4096, depth=24, heads=64, head_width=64, hidden=10240)
 # Fields of T5Encoder: T5Encoder(**SIZES["umt5-xxl"]).
@@ -64,7 +64,7 @@ class Layer(nn.Module):
     hidden: int
     buckets: int
     eps: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from vdx.config.build import ConfigError
 from vdx.parallel import constrain, platform, reshard_to_frames
-from vdx.types import Array, Float
+from vdx.types import Array, DTypeLike, Float
 
 Size = tuple[int, int, int]
 PADDINGS = {"zeros": "constant", "edge": "edge"}  # as jnp.pad names them
@@ -19,10 +19,10 @@ PADDINGS = {"zeros": "constant", "edge": "edge"}  # as jnp.pad names them
 
 def convolve(
     x: Float[Array, "b t h w c"],
-    kernel: Float[Array, "i j k c f"],
+    kernel: Float[Array, "i j k _ f"],
     stride: Size = (1, 1, 1),
     space: Any = ((0, 0), (0, 0)),
-) -> Float[Array, "b t h w f"]:
+) -> Float[Array, "b T H W f"]:
     """The convolution (as networks say it: no flip) of x with a kernel.
 
     There is no padding in time, and in space zeros, (before, after) for h and w. Depthwise, each
@@ -90,7 +90,7 @@ class Conv3D(nn.Module):
     causal: bool = False
     padding: str = "zeros"
     depthwise: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         centred = self.kernel[self.causal :]
@@ -130,7 +130,7 @@ class ConvMixer(nn.Module):
     """
 
     heads: int  # not used
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel: Size = (3, 3, 3)
     separable: bool = False
     causal: bool = False

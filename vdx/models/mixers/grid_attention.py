@@ -25,7 +25,7 @@ from vdx.models.layers import RMSNorm, apply_rope
 from vdx.models.mixers.conv import ConvMixer
 from vdx.models.mixers.recurrent import Recurrent
 from vdx.parallel import constrain, reshard_to_frames
-from vdx.types import Array, Bool, Float
+from vdx.types import Array, Bool, DTypeLike, Float
 
 
 class CachePosition(flax.struct.PyTreeNode):
@@ -74,7 +74,7 @@ class GridAttention(nn.Module):
     """
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     positions: str = "rope"
     qk_norm: bool = True
     block: int | None = None
@@ -272,7 +272,7 @@ class NoExchange(nn.Module):
     The control that a mixer is compared with."""
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     over = "none"
     temporal = False  # so that the frames of a clip are as many images
 

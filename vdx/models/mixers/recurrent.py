@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdx.parallel import constrain, reshard_to_frames
-from vdx.types import Array, Float
+from vdx.types import Array, DTypeLike, Float
 
 STRENGTH = 8.0  # of the decay's gate, in Griffin's words c
 HALF_LIVES = 0.5, 64.0  # in frames, of the features as they begin
@@ -50,7 +50,7 @@ def half_lives(key, shape, dtype=jnp.float32) -> Array:
 class Direction(nn.Module):
     """The recurrence in one direction of time, in float32: what decays is a product of many."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     reverse: bool = False
 
     @nn.compact
@@ -83,7 +83,7 @@ class Recurrent(nn.Module):
     """
 
     heads: int  # not used
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     bidirectional: bool = False
     temporal = True
 

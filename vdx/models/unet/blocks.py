@@ -22,7 +22,7 @@ from vdx.models.mixers.grid_attention import MIXERS, MixContext
 from vdx.models.transformer import REMAT
 from vdx.models.vae.blocks import down_conv, split_space
 from vdx.parallel import constrain
-from vdx.types import Array, Bool, Float
+from vdx.types import Array, Bool, DTypeLike, Float
 
 # Which axes of the grid attend to one another; the rest is batch.
 ATTENTION_AXES = {"space": "b t (h w) n d", "time": "b h w t n d", "tokens": "b (t h w) n d"}
@@ -85,7 +85,7 @@ class PlainAttention(nn.Module):
 
     over: str
     heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -116,7 +116,7 @@ class TransformerLayer(nn.Module):
     over: str
     heads: int
     temporal: Temporal
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -190,7 +190,7 @@ class TimeConvs(nn.Module):
     residual, which at first changes nothing."""
 
     groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vdx.models.unet.blocks import Common, Encoder, Temporal
 from vdx.parallel import constrain
-from vdx.types import Array, Float
+from vdx.types import Array, DTypeLike, Float
 
 # What lies between the frames of a branch. "image": it also reads the noisy clip. "sparse": it
 # reads maps of some frames alone, a last channel of which says which ones these are.
@@ -28,7 +28,7 @@ class Hint(nn.Module):
 
     widths: tuple[int, ...]
     features: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t H W c"]) -> Float[Array, "b t h w d"]:
@@ -76,7 +76,7 @@ class ControlNet(nn.Module):
         vector: Array | None,
         tokens: Array | None,
         mask: Array | None,
-        control: Float[Array, "b t H W c"],
+        control: Float[Array, "b t H W k"],
         scale: Float[Array, "b"],
     ) -> tuple[list[Array], Array]:
         common = dataclasses.replace(self.common, temporal=CONTROLS[self.kind])

@@ -143,7 +143,10 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c"], time: Float[Array, "b"], ports: Ports
+        self,
+        x: Float[Array, "b t h w c"],
+        time: Float[Array, "b"] | Float[Array, "b t"],
+        ports: Ports,
     ) -> Float[Array, "b t h w c"]:
         _, common = self.dims()
         self.check(x, time, ports)

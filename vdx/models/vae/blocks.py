@@ -15,7 +15,7 @@ from vdx.models.attention.backends import attend
 from vdx.models.layers import RMSNorm
 from vdx.models.mixers.conv import convolve
 from vdx.parallel import constrain
-from vdx.types import Array, Float, PRNGKeyArray
+from vdx.types import Array, DTypeLike, Float, PRNGKeyArray
 
 # Wan divides by max(|x|, 1e-12) over the channels; with this its norm is our RMSNorm.
 NORM_EPS = 1e-24
@@ -35,7 +35,7 @@ class Posterior(flax.struct.PyTreeNode):
     scale: Array
 
     @classmethod
-    def of(cls, moments: Float[Array, "b t h w 2z"], shift, scale) -> "Posterior":
+    def of(cls, moments: Float[Array, "b t h w e"], shift, scale) -> "Posterior":
         """From mean and logarithm of the variance along the last axis."""
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, -1)
         return cls(mean, jnp.clip(logvar, *LOGVAR), jnp.float32(shift), jnp.float32(scale))
@@ -72,7 +72,7 @@ class CausalConv3d(nn.Module):
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
@@ -115,7 +115,7 @@ def attend_frames(q: Array, k: Array, v: Array) -> Array:
 class FrameAttention(nn.Module):
     """Self-attention within each frame, a residual."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Array:
@@ -130,7 +130,7 @@ class ResidualBlock(nn.Module):
     """Two causal convolutions, each after norm and SiLU, beside a shortcut."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
@@ -147,7 +147,7 @@ class Downsample(nn.Module):
     """Halves space and, with `time`, the frames after the first: 1 + 2n -> 1 + n."""
 
     time: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
@@ -167,7 +167,7 @@ class Upsample(nn.Module):
 
     features: int
     time: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from vdx.config.build import ConfigError
 from vdx.models.image_blocks import GroupNorm, ImageResidual
 from vdx.models.vae.blocks import Posterior, attend_frames, double, down_conv
-from vdx.types import Array, Float, PRNGKeyArray
+from vdx.types import Array, DTypeLike, Float, PRNGKeyArray
 
 
 class ImageAttention(nn.Module):
     """Self-attention with one head between the places of each frame, a residual."""
 
     groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Array:
@@ -36,7 +36,7 @@ class ImageCoder(nn.Module):
     groups: int
     attention: bool
     up: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Array:

@@ -29,7 +29,7 @@ from vdx.models.vae.blocks import (
     split_space,
 )
 from vdx.models.vae.tiling import tiled
-from vdx.types import Array, Float, PRNGKeyArray
+from vdx.types import Array, DTypeLike, Float, PRNGKeyArray
 
 
 class DownLevel(nn.Module):
@@ -41,7 +41,7 @@ class DownLevel(nn.Module):
     space: bool
     time: bool
     residual: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
@@ -65,7 +65,7 @@ class UpLevel(nn.Module):
     space: bool
     time: bool
     residual: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
@@ -84,7 +84,7 @@ class UpLevel(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention within frames, residual block."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
@@ -100,7 +100,7 @@ class Coder(nn.Module):
     levels: tuple[dict[str, Any], ...]
     out: int
     up: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Array:
