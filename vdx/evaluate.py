@@ -1,4 +1,6 @@
-"""Evaluate: python -m vdx.evaluate --workdir=runs/tiny
+"""Evaluate a run: the flags of vdx.evaluate.
+
+    python -m vdx.evaluate --workdir=runs/tiny
 
 Runs the rows of the config's `eval` section on a run's weights, prints their scores, and writes
 `eval.json`, the clips of `eval/` and the report. `--rows=flicker,control` runs only these.

@@ -14,14 +14,14 @@ __all__ = ["PairedClips", "comparison_table", "comparison_text", "mean_of", "pai
 
 
 class PairedClips(NamedTuple):
-    """Clips drawn for captions of the data, and the data's own clips, each uint8 [t h w 3]."""
+    """Clips drawn for captions, and the data's own; each uint8 [t h w 3]."""
 
     drawn: list[np.ndarray]
     true: list[np.ndarray]  # fewer, if records are shorter than a clip
 
 
 def paired_clips(drawing: ClipDrawer, params: Params, count: int) -> PairedClips:
-    """Draw `count` clips for validation captions, or fewer if the data has fewer records."""
+    """Draw `count` clips for validation captions, or fewer if there are fewer."""
     records = drawing.validation_records(count)
     drawn = drawing.draw(params, [record.caption for record in records])
     true = [drawing.true_clip(record) for record in records]
@@ -47,7 +47,7 @@ def comparison_text(title: str, labels: Mapping[str, str], scores: Scores) -> st
 
 
 def comparison_table(labels: Mapping[str, str], scores: Scores) -> str:
-    """Format scores next to those of the data's own clips, as HTML; "" if there are none."""
+    """Format scores next to those of the data's own clips, as HTML; "" for none."""
     if "clips" not in scores:
         return ""
     true = scores.get("true", {})

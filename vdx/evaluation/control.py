@@ -36,7 +36,7 @@ class Control(Evaluator):
     `control_scores`, and `without`, the value of clips drawn without the signal.
     """
 
-    clips: int = 64  # drawn for each signal; a mean position error then repeats to about 10 %
+    clips: int = 64  # drawn for each signal, and once without
 
     title: ClassVar[str] = "Control"
     about: ClassVar[str] = (
@@ -131,7 +131,7 @@ class ControlledScenes:
         return self.truths_at(self.drawing.fps)
 
     def truths_at(self, fps: float) -> list[Truth]:
-        """True clips and states at `fps` frames per second."""
+        """Return true clips and states at `fps` frames per second."""
         times = np.arange(self.drawing.num_frames) / fps
         size = (self.experiment.data.height, self.experiment.data.width)
         return [scene_truth(self.source.scene(i), times, *size) for i in range(self.count)]
@@ -229,7 +229,7 @@ def _score_known_frames(scenes: ControlledScenes) -> list[dict[str, Any]]:
 
 
 def _score_motion(scenes: ControlledScenes) -> list[dict[str, Any]]:
-    """Score clips drawn with the motion scores of other scenes, whatever their words say."""
+    """Score clips drawn with the motion scores of other scenes, with their own text."""
     usual = sorted(truth["motion"] for truth in scenes.truths)
     wanted = np.random.default_rng(FIRST_SEED).permutation(usual)
     truths = [

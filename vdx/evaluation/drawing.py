@@ -1,4 +1,4 @@
-"""Clips drawn for an evaluation: the one place where evaluators call the generator."""
+"""Drawn clips: the one place where evaluators call the generator."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ class ClipDrawer:
         return records
 
     def true_clip(self, record: Record) -> np.ndarray | None:
-        """Read uint8 [t h w 3] of a record from its first instant; None if it is too short."""
+        """Read uint8 [t h w 3] of a record from its start; None if it is too short."""
         last = self.times[-1]
         if last >= record.duration:
             return None

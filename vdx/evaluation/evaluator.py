@@ -73,10 +73,11 @@ class Evaluator(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
-        """Return run(params) -> scores; what does not depend on the weights is made here, once.
+        """Return run(params) -> scores.
 
-        `params` are those that the network runs with. Every process calls `run`, under the mesh;
-        only the first one may write files.
+        Everything that does not depend on the weights is made here, once. `params` are those
+        that the network runs with. Every process calls `run`, under the mesh; only the first one
+        may write files.
         """
 
     @abc.abstractmethod

@@ -36,7 +36,7 @@ class Flicker(Evaluator):
     for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
     """
 
-    clips: int = 8  # half a second of optical flow each at 32 pixels, minutes at 256
+    clips: int = 8  # the optical flow of two frames of 192x256 takes half a second
 
     title: ClassVar[str] = "Flicker"
     about: ClassVar[str] = (
@@ -69,7 +69,7 @@ class Flicker(Evaluator):
 
 
 def score_clips(videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
-    """Score clips, each uint8 [t h w 3]: flicker, motion, and the share of conclusive clips."""
+    """Score clips, each uint8 [t h w 3]: flicker, motion, and share conclusive."""
     values = []
     for video in videos:
         levels, share = flicker(video)

@@ -1,4 +1,7 @@
-"""Pieces of the report's HTML: tables, charts, clips. Text from files is escaped by the caller."""
+"""Pieces of the report's HTML: tables, charts, clips.
+
+The caller escapes text from files in the cells of tables; names of traces are escaped here.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -75,7 +75,7 @@ class IdentityDrift(Evaluator):
 
 
 def score_clips(videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
-    """Score clips, each uint8 [t h w 3]: drift, motion, and the share of conclusive clips."""
+    """Score clips, each uint8 [t h w 3]: drift, motion, and share conclusive."""
     values = []
     for video in videos:
         masks = subject_masks(video)
@@ -92,7 +92,7 @@ def score_clips(videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
 
 
 def subject_masks(video: np.ndarray) -> np.ndarray | None:
-    """Find the subject, bool [t h w], in a clip uint8 [t h w 3]; None if no frame shows one.
+    """Find the subject, bool [t h w], of a clip uint8 [t h w 3]; None if it has none.
 
     The subject is the one compact region that differs from a plain or known background at rest,
     in any colour, without its edge, which mixes with the background.
@@ -106,10 +106,11 @@ def subject_masks(video: np.ndarray) -> np.ndarray | None:
 
 
 def _is_one_subject(mask: np.ndarray) -> bool:
-    """Return whether a region [h w] is one compact piece: area / (2 pi variance), 1 for a disc."""
+    """Return whether a region [h w] is one compact piece."""
     y, x = np.nonzero(mask)
     if not LEAST_PIXELS <= len(x) <= LARGEST * mask.size:
         return False
+    # The compactness area / (2 pi variance) is 1 for a disc.
     return len(x) >= COMPACT * 2 * np.pi * (x.var() + y.var())
 
 

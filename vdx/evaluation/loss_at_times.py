@@ -35,7 +35,7 @@ class LossAtTimes(Evaluator):
     """
 
     every: int = 500
-    clips: int = 64  # of each split; a loss of 64 clips repeats to about 1 %
+    clips: int = 64  # of each split, in batches of at most the training batch
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # 0 is data and 1 is noise
 
     title: ClassVar[str] = "Loss"

@@ -163,7 +163,7 @@ def _examples(
 def _confusion(
     truth: Sequence[Words], readings: Sequence[Words]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Counts, for each attribute, {prompted word: {read word: clips}}."""
+    """Count, for each attribute, {prompted word: {read word: clips}}."""
     counts: dict[str, dict[str, dict[str, int]]] = {name: {} for name in ATTRIBUTES}
     for wanted, read in zip(truth, readings, strict=True):
         for name in ATTRIBUTES:

@@ -82,7 +82,7 @@ def _evaluators(config: Any, result: Mapping[str, Any]) -> dict[str, Evaluator]:
 
 
 def _piece(draw: Callable[..., str], *arguments: Any) -> str:
-    """Return draw(*arguments); files that vdx did not write must not stop a run's report."""
+    """Return draw(*arguments), or its error: a stranger's files stop no report."""
     try:
         return draw(*arguments)
     except Exception as error:

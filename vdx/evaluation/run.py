@@ -21,12 +21,18 @@ __all__ = ["evaluate_run", "format_scores", "periodic_tasks", "rows_at_end"]
 
 
 def rows_at_end(experiment: Experiment) -> list[str]:
-    """Return the rows that do not run while training. Raises ConfigError, see make_evaluators."""
+    """Return the rows that do not run while training.
+
+    Raises ConfigError, see make_evaluators.
+    """
     return [name for name, row in make_evaluators(experiment).items() if not row.every]
 
 
 def periodic_tasks(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[PeriodicTask, ...]:
-    """Prepare the rows that run while training. Raises ConfigError, see make_evaluators."""
+    """Prepare the rows that run while training.
+
+    Raises ConfigError, see make_evaluators.
+    """
     context = EvaluationContext(experiment, workdir, mesh)
     tasks = []
     for name, row in make_evaluators(experiment).items():
@@ -43,7 +49,9 @@ def evaluate_run(
     step: int,
     rows: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """Run the rows of `config.eval`, and writes eval.json: {row: {"step": step, **scores}}.
+    """Run the rows of `config.eval`, and write their scores to eval.json.
+
+    eval.json is {row: {"step": step, **scores}}, with null for NaN.
 
     rows: the rows to run; those of earlier runs stay in eval.json. None: all, and none stays.
     Call under `jax.set_mesh`. Returns the rows that were run. Raises ConfigError for a row that

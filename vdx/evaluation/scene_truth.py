@@ -1,4 +1,4 @@
-"""The target of a clip of a scene: what it should show, from the exact state of the scene."""
+"""The target of a clip of a scene, from the exact state of the scene."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["scene_truth"]
 
 
 def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dict[str, Any]:
-    """Return the target of a clip of a scene with frames at these times, for `control_scores`."""
+    """Return the target for `control_scores` of a clip with frames at these times."""
     times = np.asarray(times, np.float64)
     state = scene.state(times)[0]
     main = scene.objects[0]

@@ -1,4 +1,4 @@
-"""Sections of the report that no evaluator owns: samples, optimization, throughput, the run."""
+"""Sections of the report that belong to no evaluator."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,7 +81,7 @@ Clips = Mapping[tuple[Any, Any], str]  # (prompt, seed) -> file
 
 
 def samples(workdir: Path) -> str:
-    """Show the sample grid: a row a prompt, a column a step, the latest step last and large."""
+    """Show the sample grid: a row a prompt, a column a step, the latest one large."""
     steps = _sampled_steps(workdir)
     if not steps:
         return NOT_YET
@@ -98,7 +98,7 @@ def samples(workdir: Path) -> str:
 
 
 def _sampled_steps(workdir: Path) -> list[tuple[int, Clips]]:
-    steps = []
+    steps: list[tuple[int, Clips]] = []
     for folder in sorted(workdir.glob("samples/*")):
         if not re.fullmatch("[0-9]{1,15}", folder.name):
             continue

@@ -1,4 +1,4 @@
-"""The table of evaluators, and the `eval` section of a config as a choice of its rows.
+"""The table of evaluators; the `eval` section of a config chooses its rows.
 
     "eval": {"loss": {"every": 500}, "prompt_following": {"prompts": 128}, "flicker": None}
 

@@ -1,4 +1,4 @@
-"""Files of a workdir for the report: missing, half-written and strangers' files do no harm."""
+"""Files of a workdir for the report; they may be missing, partial or hostile."""
 
 import json
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> LoggedRows:
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file completely or not at all, for the browser that reloads during a run."""
+    """Write a file completely or not at all, since a browser may reload any time."""
     with atomic_write(path) as part:
         part.write_bytes(content)
     return path

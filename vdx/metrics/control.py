@@ -1,4 +1,4 @@
-"""How well clips follow a control signal: one number for each measure, read from pixels.
+"""How well clips follow a control signal, read from pixels.
 
 Each number is given three times: of the model's clips; of true renders, which is the error of the
 reader itself; and shuffled, of the same clips scored against the targets of other clips, which is
@@ -162,7 +162,7 @@ def _mean(values: Sequence[float] | np.ndarray) -> Score:
 
 
 def _mean_over_clips(measure: Callable[[Any, Truth], Any]) -> Scorer:
-    """Return the mean of measure(reading, truth), a number or several, over all clips."""
+    """Return the scorer that averages measure(reading, truth) over all clips."""
 
     def scorer(readings: Sequence[Any], truths: Sequence[Truth]) -> Score:
         pairs = zip(readings, truths, strict=True)
@@ -192,7 +192,7 @@ def _angle_error(reading: np.ndarray, truth: Truth) -> np.ndarray:
 
 
 def _end_point_error(flows: np.ndarray, truth: Truth) -> float:
-    """Measure the median over frames of the mean error of flow, where hints are on the object."""
+    """Measure the median over frames of the mean flow error at hints on the object."""
     wanted = truth["flow"][:-1]
     there = (wanted[..., 2] > 0) & (truth["depth"][:-1, ..., 0] > INSIDE)
     error = np.linalg.norm(flows - wanted[..., :2], axis=-1)

@@ -60,7 +60,10 @@ def frame_flows(video: np.ndarray, fps: float) -> np.ndarray:
 
 
 def background_pan(video: np.ndarray, fps: float) -> float:
-    """Read the background's speed to the right, widths per second, without objects and edges."""
+    """Read the background's speed to the right, in widths per second.
+
+    Objects and their edges are left out.
+    """
     height, width = video.shape[1:3]
     side = 2 * NEAR + 1
     bright = np.pad(video.max(-1) > DARK, ((0, 0), (NEAR, NEAR), (NEAR, NEAR)))
@@ -69,7 +72,7 @@ def background_pan(video: np.ndarray, fps: float) -> float:
 
 
 def object_actions(video: np.ndarray, fps: float) -> np.ndarray:
-    """Read int [t-1], rows of ACTIONS: the object's direction, -1 where it is not seen."""
+    """Read int [t-1], rows of ACTIONS: the object's direction, -1 if not seen."""
     height, width = video.shape[1:3]
     velocity = np.diff(object_path(video, fps) / (width, height), axis=0) * fps  # t-1, 2
     directions = np.array(list(VELOCITIES.values()), float)

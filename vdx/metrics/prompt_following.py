@@ -1,6 +1,6 @@
-"""Read colour, shape and motion from clips of scenes, and compares them with their prompts.
+"""Colour, shape and motion of clips of scenes, compared with their prompts.
 
-The reader knows how `vdx.data.scenes` draws, and does not get the prompt. It follows one object
+The reader uses the shapes of `vdx.data.scenes`, and does not get the prompt. It follows one object
 under a static camera (`vdx.metrics.tracking`), compares it with drawn templates, and fits its
 motion. A word that cannot be read with confidence is "none", which is never right.
 """
@@ -107,7 +107,7 @@ def read_attributes(
     shapes: Sequence[str] = SHAPES,
     motions: Sequence[str] = MOTIONS,
 ) -> dict[str, str]:
-    """Read {"colour", "shape", "motion"} of the object in a clip, "none" where unreadable.
+    """Read {"colour", "shape", "motion"} of a clip's object, "none" if unreadable.
 
     video: uint8 [t h w 3] of one object, static camera, 8 frames and 32 pixels or more;
     fps: frames per second; colours, shapes, motions: the words to choose from.
@@ -125,7 +125,7 @@ def read_attributes(
 
 
 def read_angles(track: Track, shapes: Sequence[str] = SHAPES) -> tuple[np.ndarray, float]:
-    """Read the angles [frames seen] of an object, and the period of its shape's symmetry.
+    """Read the angles [frames seen] of an object, and its shape's period.
 
     Angles and period are clockwise radians. The period is 0 for a shape that looks the same at
     every angle, and for one that cannot be read.
@@ -139,7 +139,7 @@ def read_angles(track: Track, shapes: Sequence[str] = SHAPES) -> tuple[np.ndarra
 
 
 def _angles(shape: str, step: float) -> np.ndarray:
-    """Return angles over one period of the shape's symmetry, about `step` degrees apart."""
+    """Return angles over one period of a shape, about `step` degrees apart."""
     if shape not in SYMMETRY:
         return np.zeros(1, np.float32)
     period = math.tau / SYMMETRY[shape]
@@ -148,7 +148,7 @@ def _angles(shape: str, step: float) -> np.ndarray:
 
 
 def _name_shape(track: Track, shapes: Sequence[str]) -> tuple[str, str]:
-    """Name (shape, style) of the object where it is largest, each frame at its best angle."""
+    """Name (shape, style) of the object, from the frames where it is largest."""
     largest = np.argsort(-track.area[track.seen])[:SHAPE_FRAMES]
     frames = track.seen[largest].tolist()
 
@@ -205,7 +205,7 @@ def _name_motion(track: Track, fps: float, shape: str, style: str, motions: Sequ
 
 
 def _turning(track: Track, times: np.ndarray, shape: str, style: str) -> float:
-    """Fit one constant turn to all frames: clockwise radians per second; 0 if none fits."""
+    """Fit a constant turn, clockwise radians per second; 0 if none fits."""
     if shape not in SYMMETRY or len(times) < LEAST_FRAMES:
         return 0.0
     angles = _angles(shape, MEDIUM)

@@ -1,7 +1,7 @@
 """Follow the object of a scene through a clip, from pixels.
 
-The reader knows the backgrounds and the colours of `vdx.data.scenes`, and nothing about the clip.
-It reads one object under a static camera. Of several objects it reads one, which is undefined.
+The tracker uses the backgrounds and the colours of `vdx.data.scenes`, and no truth of the clip.
+It follows one object under a static camera. Of several it follows one, which is undefined.
 """
 
 import functools
@@ -47,9 +47,9 @@ def track_object(video: np.ndarray, colours: Sequence[str] = tuple(COLOURS)) -> 
 
 
 def foreground(video: np.ndarray) -> np.ndarray:
-    """Find the pixels of a clip uint8 [t h w 3] that differ from its background: bool [t h w].
+    """Find the pixels, bool [t h w], that differ from a clip's background.
 
-    The background is a plain colour or a pattern of scenes, at rest.
+    video: uint8 [t h w 3]. The background is a plain colour or a pattern of scenes, at rest.
     Raises ValueError for another dtype or shape.
     """
     _check(video)
@@ -67,7 +67,7 @@ def _rgb(colour: str) -> np.ndarray:
 
 
 def _estimate_background(video: np.ndarray) -> np.ndarray:
-    """Estimate float32 [h w 3]: a plain colour or a known pattern, the one that fits best.
+    """Estimate float32 [h w 3]: the plain colour or known pattern that fits best.
 
     The level of each channel comes from the frame's border, which an object hardly covers,
     so that a clip that is slightly too bright or tinted is read as well.
@@ -105,10 +105,10 @@ def _threshold(residual: np.ndarray) -> float:
 
 
 def _name_colour(pixels: np.ndarray, behind: np.ndarray, colours: Sequence[str]) -> str:
-    """Name the colour whose blends with the background explain the pixels [n 3]; or "none".
+    """Name the colour whose blends with the background explain the pixels [n 3].
 
-    A blend is a point on the segment from the background to the colour, which covers soft and
-    antialiased edges, or to the darker fill of an outlined shape.
+    The name is "none" if no colour does. A blend is a point on the segment from the background to
+    the colour, which covers soft and antialiased edges, or to the darker fill of an outline.
     """
     errors = {}
     for name in colours:
@@ -164,7 +164,7 @@ class Track:
         scales: np.ndarray | float = 1.0,
         loose: bool = False,
     ) -> np.ndarray:
-        """Compare the object of a frame with its template: cosines [n] at n angles or scales.
+        """Return cosines [n] of a frame's object with its template at n angles or scales.
 
         The template's radius is the one with the object's area, times the scale. With `loose`,
         the template may also be blurred, if that is closer to the object.
@@ -196,7 +196,7 @@ class Track:
 
 
 def _contrast(back: np.ndarray, weight: np.ndarray, own: np.ndarray) -> float:
-    """Return how much darker the background [h w 3] is than a colour [3], along the colour.
+    """Return how much darker than a colour [3] the background [h w 3] is, along it.
 
     weight [h w]: where the object is. Rounded, so that few areas of templates are computed.
     """
@@ -214,7 +214,7 @@ def template(
     angle: np.ndarray | float,
     contrast: float,
 ) -> np.ndarray:
-    """Draw the amount of its own colour of a shape at offsets: 1 inside a flat one.
+    """Draw the amount of its colour of a shape at offsets: 1 inside a flat one.
 
     contrast: see Track; it decides how much the darker fill of an outlined shape counts.
     """
@@ -224,7 +224,7 @@ def template(
 
 @functools.lru_cache(maxsize=1024)
 def _area(shape: str, style: str, contrast: float) -> float:
-    """Return the sum of a template over the square of its radius, measured at 40 pixels."""
+    """Return the sum of a template over its squared radius, measured at 40 pixels."""
     line = np.arange(-50, 51, dtype=np.float32)
     drawn = template(shape, style, line, line[:, None], 40.0, 0.0, contrast)
     return float(drawn.sum()) / 1600.0
