@@ -1,11 +1,11 @@
-"""Steering from scratch on a laptop: one kind of control, named by the variant.
+"""Control from scratch on a laptop: one kind of control signal, named by the variant.
 
     python -m vdx.main --config=configs/control_tiny.py:depth --workdir=runs/depth
     python -m vdx.sample --workdir=runs/depth --control=depth=depth.npy --prompt="a red circle ..."
 
 Variants: depth, pose, flow (sparse hints), camera (pans over patterned backgrounds), actions (an
-object that is steered frame by frame). The scenes of t2v_tiny otherwise; 2 CPU cores and 4 GB.
-docs/control.md has the time each takes and what it reaches.
+object that is controlled frame by frame). Otherwise the scenes of t2v_tiny; 2 CPU cores and 4 GB.
+docs/measured/control.md has the time and the result of each.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config(variant: str = "depth") -> ConfigDict:
     if variant == "flow":
         config.data.clip.flow_points = 16
         config.sample.signal_guidance = ConfigDict({"flow": 2.0})
-        config.model.signals.text.dropout = 0.4  # words tell the motion too
+        config.model.signals.text.dropout = 0.4  # words describe the motion too
     elif variant == "camera":
         config.data.source.update(
             {

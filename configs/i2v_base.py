@@ -1,13 +1,13 @@
-"""Image to video on a TPU pod: t2v_base that also reads first and last frames and a reference.
+"""Image to video on a TPU pod: t2v_base with first and last frames and a reference image.
 
     python -m vdx.main --config=configs/i2v_base.py --workdir=/mnt/runs/i2v_base \\
         --config.data.path=/data/latents
 
-Hardware and data as of t2v_base; `:smoke` is the same program shrunk for the tests. Known frames
-are those of the clip's own latents. Besides `latents` and `text` the records hold `image_tokens`
-float16 [257 1280], the features of a frame before or after the clip by CLIP ViT-H (the last layer
-but one, vdx/models/encoders/clip.py), and `motion`, vdx.data.motion.motion_score of its pixels. Nothing has
-been trained with this config yet, so no result is claimed for it.
+Hardware and data are those of t2v_base; `:smoke` is the same program shrunk for the tests. Known
+frames are those of the clip's own latents. Besides `latents` and `text` the records hold
+`image_tokens` float16 [257 1280], the features of a frame before or after the clip by CLIP ViT-H
+(the last layer but one, vdx/models/encoders/clip.py), and `motion`, vdx.data.motion.motion_score
+of its pixels. Nothing has been trained with this config yet, so no result is claimed for it.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
-"""Image to video from scratch on a laptop: first and last frame, strength of motion, frame rate.
+"""Image to video from scratch on a laptop: first and last frame, motion strength, frame rate.
 
     python -m vdx.main --config=configs/i2v_tiny.py --workdir=runs/i2v
     python -m vdx.sample --workdir=runs/i2v --image=first.png --prompt="a red circle moves right"
 
-The variant `reference` reads a picture of the subject instead of frames of the clip.
+The variant `reference` reads an image of the subject instead of frames of the clip.
 
-The scenes of t2v_tiny at 4, 8 and 16 frames per second; 2 CPU cores and 4 GB. docs/control.md has
-the time it takes and what it reaches.
+The scenes of t2v_tiny at 4, 8 and 16 frames per second; 2 CPU cores and 4 GB.
+docs/measured/control.md has the time and the result.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.clip = ConfigDict({"num_frames": 8, "fps": (4.0, 8.0, 16.0)})
     del config.model.signals["num_frames"]
     if variant == "reference":
-        config.model.signals.text.dropout = 0.4  # so that the picture alone must do
+        config.model.signals.text.dropout = 0.4  # the image is often the only condition
         config.model.signals.reference = ConfigDict(
             {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1}
         )

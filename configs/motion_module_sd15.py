@@ -1,23 +1,23 @@
-"""Motion modules for Stable Diffusion 1.5: still images learn to move, and stay what they were.
+"""Motion modules for Stable Diffusion 1.5: an image model learns motion and keeps its weights.
 
     python -m vdx.main --config=configs/motion_module_sd15.py --workdir=/mnt/runs/motion \\
         --config.weights=stable-diffusion-v1-5/unet --config.data.path=/data/latents
 
 The recipe of AnimateDiff (Guo et al. 2023): 417 million parameters between the frames are trained
-on cached latents of clips, beside the 860 million of the image model, which stay as they were read
-and are in no checkpoint. A fresh motion module changes nothing, so the first step draws the image
-model's frames. To go on with public modules name both folders:
+on cached latents of clips. The 860 million of the image model are frozen and in no checkpoint. A
+new motion module changes nothing, so the first step predicts what the image model predicts. To
+continue from public modules name both folders:
 --config.weights="('stable-diffusion-v1-5/unet', 'animatediff-motion-adapter-v1-5-3')".
 
-Data as docs/finetune.md says: `latents` [16 32 32 4] of SD 1.5's VAE, times 0.18215, of 16 frames
-of 256x256; `text` [77 768], CLIP ViT-L/14's last hidden states; in the metadata `null` [77 768],
-those of the empty caption. Betas are linear, as AnimateDiff has them (the image model's own:
+Data (docs/finetune.md): `latents` [16 32 32 4] of SD 1.5's VAE, times 0.18215, of 16 frames of
+256x256; `text` [77 768], CLIP ViT-L/14's last hidden states; in the metadata `null` [77 768],
+those of the empty caption. Betas are linear, as in AnimateDiff (the image model's own are
 scaled_linear).
 
 Hardware, computed and not measured: 1.7 GB of frozen bfloat16 weights, 8.3 GB of float32
-parameters, average, moments and gradients of the modules, split over the chips by FSDP; a chip of
-16 GB holds both and a clip with its layers checkpointed. A clip takes 4e12 operations forward and
-about 1.6e13 a step: at 40 % of the peak 0.2 s of a v5e chip. Nobody has yet run it on the public
+parameters, average, moments and gradients of the modules, sharded over the chips by FSDP. A chip
+of 16 GB holds both and a clip with its layers checkpointed. A clip takes 4e12 operations forward
+and about 1.6e13 a step: at 40 % of the peak 0.2 s of a v5e chip. It has not been run on the public
 weights. `:smoke` is the same program shrunk for the tests.
 """
 

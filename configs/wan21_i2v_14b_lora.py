@@ -1,17 +1,17 @@
-"""Low-rank adapters for Wan 2.1 I2V 14B: how images come to life.
+"""Low-rank adapters for Wan 2.1 I2V 14B: image to video in the style of your clips.
 
     python -m vdx.main --config=configs/wan21_i2v_14b_lora.py --workdir=/mnt/runs/i2v \\
         --config.weights=Wan2.1-I2V-14B-480P-Diffusers/transformer --config.data.path=/data/latents
 
-See docs/finetune.md for the data; beside the latents and the text of a clip it holds `concat`,
-the mask and the latents of its first frame, and `image_tokens`, CLIP's features of it. Rank 32
-beside every projection of attention and of the MLPs: 180 million parameters.
+docs/finetune.md describes the data. Besides the latents and the text of a clip they hold `concat`,
+the mask and the latents of its first frame, and `image_tokens`, CLIP's features of it. Rank 32 on
+every projection of attention and of the MLPs: 180 million parameters.
 
 Hardware, computed and not measured, for clips of 17 frames of 480x832 (7,800 tokens): 33 GB of
 frozen bfloat16 weights and 3.6 GB of float32 adapters with their average, moments and gradients,
-split over the chips by FSDP; beside it 3 GB of checkpointed activations and 29 GB for one layer's
-attention a clip. Eight H100, or a v5p-16 slice. A clip takes 1.0e15 operations a step: at 40 % of
-the peak 2.5 s of an H100. `:smoke` is the same program shrunk for the tests.
+sharded over the chips by FSDP, and 3 GB of checkpointed activations a clip. Eight H100, or a
+v5p-16 slice. A clip takes 1.0e15 operations a step: at 40 % of the peak 2.5 s of an H100. `:smoke`
+is the same program shrunk for the tests.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = wan21_t2v_1p3b_lora.get_config(variant)
     smoke = variant == "smoke"
     config.model.backbone.size = "wan_14b"
-    # The image is never dropped: Wan has not learned to do without.
+    # The image is never dropped: Wan was not trained without it.
     config.model.signals.update(
         {
             "concat": {"channels": 8 if smoke else 20, "dropout": 0.0},

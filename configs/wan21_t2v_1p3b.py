@@ -1,18 +1,17 @@
-"""Fine-tunes every weight of Wan 2.1 T2V 1.3B on your own clips.
+"""Fine-tune every weight of Wan 2.1 T2V 1.3B on your own clips.
 
     python -m vdx.main --config=configs/wan21_t2v_1p3b.py --workdir=/mnt/runs/wan \\
         --config.weights=Wan2.1-T2V-1.3B-Diffusers/transformer --config.data.path=/data/latents
 
-weights: a transformer of diffusers, of the original repository, or one file of ComfyUI's; see
-docs/finetune.md for what the data holds. The objective is Wan's: velocity of rectified flow, the
-network is told 1000 t, times are uniform before a shift of 5.
+weights: a transformer of diffusers, of the original repository, or one file of ComfyUI's;
+docs/finetune.md describes the data. The objective is Wan's: the velocity of rectified flow, the
+network's time is 1000 t, times are uniform before a shift of 5.
 
 Hardware, computed and not measured, for clips of 17 frames of 480x832 (7,800 tokens): 28 GB of
-float32 weights, average, moments and gradients, split over the chips by FSDP; beside it 0.7 GB of
-checkpointed activations and 9 GB for one layer's attention a clip. A clip takes 1.3e14 operations
-a step: at 40 % of the peak 0.3 s of an H100, 1.7 s of a v5e chip. Longer clips want more memory
-than a chip has until attention is computed in pieces: its scores grow with the square of the
-tokens. `:smoke` is the same program shrunk for the tests.
+float32 weights, average, moments and gradients, sharded over the chips by FSDP, and 0.7 GB of
+checkpointed activations a clip. Attention does not write out its scores, so memory grows with the
+tokens and not with their square. A clip takes 1.3e14 operations a step: at 40 % of the peak 0.3 s
+of an H100, 1.7 s of a v5e chip. `:smoke` is the same program shrunk for the tests.
 """
 
 from ml_collections import ConfigDict

@@ -3,15 +3,14 @@
     python -m vdx.main --config=configs/wan21_t2v_1p3b_lora.py --workdir=runs/lora \\
         --config.weights=Wan2.1-T2V-1.3B-Diffusers/transformer --config.data.path=/data/latents
 
-See docs/finetune.md for the data and for what becomes of the adapters. Rank 32 beside every
-projection of attention and of the MLPs: 44 million parameters. They alone are trained, averaged
-and saved; the network stays as it was read.
+docs/finetune.md describes the data and the use of the adapters. Rank 32 on every projection of
+attention and of the MLPs: 44 million parameters. They alone are trained, averaged and saved; the
+network is frozen.
 
 Hardware, computed and not measured, for clips of 17 frames of 480x832 (7,800 tokens): one chip of
 24 GB. 2.8 GB of frozen bfloat16 weights, 0.9 GB of float32 adapters with their average, moments
-and gradients; beside it 0.7 GB of checkpointed activations and 9 GB for one layer's attention a
-clip. A clip takes 1.2e14 operations a step: at 40 % of the peak 0.3 s of an H100. `:smoke` is the
-same program shrunk for the tests.
+and gradients, and 0.7 GB of checkpointed activations a clip. A clip takes 1.2e14 operations a
+step: at 40 % of the peak 0.3 s of an H100. `:smoke` is the same program shrunk for the tests.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs a command that outlives this connection, and follows its output; ends with its code.
-#   launch/detached.sh COMMAND...    where one runs already, follows that one
-#   launch/detached.sh               asks it to stop, as SIGTERM does, and waits until it has
+# Runs a command that outlives this connection, follows its output, and exits with its code.
+#   launch/detached.sh COMMAND...    if one runs already, follows that one
+#   launch/detached.sh               stops it with SIGTERM and waits for its end
 # The output is in /tmp/vdx-UID/log.
 set -uo pipefail
-at=${TMPDIR:-/tmp}/vdx-$UID        # empty after a reboot, so that no old number is in it
+at=${TMPDIR:-/tmp}/vdx-$UID        # empty after a reboot, so that it holds no stale process id
 mkdir -p "$at"
 running() { [[ -s $at/pid ]] && kill -0 "$(<"$at/pid")" 2>/dev/null; }
 

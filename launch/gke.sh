@@ -4,7 +4,7 @@
 #     launch/gke.sh [--dry-run] CONFIG WORKDIR [--config.key=value ...]
 # IMAGE holds the code (launch/Dockerfile). CLAIM is a volume claim that all pods can write; it is
 # /mnt/shared in them. ACCELERATOR and TOPOLOGY are labels of the node pool, CHIPS is what one of
-# its nodes has. Called again it stops the job, which saves, and starts it anew; --dry-run prints.
+# its nodes has. Called again it stops the job, which saves, and starts a new one; --dry-run prints.
 set -euo pipefail
 dry=
 [[ ${1:-} != --dry-run ]] || { dry=1; shift; }
@@ -17,7 +17,7 @@ chips=$((${TOPOLOGY//x/*}))
 hosts=$((chips / CHIPS))
 ((hosts * CHIPS == chips)) || { echo "gke.sh: $chips chips are not nodes of $CHIPS" >&2; exit 1; }
 
-# One item of a YAML list; Kubernetes would put a variable in the place of $(NAME).
+# Prints one item of a YAML list; Kubernetes would substitute a variable for $(NAME).
 item() { local text=${1//\'/\'\'}; printf "\n            - '%s'" "${text//\$(/\$\$(}"; }
 command=$(for arg in launch/again.sh python3 -m vdx.main --config="$config" \
   --workdir="$workdir" --distributed "${@:3}"; do item "$arg"; done)
@@ -29,7 +29,7 @@ kind: Service
 metadata:
   name: $name
 spec:
-  clusterIP: None                   # the pods find one another by name
+  clusterIP: None                   # pods reach each other by name
   publishNotReadyAddresses: true
   selector:
     job-name: $name
@@ -43,18 +43,18 @@ spec:
   completions: $hosts
   parallelism: $hosts
   backoffLimit: 6                   # of pods that the memory killer ended
-  podFailurePolicy:                 # the first rule that fits
+  podFailurePolicy:                 # the first rule that matches
     rules:
       - action: Ignore              # a node was preempted or drained: another pod
         onPodConditions:
           - type: DisruptionTarget
             status: "True"
-      - action: Ignore              # preempted and saved; stuck or a process lost: likewise
+      - action: Ignore              # preempted and saved, stuck, or a process lost
         onExitCodes:
           containerName: vdx
           operator: In
           values: [42, 75]
-      - action: FailJob             # an error to mend
+      - action: FailJob             # an error to fix
         onExitCodes:
           containerName: vdx
           operator: NotIn

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config=${1:?a config, e.g. configs/t2v_base.py} workdir=${2:?a workdir}
-# JAX would train on the CPU without a word: where there is no GPU, and where it has no CUDA part.
+# Without a GPU, or without its CUDA part, JAX would train on the CPU and not warn.
 nvidia-smi -L || { echo "gpu_host.sh: nvidia-smi finds no GPU here" >&2; exit 1; }
 export JAX_PLATFORMS=cuda,cpu
 exec launch/again.sh python3 -m vdx.main --config="$config" --workdir="$workdir" "${@:3}"

@@ -2,11 +2,11 @@
 # Train in several processes on this machine; the same command resumes.
 #   launch/local.sh --processes=2 [--devices=1] CONFIG WORKDIR [--config.key=value ...]
 # Each process has `devices` CPU devices, or the accelerators that CUDA_VISIBLE_DEVICES lists split
-# between them. Ends with the exit code of the run: 0 done, 1 an error to mend. After 42 (preempted)
-# and 75 (stuck, or a process lost) again.sh starts all of them again.
+# between them. Ends with the exit code of the run: 0 done, 1 an error to fix. After 42 (preempted)
+# and 75 (stuck, or a process lost) again.sh restarts all of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-# Under again.sh this script is called a second time, and is then one life of all processes.
+# again.sh calls this script a second time, for one life of all processes.
 [[ -n ${ONE_LIFE:-} ]] || ONE_LIFE=1 exec launch/again.sh launch/local.sh "$@"
 
 processes=2 devices=1
@@ -26,7 +26,7 @@ trap 'kill "${pids[@]}" 2>/dev/null' TERM INT
 port=$(python3 -c 'import socket
 with socket.socket() as s: s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 for ((i = 0; i < processes; i++)); do
-  # Every process but the first speaks only when something is wrong.
+  # Only the first process prints progress; the others print errors.
   python3 -m vdx.main --config="$config" --workdir="$workdir" --coordinator="127.0.0.1:$port" \
     --num_processes="$processes" --process_id="$i" "${@:3}" &
   pids+=($!)
@@ -35,11 +35,11 @@ code=0 left=("${pids[@]}")
 while ((${#left[@]})); do
   wait -n -p ended "${left[@]}"
   one=$?
-  [[ -z ${ended:-} ]] && continue        # a signal came in between
+  [[ -z ${ended:-} ]] && continue        # interrupted by a signal
   still=()
   for pid in "${left[@]}"; do [[ $pid != "$ended" ]] && still+=("$pid"); done
   left=("${still[@]}")
-  # The first that fails says why; those that then lose their peer end within the heartbeat.
+  # The first failure is the cause; peers of a lost process end within the heartbeat.
   ((one != 0 && code == 0)) && code=$one
 done
 exit "$code"

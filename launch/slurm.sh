@@ -16,15 +16,15 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a job: sbatch launch/slurm.sh CONFIG WORKDIR}"
 config=${1:?a config, e.g. configs/t2v_base.py} workdir=${2:?a workdir that every node can write}
-# JAX takes the GPU of its task's number on the node, so each task has to see all of them: no
-# --gpus-per-task. srun does not take the number of cores from sbatch by itself.
+# JAX uses the GPU of its task's number on the node, so each task must see all of them: no
+# --gpus-per-task. srun does not inherit the number of cores from sbatch.
 export JAX_PLATFORMS=cuda,cpu SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # Without RESTARTS again.sh only turns deaths by signal into 75. A task that has saved first must
 # not end the others, which are saving.
 RESTARTS=0 launch/again.sh srun --kill-on-bad-exit=0 python3 -m vdx.main --config="$config" \
   --workdir="$workdir" --distributed "${@:3}"
 code=$?
-# After scancel there is nobody to get here: Slurm ends this shell with the tasks.
+# Not reached after scancel: Slurm ends this shell with the tasks.
 if ((code == 42 || code == 75)) && ((${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-20})); then
   echo "slurm.sh: exit code $code, back into the queue" >&2
   scontrol requeue "$SLURM_JOB_ID"

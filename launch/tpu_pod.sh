@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train on every host of a Cloud TPU slice; the same command resumes.
 #   TPU=name ZONE=zone launch/tpu_pod.sh CONFIG WORKDIR [--config.key=value ...]
-# Asks for the slice first if ACCELERATOR (e.g. v5litepod-64) and VERSION (a TPU VM image) are set,
+# Requests the slice first if ACCELERATOR (e.g. v5litepod-64) and VERSION (a TPU VM image) are set,
 # as a spot slice with SPOT=1, and waits for it in the queue. The hosts get the code as committed.
-# They go on when this command is interrupted; called again it stops them, which saves, gives them
-# the present code, and they resume.
+# They keep running when this command is interrupted. Called again it stops them, which saves,
+# sends the current code, and they resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TPU:?the name of the TPU slice}" "${ZONE:?its zone}"
@@ -26,7 +26,7 @@ wait_for_slice() {
         echo "tpu_pod.sh: the request for $TPU failed, for the reason above. Mend it, delete the" \
           "request (gcloud compute tpus queued-resources delete $TPU --zone=$ZONE), call again." >&2
         return 1 ;;
-      SUSPENDED)        # its machines are gone, as when a spot slice is preempted
+      SUSPENDED)        # its machines are gone: a spot slice was preempted
         echo "tpu_pod.sh: $TPU was taken back; asking for it again" >&2
         queue delete --force --quiet ;;
       "")
@@ -43,7 +43,7 @@ archive=$(mktemp --suffix=.tar)
 trap 'rm -f "$archive"' EXIT
 git archive --prefix=vdx/ -o "$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$TPU":vdx.tar --zone="$ZONE" --worker=all
-# uv brings a Python of its own: that of the TPU VM images is older than vdx needs.
+# uv installs its own Python: that of the TPU VM images is older than vdx needs.
 everywhere 'if [ -x vdx/launch/detached.sh ]; then vdx/launch/detached.sh; fi && tar xf vdx.tar &&
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv &&
   python3 -m uv venv -q --allow-existing --python=3.12 env &&

@@ -16,9 +16,11 @@ from vdx.experiment import Experiment, load, open_params, open_trained
 from vdx.files import read_rows
 from vdx.generate.pipeline import Sampling
 from vdx.interop.keymap import WeightsError
-from vdx.interop.load import export_plan, save_folder
 from vdx.interop.lora import open_lora, write_lora
-from vdx.interop.wan import load_wan, wan_config, wan_transformer_rows
+from vdx.interop.save import export_plan, save_folder
+from vdx.interop.wan import load_wan
+from vdx.interop.wan_config import wan_config
+from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.adapters.lora import Adapted, adapt
 from vdx.train.checkpoint import CheckpointError, Checkpoints
 from vdx.train.checksum import fingerprints
@@ -262,7 +264,7 @@ def test_captions_are_not_dropped_for_nothing(place, mesh, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("model.backbone.heads=4", r"\(48, 2, 4, .*'full'.*\), but the weights have \(48, 2, 2"),
+        ("model.backbone.heads=4", r"config\.model\.backbone: heads = 4, but the weights have 2$"),
         ("model.backbone.mlp_ratio=3.0", "hidden features = 144, but the weights have 96"),
         ("model.backbone.rope_theta=100.0", r"rope_theta = 100.0, but the weights have 10000.0"),
         ("model.signals.embeddings.length=None", "length = None, not 512"),

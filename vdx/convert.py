@@ -1,18 +1,22 @@
-"""Convert: python -m vdx.convert --source=FOLDER --out=FOLDER [--to=diffusers]
+"""Convert a pretrained model between layouts.
 
-Any public model that vdx reads, a folder of diffusers, of the original Wan, or one file with the
-other parts named by flags, becomes a folder in vdx's layout, which --weights of vdx.sample takes,
-and from which --to=diffusers leads back.
+    python -m vdx.convert --source=FOLDER --out=FOLDER [--to=diffusers]
 
-vdx's layout is that folder with safetensors files whose keys are the paths of our parameters and
-whose arrays lie as ours do, so that a share of an array on a mesh is read without a transposition,
-and `safetensors` opens it anywhere. It is not a checkpoint of Orbax, because the arrays are written
-one by one as they are read, in the types that they have: nothing is rounded, the way back gives
-every bit, and no host holds more than one array of one layer.
+Any pretrained model that vdx reads becomes a folder in vdx's layout, which --weights of vdx.sample
+takes. The source is a folder of diffusers, of the original Wan, or one file with the other parts
+named by flags. --to=diffusers leads back.
+
+vdx's layout is that of diffusers with other safetensors files: their keys are the paths of our
+parameters, and their arrays have our layout. A shard of an array on a mesh is therefore read
+without a transposition, and `safetensors` opens the files anywhere. It is not a checkpoint of
+Orbax, because the arrays are written one at a time as they are read, in the dtypes that they have:
+nothing is rounded, the way back gives every bit, and no host holds more than one array of one
+layer.
 """
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -20,14 +24,18 @@ from absl import app, flags
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import INDEX, PretrainedModel, open_pretrained
-from vdx.interop.wan_original import PLACES, open_original
+from vdx.interop.wan_original import LOCATIONS, open_original
 
 FLAGS = flags.FLAGS
-PARTS = tuple(part for part in PLACES if part != "transformer")
+PARTS = tuple(part for part in LOCATIONS if part != "transformer")
 
 
-def open_source(source: Path, given: dict[str, str]) -> PretrainedModel:
-    """Raises WeightsError for what is no model, or for parts that a whole folder does not need."""
+def open_source(source: Path, given: Mapping[str, str | Path]) -> PretrainedModel:
+    """Open the model in a folder or file, whichever layout it has.
+
+    given: where other parts are, by the names of PARTS. Raises WeightsError for a source that is no
+    model, and for parts that a whole folder does not need.
+    """
     if not (source / INDEX).exists():
         return open_original(source, given)
     if given:
@@ -37,17 +45,20 @@ def open_source(source: Path, given: dict[str, str]) -> PretrainedModel:
     return open_pretrained(source)
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Convert the model that the flags name. Exits with a message if it cannot be."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
     if not FLAGS.source or not FLAGS.out:
         raise app.UsageError("Give --source and --out.")
+
     start = time.perf_counter()
+    locations = {part: getattr(FLAGS, part) for part in PARTS}
+    given = {part: location for part, location in locations.items() if location}
     try:
-        given = {part: where for part in PARTS if (where := getattr(FLAGS, part))}
         model = open_source(Path(FLAGS.source), given)
-        for name, part in model.components.items():
-            print(f"{name}: {part.size / 1e6:,.1f}M parameters", flush=True)
+        for name, component in model.components.items():
+            print(f"{name}: {component.size / 1e6:,.1f}M parameters", flush=True)
         model.save(Path(FLAGS.out), own=FLAGS.to == "vdx")
     except (ConfigError, WeightsError) as error:
         sys.exit(f"vdx.convert: {error}")

@@ -29,12 +29,12 @@ from vdx.diffusion.time_sampling import TIME_SAMPLERS
 from vdx.files import read_json
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.pipeline import Generator, Sampling
-from vdx.interop.latte import load_transformer
 from vdx.interop.load import abstract_params
+from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
-from vdx.models.adapters.trainable import Trainable, overlaid
-from vdx.models.conditioning.signals import NULL, Embeddings
+from vdx.models.adapters.trainable import Trainable, overlay
+from vdx.models.conditioning.text_signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
@@ -115,7 +115,7 @@ class Sections:
 
     What a run starts from, the first that exists: the checkpoints of its own workdir; `resume`,
     a run whose state and place in the data it takes over; `init`, a run whose averaged weights
-    it takes; `weights`, a public network (a file or folder that vdx.interop.wan, latte or unet
+    it takes; `weights`, a public network (a file or folder that vdx.interop.transformer or unet
     reads, or several that are parts of one U-Net), or again a run; new weights. Runs are named by a
     workdir, or one step of it: runs/a/checkpoints/500.
 
@@ -173,7 +173,7 @@ class Experiment:
         self.lora, self.kernels = None, {}
         if top.lora is not None:
             self.lora = fill(Lora, top.lora, "config.lora")
-            self.kernels = self.lora.chosen(dense_kernels(self.model.new_params))
+            self.kernels = self.lora.select_kernels(dense_kernels(self.model.new_params))
         self.part: Lora | Trainable | None = self.lora
         if top.trainable is not None:
             if self.lora is not None:
@@ -252,7 +252,7 @@ class Experiment:
         """The state at step 0, with the given parameters, and new ones where these lack some.
         Traceable, so that jit can create it where it will lie."""
         if params is None or self.part is not None:
-            params = overlaid(self.new_params(jax.random.key(self.seed)), params or {})
+            params = overlay(self.new_params(jax.random.key(self.seed)), params or {})
         return init_state(params, self.tx, self.seed)
 
     def read_weights(self, mesh: Mesh) -> Params:

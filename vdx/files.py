@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, and JSON lines."""
+"""Files that are complete or absent, JSON, and JSON lines."""
 
 import contextlib
 import json
@@ -10,9 +10,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A scratch path beside `path` that takes its name when the block ends well.
+    """Yield a temporary path that replaces `path` if the block raises nothing.
 
-    It is on the disk by then, so that not even a loss of power leaves half a file.
+    The temporary file is in the folder of `path`. It is flushed to the disk before it takes the
+    name, so that not even a loss of power leaves half a file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,12 +28,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
     with atomic_write(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
-    """The value; raises ValueError that names the file if it is not there or not JSON."""
+    """Read the value in a JSON file.
+
+    Raises ValueError that names the file if it is missing or is not JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -40,28 +45,44 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a killed run may have left half a line."""
+    """Read the JSON objects of a file that has one a line.
+
+    A missing file has none. Lines that are no JSON object are skipped: a killed run may have left
+    half a line.
+    """
+    if not path.is_file():
+        return []
+
     rows = []
-    for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
 
-def host_file(path: str | Path, host: int) -> Path:
-    """The file of one of several hosts, which may share a folder; host 0 writes `path` itself."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}_{host}{path.suffix}") if host else path
-
-
 def append_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Adds JSON lines, on lines of their own: a killed run may have left half of one."""
+    """Append values as JSON, one a line.
+
+    A killed run may have left half a line at the end of the file; the first value starts a new
+    line then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as out:
         if out.tell():
             out.seek(-1, os.SEEK_END)
             if out.read(1) != b"\n":
                 out.write(b"\n")
+
         for row in rows:
-            text = json.dumps(row, ensure_ascii=False)  # half a surrogate pair stays an escape
+            text = json.dumps(row, ensure_ascii=False)
+            # Half a surrogate pair, which UTF-8 cannot encode, becomes an escape.
             out.write(text.encode(errors="backslashreplace") + b"\n")
+
+
+def host_file(path: str | Path, host: int) -> Path:
+    """Return the file that one of several hosts writes; host 0 writes `path` itself.
+
+    The hosts may share a folder, so the names of the others end in their numbers.
+    """
+    path = Path(path)
+    return path.with_name(f"{path.stem}_{host}{path.suffix}") if host else path

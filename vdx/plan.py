@@ -48,7 +48,8 @@ from vdx.experiment import Experiment
 from vdx.files import write_json
 from vdx.hardware import GIB
 from vdx.main import exit_on_user_error
-from vdx.models.transformer import REMAT, Transformer
+from vdx.models.remat import REMAT
+from vdx.models.transformer import Transformer
 from vdx.parallel import AXES, MeshSpec
 from vdx.planning.estimate import PROGRAMS, Job, Slice, abstract_mesh, least_memory, plan, sent
 from vdx.sample import mesh_spec
@@ -242,7 +243,7 @@ def fits_grid(job: Job, mesh: dict[str, int]) -> None:
     """Raises ValueError for a mesh over which heads or frames of tokens do not divide."""
     network = job.experiment.model.backbone
     frames = network.grid(job.clip)[0]
-    heads = network.dims()[2] if isinstance(network, Transformer) else network.heads
+    heads = network.dims().heads if isinstance(network, Transformer) else network.heads
     if frames % mesh["context"] or heads % mesh["tensor"]:
         raise ValueError(f"{mesh}: {frames} frames of tokens, {heads} heads")
 

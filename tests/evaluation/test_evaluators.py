@@ -10,7 +10,7 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
-from vdx.data.scenes.source import COLOURS
+from vdx.data.scenes.world import COLOURS
 from vdx.evaluation.drawing import ClipDrawer
 from vdx.evaluation.evaluator import NEEDS, EvaluationContext
 from vdx.evaluation.report import write_report

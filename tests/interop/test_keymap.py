@@ -1,4 +1,4 @@
-"""Tables of weights, in both directions, and every way in which a file can disagree."""
+"""Tables of keys, read both ways, and every way in which a file can disagree."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ THEIRS = {
     "patch.weight": RNG.normal(size=(6, 2, 1, 2, 2)).astype(np.float32),
     "down.0.1.bias": RNG.normal(size=7).astype(np.float32),
 }
-LIKE = {
+ABSTRACT = {
     "layers": {
         "q": {"kernel": np.zeros((12, 3, 4), np.float32), "bias": np.zeros((12, 4), np.float32)}
     },
@@ -34,7 +34,7 @@ LIKE = {
 
 
 def test_there_and_back():
-    ours = gather(THEIRS.get, [*THEIRS, "unused.3"], LIKE, ROWS)
+    ours = gather(THEIRS.get, [*THEIRS, "unused.3"], ABSTRACT, ROWS)
     np.testing.assert_array_equal(
         ours["layers"]["q"]["kernel"][11], THEIRS["blocks.11.to_q.weight"].T
     )
@@ -59,7 +59,7 @@ def test_layouts_compute_the_same():
 def test_all_that_is_wrong_is_listed_at_once():
     keys = [k for k in THEIRS if k not in ("blocks.3.to_q.bias", "conv.weight")]
     with pytest.raises(WeightsError) as error:
-        assign([*keys, "blocks.12.to_q.bias", "strange", "down.1.1.bias"], LIKE, ROWS)
+        assign([*keys, "blocks.12.to_q.bias", "strange", "down.1.1.bias"], ABSTRACT, ROWS)
     for part in (
         "strange: no such parameter",
         "blocks.12.to_q.bias: layers/q/bias has 12 layers",
@@ -73,7 +73,7 @@ def test_all_that_is_wrong_is_listed_at_once():
 def test_two_keys_for_one_parameter():
     rows = (*ROWS, Row("legacy.weight", "conv/kernel", CONV))
     with pytest.raises(WeightsError, match=r"legacy.weight: conv/kernel is already filled"):
-        assign([*THEIRS, "legacy.weight"], LIKE, rows)
+        assign([*THEIRS, "legacy.weight"], ABSTRACT, rows)
 
 
 @pytest.mark.parametrize(("order", "key"), [((0, 1), "down.0.bias"), ((1, 0), "legacy")])
@@ -86,9 +86,9 @@ def test_the_first_row_names_a_parameter(order, key):
 def test_a_shape_that_differs():
     wrong = {**THEIRS, "blocks.2.to_q.weight": np.zeros((4, 5), np.float32)}
     with pytest.raises(WeightsError, match=r"blocks.2.to_q.weight: is \(5, 4\) for .* \(3, 4\)"):
-        gather(wrong.get, wrong, LIKE, ROWS)
+        gather(wrong.get, wrong, ABSTRACT, ROWS)
 
 
 def test_a_parameter_without_a_row():
     with pytest.raises(WeightsError, match="other/kernel: no row"):
-        dict(export({**LIKE, "other": {"kernel": np.zeros(3)}}, ROWS))
+        dict(export({**ABSTRACT, "other": {"kernel": np.zeros(3)}}, ROWS))

@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from vdx.config.build import ConfigError
-from vdx.interop import wan
+from vdx.interop import wan_keys
 from vdx.interop.keymap import LINEAR, WeightsError, export, gather
 from vdx.interop.lora import open_lora, write_lora
-from vdx.interop.wan import original_name, wan_config, wan_from_config, wan_transformer_rows
+from vdx.interop.wan_config import wan_config, wan_from_config
+from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import WeightDelta, adapt
 from vdx.models.denoiser import Denoiser
 
@@ -306,7 +307,7 @@ def test_a_wrong_order_of_channels_is_seen(tiny, tmp_path, monkeypatch):
     factors, path = tiny.factors(in_blocks(tiny)), tmp_path / "lora.safetensors"
     save_file(as_diffusers(factors), path)
     want = tiny.changed(factors)
-    monkeypatch.setattr(wan, "halves", lambda heads: LINEAR)
+    monkeypatch.setattr(wan_keys, "halves", lambda heads: LINEAR)
     differs(merged(tiny, path), want)
 
 
@@ -384,7 +385,7 @@ def test_their_reading_of_other_layouts_is_ours(write_as, tiny, read, tmp_path):
 def test_the_prediction_is_that_of_diffusers(tiny, torch, read, tmp_path, monkeypatch, quick):
     from diffusers import WanTransformer3DModel
 
-    from vdx.interop.load import save_folder
+    from vdx.interop.save import save_folder
 
     monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", None)
     shapes = {key: w.shape for key, w in tiny.weights.items()}

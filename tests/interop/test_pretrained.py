@@ -15,7 +15,8 @@ from vdx.files import read_json, write_json
 from vdx.generate.pretrained_request import check, complete, recommended, shape_for
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import open_pretrained
-from vdx.interop.safetensors import StoredArray, read_header, write
+from vdx.interop.safetensors import read_header, write
+from vdx.interop.stored_array import StoredArray
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -103,13 +104,13 @@ def spoilt(path: Path, name: str) -> None:
         ("no index", r"has no model_index.json.*vdx.convert.*There are: scheduler, text_encoder"),
         (
             "another pipeline",
-            "is a WanAnimatePipeline; vdx draws from WanPipeline, WanImageToVideo",
+            "is a WanAnimatePipeline; vdx generates with WanPipeline, WanImageToVideo",
         ),
         ("no control", "control blocks in the transformer go with a WanVACEPipeline"),
         ("parts missing", r"(?s)lacks folders that a WanPipeline needs.*\n  vae\n  tokenizer$"),
         ("a file cut off", r"transformer/.*safetensors is cut off.*Download it again"),
         ("one expert", "boundary_ratio = None goes with a transformer_2"),
-        ("another vae", "the transformer draws 4 channels, the VAE has 5"),
+        ("another vae", "the transformer predicts 4 channels, the VAE has 5"),
         ("another text encoder", "the transformer reads features of another text_encoder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""PyTorch's files without torch: every array arrives, and nothing in them is run."""
+"""PyTorch's files without torch: every array is read, and no code in them is run."""
 
 import collections
 import io
@@ -27,7 +27,7 @@ def test_a_pth_file_is_what_was_saved(torch, tmp_path):
         "half": torch.randn(2, 2).half(),
         "long": torch.arange(3),
         "bool": torch.tensor([True]),
-        "turned": big.T,
+        "transposed": big.T,
         "part": big[1:3, ::2],
         "same": big,
         "scalar": torch.tensor(2.5),
@@ -42,7 +42,7 @@ def test_a_pth_file_is_what_was_saved(torch, tmp_path):
     want = {f"model.{k}": v for k, v in content.items()}
     want |= {f"ema.{k}": v for k, v in layer.state_dict().items()}
     assert got.keys() == want.keys()
-    for name in ("model.same", "model.turned", "model.part"):
+    for name in ("model.same", "model.transposed", "model.part"):
         part = got[name].rows(1, 2)
         np.testing.assert_array_equal(part.read(), want[name][1:2].numpy())
         np.testing.assert_array_equal(part.squeezed().read(), want[name][1].numpy())
@@ -57,7 +57,7 @@ def test_a_pth_file_is_what_was_saved(torch, tmp_path):
 
 
 class Calls:
-    """What a pickle does when it is loaded."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -80,7 +80,7 @@ def test_a_pth_file_that_calls_functions(function, args, name, torch, tmp_path):
     path = tmp_path / "ran"
     args = [a.format(path=path) if isinstance(a, str) else 0 if a is np else a for a in args]
     torch.save({"w": torch.zeros(2), "x": Calls(function, *args)}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match=f"asks for {name}, which no array needs"):
+    with pytest.raises(WeightsError, match=f"it names {name}, which no array needs"):
         read_pth(tmp_path / "evil.pth")
     assert not path.exists()
 
@@ -113,7 +113,7 @@ def test_pth_files_that_are_cut_old_or_empty(torch, tmp_path):
 
 
 def test_a_pickle_that_changes_what_it_was_given(torch, tmp_path):
-    """BUILD sets attributes without calling anything: of the stand-ins it can set none that is
+    """BUILD sets attributes without a call. It cannot set an attribute of a stand-in that is
     read."""
     torch.save({"x": torch.zeros(3)}, tmp_path / "w.pth")
     for state in (b"}X\x06\0\0\0offsetK\x63s", b"N}X\x06\0\0\0offsetK\x63s\x86"):
@@ -127,5 +127,5 @@ def test_a_pickle_that_changes_what_it_was_given(torch, tmp_path):
                     assert pickle.BUILD == b"b"
                 new.writestr(info, content)
         (tmp_path / "evil.pth").write_bytes(out.getvalue())
-        with pytest.raises(WeightsError, match="is not read as weights"):
+        with pytest.raises(WeightsError, match="cannot be read as weights"):
             read_pth(tmp_path / "evil.pth")

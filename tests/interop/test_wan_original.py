@@ -1,4 +1,4 @@
-"""Folders of the original Wan, all of whose files have other names and arrays, and no configs."""
+"""Folders of the original Wan: other names and arrays in every file, and no configs."""
 
 import shutil
 from pathlib import Path
@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from vdx.convert import open_source
-from vdx.interop.encoders import clip_vision_config
+from vdx.interop.clip import clip_vision_config
 from vdx.interop.keymap import WeightsError
 from vdx.interop.load import open_weights
 from vdx.interop.pretrained import open_pretrained
-from vdx.interop.safetensors import StoredArray
-from vdx.interop.vae import VIDEO_VAES
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.video_vae import VIDEO_VAES
 from vdx.interop.wan_original import umt5_config, vae_config
 from vdx.parallel import MeshSpec
 
@@ -39,15 +39,15 @@ from tests.wan_pipelines import (  # noqa: E402
     scheduler,
 )
 
-# What the arrays do not say is as in the public models: the width of a head (CLIP: 80), the
-# distances of text, two residual blocks a level, the means and deviations of the latents.
+# Sizes on which no array depends are those of the published models: the width of a head (CLIP: 80),
+# the distances of text, two residual blocks a level, the means and deviations of the latents.
 HEAD = {"attention_head_dim": 128, "num_attention_heads": 1}
 VAE = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 16}
 VAE_22 = VIDEO_VAES["wan2.2"] | {"base_dim": 4, "decoder_base_dim": 6, "scale_factor_spatial": 16}
 BROAD = VISION | {"hidden_size": 160}
 FAR = TEXT | {"relative_attention_max_distance": 128}
 LATENTS = {"in_channels": 16, "out_channels": 16}
-# kind: (network, boundary, VAE, pictures, its file's name, shift)
+# kind: (network, boundary, VAE, images, the VAE's file name, shift)
 KINDS = {
     "i2v": (
         CLIP
@@ -80,7 +80,7 @@ KINDS = {
 
 
 def write_original(pipe, vae_name: str, folder: Path) -> Path:
-    """The parts of a pipeline as the makers of Wan name and store them."""
+    """Write the parts of a pipeline as the makers of Wan name and store them."""
 
     def arrays(part):
         return {key: value.numpy() for key, value in getattr(pipe, part).state_dict().items()}
@@ -118,9 +118,9 @@ def write_original(pipe, vae_name: str, folder: Path) -> Path:
     ],
 )
 def original(request, tmp_path_factory):
-    """(a pipeline, the folder of its original, the shift that belongs to it)."""
-    network, boundary, vae, pictures, name, shift = KINDS[request.param]
-    pipe = assembled(network, scheduler("unipc"), boundary, pictures, vae, BROAD, FAR)
+    """Pipeline, folder of its original, and the shift of its kind."""
+    network, boundary, vae, images, name, shift = KINDS[request.param]
+    pipe = assembled(network, scheduler("unipc"), boundary, images, vae, BROAD, FAR)
     return pipe, write_original(pipe, name, tmp_path_factory.mktemp("Wan") / "original"), shift
 
 
@@ -225,12 +225,13 @@ def test_configs_are_those_of_the_arrays_in_either_layout(original):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("original", ["i2v"], indirect=True)
-def test_it_draws_the_clip_of_diffusers(original, tmp_path):
+def test_it_generates_the_clip_of_diffusers(original, tmp_path):
     """The two commands, from the makers' files to pixels."""
     pipe, folder, shift = original
-    rng, picture = np.random.default_rng(3), tmp_path / "image.png"
+    rng = np.random.default_rng(3)
+    image_file = tmp_path / "image.png"
     image = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((48, 32))
-    image.save(picture)
+    image.save(image_file)
     noise = rng.normal(size=(1, 2, 4, 6, 16)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=shift)
@@ -265,7 +266,7 @@ def test_it_draws_the_clip_of_diffusers(original, tmp_path):
         "--num_frames=5",
         "--height=32",
         "--width=48",
-        f"--image={picture}",
+        f"--image={image_file}",
         f"--init_noise={tmp_path / 'noise.npy'}",
         f"--out={tmp_path / 'out.mp4'}",
         f"--save_array={tmp_path / 'x.npy'}",

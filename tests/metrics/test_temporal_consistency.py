@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vdx.data.scenes.source import COLOURS, Object, Scene
+from vdx.data.scenes.world import COLOURS, Object, Scene
 from vdx.metrics.temporal_consistency import flicker, identity_drift, lab
 from vdx.metrics.tracking import track_object
 

@@ -1,4 +1,4 @@
-"""Latte against the network of diffusers, loaded from the folder that it saves."""
+"""Latte against the network of diffusers, through the folder that diffusers saves."""
 
 import dataclasses
 import functools
@@ -15,10 +15,11 @@ from vdx.experiment import Experiment
 from vdx.interop import latte
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.latte import is_latte, latte_denoiser, latte_rows, load_latte
-from vdx.interop.load import export_plan
+from vdx.interop.save import export_plan
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import layer_norm, plane_table, sincos_table
+from vdx.models.layers import layer_norm
+from vdx.models.positions import plane_table, sincos_table
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")
@@ -48,7 +49,7 @@ MESH = {"fsdp": 2, "context": 2, "tensor": 2}
 
 @dataclasses.dataclass
 class Case:
-    """A reference, what it is given and answers, and ours from the folder it was saved to."""
+    """A reference with its inputs and prediction, and our network from its folder."""
 
     folder: Path
     batch: dict
@@ -62,8 +63,8 @@ class Case:
 
     @functools.cached_property
     def run(self):
-        """Jitted: (params, batch, x) -> prediction. Fresh for each Case, so that code may be
-        replaced."""
+        """Jitted (params, batch, x) -> prediction. Each Case compiles its own, so that a test can
+        replace code."""
         return jax.jit(
             lambda p, batch, x: self.model.run(
                 p, x, self.time, batch, self.model.drop_masks(B, False), method="train_view"
@@ -72,7 +73,7 @@ class Case:
         )
 
     @torch.no_grad()
-    def ask(self, x, text, time, **options):
+    def reference_prediction(self, x, text, time, **options):
         x, text, time = (
             torch.from_numpy(np.ascontiguousarray(a)) for a in (np.moveaxis(x, -1, 1), text, time)
         )
@@ -85,7 +86,7 @@ class Case:
 
 
 def randomised(config):
-    """Every parameter drawn."""
+    """The reference with random numbers in every parameter."""
     model = diffusers.LatteTransformer3DModel(**config).eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -117,7 +118,7 @@ def case(tmp_path_factory, quick):
         params,
         quick,
     )
-    made.want = made.ask(x, text, made.time)
+    made.want = made.reference_prediction(x, text, made.time)
     return made
 
 
@@ -127,17 +128,19 @@ def test_the_prediction_is_theirs(case):
 
 @pytest.mark.slow
 def test_on_other_frames_of_other_sizes(case):
-    """A wide frame, whose positions span what those of the training size do."""
+    """A wide frame, whose positions span the same range as those of the training size."""
     rng = np.random.default_rng(2)
     x = rng.normal(size=(B, T, 12, 20, 4)).astype(np.float32)
-    want = case.ask(x, case.batch["text"], case.time)
+    want = case.reference_prediction(x, case.batch["text"], case.time)
     np.testing.assert_allclose(case.run(case.params, case.batch, x), want, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_an_image_is_theirs_without_temporal_attention(case):
     x = case.x[:, :1]
-    want = case.ask(x, case.batch["text"], case.time, enable_temporal_attentions=False)
+    want = case.reference_prediction(
+        x, case.batch["text"], case.time, enable_temporal_attentions=False
+    )
     np.testing.assert_allclose(case.run(case.params, case.batch, x), want, atol=1e-4)
 
 
@@ -147,24 +150,24 @@ def test_padded_text_is_text_cut_off(case):
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     got = case.run(case.params, case.batch | {"text_mask": mask}, case.x)
     for i in range(B):
-        want = case.ask(
+        want = case.reference_prediction(
             case.x[i : i + 1], case.batch["text"][i : i + 1, mask[i]], case.time[i : i + 1]
         )
         np.testing.assert_allclose(got[i : i + 1], want, atol=1e-4)
 
 
 def test_every_parameter_is_seen(case):
-    """Spoilt one by one, each changes the answer, but for the bias of a key, which shifts the
-    scores of a query alike."""
+    """Changed one by one, each parameter changes the prediction. The bias of a key does not: it
+    shifts all scores of a query by the same amount."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(jax.device_get(case.params))
     for i, (path, leaf) in enumerate(leaves):
         name = jax.tree_util.keystr(path)
         if "null" in name:
             assert not leaf.any()
             continue
-        spoilt = [v for _, v in leaves]
-        spoilt[i] = np.roll(leaf, 1, -1)
-        error = case.error(jax.tree.unflatten(tree, spoilt))
+        changed = [v for _, v in leaves]
+        changed[i] = np.roll(leaf, 1, -1)
+        error = case.error(jax.tree.unflatten(tree, changed))
         assert error < 1e-4 if "['k']['bias']" in name else error > 2e-4, name
 
 
@@ -195,7 +198,7 @@ def test_a_fault_is_seen(fault, case, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_run_begins_from_its_files(dtype, case):
-    """What `config.weights` names is read as Latte; in the network's type beside adapters."""
+    """`config.weights` is read as Latte, in the network's dtype if there are adapters."""
     config = resolve("configs/wan21_t2v_1p3b.py:smoke", [])
     config |= {
         "weights": str(case.folder),
@@ -234,7 +237,7 @@ def test_in_bfloat16_it_is_close(case):
 
 
 def test_what_is_written_is_what_was_read(case):
-    """All but the variance, which is zero."""
+    """Except for the variance, which is zero."""
     rows = latte_rows(case.model)
     there = {k: v.numpy() for k, v in case.reference.state_dict().items()}
     again = dict(export(case.params, rows))
@@ -248,7 +251,7 @@ def test_what_is_written_is_what_was_read(case):
         np.testing.assert_array_equal(value, want)
 
 
-def test_the_public_model_has_these_arrays():
+def test_the_published_model_has_these_arrays():
     """maxin-cn/Latte-1: names and shapes of diffusers' own model, which holds no memory here."""
     config = TINY | dict(
         num_attention_heads=16,

@@ -18,7 +18,7 @@ from vdx.generate.pretrained import PretrainedGenerator
 from vdx.generate.pretrained_request import check, complete, remake
 from vdx.generate.video_io import frames_at, write_video
 from vdx.interop.keymap import WeightsError
-from vdx.interop.pretrained import assemble, open_pretrained
+from vdx.interop.pretrained import check_consistency, open_pretrained
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -303,4 +303,4 @@ def test_control_blocks_that_read_something_else(model):
     module = part.module.clone(signals={**part.module.signals, "control": {"channels": 70}})
     other = {**model.components, "transformer": dataclasses.replace(part, module=module)}
     with pytest.raises(WeightsError, match="the control blocks read 70 channels, not 72"):
-        assemble(*dataclasses.replace(model, components=other).__dict__.values())
+        check_consistency(dataclasses.replace(model, components=other))

@@ -1,4 +1,4 @@
-"""Wan against the networks of diffusers, loaded from the files that those save."""
+"""Wan against the networks of diffusers, through the files that diffusers saves."""
 
 import dataclasses
 import functools
@@ -12,22 +12,18 @@ import numpy as np
 import pytest
 
 from vdx.interop.keymap import WeightsError, export
-from vdx.interop.load import abstract_params, export_plan, load_params, save_folder
-from vdx.interop.safetensors import StoredArray, write
-from vdx.interop.wan import (
-    IN_BLOCKS,
-    OUTSIDE,
-    SKYREELS,
-    load_wan,
-    open_wan,
-    wan_config,
-    wan_from_config,
-    wan_transformer_rows,
-)
-from vdx.models import transformer
+from vdx.interop.load import abstract_params, load_params
+from vdx.interop.safetensors import write
+from vdx.interop.save import export_plan, save_folder
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.wan import load_wan, open_wan
+from vdx.interop.wan_config import SKYREELS, wan_config, wan_from_config
+from vdx.interop.wan_keys import IN_BLOCKS, OUTSIDE, wan_transformer_rows
+from vdx.models import transformer, transformer_blocks
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import RMSNorm, layer_norm, rope_table
+from vdx.models.layers import RMSNorm, layer_norm
 from vdx.models.mixers import grid_attention
+from vdx.models.positions import Rope, rope_table
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")
@@ -79,14 +75,14 @@ def theirs_of(x: np.ndarray):
 
 @dataclasses.dataclass
 class Case:
-    """A reference in a folder, what it is given, what it answers, and ours from that folder."""
+    """A reference in a folder with its inputs and prediction, and our network from there."""
 
     folder: Path
     batch: dict
     x: np.ndarray
     time: np.ndarray
-    ask: Any  # of a reference: its prediction
-    want: np.ndarray  # what it was
+    predict: Any  # reference -> its prediction
+    want: np.ndarray  # the prediction of `reference`
     reference: Any
     model: Denoiser
     params: Any
@@ -94,7 +90,8 @@ class Case:
 
     @functools.cached_property
     def run(self):
-        """Jitted: params -> prediction. Fresh for each Case, so that code may be replaced."""
+        """Jitted params -> prediction. Each Case compiles its own, so that a test can replace
+        code."""
         keep = self.model.drop_masks(B, False)
         if "control" in self.batch:
             call = lambda p, batch: self.model.run(
@@ -128,8 +125,9 @@ def load(folder):
 
 
 def randomised(config):
-    """The reference with every parameter drawn. Patches are faint, so that the first norms see
-    little variance and show their epsilon; so do the two of the image's features."""
+    """The reference with random numbers in every parameter. Kernels of patches are small: the
+    first norms then have inputs of little variance, and their epsilon matters. The same holds for
+    the two norms of the image's features."""
     model, g = config_class(config)(**config).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -183,24 +181,28 @@ def cases(tmp_path_factory, quick):
         reference = randomised(config)
 
         @torch.no_grad()
-        def ask(reference):
-            told = theirs_of(noisy), their_time, torch.from_numpy(padded)
+        def predict(reference):
+            inputs = theirs_of(noisy), their_time, torch.from_numpy(padded)
             if "fps" in batch:  # clip by clip: it cannot add one rate to each of several clips
                 out = torch.cat(
                     [
                         reference(
-                            *(a[i : i + 1] for a in told), **given, fps=[int(batch["fps"][i] != 16)]
+                            *(a[i : i + 1] for a in inputs),
+                            **given,
+                            fps=[int(batch["fps"][i] != 16)],
                         ).sample
                         for i in range(B)
                     ]
                 )
             else:
-                out = reference(*told, **given).sample
+                out = reference(*inputs, **given).sample
             return np.moveaxis(out.numpy(), 1, -1)
 
         folder = tmp_path_factory.mktemp(kind)
         reference.save_pretrained(folder)
-        return Case(folder, batch, x, time, ask, ask(reference), reference, *load(folder), quick)
+        return Case(
+            folder, batch, x, time, predict, predict(reference), reference, *load(folder), quick
+        )
 
     return make
 
@@ -213,8 +215,8 @@ def test_the_prediction_is_theirs(kind, cases):
 
 
 def test_blocks_and_rates_of_skyreels_are_seen(cases):
-    """A network of other blocks, or told other rates, answers otherwise; and so does theirs when
-    it is given blocks, whose answer ours has too, from weights that know nothing of blocks."""
+    """Other blocks or other rates change the prediction. Set to blocks, their network predicts the
+    same as ours with blocks, from weights that do not depend on blocks."""
     case = cases("skyreels")
     for block in (1, None):
         backbone = {**case.model.backbone_config, "pattern": ({"name": "full", "block": block},)}
@@ -230,7 +232,7 @@ def test_blocks_and_rates_of_skyreels_are_seen(cases):
         case.model.signals,
     )
     params = load_wan(case.folder, blocks, MeshSpec().make(jax.devices()[:1]))
-    got = dataclasses.replace(case, model=blocks, want=case.ask(case.reference))
+    got = dataclasses.replace(case, model=blocks, want=case.predict(case.reference))
     case.reference._set_ar_attention(1)
     assert got.error(params) < 1e-4 and np.abs(got.want - case.want).max() > 1e-3
 
@@ -255,7 +257,7 @@ def test_the_embeddings_of_the_conditions_are_theirs(kind, cases):
 
 def swapped_axes(grid, width, theta=1e4):
     t, h, w = grid
-    return tuple(x.transpose(0, 2, 1, 3, 4) for x in rope_table((t, w, h), width, theta))
+    return Rope(*(x.transpose(0, 2, 1, 3, 4) for x in rope_table((t, w, h), width, theta)))
 
 
 class PerHead(RMSNorm):
@@ -271,8 +273,8 @@ class PerHead(RMSNorm):
 
 FAULTS = {
     "rope axes swapped": (transformer, "rope_table", swapped_axes),
-    "epsilon 1e-3": (transformer, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
-    "epsilon 1e-5": (transformer, "layer_norm", functools.partial(layer_norm, eps=1e-5)),
+    "epsilon 1e-3": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
+    "epsilon 1e-5": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-5)),
     "norm after the split": (grid_attention, "RMSNorm", PerHead),
 }
 
@@ -285,8 +287,8 @@ def test_a_fault_in_the_network_is_seen(fault, cases, monkeypatch):
 
 
 def test_every_parameter_is_seen(cases):
-    """Spoilt one by one, each changes the answer: none is read in vain, no bias is missing. The
-    bias of a key shifts all scores alike, but for the norm behind it."""
+    """Changed one by one, each parameter changes the prediction: every one is used, and no bias is
+    missing. The bias of a key would shift all scores by the same amount, but a norm follows it."""
     for kind in ("flf2v", "vace", "skyreels_rate"):
         case = cases(kind)
         leaves, tree = jax.tree_util.tree_flatten_with_path(jax.device_get(case.params))
@@ -295,9 +297,9 @@ def test_every_parameter_is_seen(cases):
             if "null" in name:
                 assert not leaf.any()
                 continue
-            spoilt = [v for _, v in leaves]
-            spoilt[i] = np.roll(leaf, 1, -1)
-            assert case.error(jax.tree.unflatten(tree, spoilt)) > 2e-4, name
+            changed = [v for _, v in leaves]
+            changed[i] = np.roll(leaf, 1, -1)
+            assert case.error(jax.tree.unflatten(tree, changed)) > 2e-4, name
 
 
 def test_text_is_padded_with_zeros_that_are_seen(cases):
@@ -350,9 +352,9 @@ def test_diffusers_reads_what_is_written(kind, most, cases, tmp_path, monkeypatc
     assert again.state_dict().keys() == want.keys()
     assert all(torch.equal(value, want[key]) for key, value in again.state_dict().items())
     assert {k: again.config[k] for k in KINDS[kind]} == KINDS[kind]
-    # Out of the file's memory map, where it lies on odd addresses and is summed in other orders.
+    # Copied out of the file's memory map: at unaligned addresses sums have another order.
     again.load_state_dict({k: v.clone() for k, v in again.state_dict().items()}, assign=True)
-    np.testing.assert_array_equal(case.ask(again.eval()), case.want)
+    np.testing.assert_array_equal(case.predict(again.eval()), case.want)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out")[1], case.params)
 
 
@@ -374,14 +376,14 @@ def test_original_files_hold_the_same(kind, cases, tmp_path, monkeypatch):
     case = cases(kind)
     arrays = {k: v.numpy() for k, v in case.reference.state_dict().items()}
     names = original_names(arrays)
-    # Their own renaming agrees; it knows no positions of images.
+    # Their own renaming agrees; it has no positions of images.
     there = single_file_utils.convert_wan_transformer_to_diffusers(
         {old: torch.from_numpy(arrays[new]) for new, old in names.items() if "emb_pos" not in old}
     )
     assert set(there) == {key for key in arrays if "pos_embed" not in key}
     assert all(np.array_equal(value, arrays[key]) for key, value in there.items())
 
-    # One file of ComfyUI, with nothing beside it to say how wide a head is.
+    # One file of ComfyUI, without a config that gives the width of a head.
     monkeypatch.setattr("vdx.interop.wan.HEAD_WIDTH", 24)
     for prefix in ("", "model.diffusion_model.", "diffusion_model."):
         save = {prefix + old: arrays[new] for new, old in names.items()}
@@ -420,7 +422,7 @@ def test_files_of_self_forcing_hold_averaged_weights(prefix, cases, tmp_path, mo
         jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
 
-# The public models: the size in billions, and what differs from the first.
+# The published models: billions of parameters, and the fields that differ from the first.
 T2V = dict(
     patch_size=[1, 2, 2],
     num_attention_heads=12,
@@ -441,7 +443,7 @@ T2V = dict(
 )
 BIG = T2V | dict(num_attention_heads=40, num_layers=40, ffn_dim=13824)
 I2V = BIG | dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
-PUBLIC = {
+PUBLISHED = {
     "T2V 1.3B": (1.42, T2V),
     "T2V 14B": (14.3, BIG),
     "I2V 14B": (16.4, I2V),
@@ -457,10 +459,10 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_models_have_these_arrays(name):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_these_arrays(name):
     """Names and shapes of diffusers' own models, which hold no memory here."""
-    billions, config = PUBLIC[name]
+    billions, config = PUBLISHED[name]
     with torch.device("meta"):
         want = {k: tuple(v.shape) for k, v in config_class(config)(**config).state_dict().items()}
     assert sum(np.prod(s) for s in want.values()) / 1e9 == pytest.approx(billions, rel=5e-3)
@@ -468,15 +470,15 @@ def test_public_models_have_these_arrays(name):
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     rows = wan_transformer_rows(model)
     assert {k: shape for k, (shape, _) in export_plan(shapes, rows).items()} == want
-    said = wan_config(want, 128)
-    assert {k: v for k, v in said.items() if k != "_class_name"} == config
-    assert said["_class_name"] == config_class(config).__name__
+    found = wan_config(want, 128)
+    assert {k: v for k, v in found.items() if k != "_class_name"} == config
+    assert found["_class_name"] == config_class(config).__name__
 
 
-def test_presets_are_the_public_sizes():
+def test_presets_are_the_published_sizes():
     for size, name in {"wan_1p3b": "T2V 1.3B", "wan_14b": "T2V 14B", "wan_5b": "TI2V 5B"}.items():
         net = transformer.Transformer(size=size)
-        config = PUBLIC[name][1]
+        config = PUBLISHED[name][1]
         assert net.dims()[:3] == (
             config["num_attention_heads"] * 128,
             config["num_layers"],

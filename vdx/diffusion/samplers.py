@@ -9,7 +9,7 @@ sigma = 0; the limits of all coefficients are finite.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ Row = Mapping[str, Any]  # name -> coefficient of one evaluation, traced
 Carry = tuple[Array, ...]  # a sampler's state; its first array is x_t
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """The interface of the rows of SAMPLERS."""
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.data.scenes.source import VELOCITIES, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import VELOCITIES
 from vdx.data.signals import SIGNALS, Clip, read_signals
 from vdx.evaluation.drawing import FIRST_SEED, ClipDrawer
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores

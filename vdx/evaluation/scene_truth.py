@@ -6,7 +6,7 @@ import numpy as np
 
 from vdx.data.motion import motion_score
 from vdx.data.scenes.signals import depth, flow
-from vdx.data.scenes.source import CAMERAS, Scene
+from vdx.data.scenes.world import CAMERAS, Scene
 from vdx.data.signals import sparse_flow_hints
 
 __all__ = ["scene_truth"]

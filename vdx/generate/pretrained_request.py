@@ -157,7 +157,7 @@ def complete(model: PretrainedModel, given: Mapping[str, Any]) -> PretrainedRequ
     given = {k: v for k, v in given.items() if v is not None}
     fields = recommended(model) | {"seed": 0, "dtype": model.dtype}
     if not {"sampler", "timesteps", "shift"} <= given.keys():
-        fields |= model.schedule()
+        fields |= model.schedule()._asdict()
     shown = next((name for name in ("image", "control") if name in given), None)
     if shown and not {"height", "width"} & given.keys():
         first = next(iter_frames(shown, given[shown], 1.0))

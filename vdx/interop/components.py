@@ -1,217 +1,271 @@
-"""The networks of a public model, one by one: files opened, checked, put on the mesh, rewritten.
+"""The networks of a pretrained model: opened, checked, loaded, and rewritten.
 
-Besides the layouts of their makers each may be in vdx's own: the same `config.json`, and a file
-whose keys are the paths of our parameters, a layer of a stack at a time ("layers/q/kernel[3]"),
-whose arrays lie as ours do.
+The files may have the layouts of their makers, or vdx's own. That one has the same `config.json`
+and a file of weights whose keys are the paths of our parameters, one layer of a stack at a time
+("layers/q/kernel[3]"), and whose arrays have our layout.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.encoders import (
-    clip_names,
-    clip_rows,
-    clip_vision_from_config,
-    t5_from_config,
-    t5_rows,
-)
-from vdx.interop.keymap import KEEP, Layout, Row, assign, flat, naming
+from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
+from vdx.interop.keymap import KEEP, Row, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
-    laid_out,
+    converted_shape,
     load_params,
-    match,
+    match_params,
     open_weights,
-    write_parts,
 )
-from vdx.interop.safetensors import StoredArray
-from vdx.interop.vae import video_vae_from_config, video_vae_rows
-from vdx.interop.wan import open_wan, wan_from_config, wan_transformer_rows
+from vdx.interop.save import write_shards
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.t5 import t5_from_config, t5_rows
+from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
+from vdx.interop.wan import open_wan
+from vdx.interop.wan_config import wan_from_config
+from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
-Rows = tuple[Row, ...]
+KeyRows = tuple[Row, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A network in files.
+    """A network in files."""
 
-    config: as its makers write it. module: ours. shapes: its parameters. rows: from the keys of
-    `source` to them; public: the same from the keys that diffusers or transformers use. dtype:
-    of kernels on the mesh. stem: the name of its file there.
-    """
-
-    config: Mapping[str, Any]
-    source: Mapping[str, StoredArray]
-    module: Any
-    shapes: Params
-    public: Rows
-    dtype: str
-    stem: str = "diffusion_pytorch_model"
-    rows: Rows = ()
+    config: Mapping[str, Any]  # config.json, as its makers write it
+    source: Mapping[str, StoredArray]  # the arrays of the files
+    module: Any  # our network
+    shapes: Params  # its abstract parameters
+    library_rows: KeyRows  # from the keys of diffusers or transformers to the parameters
+    dtype: str  # of kernels on the mesh
+    stem: str = "diffusion_pytorch_model"  # name of its file in the library's layout
+    rows: KeyRows = ()  # from the keys of `source` to the parameters
 
     @property
     def size(self) -> int:
-        """Parameters."""
+        """Number of parameters."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
 
     def check(self, mesh: Mesh) -> Params:
-        """The abstract parameters on the mesh. Reads nothing. Raises WeightsError for files that
-        are not of this network, ValueError if it cannot be laid out."""
-        like = abstract_params(self.shapes, mesh, self.dtype)
-        match(self.source, like, self.rows)
-        return like
+        """Return the abstract parameters on the mesh. Reads no array.
+
+        Raises WeightsError for files of another network, ValueError if the mesh cannot shard it.
+        """
+        abstract = abstract_params(self.shapes, mesh, self.dtype)
+        match_params(self.source, abstract, self.rows)
+        return abstract
 
     def load(self, mesh: Mesh) -> Params:
+        """Return the parameters on the mesh. Raises ValueError as `check` does."""
         return load_params(self.source, self.check(mesh), self.rows)
 
     def save(self, folder: Path, own: bool) -> None:
-        """The same arrays in vdx's layout or in that of diffusers and transformers, in the types
-        that the files have; one array at a time."""
-        layouts = {key: (stored, layout) for key, stored, layout in self._renamed(own)}
+        """Write the network to a folder, one array at a time.
+
+        The dtypes are those of the files. own: in vdx's layout, not in that of diffusers or
+        transformers.
+        """
+        outputs = list(self._outputs(own))
         plan = {
-            key: (laid_out(layout, stored.shape), stored.dtype)
-            for key, (stored, layout) in layouts.items()
+            output.key: (converted_shape(output.convert, output.stored.shape), output.stored.dtype)
+            for output in outputs
         }
-        arrays = ((key, layout(stored.read())) for key, (stored, layout) in layouts.items())
-        write_parts(folder, "model" if own else self.stem, plan, arrays)
+        arrays = ((output.key, output.convert(output.stored.read())) for output in outputs)
+        write_shards(folder, "model" if own else self.stem, plan, arrays)
         write_json(folder / "config.json", self.config)
 
-    def _renamed(
-        self, own: bool
-    ) -> Iterator[tuple[str, StoredArray, Callable[[np.ndarray], np.ndarray]]]:
-        name = naming(self.public)
-        for key, place in assign(self.source, self.shapes, self.rows).items():
-            known: tuple[str, Layout] | None = (place.slot, KEEP) if own else name(place.slot)
-            assert known is not None, place.slot
-            yield known[0], self.source[key], _both(place.layout, known[1])
+    def _outputs(self, own: bool) -> Iterator["_Output"]:
+        find_key = key_finder(self.library_rows)
+        for key, slot in assign(self.source, self.shapes, self.rows).items():
+            found = (slot.name, KEEP) if own else find_key(slot.name)
+            assert found is not None, slot.name
+            new_key, layout = found
+            convert = _compose(slot.layout.ours, layout.theirs)
+            yield _Output(new_key, self.source[key], convert)
 
 
-def _both(here: Layout, there: Layout) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: there.theirs(here.ours(x))
+class _Output(NamedTuple):
+    """An array that is to be written."""
+
+    key: str  # in the new file
+    stored: StoredArray  # in the old file
+    convert: Callable[[np.ndarray], np.ndarray]  # from the old layout to the new
+
+
+def _compose(
+    first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: second(first(x))
 
 
 def is_own(source: Mapping[str, StoredArray]) -> bool:
-    """Whether these are keys of vdx's layout: no public one has a slash."""
+    """Return whether keys are those of vdx's layout: no other layout has a slash."""
     return any("/" in key for key in source)
 
 
-def _component(source: Mapping[str, StoredArray], rows: Rows, **fields) -> Component:
-    """`rows` are those of the file, unless it is in vdx's own layout."""
-    if is_own(source):
-        rows = (
-            *(
-                row
-                for path in flat(fields["shapes"])
-                for row in (Row(path, path), Row(f"{path}[{{i}}]", f"{path}[{{i}}]"))
-            ),
-            *(row for row in fields["public"] if not row.source),
-        )  # ours, and zero
-    return Component(source=source, rows=rows, **fields)
+def _source_rows(
+    source: Mapping[str, StoredArray], shapes: Params, rows: KeyRows, library_rows: KeyRows
+) -> KeyRows:
+    """Return `rows`, or the rows of vdx's layout if the files have it."""
+    if not is_own(source):
+        return rows
+    whole = [Row(path, path) for path in flat(shapes)]
+    layers = [Row(f"{path}[{{i}}]", f"{path}[{{i}}]") for path in flat(shapes)]
+    zero = [row for row in library_rows if not row.source]
+    return (*whole, *layers, *zero)
 
 
-def _shapes(module: Any, *example: Any) -> Params:
-    return jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+def _init_shapes(module: nn.Module, *inputs: jax.Array) -> Params:
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
-    """A Wan transformer as a Denoiser; `config` is that beside the weights or found in them."""
+    """Open a Wan transformer as a Denoiser.
+
+    config: that of vdx's layout if its folder has none. Other layouts have it next to the weights,
+    or it follows from the arrays.
+    """
     source = open_weights(path)
+
+    # The config and, for keys in another layout, the names of diffusers.
     if is_own(source):
         config = config or read_json(path / "config.json")
         backbone, signals = wan_from_config(config)
     else:
         wan = open_wan(path)
-        config, source, backbone, signals = wan.config, wan.source, wan.backbone, wan.signals
+        config = wan.config
+        source = wan.source
+        backbone = wan.backbone
+        signals = wan.signals
+
+    # The network. Its rows lead from the names of diffusers.
     module = Denoiser({**backbone, "dtype": dtype}, signals)
+    shapes = jax.eval_shape(module.new_params, jax.random.key(0))
     rows = tuple(wan_transformer_rows(module))
-    return _component(
-        source,
-        rows,
+    return Component(
         config=config,
+        source=source,
         module=module,
-        public=rows,
+        shapes=shapes,
+        library_rows=rows,
         dtype=dtype,
-        shapes=jax.eval_shape(module.new_params, jax.random.key(0)),
+        rows=_source_rows(source, shapes, rows, rows),
     )
 
 
 def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
+    """Open a T5 encoder.
+
+    config: see `open_component`.
+    """
     source = open_weights(path)
     config = config or read_json(path / "config.json")
     module = t5_from_config(config, dtype)
-    return _component(
-        source,
-        t5_rows(source, module),
+    shapes = _init_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
+    library_rows = t5_rows(("shared.weight",), module)
+    return Component(
         config=config,
+        source=source,
         module=module,
+        shapes=shapes,
+        library_rows=library_rows,
         dtype=dtype,
-        public=t5_rows(("shared.weight",), module),
         stem="model",
-        shapes=_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)),
+        rows=_source_rows(source, shapes, t5_rows(source, module), library_rows),
     )
 
 
 def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
+    """Open the vision model of a CLIP.
+
+    config: see `open_component`.
+    """
     source = clip_names(open_weights(path))
     config = config or read_json(path / "config.json")
     module = clip_vision_from_config(config, dtype)
-    return _component(
-        source,
-        clip_rows(source, module),
+    shapes = _init_shapes(module, jnp.zeros((1, module.image, module.image, 3)))
+    library_rows = clip_rows(("vision_model.",), module)
+    return Component(
         config=config,
+        source=source,
         module=module,
+        shapes=shapes,
+        library_rows=library_rows,
         dtype=dtype,
         stem="model",
-        public=clip_rows(("vision_model.",), module),
-        shapes=_shapes(module, jnp.zeros((1, module.image, module.image, 3))),
+        rows=_source_rows(source, shapes, clip_rows(source, module), library_rows),
     )
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
+    """Open a video VAE.
+
+    config: see `open_component`.
+    """
     source = open_weights(path)
     config = config or read_json(path / "config.json")
     module = video_vae_from_config(config, dtype)
-    public = video_vae_rows(module)
-    rows = video_vae_rows(module, original=True) if "conv1.weight" in source else public
-    side = module.rates[1]
-    return _component(
-        source,
-        rows,
+    _, side = module.rates
+    shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel
+
+    library_rows = video_vae_rows(module)
+    # The original's keys differ from those of diffusers.
+    rows = video_vae_rows(module, original="conv1.weight" in source)
+    return Component(
         config=config,
+        source=source,
         module=module,
-        public=public,
+        shapes=shapes,
+        library_rows=library_rows,
         dtype=dtype,
-        shapes=_shapes(module, jnp.zeros((1, 1, side, side, 3))),
+        rows=_source_rows(source, shapes, rows, library_rows),
     )
 
 
-# (opens it, in float32 whatever is asked for: as the makers run it, and they are small)
-COMPONENTS: dict[str, tuple[Callable[[Path, Mapping[str, Any] | None, str], Component], bool]] = {
-    "text_encoder": (open_text_encoder, False),
-    "image_encoder": (open_image_encoder, True),
-    "transformer": (open_transformer, False),
-    "transformer_2": (open_transformer, False),
-    "vae": (open_vae, True),
+class OpenComponent(Protocol):
+    """A function that opens one kind of network."""
+
+    def __call__(self, path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
+        """Open the network. Raises ValueError for files of another one."""
+
+
+class ComponentKind(NamedTuple):
+    """A row of COMPONENTS."""
+
+    open: OpenComponent
+    always_float32: bool  # ignores the dtype: its makers run it so, and it is small
+
+
+COMPONENTS = {
+    "text_encoder": ComponentKind(open_text_encoder, always_float32=False),
+    "image_encoder": ComponentKind(open_image_encoder, always_float32=True),
+    "transformer": ComponentKind(open_transformer, always_float32=False),
+    "transformer_2": ComponentKind(open_transformer, always_float32=False),
+    "vae": ComponentKind(open_vae, always_float32=True),
 }
 
 
 def open_component(
     name: str, path: str | Path, dtype: str, config: Mapping[str, Any] | None = None
 ) -> Component:
-    """A row of COMPONENTS in a file or folder. config: for files that come without one.
+    """Open a row of COMPONENTS in a file or folder. Reads headers only.
 
-    Reads headers. Raises ValueError for what is not such a network.
+    config: the config.json of files that have none next to them. Raises ValueError for files of
+    another network.
     """
-    opener, exact = COMPONENTS[name]
-    return opener(Path(path), config, "float32" if exact else dtype)
+    kind = COMPONENTS[name]
+    if kind.always_float32:
+        dtype = "float32"
+    return kind.open(Path(path), config, dtype)

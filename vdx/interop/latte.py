@@ -1,13 +1,15 @@
-"""Latte (Ma et al. 2024): its configuration and its weights as those of our transformer.
+"""Latte (Ma et al. 2024): its config and its weights as those of our transformer.
 
-Reference: `LatteTransformer3DModel` of diffusers. Blocks over space and over time take turns; text
-is read over space alone; positions are fixed and added; the network also predicts a variance,
-the second half of its channels, which is left behind.
+Blocks over space and over time alternate. Only blocks over space attend to the text. Positions are
+fixed and added. The network also predicts a variance, the second half of its output channels,
+which is not used here.
+
+Reference: `LatteTransformer3DModel` of diffusers.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,13 +18,13 @@ from jax.sharding import Mesh
 from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
-from vdx.interop.wan import load_wan
-from vdx.models.conditioning.signals import NULL
+from vdx.interop.stored_array import StoredArray
+from vdx.models.conditioning.text_signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
 CLASS = "LatteTransformer3DModel"
-# What no public model has another value for.
+# Fields that have these values in every published model.
 FIXED = {
     "_class_name": CLASS,
     "norm_type": "ada_norm_single",
@@ -40,28 +42,46 @@ SIZES = (
     "patch_size",
     "caption_channels",
 )
-# (ours, theirs) of dense layers.
+
+
+class Dense(NamedTuple):
+    """A dense layer by its two names."""
+
+    ours: str
+    theirs: str
+
+
+class Stack(NamedTuple):
+    """A stack of blocks, which is one position of our pattern."""
+
+    theirs: str  # name of the stack
+    attentions: tuple[Dense, ...]  # its attention layers
+
+
 NETWORK = (
-    ("time/up", "adaln_single.emb.timestep_embedder.linear_1"),
-    ("time/down", "adaln_single.emb.timestep_embedder.linear_2"),
-    ("modulation", "adaln_single.linear"),
+    Dense("time/up", "adaln_single.emb.timestep_embedder.linear_1"),
+    Dense("time/down", "adaln_single.emb.timestep_embedder.linear_2"),
+    Dense("modulation", "adaln_single.linear"),
 )
 TEXT = (
-    ("project/up", "caption_projection.linear_1"),
-    ("project/down", "caption_projection.linear_2"),
+    Dense("project/up", "caption_projection.linear_1"),
+    Dense("project/down", "caption_projection.linear_2"),
 )
-ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
-MLP = (("mlp/up", "ff.net.0.proj"), ("mlp/down", "ff.net.2"))
-# Place in the pattern -> (stack, (ours, theirs) of its attentions).
-BLOCKS = (
-    ("transformer_blocks", (("space", "attn1"), ("cross", "attn2"))),
-    ("temporal_transformer_blocks", (("time", "attn1"),)),
+ATTENTION = (Dense("q", "to_q"), Dense("k", "to_k"), Dense("v", "to_v"), Dense("out", "to_out.0"))
+MLP = (Dense("mlp/up", "ff.net.0.proj"), Dense("mlp/down", "ff.net.2"))
+STACKS = (
+    Stack("transformer_blocks", (Dense("space", "attn1"), Dense("cross", "attn2"))),
+    Stack("temporal_transformer_blocks", (Dense("time", "attn1"),)),
 )
+OUT_BIAS = "proj_out.bias"  # its size shows whether the file predicts a variance
 
 
 def first_half(pixels: int) -> Layout:
-    """Rows of the last projection [(pixels 2 channels) ...] as ours [... (pixels channels)]: what
-    predicts the variance is cut off, and zero in a file that is written."""
+    """Return the layout of the last projection, which drops the variance.
+
+    [(pixels 2 channels) ...] -> [... (pixels channels)]. The variance, the second half of the
+    channels, is zero in a file that is written.
+    """
 
     def ours(x: np.ndarray) -> np.ndarray:
         x = x.reshape(pixels, 2, -1, *x.shape[1:])[:, 0]
@@ -75,93 +95,118 @@ def first_half(pixels: int) -> Layout:
 
 
 def latte_rows(model: Denoiser, variance: bool = True) -> list[Row]:
-    """The rows of a Latte model; variance: whether the file's last layer predicts one too. `null`,
-    the dropped text, is zero until it is given: it is what T5 makes of the empty caption."""
+    """Return the rows of a Latte model.
+
+    variance: whether the last layer of the file also predicts a variance. `null`, the dropped text,
+    is zero until it is set: it is the encoding of the empty caption by T5.
+    """
     network = model.backbone
-    patch = network.patch[1:]
+    _, rows, columns = network.patch
+    # The last layer.
+    kernel = LINEAR
+    bias = KEEP
+    if variance:
+        kernel = bias = first_half(rows * columns)
 
-    def dense(layers, theirs: str, ours: str, index: str = "") -> Iterator[Row]:
-        for our, their in layers:
-            yield Row(f"{theirs}{their}.weight", f"{ours}/{our}/kernel{index}", LINEAR)
-            yield Row(f"{theirs}{their}.bias", f"{ours}/{our}/bias{index}")
-
-    last = first_half(patch[0] * patch[1]) if variance else None
+    # Outside of the blocks.
     out = [
-        Row("pos_embed.proj.weight", "network/patch/kernel", patches(patch)),
+        Row("pos_embed.proj.weight", "network/patch/kernel", patches((rows, columns))),
         Row("pos_embed.proj.bias", "network/patch/bias"),
         Row("scale_shift_table", "network/table"),
-        Row("proj_out.weight", "network/unpatch/kernel", last or LINEAR),
-        Row("proj_out.bias", "network/unpatch/bias", last or KEEP),
-        *dense(NETWORK, "", "network"),
-        *dense(TEXT, "", "conditioning/embeddings"),
+        Row("proj_out.weight", "network/unpatch/kernel", kernel),
+        Row(OUT_BIAS, "network/unpatch/bias", bias),
+        *_dense_rows(NETWORK, "", "network"),
+        *_dense_rows(TEXT, "", "conditioning/embeddings"),
         Row("", NULL),
     ]
-    for place, (stack, attentions) in enumerate(BLOCKS):
-        ours, theirs = f"network/layers/block_{place}", f"{stack}.{{i}}."
-        for our, their in attentions:
-            out += dense(ATTENTION, f"{theirs}{their}.", f"{ours}/{our}", "[{i}]")
-        out += [
-            *dense(MLP, theirs, ours, "[{i}]"),
-            Row(f"{theirs}scale_shift_table", f"{ours}/table[{{i}}]"),
-        ]
+
+    # The blocks, stacked by their position in the pattern.
+    for position, stack in enumerate(STACKS):
+        ours = f"network/layers/block_{position}"
+        theirs = f"{stack.theirs}.{{i}}."
+        for attention in stack.attentions:
+            begins = f"{theirs}{attention.theirs}."
+            out += _dense_rows(ATTENTION, begins, f"{ours}/{attention.ours}", "[{i}]")
+        out += _dense_rows(MLP, theirs, ours, "[{i}]")
+        out.append(Row(f"{theirs}scale_shift_table", f"{ours}/table[{{i}}]"))
     return out
 
 
-def latte_denoiser(config: Mapping[str, Any]) -> Denoiser:
-    """The model of a `config.json` of diffusers.
+def _dense_rows(
+    layers: tuple[Dense, ...], theirs: str, ours: str, index: str = ""
+) -> Iterator[Row]:
+    """Yield the rows of dense layers whose names begin with `theirs` and `ours`.
 
-    Raises WeightsError that lists what is missing and what our transformer cannot be.
+    index: the end of our names, of layers in a stack.
     """
-    if missing := [f"{key}: is missing" for key in SIZES if config.get(key) is None]:
+    for layer in layers:
+        source = f"{theirs}{layer.theirs}"
+        path = f"{ours}/{layer.ours}"
+        yield Row(f"{source}.weight", f"{path}/kernel{index}", LINEAR)
+        yield Row(f"{source}.bias", f"{path}/bias{index}")
+
+
+def latte_denoiser(config: Mapping[str, Any]) -> Denoiser:
+    """Return the model of a `config.json` of diffusers.
+
+    Raises WeightsError that lists what is missing, and what our transformer does not support.
+    """
+    missing = [f"{key}: is missing" for key in SIZES if config.get(key) is None]
+    if missing:
         raise WeightsError(listed("This is not the config of a Latte transformer:", missing))
-    heads, patch = config["num_attention_heads"], config["patch_size"]
-    width, channels = heads * config["attention_head_dim"], config["in_channels"]
-    wanted = {**FIXED, "cross_attention_dim": width}
-    problems = [
-        f"{key} = {config.get(key)!r}, not {value!r}"
-        for key, value in wanted.items()
-        if config.get(key) != value
-    ]
-    out = config.get("out_channels") or channels
-    if out not in (channels, 2 * channels):
-        problems.append(f"out_channels = {out}, not in_channels = {channels} or twice that")
-    base, rest = divmod(config["sample_size"], patch * max(config["sample_size"] // 64, 1))
-    if rest:
-        problems.append(f"sample_size = {config['sample_size']} is no number of patches")
+    problems = _unsupported(config)
     if problems:
-        raise WeightsError(listed("A Latte transformer that vdx does not have:", problems))
+        raise WeightsError(listed("A Latte transformer that vdx does not support:", problems))
+
+    patch = config["patch_size"]
     backbone = {
         "name": "transformer",
         "pattern": "latte",
-        "channels": channels,
+        "channels": config["in_channels"],
         "patch": (1, patch, patch),
-        "width": width,
-        "depth": 2 * config["num_layers"],
-        "heads": heads,
+        "width": _width(config),
+        "depth": 2 * config["num_layers"],  # their layer is a block over space and one over time
+        "heads": config["num_attention_heads"],
         "mlp_ratio": 4.0,
-        "sincos": base,
+        "sincos": config["sample_size"] // _position_step(config),
         "cross": "plain",
     }
     return Denoiser(backbone, {"embeddings": {"features": config["caption_channels"]}})
 
 
+def _width(config: Mapping[str, Any]) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def _position_step(config: Mapping[str, Any]) -> int:
+    """Return the latent pixels between two positions, as diffusers scales them."""
+    return config["patch_size"] * max(config["sample_size"] // 64, 1)
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """List what our transformer does not support."""
+    supported = {**FIXED, "cross_attention_dim": _width(config)}
+    problems = [
+        f"{key} = {config.get(key)!r}, not {value!r}"
+        for key, value in supported.items()
+        if config.get(key) != value
+    ]
+    channels = config["in_channels"]
+    out = config.get("out_channels") or channels
+    if out not in (channels, 2 * channels):
+        problems.append(f"out_channels = {out}, not in_channels = {channels} or twice that")
+    if config["sample_size"] % _position_step(config):
+        problems.append(f"sample_size = {config['sample_size']} is no number of patches")
+    return problems
+
+
 def is_latte(path: str | Path) -> bool:
-    """Whether a file or folder of weights is of a Latte transformer. Reads headers only; raises
-    WeightsError as `open_weights`."""
-    return any(key.startswith(BLOCKS[1][0]) for key in open_weights(path))
+    """Return whether weights are those of a Latte transformer. Reads headers only.
 
-
-def load_transformer(
-    path: str | Path,
-    model: Denoiser,
-    mesh: Mesh,
-    dtype: str = "float32",
-    trained: str | None = None,
-) -> Params:
-    """As `load_latte` or `vdx.interop.wan.load_wan`, whichever the weights are of."""
-    if not isinstance(path, str | Path):
-        raise WeightsError(f"{path}: a transformer lies in one file or folder.")
-    return (load_latte if is_latte(path) else load_wan)(path, model, mesh, dtype, trained)
+    Raises WeightsError as `open_weights` does.
+    """
+    temporal = STACKS[1].theirs
+    return any(key.startswith(temporal) for key in open_weights(path))
 
 
 def load_latte(
@@ -171,20 +216,29 @@ def load_latte(
     dtype: str = "float32",
     trained: str | None = None,
 ) -> Params:
-    """The parameters of `model` from a folder of diffusers that holds a Latte transformer.
+    """Return the parameters of `model` from a Latte transformer, on the mesh.
 
-    dtype, trained: as of `load_model`. Raises WeightsError for files as `open_weights`, for a
-    `config.json` as `latte_denoiser`, and for a model that is another network than theirs.
+    path: its folder of diffusers. dtype, trained: see `load_model`. Raises WeightsError for files
+    as `open_weights` does, for a `config.json` as `latte_denoiser` does, and for a model that is
+    another network than theirs.
     """
-    given = Path(path) / "config.json"
-    if not given.is_file():
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
         raise WeightsError(
-            f"{given} is not there: the weights of Latte do not tell the width of a "
-            "head. Keep the config.json of its folder beside them."
+            f"{config_file} is not there: no array of Latte depends on the width of a head. "
+            "Keep the config.json of its folder next to the weights."
         )
-    source, theirs = open_weights(path), latte_denoiser(read_json(given))
-    there = jax.eval_shape(theirs.new_params, jax.random.key(0))["network"]["unpatch"]["bias"]
-    variance = source["proj_out.bias"].shape != there.shape if "proj_out.bias" in source else False
-    return load_model(
-        model, theirs, source, latte_rows(model, variance), path, mesh, dtype, trained
-    )
+
+    # Their network, for the comparison with `model`.
+    source = open_weights(path)
+    theirs = latte_denoiser(read_json(config_file))
+    rows = latte_rows(model, _predicts_variance(source, theirs))
+    return load_model(model, theirs, source, rows, path, mesh, dtype, trained)
+
+
+def _predicts_variance(source: Mapping[str, StoredArray], theirs: Denoiser) -> bool:
+    """Return whether the last layer of a file has more outputs than our network."""
+    if OUT_BIAS not in source:
+        return False
+    params = jax.eval_shape(theirs.new_params, jax.random.key(0))
+    return source[OUT_BIAS].shape != params["network"]["unpatch"]["bias"].shape

@@ -1,38 +1,38 @@
-"""Public weights onto the mesh and back into files, one parameter at a time.
+"""Pretrained weights onto the mesh, one parameter at a time.
 
-What is wrong with a file or a folder is said from the headers, before an array is read. The host
-never holds the model: at most the shares of one parameter that lie on its own devices.
+Everything that is wrong with a file or a folder is reported from the headers, before an array is
+read. The host never holds the model: it holds at most the shards of one parameter that belong to
+its own devices.
 """
 
-import itertools
-import math
-import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from vdx.files import read_json, write_json
+from vdx.files import read_json
 from vdx.interop.keymap import (
-    Place,
+    DO_NOT_FIT,
     Row,
+    Slot,
     WeightsError,
-    absent,
     assign,
-    export,
     flat,
     listed,
-    place_of,
+    slot_finder,
+    slot_shape,
+    zero_paths,
 )
 from vdx.interop.pth import read_pth
-from vdx.interop.safetensors import StoredArray, read_header, write
+from vdx.interop.safetensors import read_header
+from vdx.interop.stored_array import StoredArray
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
@@ -45,18 +45,40 @@ READERS: dict[str, Callable[[Path], dict[str, StoredArray]]] = {
     ".bin": read_pth,
     ".ckpt": read_pth,
 }
-# Kept in float32 whatever is asked for: norms, modulation, the embedding of time (as diffusers'
-# `_keep_in_fp32_modules` of Wan). They are small.
+# Parameters that stay float32 for every dtype: norms, modulation, the embedding of time (diffusers
+# has them in `_keep_in_fp32_modules` of Wan). They are small.
 FLOAT32 = re.compile(r"(bias|scale|table|null)$|^network/time/")
-BLOCKWISE = ("block", "window", "sink")  # fields of mixers
+# Fields of mixers that decide which blocks of a clip attend to which. No array depends on them.
+BLOCKWISE = ("block", "window", "sink")
+# Fields of a transformer that must be those of the weights, although no array may depend on them.
+NETWORK_FIELDS = (
+    "channels",
+    "patch",
+    "activation",
+    "rope_theta",
+    "absolute",
+    "sincos",
+    "cross",
+    "time_scale",
+)
+
+
+class Piece(NamedTuple):
+    """An array of a file, and the slot that it fills."""
+
+    stored: StoredArray
+    slot: Slot
+
+
+# Files
 
 
 def open_weights(path: str | Path) -> dict[str, StoredArray]:
-    """key -> where the array lies, of one file, or of a folder that holds one model in one file
-    or in the parts that its `.safetensors.index.json` names. Reads headers only.
+    """Return the arrays of a file, or of a folder that holds one model, by key.
 
-    Raises WeightsError if there is no such file or folder, if it holds no or several models, if
-    a part is missing, or if a file is cut off.
+    The folder has one file, or the shards that its `.safetensors.index.json` names. Reads headers
+    only. Raises WeightsError if there is no such file or folder, if it holds no model or several,
+    if a shard is missing, or if a file is cut off.
     """
     path = Path(path)
     if path.is_file():
@@ -64,126 +86,176 @@ def open_weights(path: str | Path) -> dict[str, StoredArray]:
             raise WeightsError(f"{path}: weights are read from {', '.join(READERS)}.")
         return READERS[path.suffix](path)
     if not path.is_dir():
-        raise WeightsError(f"{path} is not there.")
+        raise WeightsError(f"{path} is not there. Give a file of weights, or its folder.")
+
+    # A folder with one model.
     indices = sorted(path.glob("*.safetensors.index.json"))
     files = sorted(path.glob("*.safetensors"))
     if len(indices) == 1:
-        return _parts(indices[0])
+        return _open_shards(indices[0])
     if len(files) == 1 and not indices:
         return read_header(files[0])
-    found = [p.name for p in indices or files]
-    below = sorted({p.parent.name for p in path.glob("*/*.safetensors")})
-    raise WeightsError(
-        f"{path} should hold one model and holds "
-        f"{'several: ' + ', '.join(found) if found else 'no .safetensors file'}."
-        + (f" Name one of its folders: {', '.join(below)}." if below else "")
-    )
+
+    # A folder with several, or with none.
+    names = [file.name for file in indices or files]
+    found = f"several: {', '.join(names)}" if names else "no .safetensors file"
+    message = f"{path} should hold one model and holds {found}."
+    below = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
+    if below:
+        message += f" Name one of its folders: {', '.join(below)}."
+    raise WeightsError(message)
 
 
-def _parts(index: Path) -> dict[str, StoredArray]:
-    """The arrays that an index names, each from the part that it says."""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict):
-        raise WeightsError(f"{index} has no weight_map.")
-    names = sorted(set(where.values()))
+def _open_shards(index: Path) -> dict[str, StoredArray]:
+    """Return the arrays that an index lists, each from the file that it names."""
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict):
+        raise WeightsError(f"{index} has no weight_map. Download it again.")
+
+    names = sorted(set(file_of.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise WeightsError(
-            listed(
-                f"{index.parent} lacks {len(missing)} of the {len(names)} files "
-                "that its index names. Download them:",
-                missing,
-            )
+        head = (
+            f"{index.parent} lacks {len(missing)} of the {len(names)} files that its index names. "
+            "Download them:"
         )
-    parts = {name: read_header(index.parent / name) for name in names}
-    lost = [f"{key}: not in {name}" for key, name in where.items() if key not in parts[name]]
+        raise WeightsError(listed(head, missing))
+
+    shards = {name: read_header(index.parent / name) for name in names}
+    lost = [f"{key}: not in {name}" for key, name in file_of.items() if key not in shards[name]]
     if lost:
         raise WeightsError(listed(f"{index} does not agree with its files:", lost))
-    return {key: parts[name][key] for key, name in where.items()}
+    return {key: shards[name][key] for key, name in file_of.items()}
+
+
+# Onto the mesh
 
 
 def abstract_params(
     shapes: Params, mesh: Mesh, dtype: str = "float32", trained: str | None = None
 ) -> Params:
-    """What `load_params` fills: `shapes`, laid out on the mesh by the rules of vdx.parallel.
+    """Return the abstract parameters that `load_params` fills.
 
-    dtype: of the kernels; what FLOAT32 names, or the regex `trained`, stays float32.
+    vdx.parallel shards them. dtype: of the kernels. The parameters of FLOAT32, and those whose
+    path the regex `trained` finds, are float32.
     """
 
-    def one(path, leaf, sharding):
+    def one(path: tuple[Any, ...], leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
         name = path_str(path)
-        kept = FLOAT32.search(name) or (trained and re.search(trained, name))
-        return jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if kept else jnp.dtype(dtype), sharding=sharding
-        )
+        leaf_dtype = jnp.dtype(dtype)
+        if FLOAT32.search(name) or (trained and re.search(trained, name)):
+            leaf_dtype = jnp.dtype(jnp.float32)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, shapes, param_shardings(mesh, shapes))
 
 
-Parts = dict[str, list[tuple[StoredArray, Place]]]
+def match_params(
+    source: Mapping[str, StoredArray], abstract: Params, rows: Sequence[Row]
+) -> dict[str, list[Piece]]:
+    """Return the arrays that fill each of our parameters, by its path. Reads nothing.
 
+    Raises WeightsError that lists every key and every shape that disagrees.
+    """
+    leaves = flat(abstract)
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    problems = []
 
-def match(source: Mapping[str, StoredArray], like: Params, rows: Sequence[Row]) -> Parts:
-    """path of our parameter -> what fills it. Raises WeightsError that lists every key and every
-    shape that disagrees; reads nothing."""
-    parts: Parts = defaultdict(list)
-    leaves, problems = flat(like), []
-    for key, place in assign(source, like, rows).items():
-        leaf, stored = leaves[place.path], source[key]
-        shape = laid_out(place.layout.ours, stored.shape)
-        want = leaf.shape if place.index is None else leaf.shape[1:]
-        if shape != want:
-            problems.append(f"{key}: is {shape} for {place.path} {want}")
-        parts[place.path].append((stored, place))
+    # Every key has its slot now; the shapes may still differ.
+    for key, slot in assign(source, abstract, rows).items():
+        stored = source[key]
+        shape = converted_shape(slot.layout.ours, stored.shape)
+        needed = slot_shape(slot, leaves[slot.path].shape)
+        if shape != needed:
+            problems.append(f"{key}: is {shape} for {slot.path} {needed}")
+        pieces[slot.path].append(Piece(stored, slot))
+
     if problems:
-        raise WeightsError(listed("These weights do not fit this model:", problems))
-    return parts
+        raise WeightsError(listed(DO_NOT_FIT, problems))
+    return pieces
 
 
-def laid_out(layout: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape that a layout makes of a shape, without an array behind it."""
-    return layout(np.broadcast_to(np.uint8(0), shape)).shape
+def converted_shape(
+    convert: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the shape of convert(array of this shape), without the array's memory."""
+    return convert(np.broadcast_to(np.uint8(0), shape)).shape
 
 
 def load_params(
     source: Mapping[str, StoredArray],
-    like: Params,
+    abstract: Params,
     rows: Sequence[Row],
     optional: str | None = None,
 ) -> Params:
-    """Our parameters from files, of the shapes, types and shardings of `like`.
+    """Return our parameters from files.
 
-    optional: a regex of paths; what it finds and no file has is left out. Raises WeightsError as
-    `match` does, before anything is read.
+    They have the shapes, dtypes and shardings of `abstract`. optional: a regex of paths; parameters
+    that it finds and no file has are left out. Raises WeightsError as `match_params` does, before
+    any array is read.
     """
     if optional:
-        place = place_of(rows)
-        filled = {found.path for key in source if (found := place(key))}
-        filled |= set(absent(flat(like), rows))
-        like = unflatten_dict(
-            {
-                path: leaf
-                for path, leaf in flat(like).items()
-                if path in filled or not re.search(optional, path)
-            },
-            sep="/",
-        )
-    parts = match(source, like, rows)
-    # Waiting for each lets go of its copy on the host before the next is read.
-    return unflatten_dict(
-        {
-            path: _load(leaf, parts.get(path, ())).block_until_ready()
-            for path, leaf in flat(like).items()
-        },
-        sep="/",
-    )
+        abstract = _without_missing(source, abstract, rows, optional)
+    pieces = match_params(source, abstract, rows)
+
+    params = {}
+    for path, leaf in flat(abstract).items():
+        # Waiting for each parameter frees its copy on the host before the next one is read.
+        params[path] = _load(leaf, pieces.get(path, ())).block_until_ready()
+    return unflatten_dict(params, sep="/")
 
 
-def _dims(network: Transformer) -> tuple[int, int, int, tuple[Any, ...]]:
-    """Without what weights know nothing of: which blocks of a clip see which."""
-    width, depth, heads, pattern = network.dims()
-    specs = ({k: v for k, v in spec.items() if k not in BLOCKWISE} for spec in pattern)
-    return width, depth, heads, tuple(s["name"] if len(s) == 1 else s for s in specs)
+def _without_missing(
+    source: Mapping[str, StoredArray], abstract: Params, rows: Sequence[Row], optional: str
+) -> Params:
+    """Return the abstract parameters without the optional ones that no file has."""
+    leaves = flat(abstract)
+    find_slot = slot_finder(rows)
+    slots = [find_slot(key) for key in source]
+    filled = {slot.path for slot in slots if slot is not None}
+    filled.update(zero_paths(leaves, rows))
+    kept = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if path in filled or not re.search(optional, path)
+    }
+    return unflatten_dict(kept, sep="/")
+
+
+def _load(leaf: jax.ShapeDtypeStruct, pieces: Sequence[Piece]) -> jax.Array:
+    """Load one parameter.
+
+    Every array of the file is read once. Every shard of this host is filled once, also when
+    several devices hold it.
+    """
+    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+
+    def bounds(index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+        """Return (start, stop) of a shard along each axis."""
+        assert index is not None  # only devices outside the sharding have none
+        return tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+
+    # Empty shards, by the part of the parameter that they are.
+    shards = {}
+    for index in sharding.addressable_devices_indices_map(leaf.shape).values():
+        ends = bounds(index)
+        shards[ends] = np.zeros([stop - start for start, stop in ends], leaf.dtype)
+
+    # Every array of the file into the shards that contain its slot.
+    for stored, slot in pieces:
+        value = slot.layout.ours(stored.read())
+        for ends, shard in shards.items():
+            within = tuple(slice(start, stop) for start, stop in ends)
+            if slot.index is None:
+                shard[...] = value[within]
+                continue
+            first, last = ends[0]  # layers of the stack in this shard
+            if first <= slot.index < last:
+                shard[slot.index - first] = value[within[1:]]
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[bounds(index)])
+
+
+# A whole model
 
 
 def load_model(
@@ -196,138 +268,57 @@ def load_model(
     dtype: str,
     trained: str | None,
 ) -> Params:
-    """The parameters of `model` from the files of `theirs`, on the mesh.
+    """Return the parameters of `model` from the weights of `theirs`, on the mesh.
 
-    dtype: of the kernels. trained: a regex of paths that stay float32; those of them that the file
-    does not have are left out. The blocks of its pattern may be others than theirs, or none. Raises
-    WeightsError for a model that is another network, also where no array tells, and as
-    `load_params`.
+    dtype: of the kernels. trained: a regex of paths that stay float32; those of them that no file
+    has are left out. The model may attend blockwise where theirs does not, or otherwise: see
+    BLOCKWISE. Raises WeightsError for a model that is another network, also where no array shows
+    it, and as `load_params` does.
     """
-    there, here = theirs.backbone, model.backbone
-    facts: dict[str, Callable] = {
-        "(width, depth, heads, pattern)": _dims,
-        "hidden features": Transformer.hidden,
-        **{
-            name: operator.attrgetter(name)
-            for name in (
-                "channels",
-                "patch",
-                "activation",
-                "rope_theta",
-                "absolute",
-                "sincos",
-                "cross",
-                "time_scale",
-            )
-        },
-    }
-    wrong = [
-        f"config.model.backbone: {name} = {of(here)}, but the weights have {of(there)}"
-        for name, of in facts.items()
-        if of(here) != of(there)
+    # Facts that no array may show.
+    differences = _network_differences(model, theirs)
+    if differences:
+        raise WeightsError(listed(f"The model is not that of {path}:", differences))
+
+    # The arrays.
+    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    abstract = abstract_params(shapes, mesh, dtype, trained)
+    return load_params(source, abstract, rows, trained)
+
+
+def _network_differences(model: Denoiser, theirs: Denoiser) -> list[str]:
+    """List the fields of a model that are not those of the weights."""
+    ours, wanted = (_network_fields(denoiser.backbone) for denoiser in (model, theirs))
+    differences = [
+        f"config.model.backbone: {name} = {ours[name]}, but the weights have {value}"
+        for name, value in wanted.items()
+        if ours[name] != value
     ]
-    text = [m.get("embeddings", {}).get("length") for m in (model.signals, theirs.signals)]
-    if text[0] != text[1]:
-        wrong.append(f"config.model.signals.embeddings.length = {text[0]}, not {text[1]}")
-    if wrong:
-        raise WeightsError(listed(f"The model is not that of {path}:", wrong))
-    like = abstract_params(
-        jax.eval_shape(model.new_params, jax.random.key(0)), mesh, dtype, trained
+
+    length, wanted_length = (
+        denoiser.signals.get("embeddings", {}).get("length") for denoiser in (model, theirs)
     )
-    return load_params(source, like, rows, trained)
-
-
-def _load(leaf, parts: Sequence[tuple[StoredArray, Place]]) -> jax.Array:
-    """One parameter. Every array of the file is looked at once, and every share that lies on
-    this host is filled once, however many devices hold it."""
-    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-
-    def bounds(index) -> tuple[tuple[int, int], ...]:
-        return tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-
-    shares = {
-        bounds(index): np.zeros([b - a for a, b in bounds(index)], leaf.dtype)
-        for index in sharding.addressable_devices_indices_map(leaf.shape).values()
-    }
-    for stored, place in parts:
-        value = place.layout.ours(stored.read())
-        for ends, share in shares.items():
-            within = tuple(slice(*end) for end in ends)
-            if place.index is None:
-                share[...] = value[within]
-            elif ends[0][0] <= place.index < ends[0][1]:
-                share[place.index - ends[0][0]] = value[within[1:]]
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shares[bounds(index)])
-
-
-def save_folder(
-    params: Params,
-    rows: Sequence[Row],
-    config: Mapping[str, Any],
-    path: str | Path,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """A folder in the layout of diffusers: `config.json` and the weights, in parts of at most
-    `max_shard_bytes` (or of one array) with an index if they are larger than that.
-
-    Raises WeightsError for a folder that is not empty and for parameters without a row.
-    """
-    empty_folder(path)
-    write_parts(
-        path,
-        "diffusion_pytorch_model",
-        export_plan(params, rows),
-        export(params, rows),
-        max_shard_bytes,
-    )
-    write_json(Path(path) / "config.json", config)
-
-
-def empty_folder(path: str | Path) -> None:
-    """Raises WeightsError for a folder that is not empty."""
-    if Path(path).exists() and any(Path(path).iterdir()):
-        raise WeightsError(f"{path} is not empty. Name a new folder, so that no old part stays.")
-
-
-def write_parts(
-    path: str | Path,
-    stem: str,
-    plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """`stem`.safetensors in a folder, or parts of it with an index; the arrays come one by one,
-    in the order of the plan (key -> shape, dtype)."""
-    path, arrays = Path(path), iter(arrays)
-    parts: list[dict] = [{}]
-    size = total = 0
-    for key, (shape, dtype) in plan.items():
-        bytes_ = math.prod(shape) * dtype.itemsize
-        if parts[-1] and size + bytes_ > max_shard_bytes:
-            parts.append({})
-            size = 0
-        parts[-1][key] = shape, dtype
-        size, total = size + bytes_, total + bytes_
-    names = (
-        [f"{stem}.safetensors"]
-        if len(parts) == 1
-        else [f"{stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-    )
-    for name, part in zip(names, parts, strict=True):
-        write(path / name, part, itertools.islice(arrays, len(part)))
-    if len(parts) > 1:
-        write_json(
-            path / f"{stem}.safetensors.index.json",
-            {
-                "metadata": {"total_size": total},
-                "weight_map": {
-                    key: name for name, part in zip(names, parts, strict=True) for key in part
-                },
-            },
+    if length != wanted_length:
+        differences.append(
+            f"config.model.signals.embeddings.length = {length}, not {wanted_length}"
         )
+    return differences
 
 
-def export_plan(params: Params, rows: Sequence[Row]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """key -> (shape, dtype) of what `export` gives, in its order, without an array."""
-    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), params)
-    return {key: (value.shape, value.dtype) for key, value in export(empty, rows)}
+def _network_fields(network: Transformer) -> dict[str, Any]:
+    """Return the facts about a network that must be those of the weights."""
+    width, depth, heads, pattern = network.dims()
+    mixers = []
+    for spec in pattern:
+        fields = {name: value for name, value in spec.items() if name not in BLOCKWISE}
+        # In messages a mixer without fields is its name.
+        mixers.append(fields["name"] if len(fields) == 1 else fields)
+
+    return {
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "pattern": tuple(mixers),
+        "hidden features": network.hidden(),
+        **{name: getattr(network, name) for name in NETWORK_FIELDS},
+    }

@@ -1,8 +1,9 @@
-"""A public video model: the networks of a folder and how its makers draw clips with them.
+"""A pretrained video model: its networks and how its makers sample it.
 
-Read are folders of diffusers (`model_index.json` and a folder for each network), those that
-vdx.convert writes (the same in another layout), and those of the original Wan. Opening one reads
-headers and JSON alone, and says all that is wrong with it.
+Three kinds of folders are read: those of diffusers (`model_index.json` and a folder for each
+network), those that vdx.convert writes (the same in another layout), and those of the original Wan
+(vdx.interop.wan_original). Opening one reads headers and JSON only, and reports everything that is
+wrong with it.
 """
 
 import contextlib
@@ -18,181 +19,128 @@ from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
 from vdx.interop.components import COMPONENTS, Component, open_component
+from vdx.interop.image_processor import processor_config, processor_differences
 from vdx.interop.keymap import WeightsError, listed
-from vdx.interop.load import empty_folder
-from vdx.interop.safetensors import StoredArray
-from vdx.models.encoders.clip import MEAN, STD
+from vdx.interop.save import empty_folder
+from vdx.interop.schedulers import Schedule, schedule_of
+from vdx.interop.stored_array import StoredArray
 
 VACE = "WanVACEPipeline"
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE)
 INDEX = "model_index.json"
-# Scheduler of diffusers: (our sampler, its grid, its name for the shift, what ours takes for
-# granted).
-_MULTISTEP = {
-    "solver_order": 2,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "num_train_timesteps": 1000,
-}
-SCHEDULERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "UniPCMultistepScheduler": (
-        "unipc",
-        "diffusers_unipc",
-        "flow_shift",
-        {**_MULTISTEP, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
-    ),
-    "DPMSolverMultistepScheduler": (
-        "dpmpp_2m",
-        "diffusers_dpmpp",
-        "flow_shift",
-        {**_MULTISTEP, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
-    ),
-    "FlowMatchEulerDiscreteScheduler": (
-        "euler",
-        "diffusers_euler",
-        "shift",
-        {
-            "use_dynamic_shifting": False,
-            "shift_terminal": None,
-            "stochastic_sampling": False,
-            "invert_sigmas": False,
-            "use_karras_sigmas": False,
-            "use_exponential_sigmas": False,
-            "use_beta_sigmas": False,
-            "num_train_timesteps": 1000,
-        },
-    ),
-}
-EXPERTS = ("transformer", "transformer_2")  # of high and of low noise, or of all
-SAMPLE = 1024  # bytes looked at in the beginning, middle and end of every array
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+IMAGE_PROCESSOR = Path("image_processor", "preprocessor_config.json")
+EXPERTS = ("transformer", "transformer_2")  # for high and for low noise levels, or one for all
+SAMPLE_BYTES = 1024  # read at the beginning, the middle and the end of every array
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """index: its model_index.json. scheduler: its scheduler_config.json. tokenizer: a folder.
-    dtype: of the kernels and matrix products of its text encoder and transformers."""
+    """A pretrained video model in a folder."""
 
     path: Path
-    dtype: str
-    index: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    tokenizer: Path
-    components: Mapping[str, Component]
+    dtype: str  # of the kernels and matrix products of the text encoder and the transformers
+    index: Mapping[str, Any]  # its model_index.json
+    scheduler: Mapping[str, Any]  # its scheduler_config.json
+    tokenizer: Path  # the folder of its tokenizer
+    components: Mapping[str, Component]  # by the names of COMPONENTS
 
     @property
     def experts(self) -> list[Component]:
-        """One transformer, or that of high and that of low noise."""
+        """One transformer, or one for high and one for low noise levels."""
         return [self.components[name] for name in EXPERTS if name in self.components]
 
     @property
     def boundary(self) -> float:
-        """The noise level in [0, 1] from which on the first expert is asked."""
+        """The noise level in [0, 1] from which on the first of two experts is evaluated."""
         return self.index.get("boundary_ratio") or 0.0
 
     @property
     def clamps_first_frame(self) -> bool:
-        """An image enters as the clip's first latent frame, which stays as it is (TI2V)."""
+        """An image becomes the first latent frame, which stays unchanged (TI2V)."""
         return bool(self.index.get("expand_timesteps"))
 
     @property
     def signals(self) -> Mapping[str, Mapping[str, Any]]:
+        """The conditioning signals of the transformers."""
         return self.experts[0].module.signals
 
     @property
     def reads_images(self) -> bool:
+        """The clip may begin with an image."""
         return self.clamps_first_frame or "concat" in self.signals
 
     @property
     def reads_control(self) -> bool:
-        """A video, a mask and pictures of what is to be seen lead the clip (VACE)."""
+        """A video, a mask and reference images control the clip (VACE)."""
         return "control" in self.signals
 
-    def schedule(self) -> dict[str, Any]:
-        """{"sampler", "timesteps", "shift"} as the scheduler has them.
+    def schedule(self) -> Schedule:
+        """Return the sampler of the model's scheduler.
 
-        Raises WeightsError for a scheduler that vdx has nothing like.
+        Raises WeightsError for a scheduler that vdx does not have.
         """
-        name = str(self.scheduler.get("_class_name"))
-        if name not in SCHEDULERS:
-            raise WeightsError(
-                f"The scheduler of {self.path} is {name}; known are "
-                f"{', '.join(SCHEDULERS)}. Say --sampler, --timesteps and --shift."
-            )
-        sampler, timesteps, shift, wanted = SCHEDULERS[name]
-        other = [
-            f"{key} = {self.scheduler[key]!r}, not {value!r}"
-            for key, value in wanted.items()
-            if (self.scheduler.get(key, value) or None) != (value or None)
-        ]
-        if other:
-            raise WeightsError(
-                listed(
-                    f"The {name} of {self.path} is not one that vdx has; say "
-                    "--sampler, --timesteps and --shift to go on without it:",
-                    other,
-                )
-            )
-        return {
-            "sampler": sampler,
-            "timesteps": timesteps,
-            "shift": float(self.scheduler.get(shift, 1.0)),
-        }
+        return schedule_of(self.scheduler, self.path)
 
     def check(self, mesh: Mesh) -> None:
-        """Raises ValueError if a file does not fit its network, or a network the mesh."""
+        """Raise ValueError if a file does not fit its network, or a network the mesh."""
         for name, component in self.components.items():
-            with _of(self.path / name):
+            with _naming(self.path / name):
                 component.check(mesh)
 
     def identity(self) -> str:
-        """A digest by which these weights are known again.
+        """Return a digest that identifies the weights, from a few megabytes of them.
 
-        Of all names, types and shapes, of a kilobyte from the beginning, the middle and the end
-        of every array, of the configs and of the tokenizer. A model that was trained further or
-        rounded differs in all of its arrays; a change of a few numbers may go unseen. Reads a few
-        megabytes.
+        It covers all names, types and shapes, SAMPLE_BYTES from the beginning, the middle and the
+        end of every array, the configs and the tokenizer. A model that was trained further or
+        rounded differs in all of its arrays. A change of a few numbers may go unnoticed.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, component in sorted(self.components.items()):
-            found.update(json.dumps([name, component.config], sort_keys=True).encode())
+            digest.update(json.dumps([name, component.config], sort_keys=True).encode())
             for key, stored in sorted(component.source.items()):
-                found.update(f"{key} {stored.dtype} {stored.shape}".encode())
-                for piece in _pieces(stored):
-                    found.update(piece)
-        found.update(json.dumps([self.index, self.scheduler], sort_keys=True).encode())
+                digest.update(f"{key} {stored.dtype} {stored.shape}".encode())
+                for sample in _samples(stored):
+                    digest.update(sample)
+
+        digest.update(json.dumps([self.index, self.scheduler], sort_keys=True).encode())
         for path in sorted(self.tokenizer.rglob("*")):
             if path.is_file():
-                found.update(path.name.encode() + path.read_bytes())
-        return found.hexdigest()
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     def save(self, out: Path, own: bool) -> None:
-        """The whole model in a new folder, in vdx's layout or in that of diffusers. Holds one
-        array at a time. Raises WeightsError for a folder that is not empty."""
+        """Write the whole model to a new folder, one array at a time.
+
+        own: in vdx's layout, not in that of diffusers. Raises WeightsError for a folder that is not
+        empty.
+        """
         empty_folder(out)
         for name, component in self.components.items():
             component.save(out / name, own)
         shutil.copytree(self.tokenizer, out / "tokenizer")
-        write_json(out / "scheduler" / "scheduler_config.json", self.scheduler)
+        write_json(out / SCHEDULER, self.scheduler)
         if "image_encoder" in self.components:
             size = self.components["image_encoder"].module.image
-            write_json(out / "image_processor" / "preprocessor_config.json", processor(size))
+            write_json(out / IMAGE_PROCESSOR, processor_config(size))
         write_json(out / INDEX, self.index)  # last: without it the folder is no model
 
 
-def _pieces(stored: StoredArray) -> Iterator[bytes]:
-    size = stored.extent() * stored.dtype.itemsize
-    with stored.file.open("rb") as f:
-        for start in {0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)}:
-            f.seek(stored.offset + start)
-            yield f.read(min(SAMPLE, size - start))
+def _samples(stored: StoredArray) -> Iterator[bytes]:
+    """Yield bytes from the beginning, the middle and the end of an array."""
+    size = stored.num_bytes
+    middle = max(0, size // 2 - SAMPLE_BYTES // 2)
+    end = max(0, size - SAMPLE_BYTES)
+    with stored.file.open("rb") as file:
+        # The order in which Python iterates over this set is part of every identity.
+        for start in {0, middle, end}:
+            file.seek(stored.offset + start)
+            yield file.read(min(SAMPLE_BYTES, size - start))
 
 
 @contextlib.contextmanager
-def _of(folder: Path) -> Iterator[None]:
-    """Names a folder in the errors that are raised inside."""
+def _naming(folder: Path) -> Iterator[None]:
+    """Add the name of a folder to the errors that are raised inside."""
     try:
         yield
     except ValueError as error:
@@ -201,139 +149,139 @@ def _of(folder: Path) -> Iterator[None]:
         raise WeightsError(f"{folder}: {error}") from error
 
 
-def processor(size: int) -> dict[str, Any]:
-    """The preprocessor_config.json of what vdx.models.encoders.clip.preprocess does."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN.astype(float).round(8).tolist(),
-        "image_std": STD.astype(float).round(8).tolist(),
-    }
-
-
 def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel:
-    """The model in a folder of diffusers or of vdx.convert. dtype: see PublicModel.
+    """Open the model in a folder of diffusers or of vdx.convert.
 
-    Raises WeightsError for a folder that is none, lacks a part, or is of a kind that vdx does
-    not draw from; ValueError for parts that cannot be read.
+    dtype: see PretrainedModel. Raises WeightsError for a folder that is no model, lacks a part, or
+    is of a kind that vdx does not generate with; ValueError for parts that cannot be read.
     """
     path = Path(path)
     if not (path / INDEX).is_file():
-        there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
-        raise WeightsError(
-            f"{path} {'has no ' + INDEX if path.is_dir() else 'is not a folder'}: give the folder "
-            "of a model as diffusers saves it, or as python -m vdx.convert writes it (which also "
-            "reads the original Wan's)." + (f" There are: {', '.join(there)}." if there else "")
-        )
+        raise WeightsError(_no_model(path))
     index = read_json(path / INDEX)
-    name = str(index.get("_class_name"))
-    if name not in PIPELINES:
-        raise WeightsError(f"{path} is a {name}; vdx draws from {', '.join(PIPELINES)}.")
-    wanted = ["text_encoder", "transformer", "vae"] + [
-        part for part in COMPONENTS if (index.get(part) or [None])[0]
-    ]
-    missing = [
-        part
-        for part in dict.fromkeys([*wanted, "tokenizer", "scheduler"])
-        if not (path / part).is_dir()
-    ]
+
+    # What kind of model is it, and is it complete?
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise WeightsError(f"{path} is a {pipeline}; vdx generates with {', '.join(PIPELINES)}.")
+
+    names = {"text_encoder", "transformer", "vae"}
+    # An entry is [library, class], of nulls for a part that the model does not have.
+    names |= {name for name in COMPONENTS if (index.get(name) or [None])[0]}
+    folders = [name for name in COMPONENTS if name in names]
+    missing = [name for name in (*folders, "tokenizer", "scheduler") if not (path / name).is_dir()]
     if missing:
-        raise WeightsError(
-            listed(f"{path} lacks folders that a {name} needs. Download them:", missing)
-        )
+        head = f"{path} lacks folders that a {pipeline} needs. Download them:"
+        raise WeightsError(listed(head, missing))
+
+    # Its networks.
     components = {}
-    for part in COMPONENTS:
-        if part in wanted:
-            with _of(path / part):
-                components[part] = open_component(part, path / part, dtype)
-    return assemble(
-        path,
-        dtype,
-        index,
-        read_json(path / "scheduler" / "scheduler_config.json"),
-        path / "tokenizer",
-        components,
+    for name in folders:
+        with _naming(path / name):
+            components[name] = open_component(name, path / name, dtype)
+
+    model = PretrainedModel(
+        path=path,
+        dtype=dtype,
+        index=index,
+        scheduler=read_json(path / SCHEDULER),
+        tokenizer=path / "tokenizer",
+        components=components,
     )
-
-
-def assemble(*fields: Any) -> PretrainedModel:
-    """A PublicModel of its fields. Raises WeightsError for parts that do not belong together."""
-    model = PretrainedModel(*fields)
-    _check(model)
+    check_consistency(model)
     return model
 
 
-def _check(model: PretrainedModel) -> None:
-    """Raises WeightsError for parts that do not belong together."""
-    parts, first = model.components, model.experts[0]
-    encoder, tokens = parts.get("image_encoder"), model.signals.get("image_tokens")
-    latents = parts["vae"].module.z_dim
-    given = model.signals.get("concat", {}).get("channels", 0)
-    control = model.signals.get("control", {}).get("channels", 0)
-    mask, side = parts["vae"].module.rates
-    other = [e for e in model.experts[1:] if e.module.signals != first.module.signals]
+def _no_model(path: Path) -> str:
+    """Return the message for a folder without an index, or for no folder."""
+    advice = (
+        "give the folder of a model as diffusers saves it, or as python -m vdx.convert writes it "
+        "(which also reads the original Wan's)."
+    )
+    if not path.is_dir():
+        return f"{path} is not a folder: {advice}"
+    message = f"{path} has no {INDEX}: {advice}"
+    names = sorted(file.name for file in path.iterdir())[:8]
+    if names:
+        message += f" There are: {', '.join(names)}."
+    return message
+
+
+def check_consistency(model: PretrainedModel) -> None:
+    """Raise WeightsError for parts that do not belong together."""
     problems = [
-        message
-        for wrong, message in (
-            (
-                ("transformer_2" in parts) != bool(model.boundary),
-                f"boundary_ratio = {model.boundary or None} goes with a transformer_2",
-            ),
-            (other, "transformer_2 reads other conditions than transformer"),
-            (
-                model.reads_control != (model.index["_class_name"] == VACE),
-                f"control blocks in the transformer go with a {VACE}",
-            ),
-            (
-                control not in (0, 2 * latents + side**2),
-                f"the control blocks read {control} channels, not {2 * latents + side**2}, latents of "
-                "what stays and what does not, and a mask",
-            ),
-            (
-                first.module.channels != latents,
-                f"the transformer draws {first.module.channels} channels, the VAE has {latents}",
-            ),
-            (
-                given not in (0, mask + latents),
-                f"the transformer reads {given} channels beside the clip, not {mask + latents}, a mask "
-                "and latents",
-            ),
-            (
-                tokens and (encoder is None or encoder.module.width != tokens["features"]),
-                "the transformer reads features of an image_encoder of another width or none",
-            ),
-            (
-                model.signals["embeddings"]["features"] != parts["text_encoder"].module.width,
-                "the transformer reads features of another text_encoder",
-            ),
-        )
-        if wrong
+        *_expert_problems(model),
+        *_latent_problems(model),
+        *_encoder_problems(model),
+        *_image_processor_problems(model),
     ]
-    if encoder is not None:
-        said = model.path / "image_processor" / "preprocessor_config.json"
-        does = processor(encoder.module.image)
-        problems += [
-            f"image_processor: {key} = {value!r}, not {does[key]!r}"
-            for key, value in (read_json(said) if said.exists() else {}).items()
-            if key in does and key != "image_processor_type" and not _alike(value, does[key])
-        ]
     if problems:
-        raise WeightsError(listed(f"{model.path} is not a model that vdx draws from:", problems))
+        head = f"{model.path} is not a model that vdx generates with:"
+        raise WeightsError(listed(head, problems))
 
 
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(b, float):
-        return abs(a - b) < 1e-6
-    if isinstance(b, dict) and not isinstance(a, dict):  # of older files
-        return set(b.values()) == {a}
-    if isinstance(b, list):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    return a == b
+def _expert_problems(model: PretrainedModel) -> list[str]:
+    """List disagreements between the index and the transformers."""
+    problems = []
+    if ("transformer_2" in model.components) != bool(model.boundary):
+        problems.append(f"boundary_ratio = {model.boundary or None} goes with a transformer_2")
+    if any(expert.module.signals != model.signals for expert in model.experts):
+        problems.append("transformer_2 reads other conditions than transformer")
+    if model.reads_control != (model.index["_class_name"] == VACE):
+        problems.append(f"control blocks in the transformer go with a {VACE}")
+    return problems
+
+
+def _latent_problems(model: PretrainedModel) -> list[str]:
+    """List disagreements between the channels of the transformer and of the VAE."""
+    vae = model.components["vae"].module
+    latents = vae.z_dim
+    frames, side = vae.rates
+    channels = model.experts[0].module.channels
+    problems = []
+
+    if channels != latents:
+        problems.append(f"the transformer predicts {channels} channels, the VAE has {latents}")
+
+    # The latents of an image, and a mask of the pixel frames in a latent one.
+    concat = model.signals.get("concat", {}).get("channels", 0)
+    wanted = frames + latents
+    if concat not in (0, wanted):
+        problems.append(
+            f"the transformer reads {concat} channels in addition to the clip, not {wanted}: a "
+            "mask and latents"
+        )
+
+    # Latents of what stays and of what is generated, and a mask of the pixels in a latent one.
+    control = model.signals.get("control", {}).get("channels", 0)
+    wanted = 2 * latents + side**2
+    if control not in (0, wanted):
+        problems.append(
+            f"the control blocks read {control} channels, not {wanted}: latents of what stays and "
+            "of what is generated, and a mask"
+        )
+    return problems
+
+
+def _encoder_problems(model: PretrainedModel) -> list[str]:
+    """List encoders whose features have another width than the transformer reads."""
+    problems = []
+    tokens = model.signals.get("image_tokens")
+    encoder = model.components.get("image_encoder")
+    if tokens and (encoder is None or encoder.module.width != tokens["features"]):
+        problems.append(
+            "the transformer reads features of an image_encoder of another width or none"
+        )
+    text_width = model.components["text_encoder"].module.width
+    if model.signals["embeddings"]["features"] != text_width:
+        problems.append("the transformer reads features of another text_encoder")
+    return problems
+
+
+def _image_processor_problems(model: PretrainedModel) -> list[str]:
+    """List what the model's image processor does that ours does not."""
+    config_file = model.path / IMAGE_PROCESSOR
+    encoder = model.components.get("image_encoder")
+    if encoder is None or not config_file.exists():
+        return []
+    return processor_differences(read_json(config_file), encoder.module.image)

@@ -1,9 +1,9 @@
-"""PyTorch's zip files (`.pth`), read without torch and without running what they contain.
+"""PyTorch's zip files (`.pth`), read without torch and without running their code.
 
-A pickle may name any function of any module, and unpickling calls it. Here only the names that
-say "a dictionary" and "a tensor over this storage" exist, as inert stand-ins; any other is an
-error. What they say is checked after the pickle has ended, and the arrays are views of a memory
-map of the file.
+A pickle may name any function of any module, and unpickling calls it. This reader provides only
+the names for "a dictionary" and "a tensor over this storage", as inert stand-ins; any other name
+is an error. What the stand-ins received is checked after the pickle has ended. The arrays are
+views of a memory map of the file.
 """
 
 import pickle
@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from vdx.interop.keymap import WeightsError
-from vdx.interop.safetensors import StoredArray
+from vdx.interop.stored_array import StoredArray
 
 STORAGES = {
     f"{name}Storage": np.dtype(dtype)
@@ -33,6 +33,11 @@ STORAGES = {
         "Bool": np.bool_,
     }.items()
 }
+# The local header that precedes an entry of a zip file: its fixed size, and where in it the lengths
+# of the name and of the extra field are, two bytes each.
+LOCAL_HEADER_BYTES = 30
+NAME_LENGTH = slice(26, 28)
+EXTRA_LENGTH = slice(28, 30)
 
 
 class _Dict(dict):
@@ -41,21 +46,21 @@ class _Dict(dict):
 
 class _Storage(NamedTuple):
     kind: str
-    dtype: Any
-    key: str
+    dtype: Any  # checked when the pickle has ended
+    key: str  # the storage is the entry data/KEY of the zip file
     device: str
     entries: int
 
 
 class _Tensor(NamedTuple):
-    storage: Any
-    offset: int
+    storage: Any  # checked when the pickle has ended
+    offset: int  # in entries of the storage
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # in entries
 
 
-class _Names(pickle.Unpickler):
-    """Knows dictionaries and tensors, and no other name."""
+class _Unpickler(pickle.Unpickler):
+    """An unpickler that provides dictionaries and tensors, and no other name."""
 
     KNOWN: Mapping[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): _Dict,
@@ -65,71 +70,97 @@ class _Names(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in for a name. Raises UnpicklingError for names that have none."""
         if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no array needs")
         return self.KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
+        """Return the storage that torch refers to by these fields."""
         return _Storage(*pid)
 
 
 def read_pth(path: str | Path) -> dict[str, StoredArray]:
-    """Where the arrays of a state dict lie, by "a.b.c" if dictionaries are nested.
+    """Return the arrays of a state dict, by "a.b.c" if dictionaries are nested.
 
     Raises WeightsError for a file that is not torch's zip format, is cut off, or contains
     anything but dictionaries of arrays and plain values.
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            entry = next((i for i in archive.infolist() if i.filename.endswith("/data.pkl")), None)
-            if entry is None:
-                raise zipfile.BadZipFile("no data.pkl inside")
-            root = entry.filename.removesuffix("data.pkl")
-            with archive.open(entry) as f:
-                tensors = dict(_tensors(_Names(f).load(), ""))
-            arrays = {key: _stored(path, archive, root, t) for key, t in tensors.items()}
+        arrays = _read(path)
     except zipfile.BadZipFile as error:
         raise WeightsError(
             f"{path} is not one of PyTorch's zip files, or it is cut off ({error})."
             " Download it again; files from before torch 1.6 must be saved anew."
         ) from error
     except Exception as error:  # a broken or hostile pickle can fail in any way
-        raise WeightsError(f"{path} is not read as weights: {error}.") from error
+        raise WeightsError(f"{path} cannot be read as weights: {error}.") from error
+
     if not arrays:
         raise WeightsError(f"{path} holds no arrays.")
     return arrays
 
 
+def _read(path: Path) -> dict[str, StoredArray]:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickled = next((entry for entry in entries if entry.filename.endswith("/data.pkl")), None)
+        if pickled is None:
+            raise zipfile.BadZipFile("no data.pkl inside")
+
+        with archive.open(pickled) as file:
+            tensors = dict(_tensors(_Unpickler(file).load(), prefix=""))
+        root = pickled.filename.removesuffix("data.pkl")
+        return {key: _stored(path, archive, root, tensor) for key, tensor in tensors.items()}
+
+
 def _tensors(content: Any, prefix: str) -> Iterator[tuple[str, _Tensor]]:
+    """Yield the tensors of nested dictionaries; other values are skipped."""
     if isinstance(content, _Tensor):
         yield prefix.removesuffix("."), content
     elif isinstance(content, dict):
+        # dict.items, because the pickle may have set an attribute `items` of a stand-in.
         for key, value in dict.items(content):
             yield from _tensors(value, f"{prefix}{key}.")
 
 
 def _stored(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Tensor) -> StoredArray:
-    """Where a tensor lies; raises ValueError for one that is not within its storage."""
-    storage, offset = tensor.storage, int(tensor.offset)
-    shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.strides))
+    """Return a tensor's position.
+
+    Raises ValueError for a tensor that is not inside its storage.
+    """
+    storage = tensor.storage
     if not isinstance(storage, _Storage) or storage.dtype not in STORAGES.values():
-        raise ValueError("a tensor lies over no storage")
-    info, size = archive.getinfo(f"{root}data/{storage.key}"), storage.dtype.itemsize
-    out = StoredArray(path, storage.dtype, shape, _begins(path, info) + offset * size, strides)
-    if (
-        info.compress_type
-        or min((offset, *shape, *strides)) < 0
-        or (offset + out.extent()) * size > info.file_size
-    ):
+        raise ValueError("a tensor has no storage")
+
+    offset = int(tensor.offset)
+    shape = tuple(map(int, tensor.shape))
+    strides = tuple(map(int, tensor.strides))
+    itemsize = storage.dtype.itemsize
+
+    # Where its storage is in the file.
+    entry = archive.getinfo(f"{root}data/{storage.key}")
+    begin = _first_byte(path, entry) + offset * itemsize
+    array = StoredArray(path, storage.dtype, shape, begin, strides)
+
+    # A compressed storage cannot be mapped.
+    negative = min((offset, *shape, *strides)) < 0
+    end = (offset + array.extent()) * itemsize
+    if entry.compress_type or negative or end > entry.file_size:
         raise ValueError(f"a tensor {shape} reaches beyond its storage")
-    return out
+    return array
 
 
-def _begins(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: after a local header, whose length only it knows."""
-    with path.open("rb") as f:
-        f.seek(info.header_offset)
-        header = f.read(30)
-    name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    return info.header_offset + 30 + name + extra
+def _first_byte(path: Path, entry: zipfile.ZipInfo) -> int:
+    """Return where the bytes of an entry begin: after its local header.
+
+    The length of that header is written in the header alone; the zip file's directory may have
+    another.
+    """
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        header = file.read(LOCAL_HEADER_BYTES)
+    name = int.from_bytes(header[NAME_LENGTH], "little")
+    extra = int.from_bytes(header[EXTRA_LENGTH], "little")
+    return entry.header_offset + LOCAL_HEADER_BYTES + name + extra

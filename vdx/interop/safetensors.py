@@ -1,21 +1,22 @@
-"""The safetensors format: a JSON header that says where each array lies, then the arrays.
+"""The safetensors format: a JSON header with the positions of arrays, then these.
 
-Written here and not by its library because arrays are read one at a time, from a memory map, and
-written one at a time, so that a file may be larger than the host's memory.
+vdx has its own reader and writer because arrays are read one at a time, through a memory map, and
+written one at a time. A file may therefore be larger than the host's memory.
 https://github.com/huggingface/safetensors#format
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from vdx.files import atomic_write
 from vdx.interop.keymap import WeightsError
+from vdx.interop.stored_array import StoredArray
 
 DTYPES = {
     name: np.dtype(dtype)
@@ -38,127 +39,113 @@ DTYPES = {
     }.items()
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LENGTH_BYTES = 8  # a file begins with the length of its header, an integer of this size
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
+# key -> (shape, dtype) of the arrays of a file that is to be written.
+Plan = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-    """An array in a file. `offset` in bytes; `strides` in entries, None: row after row."""
 
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-    strides: tuple[int, ...] | None = None
+class Contents(NamedTuple):
+    """The header of a file."""
 
-    def read(self) -> np.ndarray:
-        """A read-only view of the file; only what is looked at is read."""
-        if 0 in self.shape:
-            return np.empty(self.shape, self.dtype)
-        if self.strides is None:
-            flat = np.memmap(self.file, self.dtype, "r", self.offset, (math.prod(self.shape),))
-            return flat.reshape(self.shape)
-        flat = np.memmap(self.file, self.dtype, "r", self.offset, (self.extent(),))
-        return np.lib.stride_tricks.as_strided(
-            flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False
-        )
-
-    def rows(self, start: int, stop: int) -> "StoredArray":
-        """Where [start:stop] of it lies. Reads nothing."""
-        step = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
-        return dataclasses.replace(
-            self,
-            shape=(stop - start, *self.shape[1:]),
-            offset=self.offset + start * step * self.dtype.itemsize,
-        )
-
-    def squeezed(self) -> "StoredArray":
-        """Without its leading axes of size one."""
-        axes = next((i for i, n in enumerate(self.shape) if n != 1), 0)
-        return dataclasses.replace(
-            self, shape=self.shape[axes:], strides=self.strides and self.strides[axes:]
-        )
-
-    def extent(self) -> int:
-        """Entries from the first to the last, ends included."""
-        if 0 in self.shape:
-            return 0
-        if self.strides is None:
-            return math.prod(self.shape)
-        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+    arrays: dict[str, StoredArray]
+    metadata: dict[str, str]  # text that the writer of the file added
 
 
 def read_header(path: str | Path) -> dict[str, StoredArray]:
-    """Where the arrays of a file lie; reads nothing but the header.
+    """Return the arrays of a file by key. Reads the header only.
 
     Raises WeightsError for a file that is not of this format or is cut off.
     """
-    return read_file(path)[0]
+    return read_file(path).arrays
 
 
-def read_file(path: str | Path) -> tuple[dict[str, StoredArray], dict[str, str]]:
-    """As `read_header`, and what the writer of the file noted in it."""
+def read_file(path: str | Path) -> Contents:
+    """Return the arrays and the metadata of a file. Reads the header only.
+
+    Raises WeightsError for a file that is not of this format or is cut off.
+    """
     path = Path(path)
     size = path.stat().st_size
-    with path.open("rb") as f:
-        start = 8 + int.from_bytes(f.read(8), "little")
-        if size < 8 or start - 8 > LARGEST_HEADER:
+
+    # The header.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or length > LARGEST_HEADER:
             raise WeightsError(
                 f"{path} is not a safetensors file: it does not begin with the length of a header."
             )
-        text = f.read(start - 8)
+        text = file.read(length)
+
+    # Its entries.
+    start = LENGTH_BYTES + length  # of the first array
+    header_complete = len(text) == length
     try:
-        header = {} if len(text) < start - 8 else json.loads(text)
-        notes = dict(header.pop("__metadata__", None) or {})
+        header = json.loads(text) if header_complete else {}
+        metadata = dict(header.pop("__metadata__", None) or {})
         arrays = {key: _stored(path, start, **entry) for key, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"{path} is not a safetensors file: its header cannot be read ({error})."
         ) from error
-    end = max((a.offset + a.extent() * a.dtype.itemsize for a in arrays.values()), default=start)
-    if len(text) < start - 8 or size < end:
+
+    # Does the file have all the bytes of its arrays?
+    end = max((array.offset + array.num_bytes for array in arrays.values()), default=start)
+    if not header_complete or size < end:
         raise WeightsError(
-            f"{path} is cut off: it has {size:,} bytes, and its header says "
+            f"{path} is cut off: it has {size:,} bytes, and its header requires "
             f"{max(start, end):,}. Download it again."
         )
-    return arrays, notes
+    return Contents(arrays, metadata)
 
 
 def _stored(
     path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]
 ) -> StoredArray:
+    """Return the array of one entry of a header.
+
+    Raises ValueError if the sizes in the entry disagree.
+    """
     first, last = data_offsets
-    out = StoredArray(path, DTYPES[dtype], tuple(shape), start + first)
-    if (
-        first < 0
-        or min(shape, default=0) < 0
-        or last - first != math.prod(shape) * out.dtype.itemsize
-    ):
+    array = StoredArray(path, DTYPES[dtype], tuple(shape), start + first)
+    fills = last - first == math.prod(shape) * array.dtype.itemsize
+    if first < 0 or min(shape, default=0) < 0 or not fills:
         raise ValueError(f"{dtype} {shape} does not fill bytes {first} to {last}")
-    return out
+    return array
 
 
-def write(
-    path: str | Path,
-    plan: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-) -> None:
-    """A file of the arrays that `plan` announces as key -> (shape, dtype), which come one by one
-    and in any order. The file is whole or not there."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # Large entries first, so that every array begins at a multiple of its entries' size.
-    for key, (shape, dtype) in sorted(plan.items(), key=lambda item: -item[1][1].itemsize):
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+def write(path: str | Path, plan: Plan, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write a file, one array at a time; the file is complete or absent.
+
+    `arrays` gives each array of `plan` once, with its key, in any order.
+    """
+    header, num_bytes = _new_header(plan)
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as part, part.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        f.truncate(8 + len(text) + end)
+    text += b" " * (-len(text) % 8)  # so that the first array is aligned
+    start = LENGTH_BYTES + len(text)
+
+    # The arrays, each in its position.
+    missing = set(plan)
+    with atomic_write(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        file.truncate(start + num_bytes)
         for key, value in arrays:
-            entry, (shape, dtype) = header.pop(key), plan[key]
+            shape, dtype = plan[key]
             assert value.shape == tuple(shape) and value.dtype == dtype, key
-            f.seek(8 + len(text) + entry["data_offsets"][0])
-            f.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        assert header.keys() == {"__metadata__"}, header.keys()
+            missing.remove(key)
+            file.seek(start + header[key]["data_offsets"][0])
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        assert not missing, missing
+
+
+def _new_header(plan: Plan) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return the header of a file, and the bytes of its arrays."""
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Types with large entries first, so that every array begins at a multiple of its entries' size.
+    for key, (shape, dtype) in sorted(plan.items(), key=lambda item: -item[1][1].itemsize):
+        begin = end
+        end += math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    return header, end

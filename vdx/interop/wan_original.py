@@ -1,7 +1,9 @@
-"""The original Wan's folders, and single files such as ComfyUI's, as a PublicModel.
+"""Folders of the original Wan, and single files, as a PretrainedModel.
 
-They come without most of the configs, which are known or follow from the arrays' shapes, and say
-what they are by their names: `high_noise_model` and `low_noise_model`, or
+A single file, such as ComfyUI's, has the transformer; the other parts are given.
+
+They have few configs. The others are known, or follow from the shapes of the arrays. Parts are
+found by their names: `high_noise_model` and `low_noise_model`, or
 `diffusion_pytorch_model*.safetensors`; `models_t5_*.pth`; `models_clip_*.pth`; `Wan2.?_VAE.pth`;
 `google/umt5-xxl`.
 References: the configs in wan/configs of Wan-Video/Wan2.1 and Wan2.2.
@@ -9,19 +11,19 @@ References: the configs in wan/configs of Wan-Video/Wan2.1 and Wan2.2.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vdx.files import read_json
-from vdx.interop.components import open_component
-from vdx.interop.encoders import clip_vision_config
+from vdx.interop.clip import clip_vision_config
+from vdx.interop.components import Component, open_component
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
-from vdx.interop.pretrained import VACE, PretrainedModel, assemble
-from vdx.interop.safetensors import StoredArray
-from vdx.interop.vae import VIDEO_VAES
+from vdx.interop.pretrained import VACE, PretrainedModel, check_consistency
+from vdx.interop.stored_array import StoredArray
+from vdx.interop.video_vae import VIDEO_VAES
 
-# part: where it may lie in the folder, relative patterns
-PLACES = {
+# Part -> patterns of its path in the folder.
+LOCATIONS = {
     "transformer": ("high_noise_model", "diffusion_pytorch_model*.safetensors"),
     "transformer_2": ("low_noise_model",),
     "text_encoder": ("models_t5_*.pth",),
@@ -29,6 +31,7 @@ PLACES = {
     "vae": ("Wan2.?_VAE.pth",),
     "image_encoder": ("models_clip_*.pth",),
 }
+REQUIRED = ("transformer", "text_encoder", "tokenizer", "vae")
 UNIPC = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
@@ -42,135 +45,240 @@ UNIPC = {
     "lower_order_final": True,
     "disable_corrector": [],
 }
+# The makers' values. Noise levels from which on the first of two experts is evaluated:
+BOUNDARY_TEXT = 0.875  # T2V A14B
+BOUNDARY_IMAGE = 0.9  # I2V A14B
+# Shifts of the noise levels:
+SHIFT_EXPERTS = 12.0  # T2V A14B
+SHIFT_FLF_VACE = 16.0  # FLF2V (a first and a last frame) and VACE
+SHIFT = 5.0  # the other models
+# Latent channels -> row of VIDEO_VAES.
+VAES = {16: "wan2.1", 48: "wan2.2"}
 
 
 def open_original(
     path: str | Path, given: Mapping[str, str | Path], dtype: str = "float32"
 ) -> PretrainedModel:
-    """The model whose transformer is in `path`, a folder or a file; `given`: where other parts
-    are, a row of PLACES each, if not beside it. Reads headers.
+    """Open the model whose transformer is in `path`, a folder or a file.
 
-    Raises WeightsError that lists the parts that are not there, or as `open_public`.
+    Reads headers only. given: where other parts are, by the names of LOCATIONS, if not in the
+    folder. Raises WeightsError that lists the missing parts, or as `open_pretrained` does.
     """
     path = Path(path)
-    places = {part: found for part in PLACES if (found := _find(part, path)) is not None}
-    places |= {part: Path(where) for part, where in given.items()}
-    wanted = ["transformer", "text_encoder", "tokenizer", "vae"]
-    lost = [
-        f"{part}: {' or '.join(PLACES[part])} (--{part}=...)"
-        for part in wanted
-        if part not in places
-    ]
-    lost += [
-        f"{part}: {where} is not there" for part, where in places.items() if not where.exists()
-    ]
-    if lost:
-        raise WeightsError(
-            listed(
-                f"{path} is neither a folder of diffusers nor one of the "
-                "original Wan's with all its parts. It lacks:",
-                lost,
-            )
-        )
-    tokenizer = places.pop("tokenizer")
+    locations = _locate(path, given)
+
+    # The networks, each with the config that its files lack.
+    tokenizer = locations.pop("tokenizer")
     components = {
-        part: open_component(part, where, dtype, _config(part, where))
-        for part, where in places.items()
+        part: open_component(part, location, dtype, _missing_config(part, location))
+        for part, location in locations.items()
     }
-    first, held = components["transformer"], components["vae"].module.z_dim == 48
-    pictures, experts = "concat" in first.module.signals, "transformer_2" in components
-    ends = first.module.signals.get("image_tokens", {}).get("positions")
-    control = "control" in first.module.signals
+
+    # The index and the scheduler that diffusers would have.
+    index = _index(components, tokenizer)
+    model = PretrainedModel(
+        path=path,
+        dtype=dtype,
+        index=index,
+        scheduler=UNIPC | {"flow_shift": _shift(components)},
+        tokenizer=tokenizer,
+        components=components,
+    )
+    check_consistency(model)
+    return model
+
+
+def _locate(path: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
+    """Return where each part is. Raises WeightsError that lists the missing ones."""
+    locations = {}
+    for part in LOCATIONS:
+        found = _find(part, path)
+        if found is not None:
+            locations[part] = found
+    # Parts that are given take precedence.
+    locations |= {part: Path(location) for part, location in given.items()}
+
+    missing = [
+        f"{part}: {' or '.join(LOCATIONS[part])} (--{part}=...)"
+        for part in REQUIRED
+        if part not in locations
+    ]
+    missing += [
+        f"{part}: {location} is not there"
+        for part, location in locations.items()
+        if not location.exists()
+    ]
+
+    if missing:
+        head = (
+            f"{path} is neither a folder of diffusers nor one of the original Wan's with all its "
+            "parts. It lacks:"
+        )
+        raise WeightsError(listed(head, missing))
+    return locations
+
+
+def _find(part: str, path: Path) -> Path | None:
+    """Return where a part is in `path`, None if it is not there.
+
+    A transformer whose files are in the folder itself is in that folder.
+    """
+    if path.is_file():
+        return path if part == "transformer" else None
+    for pattern in LOCATIONS[part]:
+        for found in sorted(path.glob(pattern)):
+            if part == "transformer" and found.is_file():
+                return path
+            return found
+    return None
+
+
+def _index(components: Mapping[str, Component], tokenizer: Path) -> dict[str, Any]:
+    """Return the `model_index.json` that diffusers has for these networks."""
+    first = components["transformer"]
+    signals = first.module.signals
+    control = "control" in signals
+    image = "concat" in signals
+    experts = "transformer_2" in components
+
+    pipeline = "WanImageToVideoPipeline" if image else "WanPipeline"
+    boundary = None
+    if experts:
+        boundary = BOUNDARY_IMAGE if image else BOUNDARY_TEXT
     index: dict[str, Any] = {
-        "_class_name": VACE
-        if control
-        else "WanImageToVideoPipeline"
-        if pictures
-        else "WanPipeline",
-        "boundary_ratio": (0.9 if pictures else 0.875) if experts else None,
+        "_class_name": VACE if control else pipeline,
+        "boundary_ratio": boundary,
         "scheduler": ["diffusers", UNIPC["_class_name"]],
         "tokenizer": ["transformers", _tokenizer_class(tokenizer)],
     }
     if not control:
-        index["expand_timesteps"] = held
-    kinds = {
+        index["expand_timesteps"] = VAES.get(components["vae"].module.z_dim) == "wan2.2"
+
+    # The class of each part that such a pipeline may have.
+    transformer_class = ["diffusers", first.config["_class_name"]]
+    classes = {
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
-        "image_encoder": ["transformers", "CLIPVisionModel"],
-        "transformer": ["diffusers", first.config["_class_name"]],
-        "transformer_2": ["diffusers", first.config["_class_name"]],
     }
-    if pictures:
-        kinds["image_processor"] = ["transformers", "CLIPImageProcessor"]
-    else:
-        kinds.pop("image_encoder")
-    there = {*components, *(["image_processor"] if "image_encoder" in components else [])}
-    index |= {part: kinds[part] if part in there else [None, None] for part in kinds}
-    shift = 12.0 if experts and not pictures else 16.0 if ends or control else 5.0
-    return assemble(path, dtype, index, UNIPC | {"flow_shift": shift}, tokenizer, components)
+    if image:
+        classes["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    classes |= {"transformer": transformer_class, "transformer_2": transformer_class}
+    if image:
+        classes["image_processor"] = ["transformers", "CLIPImageProcessor"]
+
+    # Parts that this model does not have are nulls.
+    parts = set(components)
+    if "image_encoder" in components:
+        parts.add("image_processor")
+    index |= {part: [None, None] for part in classes}
+    index |= {part: class_name for part, class_name in classes.items() if part in parts}
+    return index
+
+
+def _shift(components: Mapping[str, Component]) -> float:
+    """Return the makers' shift for these networks."""
+    signals = components["transformer"].module.signals
+    if "transformer_2" in components and "concat" not in signals:
+        return SHIFT_EXPERTS
+    first_and_last = signals.get("image_tokens", {}).get("positions")
+    if first_and_last or "control" in signals:
+        return SHIFT_FLF_VACE
+    return SHIFT
 
 
 def _tokenizer_class(folder: Path) -> str:
-    """What diffusers is to read it with."""
-    config = folder / "tokenizer_config.json"
-    said = str(read_json(config).get("tokenizer_class", "T5")) if config.exists() else "T5"
-    return "T5TokenizerFast" if said.startswith("T5") else said
+    """Return the class with which diffusers reads the tokenizer."""
+    config_file = folder / "tokenizer_config.json"
+    name = "T5"
+    if config_file.exists():
+        name = str(read_json(config_file).get("tokenizer_class", name))
+    if name.startswith("T5"):
+        return "T5TokenizerFast"
+    return name
 
 
-def _find(part: str, path: Path) -> Path | None:
-    """Where a part lies; the transformer in the folder itself is meant by that folder."""
-    if path.is_file():
-        return path if part == "transformer" else None
-    for pattern in PLACES[part]:
-        for found in sorted(path.glob(pattern)):
-            return path if part == "transformer" and found.is_file() else found
-    return None
-
-
-def _config(part: str, where: Path) -> dict[str, Any] | None:
-    """The config of a file that comes without one; None where one lies beside it, or is not
-    needed."""
-    if part.startswith("transformer") or (where / "config.json").exists():
+def _missing_config(part: str, location: Path) -> dict[str, Any] | None:
+    """Return the config of a part whose files have none and need one, else None."""
+    if part.startswith("transformer") or (location / "config.json").exists():
         return None
     known = {"text_encoder": umt5_config, "image_encoder": clip_vision_config, "vae": vae_config}
-    return known[part](open_weights(where)) if part in known else None
+    if part not in known:
+        return None
+    return known[part](open_weights(location))
+
+
+class _T5Keys(NamedTuple):
+    """Keys whose shapes give the sizes of a UMT5, in one of its layouts.
+
+    {} stands for the number of a layer.
+    """
+
+    words: str
+    query: str
+    up: str
+    distance: str
+
+
+_T5_LAYOUTS = (
+    _T5Keys(
+        words="token_embedding.weight",
+        query="blocks.{}.attn.q.weight",
+        up="blocks.{}.ffn.fc1.weight",
+        distance="blocks.0.pos_embedding.embedding.weight",
+    ),
+    _T5Keys(
+        words="shared.weight",
+        query="encoder.block.{}.layer.0.SelfAttention.q.weight",
+        up="encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+        distance="encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    ),
+)
+
+
+class _VaeKeys(NamedTuple):
+    """Keys whose shapes give the sizes of a VAE, in one of its layouts."""
+
+    latent: str
+    encoder: str
+    decoder: str
+
+
+_VAE_LAYOUTS = (
+    _VaeKeys(
+        latent="conv2.weight",
+        encoder="encoder.conv1.weight",
+        decoder="decoder.head.0.gamma",
+    ),
+    _VaeKeys(
+        latent="post_quant_conv.weight",
+        encoder="encoder.conv_in.weight",
+        decoder="decoder.norm_out.gamma",
+    ),
+)
 
 
 def umt5_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
-    """The config.json of transformers for a UMT5 in the original's layout or in its own.
+    """Return the config.json of transformers for the arrays of a UMT5.
 
-    Raises WeightsError for other arrays.
+    They may have the layout of transformers or the original's. Raises WeightsError for other
+    arrays.
     """
-    names = (
-        (
-            "token_embedding.weight",
-            "blocks.{}.attn.q.weight",
-            "blocks.{}.ffn.fc1.weight",
-            "blocks.0.pos_embedding.embedding.weight",
-        ),
-        (
-            "shared.weight",
-            "encoder.block.{}.layer.0.SelfAttention.q.weight",
-            "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        ),
-    )
-    found = next((n for n in names if n[0] in source and n[3] in source), None)
-    if found is None:
-        raise WeightsError(
-            "These are not the weights of a UMT5 encoder; they begin with "
-            f"{', '.join(list(source)[:3])}."
-        )
-    words, query, up, bias = found
-    (vocabulary, width), (buckets, heads) = source[words].shape, source[bias].shape
-    depth = next(i for i in range(len(source)) if query.format(i) not in source)
+    fitting = [keys for keys in _T5_LAYOUTS if keys.words in source and keys.distance in source]
+    if not fitting:
+        raise WeightsError(_other_weights("a UMT5 encoder", source))
+
+    # The sizes, from the shapes of a few arrays.
+    keys = fitting[0]
+    vocabulary, width = source[keys.words].shape
+    buckets, heads = source[keys.distance].shape
+    depth = next(i for i in range(len(source)) if keys.query.format(i) not in source)
     return {
         "architectures": ["UMT5EncoderModel"],
         "model_type": "umt5",
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": source[query.format(0)].shape[0] // heads,
-        "d_ff": source[up.format(0)].shape[0],
+        "d_kv": source[keys.query.format(0)].shape[0] // heads,
+        "d_ff": source[keys.up.format(0)].shape[0],
         "num_layers": depth,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
@@ -181,23 +289,26 @@ def umt5_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
 
 
 def vae_config(source: Mapping[str, StoredArray]) -> dict[str, Any]:
-    """The config.json of diffusers for the VAE of Wan 2.1 or 2.2, which the number of its latent
-    channels tells apart, or for one of other widths. Raises WeightsError for another."""
-    names = (
-        ("conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma"),
-        ("post_quant_conv.weight", "encoder.conv_in.weight", "decoder.norm_out.gamma"),
-    )
-    found = next((n for n in names if all(k in source for k in n)), None)
-    sizes = [source[key].shape[0] for key in found or ()]
-    kinds = {16: "wan2.1", 48: "wan2.2"}
-    if found is None or sizes[0] not in kinds:
-        raise WeightsError(
-            "These are not the weights of Wan's VAE; they begin with "
-            f"{', '.join(list(source)[:3])}."
-        )
+    """Return the config.json of diffusers for the arrays of a Wan VAE.
+
+    They may have the layout of diffusers or the original's. The number of latent channels
+    distinguishes Wan 2.1 and 2.2; the widths may be others. Raises WeightsError for other arrays.
+    """
+    fitting = [keys for keys in _VAE_LAYOUTS if all(key in source for key in keys)]
+    release = VAES.get(source[fitting[0].latent].shape[0]) if fitting else None
+    if release is None:
+        raise WeightsError(_other_weights("Wan's VAE", source))
+
+    keys = fitting[0]
     return {
         "_class_name": "AutoencoderKLWan",
-        **VIDEO_VAES[kinds[sizes[0]]],
-        "base_dim": sizes[1],
-        "decoder_base_dim": sizes[2],
+        **VIDEO_VAES[release],
+        "base_dim": source[keys.encoder].shape[0],
+        "decoder_base_dim": source[keys.decoder].shape[0],
     }
+
+
+def _other_weights(name: str, source: Mapping[str, StoredArray]) -> str:
+    """Return the message for arrays that are not those of a network."""
+    first = ", ".join(list(source)[:3])
+    return f"These are not the weights of {name}; they begin with {first}."

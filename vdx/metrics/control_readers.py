@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from vdx.data.scenes.source import SPEEDS, STEER, VELOCITIES
+from vdx.data.scenes.world import COMMAND_SPEED, SPEEDS, VELOCITIES
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
 from vdx.metrics.prompt_following import read_angles
 from vdx.metrics.tracking import track_object
@@ -77,7 +77,7 @@ def object_actions(video: np.ndarray, fps: float) -> np.ndarray:
     velocity = np.diff(object_path(video, fps) / (width, height), axis=0) * fps  # t-1, 2
     directions = np.array(list(VELOCITIES.values()), float)
     nearest = 1 + (velocity @ directions.T).argmax(-1)  # the rows of ACTIONS after "stay"
-    still = np.abs(velocity).max(-1) < HALF_STEP * STEER * SPEEDS["slow"]
+    still = np.abs(velocity).max(-1) < HALF_STEP * COMMAND_SPEED * SPEEDS["slow"]
     rows = np.where(still, 0, nearest)
     return np.where(np.isfinite(velocity).all(-1), rows, -1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vdx.data.scenes.drawing import COLOURS, SHAPES, STYLES
-from vdx.data.scenes.source import GROWTH, MOTIONS, SPEEDS, TURN
+from vdx.data.scenes.world import GROWTH, MOTIONS, SPEEDS, TURN
 from vdx.metrics.tracking import NONE, Track, track_object
 
 __all__ = ["ATTRIBUTES", "read_angles", "read_attributes", "score"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vdx.data.scenes.drawing import BACKGROUNDS, COLOURS, FILL, REACH, background, paint
+from vdx.data.scenes.drawing import BACKGROUNDS, COLOURS, EXTENT, FILL, background, paint
 
 __all__ = ["NONE", "Track", "foreground", "track_object"]
 
@@ -170,7 +170,7 @@ class Track:
         the template may also be blurred, if that is closer to the object.
         """
         radius = math.sqrt(self.area[frame] / _area(shape, style, self.contrast)) * scales
-        reach = REACH * float(np.max(radius)) + 1.5
+        reach = EXTENT * float(np.max(radius)) + 1.5
         height, width = self.amount.shape[1:]
         x, y = self.centre[frame]
 

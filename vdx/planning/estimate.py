@@ -260,11 +260,11 @@ def least_memory(
     }
     network = job.experiment.model.backbone
     if isinstance(network, Transformer):
-        depth, periods = network.dims()[1], network.dims()[1] // len(network.dims()[3])
+        dims = network.dims()
         least["kept"] = (
             _token_bytes(job, mesh, clips)
             / job.experiment.optimizer.grad_accum_steps
-            * (periods + depth * KEPT.get(remat or network.remat, 0))
+            * (dims.periods + dims.depth * KEPT.get(remat or network.remat, 0))
         )
     return least
 
@@ -274,7 +274,7 @@ def _token_bytes(job: Job, mesh: Any, clips: int) -> float:
     network, parts = job.experiment.model.backbone, dict(mesh.shape)
     return (
         math.prod(network.grid(job.clip))
-        * network.dims()[0]
+        * network.dims().width
         * jnp.dtype(network.dtype).itemsize
         * clips
         / (parts["context"] * parts["data"] * parts["fsdp"])
@@ -296,7 +296,7 @@ def sent(job: Job, mesh: Any, clips: int | None = None) -> float:
     if isinstance(network, Transformer):
         # In a block three sums, or queries, keys, values and the result; in three passes.
         times = 6 * (parts["tensor"] > 1) + 4 * (parts["context"] > 1)
-        total += 3 * times * network.dims()[1] * _token_bytes(job, mesh, clips)
+        total += 3 * times * network.dims().depth * _token_bytes(job, mesh, clips)
     return total
 
 
