@@ -24,7 +24,7 @@ from absl import app, flags
 from vdx.config.loader import resolve
 from vdx.data.motion import motion_score
 from vdx.evaluate import prompt_following
-from vdx.experiment import Experiment, load, open_params
+from vdx.experiment import Experiment, load
 from vdx.files import read_json, write_json
 from vdx.generate.sample_grid import write_sheet
 from vdx.generate.video_io import to_uint8
@@ -35,6 +35,7 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
+from vdx.weights import open_params
 
 FLAGS = flags.FLAGS
 # Name -> pattern; two blocks each, so that all have the same depth.

@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "process": {"name": "rectified_flow", "prediction": "velocity"},
             "time_sampler": {"name": "logit_normal", "base_tokens": 1024},
-            "loss": {"name": "none"},
+            "loss": {"denoising": {"weighting": {"name": "none"}}},
             "optim": {
                 "learning_rate": 1e-4,
                 "warmup_steps": 1000,

@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             },
             "process": {"name": "rectified_flow", "prediction": "x0"},
             "time_sampler": {"name": "logit_normal", "shift": 4.0},
-            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "loss": {"denoising": {"weighting": {"name": "velocity", "min_sigma": 0.3}}},
             "optim": {
                 "name": "muon",
                 "learning_rate": 4e-3,

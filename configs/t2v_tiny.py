@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "process": {"name": "rectified_flow", "prediction": "x0"},
             # Samples are decided between noise levels 0.3 and 0.97: train most there.
             "time_sampler": {"name": "logit_normal", "shift": 4.0},
-            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "loss": {"denoising": {"weighting": {"name": "velocity", "min_sigma": 0.3}}},
             "optim": {
                 "name": "muon",
                 "learning_rate": 4e-3,

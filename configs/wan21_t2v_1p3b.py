@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "process": {"name": "rectified_flow", "prediction": "velocity"},
             "time_sampler": {"name": "uniform", "shift": 5.0},
-            "loss": {"name": "none"},
+            "loss": {"denoising": {"weighting": {"name": "none"}}},
             "optim": {
                 "learning_rate": 1e-5,
                 "warmup_steps": 200,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"main", "sample", "evaluate", "convert", "plan"},
     {"evaluation", "planning"},
-    {"experiment"},
+    {"experiment", "weights"},
     {"train", "generate"},
     {"interop", "metrics"},
     {"models", "diffusion", "data"},

@@ -14,11 +14,12 @@ from PIL import Image
 
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
-from vdx.experiment import load, open_params
+from vdx.experiment import load
 from vdx.files import read_json, read_rows
 from vdx.main import run
-from vdx.train import program
+from vdx.train import compile as compile_module
 from vdx.train.preemption import PreemptionHandler
+from vdx.weights import open_params
 
 ROOT = Path(__file__).parents[1]
 MICRO = [
@@ -250,7 +251,7 @@ def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
 def test_one_compile_for_the_run(tmp_path, monkeypatch):
     """Three batches, one program: nothing about a batch may reach the compiler."""
     made = []
-    real = program.make_train_step
+    real = compile_module.make_train_step
 
     def counting(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -261,7 +262,7 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
 
         return traced
 
-    monkeypatch.setattr(program, "make_train_step", counting)
+    monkeypatch.setattr(compile_module, "make_train_step", counting)
     run(
         config(
             "--config.train.steps=3",

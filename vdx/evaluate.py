@@ -15,7 +15,8 @@ from absl import app, flags, logging
 from vdx.compilation_cache import enable_compilation_cache
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, format_scores
-from vdx.experiment import load, open_params
+from vdx.experiment import load
+from vdx.weights import open_params
 
 FLAGS = flags.FLAGS
 

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 import vdx
 from vdx.compilation_cache import enable_compilation_cache
@@ -50,8 +51,8 @@ from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
 from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
-from vdx.train.loop import BadNumbers, Run, train
+from vdx.train.checkpoint_match import CheckpointError
+from vdx.train.loop import BadNumbers, PeriodicTask, TrainedRun, train
 from vdx.train.preemption import (
     STUCK,
     PreemptionHandler,
@@ -60,6 +61,7 @@ from vdx.train.preemption import (
     exit_now,
     lock_workdir,
 )
+from vdx.types import Params
 
 FLAGS = flags.FLAGS
 
@@ -118,30 +120,41 @@ def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:
             print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
 
 
-def train_and_evaluate(experiment: Experiment, workdir: Path, mesh, stop: PreemptionHandler) -> Run:
-    primary, generator = jax.process_index() == 0, experiment.generator()
-
-    def on_sample(step, params):
-        frames, fps = experiment.clip_default()
-        draw_sample_grid(
-            generator,
-            params,
-            experiment.wall,
-            workdir / "samples" / f"{step:08d}",
-            num_frames=frames,
-            fps=fps,
-        )
-        if primary:
-            write_report(workdir)
-
-    if primary:
+def train_and_evaluate(
+    experiment: Experiment, workdir: Path, mesh: Mesh, stop: PreemptionHandler
+) -> TrainedRun:
+    """Train, with the evaluations and samples of the config, and evaluate the result."""
+    if jax.process_index() == 0:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
-    evaluations = periodic_tasks(experiment, workdir, mesh)
-    done = train(experiment, workdir, mesh, on_sample, stop, evaluations)
+    done = train(
+        experiment.job(),
+        workdir,
+        mesh,
+        stop,
+        evaluations=periodic_tasks(experiment, workdir, mesh),
+        samples=[sample_task(experiment, workdir)],
+    )
     rows = rows_at_end(experiment)
     if rows:
         evaluate_run(experiment, done.params, workdir, int(done.state.step), rows)
     return done
+
+
+def sample_task(experiment: Experiment, workdir: Path) -> PeriodicTask:
+    """Return the task that draws the sample grid and writes the report."""
+    generator = experiment.generator()
+
+    def draw(step: int, params: Params) -> dict[str, float]:
+        frames, fps = experiment.clip_default()
+        folder = workdir / "samples" / f"{step:08d}"
+        draw_sample_grid(
+            generator, params, experiment.sample_prompts, folder, num_frames=frames, fps=fps
+        )
+        if jax.process_index() == 0:
+            write_report(workdir)
+        return {}
+
+    return PeriodicTask("samples", experiment.training.sample_every, draw)
 
 
 def run_facts(experiment: Experiment, mesh) -> dict:

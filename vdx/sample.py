@@ -26,7 +26,7 @@ from vdx.compilation_cache import enable_compilation_cache
 from vdx.config.build import ConfigError, fill, lookup
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.diffusion.timesteps import TIMESTEPS
-from vdx.experiment import Experiment, load, open_params
+from vdx.experiment import Experiment, load
 from vdx.files import read_json, write_json
 from vdx.generate.cache_calibration import FILE as PROOF
 from vdx.generate.cache_calibration import calibrate, check_calibration, read_calibration
@@ -37,8 +37,9 @@ from vdx.generate.pretrained_request import PretrainedRequest, prepare
 from vdx.generate.sample_grid import write_clips
 from vdx.generate.video_io import to_uint8, write_video
 from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.types import Params
+from vdx.weights import open_params
 
 FLAGS = flags.FLAGS
 # Each clip is pieces [t h w 3], uint8 or float32 in [-1, 1].
@@ -259,7 +260,9 @@ def calibrate_run() -> None:
     """--calibrate_cache: what the run may reuse, and the proof, into its workdir."""
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
-    words = prompts() if FLAGS.prompt or FLAGS.prompts_file else experiment.wall[:CALIBRATED]
+    words = (
+        prompts() if FLAGS.prompt or FLAGS.prompts_file else experiment.sample_prompts[:CALIBRATED]
+    )
     asked, mesh = from_flags(experiment, words), experiment.mesh_spec.make()
     if asked.controls:
         raise app.UsageError(

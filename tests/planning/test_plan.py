@@ -25,7 +25,7 @@ from vdx.parallel import MeshSpec, put_batch
 from vdx.planning import estimate
 from vdx.planning.estimate import Job, Slice, bytes_held, least_memory
 from vdx.planning.hlo import Program, by_kind
-from vdx.train.program import abstract_batch
+from vdx.train.compile import abstract_batch
 
 ROOT = Path(__file__).parents[2]
 SHAPE = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -221,7 +221,8 @@ def test_a_batch_without_data_is_that_with_data(mesh, at_root):
         batches.close()
         clip = (*real["video"].shape[1:4], e.model.channels)
         assert clip == plan.shapes(e, None, None)[0]
-        assert facts(abstract_batch(e, mesh, clip)) == facts(real), name
+        abstract = abstract_batch(e.model, mesh, clip, global_batch=2, cached=False)
+        assert facts(abstract) == facts(real), name
 
 
 def facts(batch):
@@ -238,7 +239,9 @@ def test_a_cached_batch_is_as_the_cache_gives_it(base, mesh):
     example = ready_example(row, "a", {"text": [256, 4096]})
     del example["key"]
     real = put_batch(mesh, {k: np.stack([v] * 32) for k, v in example.items()})
-    assert facts(abstract_batch(base.experiment, mesh, base.clip, 256)) == facts(real)
+    model = base.experiment.model
+    abstract = abstract_batch(model, mesh, base.clip, global_batch=32, cached=True, text=256)
+    assert facts(abstract) == facts(real)
 
 
 def test_out_of_memory_is_an_answer(base):
@@ -260,7 +263,7 @@ def test_out_of_memory_is_an_answer(base):
     }
     del row["bounds"], row["flops"]
     text = plan.table(row, 1000, None)
-    assert "needs 51.34 GiB of 31.25" in text and "accumulate=2" in text
+    assert "needs 51.34 GiB of 31.25" in text and "grad_accum_steps=2" in text
     assert "does not fit" in plan.ranking([row])
 
 

@@ -28,8 +28,8 @@ def ready(child: subprocess.Popen) -> None:
 
 LOOP = """
     import time
-    from vdx.train.preemption import Preempted, Stop
-    with Stop() as stop:
+    from vdx.train.preemption import Preempted, PreemptionHandler
+    with PreemptionHandler() as stop:
         stop.polled = {polled}
         print("ready", flush=True)
         while True:
@@ -120,8 +120,8 @@ def test_the_watchdog_lets_live_what_moves():
 HOLD = """
     import sys, time
     from pathlib import Path
-    from vdx.train.preemption import own
-    with own(Path({path!r})):
+    from vdx.train.preemption import lock_workdir
+    with lock_workdir(Path({path!r})):
         print("ready", flush=True)
         time.sleep(600)
 """

@@ -5,25 +5,36 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from vdx.config.build import ConfigError
+from vdx.diffusion.losses import shared_times
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Headline, Scores
 from vdx.evaluation.html import BLUE, GREEN, ORANGE, LoggedRows, chart, charts, curve, series
+from vdx.models.adapters.lora import Adapted
 from vdx.parallel import put_batch, replicated
-from vdx.train.step import make_eval_step
-from vdx.types import Batch, Params
+from vdx.train.objectives import Objective
+from vdx.train.objectives.denoising import Draws
+from vdx.types import Array, Batch, Params, PRNGKeyArray
 
-__all__ = ["LossAtTimes"]
+__all__ = ["LossAtTimes", "LossesAtTimes", "losses_at_times"]
 
-NOISE_KEY = 1234  # the noise of every evaluation, so that two of them differ by the weights alone
+NOISE_SEED = 1234  # the noise of every evaluation, so that two of them differ by the weights alone
 SPLITS = {"validation": True, "train_eval": False}  # prefix of the keys -> whether validation
 SHADES = ["rgb(59,125,216)", "rgb(176,88,178)", "rgb(226,128,52)"]  # of times, low to high
+
+
+class LossesAtTimes(NamedTuple):
+    """The losses of a batch, [times b]."""
+
+    conditioned: Array
+    null: Array  # with every signal dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,7 @@ class LossAtTimes(Evaluator):
     def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
         """Read the clips of both splits; see Evaluator."""
         step = jax.jit(
-            make_eval_step(context.experiment.objective, self.times),
+            functools.partial(losses_at_times, context.experiment.objective, self.times),
             out_shardings=replicated(context.mesh),
         )
         batches = {
@@ -64,7 +75,7 @@ class LossAtTimes(Evaluator):
 
     def _read_batches(self, context: EvaluationContext, validation: bool) -> list[Batch]:
         experiment = context.experiment
-        size = min(self.clips, experiment.data.loader["global_batch"])
+        size = min(self.clips, experiment.loader.global_batch)
         # Another seed than training's: other windows of the clips that training sees.
         batches = experiment.batches(
             validation=validation,
@@ -80,20 +91,20 @@ class LossAtTimes(Evaluator):
 
     def _run(
         self,
-        step: Callable[..., tuple[Any, Any]],
+        step: Callable[..., LossesAtTimes],
         batches: Mapping[str, Sequence[Batch]],
         params: Params,
     ) -> Scores:
         scores: dict[str, float] = {}
-        key = jax.random.key(NOISE_KEY)
+        key = jax.random.key(NOISE_SEED)
         for split, chosen in batches.items():
-            pairs = [step(params, batch, key) for batch in chosen]
-            losses = np.concatenate([with_signals for with_signals, _ in pairs], 1)  # times, clips
-            null = np.concatenate([without for _, without in pairs], 1)
+            results = [step(params, batch, key) for batch in chosen]
+            conditioned = np.concatenate([result.conditioned for result in results], axis=1)
+            null = np.concatenate([result.null for result in results], axis=1)
 
-            scores[f"{split}/loss"] = float(losses.mean())
+            scores[f"{split}/loss"] = float(conditioned.mean())
             scores[f"{split}/loss_null"] = float(null.mean())
-            for time, loss in zip(self.times, losses.mean(1), strict=True):
+            for time, loss in zip(self.times, conditioned.mean(axis=1), strict=True):
                 scores[f"{split}/loss_t{time:g}"] = float(loss)
         return scores
 
@@ -127,6 +138,35 @@ class LossAtTimes(Evaluator):
         }
         note = f"{latest.get('validation/loss_null', '–')} without captions"
         return Headline("validation loss", latest.get("validation/loss", ""), note)
+
+
+def losses_at_times(
+    objective: Objective,
+    times: tuple[float, ...],
+    params: Params | Adapted,
+    batch: Batch,
+    key: PRNGKeyArray,
+) -> LossesAtTimes:
+    """Return every clip's loss at every time, with conditioning and without."""
+    x0 = objective.clean(batch)  # b t h w c
+    batch = objective.with_clip_signals(batch, x0, key)
+    clips, frames = x0.shape[:2]
+
+    def at(time_and_key: tuple[Array, PRNGKeyArray]) -> LossesAtTimes:
+        # Every time has noise of its own, the same with conditioning and without.
+        time, noise_key = time_and_key
+        noise = jax.random.normal(noise_key, x0.shape)
+        frame_times = shared_times(jnp.full(clips, time), frames)
+
+        def losses(dropped: bool) -> Array:
+            drop = objective.model.drop_masks(clips, dropped)
+            draws = Draws(frame_times, noise, drop)
+            return objective.weighted_sum(objective.term_losses(params, batch, x0, draws))
+
+        return LossesAtTimes(losses(dropped=False), losses(dropped=True))
+
+    # One time after another: all at once would need the memory of several batches.
+    return jax.lax.map(at, (jnp.asarray(times), jax.random.split(key, len(times))))
 
 
 def _loss_curves(logged: LoggedRows) -> list[Any]:

@@ -29,7 +29,7 @@ from vdx.models.vae.image_vae import ImageVAE
 from vdx.models.vae.video_vae import VideoVAE
 from vdx.parallel import AXES, MeshSpec, replicated
 from vdx.planning.hlo import Program, by_kind
-from vdx.train.program import abstract_batch, train_program, with_text
+from vdx.train.compile import abstract_batch, signal_shapes, train_program, with_text_length
 
 TWICE = {"all-reduce": 2.0}  # what others send once is sent there, and the sum sent back
 # The VAEs whose latents have so many channels: Stable Diffusion's, that of Wan 2.1, of Wan 2.2.
@@ -132,7 +132,7 @@ class Job:
             generator = e.generator()
             branches = 1 + len(generator.guidance_branches(_conditions(self, 1)))
             forwards = len(generator.step_table()["t"]) * branches
-        elif self.what == "train" and e.part is None:
+        elif self.what == "train" and e.trained_part is None:
             forwards = 3
         else:
             return self.with_backbone(remat="none").stated_flops
@@ -160,22 +160,24 @@ class Job:
 
 
 def _train(job: Job, mesh: Any) -> tuple[Any, tuple]:
-    step, like = train_program(job.experiment, mesh)
-    batch = abstract_batch(job.experiment, mesh, job.clip, job.text)
-    return step, (like, batch, job.experiment.abstract_frozen(mesh))
+    e = job.experiment
+    step, abstract_state = train_program(e.job(), mesh)
+    batch = abstract_batch(
+        e.model,
+        mesh,
+        job.clip,
+        global_batch=e.loader.global_batch,
+        cached=e.clip is None,
+        text=job.text,
+    )
+    return step, (abstract_state, batch, e.weights.abstract_frozen(mesh))
 
 
 def _conditions(job: Job, rows: int) -> dict[str, Any]:
     """What a generator is told, as shapes that lie on every device."""
-    conditioning = job.experiment.model.conditioning
-    shapes = {
-        k: (v.shape[1:], v.dtype)
-        for k, v in jax.eval_shape(lambda: conditioning.dummy_batch(job.clip)).items()
-    }
-    return {
-        k: jax.ShapeDtypeStruct((rows, *shape), dtype)
-        for k, (shape, dtype) in with_text(job.experiment, shapes, job.text).items()
-    }
+    model = job.experiment.model
+    shapes = with_text_length(model, signal_shapes(model, job.clip), job.text)
+    return {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, (shape, dtype) in shapes.items()}
 
 
 def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
@@ -183,7 +185,7 @@ def _sample(job: Job, mesh: Any) -> tuple[Any, tuple]:
     generator = e.generator(size=(job.clip[1], job.clip[2]))
     # All inside eval_shape: no operation can run on chips that are not here.
     trained = abstract_params(jax.eval_shape(lambda: e.new_params(jax.random.key(0))), mesh)
-    params = e.objective.whole(trained, e.abstract_frozen(mesh))
+    params = e.objective.network_params(trained, e.weights.abstract_frozen(mesh))
     draw = jax.jit(
         lambda params, batch, seeds: generator.from_seeds(
             params, batch, seeds, None, None, job.clip
