@@ -194,7 +194,7 @@ class Experiment:
     # Training
 
     def new_params(self, key: PRNGKeyArray) -> Params:
-        """Return what is trained, at its start: the network's parameters, some, or adapters."""
+        """Return new values of what is trained: all parameters, some, or adapters."""
         return self.weights.new_params(key)
 
     def init_state(self, params: Params | None = None) -> TrainState:
@@ -239,7 +239,7 @@ class Experiment:
         )
 
     def clip_default(self) -> tuple[int, float]:
-        """Return (frames, frames per second): the first length and the first rate of training.
+        """Return (frames, frames per second): training's first length and first rate.
 
         Raises ConfigError if the config does not cut clips.
         """

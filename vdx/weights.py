@@ -69,7 +69,7 @@ class StartingWeights:
         return self.trained_part.select_kernels(dense_kernels(self.model.new_params))
 
     def new_params(self, key: PRNGKeyArray) -> Params:
-        """Return what is trained, at its start: the network's parameters, some, or adapters."""
+        """Return new values of what is trained: all parameters, some, or adapters."""
         if isinstance(self.trained_part, Lora):
             return self.trained_part.new_factors(key, self.kernels)
         params = self.model.new_params(key)
@@ -120,7 +120,7 @@ class StartingWeights:
         return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), restored.params, wanted)
 
     def read_frozen(self, mesh: Mesh) -> SplitWeights:
-        """Read the pretrained network and split it into what is frozen and what is trained."""
+        """Read the pretrained network and split it into frozen and trained parameters."""
         weights = self.read_weights(mesh)
         if isinstance(self.trained_part, Trainable):
             return SplitWeights(*self.trained_part.split(weights))
@@ -193,8 +193,8 @@ class StartingWeights:
         if isinstance(self.trained_part, Trainable):
             trained = self.read_frozen(mesh).trained if frozen.trained is None else frozen.trained
             assert trained is not None
-            described = self.describe_initialisation(trained)
-            return InitialParams(trained, f"{described}, in the network of {self.path}")
+            counts = self.describe_initialisation(trained)
+            return InitialParams(trained, f"{counts}, in the network of {self.path}")
 
         # A whole network
         if self.path:

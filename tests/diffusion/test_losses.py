@@ -28,7 +28,7 @@ def frame_times(t, loss_mask=None, report_t=None):
     """A time for each frame; by default every frame is learned from."""
     mask = jnp.ones(t.shape, bool) if loss_mask is None else loss_mask
     return FrameTimes(
-        t=t, loss_mask=mask, network_t=t, report_t=t if report_t is None else report_t
+        t=t, loss_mask=mask, compact_t=t, report_t=t if report_t is None else report_t
     )
 
 

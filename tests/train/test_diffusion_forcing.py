@@ -54,7 +54,7 @@ def test_every_block_has_its_own_time(spec, pt, size):
     x0 = np.zeros((3, 10, *SHAPE), np.float32)
     times, noise, _ = jax.jit(objective.draw)(x0, jax.random.key(0))
     t = times.t
-    assert t.shape == times.network_t.shape == times.report_t.shape == (3, 10)
+    assert t.shape == times.compact_t.shape == times.report_t.shape == (3, 10)
     assert noise.shape == x0.shape and times.loss_mask.all()
     for clip in np.asarray(t):
         parts = [clip[i : i + size] for i in range(0, 10, size)]

@@ -135,8 +135,8 @@ def test_a_workdir_has_one_writer(tmp_path):
         lock_workdir(tmp_path / "run"),
     ):
         pass
-    child.send_signal(signal.SIGKILL)  # whatever becomes of the holder
-    child.wait()
+    child.send_signal(signal.SIGKILL)  # the lock ends with its process, however that ends
+    child.communicate()
     with lock_workdir(tmp_path / "run"):
         assert f"process {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
     with lock_workdir(tmp_path / "run"):

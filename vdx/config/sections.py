@@ -1,4 +1,4 @@
-"""The sections of a config as dataclasses: one field a key, with its meaning and default.
+"""The sections of a config as dataclasses: a field a key, with its meaning.
 
 `vdx.config.build.fill` checks a config against these classes; `vdx.experiment` turns the
 checked sections into objects. A `Spec` is a section whose keys depend on a row of a table, so

@@ -1,4 +1,4 @@
-"""Training losses: the terms of `config.loss`, their weightings, and the report by noise level.
+"""Training losses: the terms of `config.loss` and their weightings.
 
 A term gives one number per clip, or one per frame where every frame has a time of its own; the
 objective sums the weighted terms. A weighting multiplies the squared error in the space that the
@@ -8,6 +8,7 @@ Process.determinant), so a weighting that is stated for one prediction holds for
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -38,14 +39,16 @@ __all__ = [
 class FrameTimes(NamedTuple):
     """The noise levels of a batch of clips, and the frames that are learned from.
 
-    Whether frames of one clip may differ is read from the ranks of `network_t` and `report_t`,
-    which are fixed when the step is traced, never from values.
+    Whether frames of one clip may differ is read from `masked` and from the ranks of `compact_t`
+    and `report_t`, which are fixed when the step is traced, never from values.
     """
 
     t: Float[Array, "b t"]  # diffusion time of every frame, in [0, 1]
     loss_mask: Bool[Array, "b t"]  # True: the frame enters the loss
-    network_t: Float[Array, "b"] | Float[Array, "b t"]  # [b]: all frames of a clip share `t`
+    # `t` without the axis of frames where all frames of a clip share it: the same numbers for less.
+    compact_t: Float[Array, "b"] | Float[Array, "b t"]
     report_t: Float[Array, "b"] | Float[Array, "b t"]  # times of the losses: a clip's, a frame's
+    masked: bool = False  # False: `loss_mask` is True everywhere, and the program is spared it
 
 
 def shared_times(t: Float[Array, "b"], num_frames: int) -> FrameTimes:
@@ -54,7 +57,7 @@ def shared_times(t: Float[Array, "b"], num_frames: int) -> FrameTimes:
     return FrameTimes(
         t=jnp.broadcast_to(t[:, None], shape),
         loss_mask=jnp.ones(shape, bool),
-        network_t=t,
+        compact_t=t,
         report_t=t,
     )
 
@@ -70,7 +73,10 @@ class Weighting(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoWeight:
-    """1 everywhere: the plain loss of Ho et al. 2020 for noise, of flow matching for velocity."""
+    """1 everywhere: the plain loss.
+
+    That is the loss of Ho et al. 2020 for noise, and of flow matching for velocity.
+    """
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Return ones."""
@@ -136,17 +142,17 @@ def denoising_error(
 
 
 def mean_over_frames(
-    error: Float[Array, "b t h w c"], loss_mask: Bool[Array, "b t"], per_frame: bool
+    error: Float[Array, "b t h w c"], times: FrameTimes
 ) -> Float[Array, "b"] | Float[Array, "b t"]:
-    """Return the mean error of the learned frames: of each clip, or of each frame.
+    """Return the mean error of the learned frames, in the shape of `times.report_t`."""
+    if not times.masked:
+        return jnp.mean(error, axis=range(times.report_t.ndim, error.ndim))
 
-    A frame that is not learned from has no mean of its own; per_frame therefore requires a
-    mask that is True everywhere.
-    """
-    if per_frame:
-        return jnp.mean(error, axis=(2, 3, 4))
+    # A frame outside the mask has no mean of its own.
+    assert times.report_t.ndim == 1
+    loss_mask = times.loss_mask
     where = loss_mask[:, :, None, None, None]
-    values_per_frame = error[0, 0].size
+    values_per_frame = math.prod(error.shape[2:])
     count = values_per_frame * jnp.sum(loss_mask, axis=1, dtype=jnp.float32)  # b
     return jnp.sum(error, axis=(1, 2, 3, 4), where=where) / count
 
@@ -201,8 +207,8 @@ class DenoisingLoss:
         times: FrameTimes,
     ) -> Float[Array, "b"] | Float[Array, "b t"]:
         """Return the mean weighted error of every clip, or of every frame."""
-        error = denoising_error(process, self.weigh, prediction, x0, noise, times.t)
-        return mean_over_frames(error, times.loss_mask, per_frame=times.report_t.ndim == 2)
+        error = denoising_error(process, self.weigh, prediction, x0, noise, times.compact_t)
+        return mean_over_frames(error, times)
 
 
 # name -> a dataclass whose instances are terms of the loss.
@@ -210,7 +216,7 @@ LOSS_TERMS: dict[str, Callable[..., LossTerm]] = {"denoising": DenoisingLoss}
 
 
 class BinnedValues(NamedTuple):
-    """Values summed by interval of time; sums and counts add up over batches and hosts."""
+    """Values summed by interval of time; they add up over batches and hosts."""
 
     sums: Float[Array, "bins"]
     counts: Float[Array, "bins"]

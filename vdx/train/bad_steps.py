@@ -1,4 +1,4 @@
-"""Refused steps: the current streak of them, their names in the log, and when a run gives up."""
+"""Refused steps: the current streak, its records, and when a run gives up."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ __all__ = ["BadNumbers", "BadSteps", "PendingStep"]
 
 
 class BadNumbers(ValueError):
-    """Too many batches in a row were refused, also after going back; the message names them."""
+    """Too many refused batches in a row, even after going back; the message has names."""
 
 
 @dataclasses.dataclass

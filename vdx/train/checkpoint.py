@@ -263,7 +263,7 @@ class Checkpoints:
         return RestoredParams(found.items[item], found.step, digest(own))
 
     def best_step(self) -> int:
-        """Return the step with the lowest best_metric; raise CheckpointError if there is none."""
+        """Return the step with the lowest best_metric; raise CheckpointError without one."""
         step = self.manager.best_step() if self.best_metric else None
         if step is None:
             raise CheckpointError(
@@ -341,7 +341,7 @@ class Checkpoints:
         return target
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> _Verified:
-        """Read and verifies a step; raise _Damaged, or CheckpointError for another model's."""
+        """Read and verify a step; raise _Damaged, or CheckpointError for another model's."""
         facts = self.facts(step)
         check_same(abstract, facts["leaves"], self.path / str(step))
         args = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
@@ -368,7 +368,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def locate(path: str | Path) -> RunStep:
-    """Return the workdir and step of `runs/a`, `runs/a/checkpoints` or `.../checkpoints/500`."""
+    """Split `runs/a`, `runs/a/checkpoints` or `runs/a/checkpoints/5` into run, step."""
     path = Path(path)
     step = None
     if path.name.isdigit() and path.parent.name == "checkpoints":

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint belongs to a config: its arrays, and the frozen weights it needs."""
+"""Checks that a checkpoint fits a config: its arrays and its frozen weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,9 +51,9 @@ def check_same(abstract: Any, leaves: Mapping[str, Leaf], where: Path) -> None:
 
 
 def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> None:
-    """Raise CheckpointError if a step was trained with other frozen weights than `base`.
+    """Raise CheckpointError if a step was trained with other frozen weights.
 
-    `base` is their digest; None: nothing is frozen.
+    `base` is the digest of the weights that the config names; None: nothing is frozen.
     """
     if progress.get("weights") != base:
         raise CheckpointError(
@@ -65,7 +65,7 @@ def check_base(progress: Mapping[str, Any], base: str | None, where: str) -> Non
 
 def shorten(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """Join the first names, and counts the rest."""
-    shown = list(names[:most])
+    first = list(names[:most])
     if len(names) > most:
-        shown.append(f"and {len(names) - most} more")
-    return separator.join(shown)
+        first.append(f"and {len(names) - most} more")
+    return separator.join(first)

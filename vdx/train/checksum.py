@@ -1,4 +1,4 @@
-"""Fingerprints of arrays, which prove that a checkpoint gives back the bits that were saved.
+"""Fingerprints of arrays: proof that a checkpoint gives back the saved bits.
 
 A file that is damaged on disk can be read without an error and give other values. A
 fingerprint is computed on the devices, from the bits and their places, and is the same number
@@ -47,7 +47,7 @@ def _flat_index(shape: tuple[int, ...]) -> Array:
 
 
 def fingerprint(x: Array) -> Array:
-    """Return a uint32: the wrap-around sum of every element's bits mixed with its index.
+    """Return the wrap-around sum (uint32) of all elements' bits, mixed with indices.
 
     For a fixed index the mixing is a bijection (the finalizer of MurmurHash3, Appleby 2011),
     so any change of one element changes the sum.

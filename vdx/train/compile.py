@@ -1,4 +1,4 @@
-"""The program of a training step: one for each shape of batch, compiled before it is needed."""
+"""Programs of the training step, one a shape of batch, compiled ahead."""
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,7 +76,7 @@ class CompiledStep(NamedTuple):
 
 
 def peak_flops(mesh: Mesh) -> float:
-    """Return the peak operations a second of all devices; 0 for a chip that is not in CHIPS."""
+    """Return the peak operations a second of all devices; 0 for an unknown chip."""
     chip = chip_of(mesh.devices.flat[0].device_kind)
     return 0.0 if chip is None else chip.flops * mesh.size
 
@@ -150,7 +150,7 @@ class StepCompiler:
 
 
 def check_batches(model: Denoiser, loader: Loader, mesh: Mesh) -> None:
-    """Raise for batches that the mesh cannot split, and for buckets that are no patches."""
+    """Raise for batches that the mesh cannot split, and buckets without whole patches."""
     shares = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     sizes = [bucket[-1] for bucket in loader.buckets] or [loader.global_batch]
     for batch in sizes:

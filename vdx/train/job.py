@@ -1,4 +1,4 @@
-"""The job of the training loop: everything that it needs from an experiment, typed.
+"""The job of the training loop: all that it needs from an experiment, typed.
 
 `vdx.experiment.Experiment.job` builds it from a config; a test may build it by hand.
 """
@@ -37,7 +37,10 @@ class InitialParams(NamedTuple):
 
 
 class WeightSource(Protocol):
-    """The weights that a run starts from; `vdx.weights.StartingWeights` reads a config's."""
+    """The weights that a run starts from.
+
+    `vdx.weights.StartingWeights` reads those of a config.
+    """
 
     @property
     def resume(self) -> str | None:

@@ -57,8 +57,8 @@ class Log:
 
     def show(self, scalars: Mapping[str, float]) -> None:
         """Show the main scalars of a row on the progress bar."""
-        shown = {name: f"{scalars[key]:.4g}" for name, key in ON_THE_BAR.items() if key in scalars}
-        self.bar.set_postfix(refresh=False, **shown)
+        values = {name: f"{scalars[key]:.4g}" for name, key in ON_THE_BAR.items() if key in scalars}
+        self.bar.set_postfix(refresh=False, **values)
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -128,7 +128,7 @@ class MetricsAccumulator:
         return scalars
 
     def _speeds(self, waited: float, peak: float) -> dict[str, float]:
-        """Return clips, tokens and operations a second, and the share of time lost to data."""
+        """Return clips, tokens and operations a second, and the time share lost to data."""
         elapsed = time.perf_counter() - self.began
         speeds = {
             "speed/clips_per_s": self.cost.clips / elapsed,
@@ -144,7 +144,10 @@ class MetricsAccumulator:
 
 
 def mean_losses(rows: list[Row]) -> dict[str, float]:
-    """Average losses and gradient norms over steps; `loss_t0.0-0.2` is that of one interval."""
+    """Average losses and gradient norms over steps.
+
+    `loss_t0.0-0.2` is the loss of one interval of diffusion time.
+    """
     names = ["loss", "grad_norm"]
     names += [name for name in rows[0] if name.startswith(("loss_", "gradient_share_"))]
     means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in names}

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps out, and the work that is due between steps."""
+"""The training loop: batches in, steps out, and the work between steps."""
 
 import dataclasses
 import time
@@ -59,7 +59,7 @@ def train(
     evaluations: Sequence[PeriodicTask] = (),
     samples: Sequence[PeriodicTask] = (),
 ) -> TrainedRun:
-    """Train to `config.train.steps`, from the newest checkpoint of the workdir if there is one.
+    """Train to `config.train.steps`, and resume from the workdir's newest checkpoint.
 
     Evaluations run before the checkpoint of the same step: their scores are logged and decide
     which checkpoint is best. Samples run after it. Call under `jax.set_mesh(mesh)`.
@@ -300,9 +300,10 @@ class Trainer:
             self.write_metrics(done.step)
 
     def roll_back(self) -> None:
-        """Return to the newest checkpoint before the streak of refused steps; the data moves on.
+        """Return to the newest checkpoint before the streak of refused steps.
 
-        Raises BadNumbers after the last allowed rollback.
+        The data continues where it was, so that the run reads new batches. Raises BadNumbers
+        after the last allowed rollback.
         """
         first_bad = self.bad_steps.begin_rollback()
         position = self.batches.position

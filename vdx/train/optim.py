@@ -1,4 +1,4 @@
-"""Optimizers: AdamW and Muon with schedule, clipping, a decay mask and gradient accumulation."""
+"""Optimizers: AdamW and Muon, with schedule, clipping and a decay mask."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ DecayMask = Callable[[Params], Params]
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """`config.optim`: an optimizer of OPTIMIZERS, after clipping, with its learning rate.
+    """`config.optim`: a row of OPTIMIZERS, after clipping, with its learning rate.
 
     The rate warms up linearly, then follows its schedule to the end of the run.
     """
@@ -120,7 +120,7 @@ def _adamw(
 def _muon(
     optimizer: Optimizer, rate: optax.Schedule, decay_mask: DecayMask
 ) -> optax.GradientTransformation:
-    """Build Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest.
+    """Build Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest.
 
     Muon's updates have the size of AdamW's (Liu et al. 2025, "Muon is scalable"), so that one
     learning rate serves both. AdamW has Nesterov's momentum here.
@@ -138,7 +138,7 @@ def _muon(
 
 
 def _muon_dimensions(params: Params) -> Any:
-    """Return the matrix dimensions of every parameter; None for those that AdamW updates."""
+    """Return every parameter's matrix dimensions; None for those that AdamW updates."""
 
     def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = path_str(path)

@@ -102,7 +102,10 @@ class PreemptionHandler:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
-        """Return whether to save and stop now; every process calls it once after every step."""
+        """Return whether to save and stop now.
+
+        Every process calls it once after every step.
+        """
         if self.alone:
             return bool(self._requested_at)
         self._calls += 1  # not the step count, which may go back
@@ -212,7 +215,7 @@ def exit_if_peer_lost(before_exit: Callable[[], object] = lambda: None) -> Itera
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Return whether an error is that of a collective or barrier without one of its peers."""
+    """Return whether an error is that of a collective or barrier that lost a peer."""
     kinds = (jax.errors.JaxRuntimeError, TimeoutError)
     is_collective = isinstance(error, kinds) or isinstance(error.__cause__, kinds)
     out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
@@ -225,9 +228,10 @@ class WorkdirInUse(ValueError):
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Lock the workdir for this process; the kernel unlocks it however the process ends.
+    """Lock the workdir for this process.
 
-    Raises WorkdirInUse, which names the process that has the lock.
+    The kernel unlocks it, however the process ends. Raises WorkdirInUse, which names the
+    process that has the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
 

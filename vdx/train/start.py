@@ -1,4 +1,4 @@
-"""The state that a run starts with: a checkpoint of its own or of another run, or step 0."""
+"""The state that a run starts with: a checkpoint, its own or another's, or step 0."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ def start_state(
     abstract_state: TrainState,
     frozen: FrozenWeights,
 ) -> Start:
-    """Resume from the workdir's checkpoints, else from `config.resume`, else start at step 0.
+    """Resume from the workdir, else from `config.resume`, else start at step 0.
 
     Raises CheckpointError for a resumed run without checkpoints, and for a checkpoint that was
     trained with other frozen weights.

@@ -13,7 +13,10 @@ ShardingRules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step reads and changes; parameters and moments are sharded the same."""
+    """The arrays that a step reads and changes.
+
+    Parameters, their average and their moments have the same shardings.
+    """
 
     step: Array  # int32, steps taken, refused ones included
     params: Params  # float32, what is trained: the network's parameters, some, or adapters

@@ -110,7 +110,7 @@ def term_gradients(
     batch: Batch,
     key: PRNGKeyArray,
 ) -> TermGradients:
-    """Return the losses of a batch and every term's gradient: one backward pass a term."""
+    """Return a batch's losses and every term's gradient: one backward pass a term."""
 
     def losses_of(trained: Params) -> tuple[dict[str, Array], Losses]:
         network = objective.network_params(trained, frozen, key)
@@ -169,7 +169,7 @@ def updated_state(
     tx: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:
-    """Apply a gradient: parameters, their average, optimizer state and norm statistics."""
+    """Apply a gradient to parameters, their average, optimizer state and mean norm."""
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
@@ -185,7 +185,7 @@ def updated_state(
 
 
 def is_healthy(state: TrainState, loss: Array, norm: Array, max_grad_norm_ratio: float) -> Array:
-    """Return a bool scalar: loss and gradient norm are finite, and the norm is no spike.
+    """Return whether loss and gradient norm are finite and the norm is no spike.
 
     A spike exceeds `max_grad_norm_ratio` times the running mean of the norms; with 0 any
     finite norm passes.
@@ -207,7 +207,10 @@ def select_state(ok: Array, updated: TrainState, state: TrainState) -> TrainStat
 
 
 def term_metrics(losses: Losses, gradients: dict[str, Params]) -> Metrics:
-    """Return each term's loss, and its share of the summed norms of the terms' gradients."""
+    """Return each term's loss and its share of the gradient.
+
+    The share is that of the summed norms of the terms' gradients.
+    """
     norms = {name: optax.tree.norm(gradient) for name, gradient in gradients.items()}
     total = functools.reduce(jnp.add, norms.values())
     values = {f"loss_{name}": value for name, value in losses.terms.items()}

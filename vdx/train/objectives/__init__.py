@@ -1,4 +1,4 @@
-"""Training objectives: each turns a batch into losses; the one training loop runs them all.
+"""Training objectives: each turns a batch into losses; one loop trains them all.
 
 To add one, write a file in this folder and a row here.
 """

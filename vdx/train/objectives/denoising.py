@@ -130,8 +130,8 @@ class Objective:
     ) -> dict[str, Array]:
         """Return every term's unweighted losses, each in the shape of `times.report_t`."""
         times, noise, drop = draws
-        x_t = self.process.add_noise(x0, noise, times.t)
-        network_time = self.process.network_time(times.network_t)
+        x_t = self.process.add_noise(x0, noise, times.compact_t)
+        network_time = self.process.network_time(times.compact_t)
         prediction = self.model.run(params, x_t, network_time, batch, drop, method="train_view")
         return {
             name: term(self.process, prediction, x0, noise, times)

@@ -65,7 +65,7 @@ class ClipTimes:
 
 @dataclasses.dataclass(frozen=True)
 class FirstFrameTimes:
-    """One time for each clip; some clips are learned as the continuation of their first frame."""
+    """One time for each clip; some clips are to continue their given first frame."""
 
     share: float  # of the clips whose first frame is given
 
@@ -96,17 +96,17 @@ class BlockTimes:
         blocks = -(-frames // self.block)  # rounded up
         per_block = sampler.sample(keys.times, clips * blocks, num_tokens).reshape(clips, blocks)
         t = jnp.repeat(per_block, self.block, axis=1)[:, :frames]  # b t
-        return FrameTimes(t=t, loss_mask=jnp.ones(shape, bool), network_t=t, report_t=t)
+        return FrameTimes(t=t, loss_mask=jnp.ones(shape, bool), compact_t=t, report_t=t)
 
 
 def give_first_frame(times: FrameTimes, is_given: Array) -> FrameTimes:
-    """Set the first frame of the given clips, bool [b], to time 0 and takes it out of the loss.
+    """Set the first frame of some clips to time 0, and take it out of the loss.
 
-    An image, a clip of one frame, is left as it is: nothing would be learned from it. Wan 2.2
-    TI2V is trained so.
+    `is_given` is bool [b]. An image, a clip of one frame, is left as it is: nothing would be
+    learned from it. Wan 2.2 TI2V is trained so.
     """
     frames = times.t.shape[1]
     is_first = (jnp.arange(frames) == 0) & (frames > 1)
     loss_mask = ~(is_given[:, None] & is_first)  # b t
     t = jnp.where(loss_mask, times.t, 0.0)
-    return FrameTimes(t=t, loss_mask=loss_mask, network_t=t, report_t=times.report_t)
+    return FrameTimes(t, loss_mask, compact_t=t, report_t=times.report_t, masked=True)
