@@ -155,6 +155,8 @@ def curve(
     # Thin out long curves, but keep the last point.
     stride = math.ceil(len(steps) / POINTS) or 1
     drawn = sorted({*range(0, len(steps), stride), len(steps) - 1})
+
+    # Few points get markers, since a line of one point is invisible.
     trace = go.Scatter(
         x=[steps[i] for i in drawn],
         y=[float(f"{values[i]:.5g}") for i in drawn],

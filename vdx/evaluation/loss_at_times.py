@@ -199,6 +199,8 @@ def _curves_by_time(logged: LoggedRows) -> list[str]:
         pattern = re.compile(prefix + r"[\d.-]+")
         keys = sorted({key for row in logged.values() for key in row if pattern.fullmatch(key)})
         shades = sample_colorscale(SHADES, np.linspace(0, 1, max(len(keys), 2)).tolist())
+
+        # One curve for each time.
         traces = []
         for key, shade in zip(keys, shades, strict=False):
             label = key.replace(prefix, "t = ").replace("-", "–")
@@ -206,6 +208,8 @@ def _curves_by_time(logged: LoggedRows) -> list[str]:
 
         if split != "train_eval":
             found.append(chart(f"By time, {name}", traces, "loss", log=True))
+
+        # The last point of each curve. The times of training are intervals, so it has none.
         if split != "train" and traces:
             line = go.Scatter(
                 x=[key.removeprefix(prefix) for key in keys],

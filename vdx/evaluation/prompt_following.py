@@ -61,6 +61,8 @@ class PromptFollowing(Evaluator):
     def _run(self, context: EvaluationContext, params: Params) -> Scores:
         source = context.experiment.source(validation=True)
         assert isinstance(source, Scenes)
+
+        # The first prompts, each drawn with a seed of its own.
         drawing = context.drawing
         records = [source[i] for i in range(self.prompts)]
         prompts = [record.caption for record in records]
@@ -88,6 +90,8 @@ class PromptFollowing(Evaluator):
             "true_renders": true["accuracy"],
             "confusion": _confusion(truth, drawn["readings"]),
         }
+
+        # Every process has all clips; one writes them.
         if jax.process_index() == 0:
             folder = context.workdir / "eval"
             rows = write_clips(
@@ -219,9 +223,12 @@ def _confusion_chart(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
     for line in counts.values():
         words |= dict.fromkeys(line)
     reads = list(words)
+
+    # Counts as text, shares as colours.
     clips = [[line.get(read, 0) for read in reads] for line in counts.values()]
+    shares = [[n / max(sum(line), 1) for n in line] for line in clips]
     trace = go.Heatmap(
-        z=[[n / max(sum(line), 1) for n in line] for line in clips],
+        z=shares,
         x=[escape(word) for word in reads],
         y=[escape(word) for word in counts],
         zmin=0,
@@ -233,6 +240,7 @@ def _confusion_chart(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
         showscale=False,
         hovertemplate="prompted %{y}, read %{x}: %{text}<extra></extra>",
     )
+
     return chart(
         f"{name}: prompted and read",
         [trace],

@@ -36,6 +36,8 @@ def write_report(workdir: Path) -> Path:
     config = read_any(workdir / "config.json")
     if config is None:
         raise ValueError(f"{workdir} has no readable config.json, so it is not a run's workdir.")
+
+    # Each of these may be missing.
     run = read_object(workdir / "run.json")
     result = read_object(workdir / "eval.json")
     logged = read_metrics(workdir / "metrics.jsonl")

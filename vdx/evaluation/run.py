@@ -62,6 +62,7 @@ def evaluate_run(
     for name in chosen:
         lookup(name, evaluators, "The rows that config.eval turns on")
 
+    # Scores are written after each row, so that an error in a later row loses none.
     context = EvaluationContext(experiment, workdir, jax.sharding.get_mesh())
     earlier = {} if rows is None else _read_scores(workdir)
     result: dict[str, Any] = {}

@@ -17,9 +17,12 @@ def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dic
     times = np.asarray(times, np.float64)
     state = scene.state(times)[0]
     main = scene.objects[0]
+
+    # The clip, and its exact flow.
     video = scene.render(times, height, width)
     fps = 1.0 / float(np.median(np.diff(times))) if len(times) > 1 else 1.0
     dense = flow(scene, times, height, width)
+
     return {
         "video": video,
         "centre": state["center"] * (width, height),

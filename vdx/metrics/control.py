@@ -69,14 +69,17 @@ def control_scores(
     _check(videos, truths)
     rates = [fps] * len(videos) if isinstance(fps, int | float) else list(fps)
 
+    # The model, the reader's own error, and the value of a model that ignores the signal.
     readings = _read(metric, videos, rates)
     model, valid = metric.score(readings, truths)
     true, _ = metric.score(_read(metric, [truth["video"] for truth in truths], rates), truths)
     shuffled = _shuffled(metric, readings, truths)
 
+    # A goal in pixels grows with the frame.
     goal = metric.goal
     if metric.unit == "px":
         goal *= videos[0].shape[2] / GOAL_WIDTH
+
     sign = 1 if metric.higher else -1
     better_than_shuffled = not sign * shuffled >= sign * model  # also where that is NaN
     reached = sign * model >= sign * goal and better_than_shuffled and valid >= READABLE

@@ -36,6 +36,7 @@ def lucas_kanade(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         height, width = one.shape[:2]
         if flow.shape[:2] != (height, width):
             flow = 2 * flow.repeat(2, 0).repeat(2, 1)[:height, :width]
+
         one = _blur(one, SMOOTH)
         two = _blur(two, SMOOTH)
 
@@ -141,6 +142,8 @@ def pan_speed(video: np.ndarray, fps: float, still: np.ndarray) -> float:
     for apart in (1, max(1, (count - 1) // 2)):
         speeds = best + np.linspace(-reach, reach, CANDIDATES)
         costs = [_pan_cost(frames, known, speed * apart, apart) for speed in speeds]
+
+        # If a wrong speed fits as well, the background has no texture.
         if apart == 1 and max(costs) - min(costs) < PLAIN:
             return float("nan")
         best = float(speeds[int(np.argmin(costs))])

@@ -60,6 +60,7 @@ def score(
         )
     readings = [read_attributes(video, fps, **vocabulary) for video in videos]
 
+    # Each attribute, and all together.
     accuracy = {}
     chance = {}
     columns = {name: (name,) for name in ATTRIBUTES} | {"all": ATTRIBUTES}
@@ -70,6 +71,7 @@ def score(
         accuracy[name] = sum(one == other for one, other in pairs) / len(read)
         chance[name] = _chance(wanted, read)
 
+    # The words that are read for each word that is wanted.
     confusion = {}
     for name in ATTRIBUTES:
         confusion[name] = _confusion(
@@ -117,8 +119,11 @@ def read_attributes(
     track = track_object(video, colours)
     if track is None:
         return nothing
+
+    # Shape and motion need the object in half of the frames.
     if len(track.seen) < max(LEAST_FRAMES, len(video) // 2):
         return {**nothing, "colour": track.colour}
+
     shape, style = _name_shape(track, shapes)
     motion = _name_motion(track, fps, shape, style, motions)
     return {"colour": track.colour, "shape": shape, "motion": motion}

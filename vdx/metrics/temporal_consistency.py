@@ -50,11 +50,14 @@ def flicker(video: np.ndarray) -> Measurement:
     forward = [lucas_kanade(one, two) for one, two in pairs]  # from frame i to i + 1
     backward = [lucas_kanade(two, one) for one, two in pairs]  # from frame i + 1 to i
 
+    # The second difference of each inner frame.
     values = []
     shares = []
     for i in range(1, len(video) - 1):
         before = _warped(luma[i - 1], backward[i - 1], forward[i - 1])
         after = _warped(luma[i + 1], forward[i], backward[i])
+
+        # Where both neighbours are known, in blocks: noise of single pixels is no flicker.
         known = before.known & after.known
         change = _block_means(-2 * luma[i] + before.luma + after.luma, known)
         if len(change):

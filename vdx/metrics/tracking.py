@@ -76,6 +76,7 @@ def _estimate_background(video: np.ndarray) -> np.ndarray:
     rim = np.ones((height, width), bool)
     rim[RIM:-RIM, RIM:-RIM] = False
 
+    # Each candidate at the level of the border; a cut-off keeps the object from deciding.
     best = np.zeros((height, width, 3), np.float32)
     least = np.inf
     patterned = [name for name, (_, _, pattern) in BACKGROUNDS.items() if pattern]
@@ -180,6 +181,7 @@ class Track:
         rows = np.arange(max(0, int(y - reach)), min(height, int(y + reach) + 1), step)
         amount = self.amount[frame][rows[:, None], columns]  # h w
 
+        # The template at the same pixels, for each angle or scale.
         drawn = template(
             shape,
             style,
