@@ -56,7 +56,6 @@ def get_config() -> ConfigDict:
             "train": {
                 "steps": 2500,
                 "ema": 0.998,
-                "eval_every": 500,
                 "sample_every": 500,
                 "save_every": 500,
                 "sample_prompts": (),
@@ -68,6 +67,7 @@ def get_config() -> ConfigDict:
                 "shift": 4.0,
                 "batch": 16,
             },
+            "eval": {"loss": {"every": 500, "clips": 64}, "flicker": {"clips": 8}},
         }
     )
     config.data.source = ConfigDict(

@@ -66,7 +66,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "train": {
                 "steps": 1500,
                 "ema": 0.998,
-                "eval_every": 500,
                 "sample_every": 500,
                 "save_every": 500,
                 "log_every": 50,
@@ -88,7 +87,12 @@ def get_config(variant: str = "") -> ConfigDict:
                 "shift": 4.0,
                 "batch": 32,
             },
-            "eval": {"prompts": 128},
+            "eval": {
+                "loss": {"every": 500, "clips": 64},
+                "prompt_following": {"prompts": 128},
+                "flicker": {"clips": 8},
+                "identity_drift": {"clips": 24},
+            },
         }
     )
     if variant == "minilm":  # a pretrained, frozen encoder instead of the byte-level one

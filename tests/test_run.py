@@ -35,7 +35,11 @@ def test_a_run_leaves_what_it_promises(workdir):
     source = load(workdir).source()  # the mean of the pixels was measured, not given
     renders = np.stack([source[i].read(np.arange(8) / 8) for i in range(200)])
     assert abs(made["data"]["mean"] - (renders.mean() / 127.5 - 1)) < 0.05
-    result = read_json(workdir / "eval.json")
+    scores = read_json(workdir / "eval.json")
+    assert set(scores) == {"loss", "prompt_following", "flicker", "identity_drift"}
+    assert all(row["step"] == 6 for row in scores.values())
+    assert scores["flicker"]["clips"] == 2 and scores["identity_drift"]["true"]["conclusive"] == 1
+    result = scores["prompt_following"]
     assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
     assert result["true_renders"]["all"] == 1.0
     with Image.open(workdir / "eval" / "sample_grid.webp") as grid:
@@ -197,11 +201,10 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
     run(
         config(
             "--config.train.steps=3",
-            "--config.train.eval_every=0",
+            "--config.eval={'loss': None}",
             "--config.mesh.data=1",
             "--config.mesh.fsdp=8",
             "--config.train.sample_every=0",
-            "--config.eval.prompts=0",
             "--config.train.save_every=0",
         ),
         tmp_path / "once",
@@ -215,11 +218,10 @@ def test_buckets_train_and_resume_exactly(tmp_path):
     """Three shapes, three programs; 5 steps = 3 steps and the rest, in every bit."""
     made = config(
         "--config.train.steps=5",
-        "--config.train.eval_every=5",
+        "--config.eval={'loss': {'every': 5, 'clips': 8}}",
         "--config.train.sample_every=0",
         "--config.train.save_every=1",
         "--config.train.log_every=1",
-        "--config.eval.prompts=0",
         "--config.train.max_to_keep=9",
         "--config.model.backbone.depth=1",
         "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))",
@@ -282,17 +284,16 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     "name", ["i2v_tiny", "i2v_tiny:reference", "control_tiny:actions", "unet3d_tiny"]
 )
 def test_the_tiny_configs_run(name, tmp_path):
-    """Shortened: they train, and are judged by what they read."""
+    """Shortened: they train, and are evaluated by the signals that they read."""
     file, _, variant = name.partition(":")
     micro = [one for one in MICRO if "backbone" not in one or file != "unet3d_tiny"]
+    rows = {"loss": None, "control": None if file == "unet3d_tiny" else {"clips": 4}}
     made = resolve(
         str(ROOT / "configs" / f"{file}.py") + (f":{variant}" if variant else ""),
         [
             *micro,
-            "--config.eval.prompts=0",
             "--config.train.sample_every=0",
-            "--config.train.eval_every=0",
-            f"--config.eval.steering={0 if file == 'unet3d_tiny' else 4}",
+            f"--config.eval={rows}",
         ],
     )
     run(made, tmp_path, PreemptionHandler())
@@ -305,7 +306,7 @@ def test_the_tiny_configs_run(name, tmp_path):
         "unet3d_tiny": set(),
     }[name]
     if expected:
-        rows = read_json(tmp_path / "eval.json")["steering"]
+        rows = read_json(tmp_path / "eval.json")["control"]["signals"]
         assert {row["signal"] for row in rows} == expected
-        assert all(key in row for row in rows for key in ("model", "without", "control", "true"))
-        assert "Steering" in (tmp_path / "report.html").read_text()
+        assert all(key in row for row in rows for key in ("model", "without", "shuffled", "true"))
+        assert "<h2>Control</h2>" in (tmp_path / "report.html").read_text()

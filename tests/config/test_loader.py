@@ -9,6 +9,7 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import is_override, parse_value, resolve
+from vdx.evaluation.table import make_rows
 from vdx.experiment import Experiment
 
 CONFIGS = sorted(str(p) for p in (Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -157,7 +158,8 @@ TYPOS = [
     ("train.stepz", 3, "steps"),
     ("sample.guidence", 3.0, "guidance"),
     ("sample.sampler", "unipcc", "unipc"),
-    ("eval.promts", 3, "prompts"),
+    ("eval.prompt_folowing", {}, "prompt_following"),
+    ("eval.loss.evry", 3, "every"),
 ]
 
 
@@ -181,4 +183,4 @@ def test_a_typo_anywhere_names_what_was_meant(config, key, value, nearest):
         place = place.setdefault(section, {})
     place[last] = value
     with pytest.raises(ConfigError, match=rf"Did you mean '{nearest}'\?"):
-        Experiment(config)
+        make_rows(Experiment(config).eval)

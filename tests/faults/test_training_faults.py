@@ -27,8 +27,8 @@ SHORT = [
     f"--config.train.steps={STEPS}",
     "--config.train.log_every=5",
     "--config.train.save_every=10",
-    "--config.train.eval_every=10",
-    "--config.train.eval_clips=8",
+    "--config.eval.loss.every=10",
+    "--config.eval.loss.clips=8",
 ]
 FIRST_STEP = re.compile(r"\d+/\d+ \[\d\d:\d\d<\d")
 PLACES = {
@@ -171,7 +171,7 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     """From step 10 of another mesh: the same batches, and losses within 1e-6 at every step."""
     each = [
         "--config.train.log_every=1",
-        "--config.train.eval_every=0",
+        "--config.eval.loss=null",
         "--config.mesh.data=1",
         "--config.mesh.fsdp=-1",
         "--config.optim.name=adamw",
@@ -245,7 +245,7 @@ def test_the_best_step_is_kept_and_sampled(tmp_path):
         "--config.train.best_metric=validation/loss",
         "--config.train.max_to_keep=1",
         "--config.train.save_every=5",
-        "--config.train.eval_every=5",
+        "--config.eval.loss.every=5",
         "--config.optim.learning_rate=0.05",
         "--config.optim.schedule=constant",
     ]

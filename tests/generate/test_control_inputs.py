@@ -166,7 +166,7 @@ def test_every_control_reaches_the_clip(controls, tmp_path):
         f"--workdir={out}",
         *MICRO,
         "--config.data.source.motions=('steered',)",
-        "--config.eval.prompts=0",
+        "--config.eval={'loss': None}",
         "--config.train.sample_prompts=('a red circle is steered',)",
         *(f"--config.model.signals.{k}={v}" for k, v in signals.items()),
     )

@@ -97,13 +97,11 @@ def test_the_loss_of_a_frame_is_that_at_its_time():
 
 MICRO = [
     "--config.train.steps=4",
-    "--config.train.eval_every=4",
+    "--config.eval={'loss': {'every': 4, 'clips': 8}}",
     "--config.train.sample_every=4",
     "--config.train.save_every=4",
     "--config.train.log_every=2",
-    "--config.train.eval_clips=8",
     "--config.data.loader.global_batch=8",
-    "--config.eval.prompts=0",
     "--config.sample.steps=2",
     "--config.model.backbone.width=32",
     "--config.model.backbone.depth=2",

@@ -54,7 +54,7 @@ def experiment(bad: dict[int, float]) -> Experiment:
                 f"--config.data.loader.global_batch={BATCH}",
                 "--config.data.loader.shuffle=False",
                 f"--config.train.steps={STEPS}",
-                "--config.train.eval_every=0",
+                "--config.eval.loss=null",
                 "--config.train.save_every=2",
                 "--config.train.max_grad_norm_ratio=5",
                 "--config.optim.warmup_steps=1",

@@ -13,7 +13,6 @@ from vdx.config.build import ConfigError
 
 __all__ = [
     "DataSection",
-    "EvalSection",
     "ExperimentSections",
     "ModelSection",
     "Spec",
@@ -49,14 +48,12 @@ class DataSection:
 class TrainSection:
     """`config.train`: how long a run is, and the work between its steps.
 
-    Intervals are in steps; 0 turns the work off. Raises ConfigError for limits below 1 and for
-    a `best_metric` without an evaluation at every save.
+    Intervals are in steps; 0 turns the work off. Raises ConfigError for limits below 1.
     """
 
     steps: int  # optimizer steps of the whole run
     ema: float = 0.999  # decay of the averaged parameters
     log_every: int = 20  # steps between rows of metrics.jsonl
-    eval_every: int = 500  # steps between evaluations of the loss at `eval_times`
     sample_every: int = 500  # steps between sample grids
     save_every: int = 500  # steps between checkpoints
     max_to_keep: int = 2  # newest checkpoints kept; 2, so that a damaged one has a predecessor
@@ -69,8 +66,6 @@ class TrainSection:
     max_bad_steps: int = 3  # refused batches in a row that send the run back to a checkpoint
     max_rollbacks: int = 2  # returns to a checkpoint before the run stops with an error
     watchdog_seconds: float = 1800.0  # without a step, after which the program ends
-    eval_clips: int = 64  # clips of each set (validation and training) that are evaluated
-    eval_times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # diffusion times in [0, 1]
     loss_bins: int = 5  # equal intervals of diffusion time that the training loss is logged for
     # Prompts of the samples drawn during training, with seeds 0, 1, ...; empty: the first
     # captions of the data.
@@ -82,20 +77,6 @@ class TrainSection:
                 f"config.train.max_to_keep = {self.max_to_keep} and max_bad_steps = "
                 f"{self.max_bad_steps} must be at least 1."
             )
-        if self.best_metric and not (self.eval_every and self.save_every % self.eval_every == 0):
-            raise ConfigError(
-                f"config.train.best_metric = {self.best_metric!r} requires an evaluation at every "
-                f"save: set save_every = {self.save_every} to a multiple of eval_every = "
-                f"{self.eval_every}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSection:
-    """`config.eval`: evaluations on validation scenes, whose truth is known."""
-
-    prompts: int = 0  # validation prompts for prompt following; 0: none
-    steering: int = 0  # clips for each signal of control; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +111,8 @@ class ExperimentSections:
     optim: Spec = dataclasses.field(default_factory=dict)  # fields of Optimizer
     mesh: Spec = dataclasses.field(default_factory=dict)  # fields of MeshSpec
     sample: Spec = dataclasses.field(default_factory=dict)  # fields of Sampling
-    eval: Spec = dataclasses.field(default_factory=dict)  # EvalSection
+    # Rows of EVALUATORS (vdx.evaluation.table) by name, each with its fields; None: off.
+    eval: Mapping[str, Spec | None] = dataclasses.field(default_factory=dict)
     resume: str | None = None  # a run whose state and position in the data are continued
     init: str | None = None  # a run whose averaged parameters are the first ones
     # A pretrained network: a file or folder that vdx.interop.wan, latte or unet reads, several

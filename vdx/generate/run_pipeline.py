@@ -148,18 +148,25 @@ class RunPipeline(Pipeline[Request]):
 
     def stream(self, request: Request, *, exact: bool = False) -> Iterator[Iterator[np.ndarray]]:
         """Yield the clips of a request, each one piece, float32 [t h w 3] in [-1, 1]."""
-        controls = self._read_controls(request)
         count = len(request.prompts)
+        controls = self._read_controls(request)
+        repeated = {name: np.repeat(value, count, 0) for name, value in controls.items()}
+        return (iter([video]) for video in self.draw_arrays(request, repeated))
+
+    def draw_arrays(self, request: Request, controls: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Draw float32 [n t h w 3] in [-1, 1] with control signals of each clip as arrays.
+
+        controls: entries of the batch, each [n ...], in place of the request's files.
+        """
         with jax.set_mesh(self.mesh):
-            videos = self._generator(request)(
+            return self._generator(request)(
                 self.loaded.params,
                 request.prompts,
                 request.seeds,
                 num_frames=request.num_frames,
                 fps=request.fps,
-                controls={name: np.repeat(x, count, 0) for name, x in controls.items()},
+                controls=controls,
             )
-        return (iter([video]) for video in videos)
 
     def _read_controls(self, request: Request) -> dict[str, np.ndarray]:
         """Return the batch entries [1 ...] of the request's controls. Raises ConfigError."""

@@ -35,7 +35,7 @@ def experiment(*args: str) -> Experiment:
         resolve(
             f"{ROOT}/configs/motion_module_sd15.py:smoke",
             [
-                "--config.train.eval_every=0",
+                "--config.eval.loss=null",
                 "--config.optim.warmup_steps=1",
                 "--config.model.backbone.widths=(16,)",
                 "--config.model.backbone.attention=(False,)",
