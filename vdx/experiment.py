@@ -17,7 +17,6 @@ import optax
 from vdx.config.build import ConfigError, build, fill, lookup
 from vdx.config.sections import (
     DataSection,
-    EvalSection,
     ExperimentSections,
     ModelSection,
     Spec,
@@ -64,7 +63,7 @@ class Experiment:
         # Sections without a network
         self.data = fill(DataSection, sections.data, "config.data")
         self.training = fill(TrainSection, sections.train, "config.train")
-        self.eval = fill(EvalSection, sections.eval, "config.eval")
+        self.eval = sections.eval
         self.optimizer = fill(Optimizer, sections.optim, "config.optim")
         self.mesh_spec = fill(MeshSpec, sections.mesh, "config.mesh")
         self.sampling = fill(Sampling, sections.sample, "config.sample")

@@ -1,4 +1,6 @@
-"""Train: python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
+"""Train a model, evaluate it and write its report.
+
+    python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
 
 The same command resumes an interrupted run. At the end the workdir holds checkpoints, samples,
 `eval.json` where the data's truth is known, and `report.html`, the page to open.
