@@ -26,10 +26,12 @@ def random_pair(seed, b=len(T)):
 
 def frame_times(t, loss_mask=None, report_t=None):
     """A time for each frame; by default every frame is learned from."""
-    mask = jnp.ones(t.shape, bool) if loss_mask is None else loss_mask
-    return FrameTimes(
-        t=t, loss_mask=mask, compact_t=t, report_t=t if report_t is None else report_t
-    )
+    masked = loss_mask is not None
+    if not masked:
+        loss_mask = jnp.ones(t.shape, bool)
+    if report_t is None:
+        report_t = t
+    return FrameTimes(t, loss_mask, compact_t=t, report_t=report_t, masked=masked)
 
 
 def denoising_loss(process, weighting, prediction, x0, noise, t):

@@ -107,6 +107,6 @@ def give_first_frame(times: FrameTimes, is_given: Array) -> FrameTimes:
     """
     frames = times.t.shape[1]
     is_first = (jnp.arange(frames) == 0) & (frames > 1)
-    loss_mask = ~(is_given[:, None] & is_first)  # b t
+    loss_mask = ~(is_given[:, None] & is_first[None, :])  # b t
     t = jnp.where(loss_mask, times.t, 0.0)
     return FrameTimes(t, loss_mask, compact_t=t, report_t=times.report_t, masked=True)
