@@ -57,10 +57,10 @@ PARAM_RULES: Rules = (
 class MeshSpec:
     """Devices along each axis; one axis may be -1, the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: int = -1  # splits the batch; weights are copied
+    fsdp: int = 1  # splits the batch and the weights
+    context: int = 1  # splits the tokens of a clip
+    tensor: int = 1  # splits heads and hidden features
 
     def make(self, devices: Sequence[Any] | None = None) -> Mesh:
         """Return the mesh over `devices` (default: all).

@@ -65,10 +65,10 @@ SECTIONS = [
     ),
     Section("config.process", PROCESSES, "A row of PROCESSES, named by `name`."),
     Section("config.time_sampler", TIME_SAMPLERS, "A row of TIME_SAMPLERS, named by `name`."),
-    Section("config.loss", LOSS_TERMS, "Rows of LOSS_TERMS by name; their weighted sum is trained."),
     Section(
-        "config.loss.denoising.weighting", WEIGHTINGS, "A row of WEIGHTINGS, named by `name`."
+        "config.loss", LOSS_TERMS, "Rows of LOSS_TERMS by name; their weighted sum is trained."
     ),
+    Section("config.loss.denoising.weighting", WEIGHTINGS, "A row of WEIGHTINGS, named by `name`."),
     Section("config.optim", Optimizer),
     Section("config.mesh", MeshSpec),
     Section("config.train", TrainSection),

@@ -257,7 +257,7 @@ class Records:
     """
 
     path: str  # the directory that contains `features.json`
-    split: str = "train"
+    split: str = "train"  # a split of the data set
     rows: Sequence[Mapping[str, Any]] = dataclasses.field(init=False, repr=False)
     metadata: dict[str, Any] = dataclasses.field(init=False, repr=False)  # as `write_records` took
 

@@ -45,7 +45,7 @@ class LossAtTimes(Evaluator):
     `validation/loss_t0.1` for each time; the same for training clips under `train_eval/`.
     """
 
-    every: int = 500
+    every: int = 500  # steps between evaluations; 0: only at the end
     clips: int = 64  # of each split, in batches of at most the training batch
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # 0 is data and 1 is noise
 

@@ -54,17 +54,17 @@ class Scenes:
 
     height: int = 32  # pixels
     width: int = 32  # pixels
-    seed: int = 0
+    seed: int = 0  # scene i is a function of (seed, split, i) alone
     size: int = 1_000_000  # clips
     # "train" never shows a (colour, shape, motion) of "validation"; "all" shows both.
     split: str = "train"
-    shapes: tuple[str, ...] = SHAPES
-    colours: tuple[str, ...] = tuple(COLOURS)
-    motions: tuple[str, ...] = MOTIONS
-    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
-    cameras: tuple[str, ...] = tuple(CAMERAS)
-    styles: tuple[str, ...] = STYLES
-    sizes: tuple[str, ...] = tuple(SIZES)
+    shapes: tuple[str, ...] = SHAPES  # of objects
+    colours: tuple[str, ...] = tuple(COLOURS)  # of objects
+    motions: tuple[str, ...] = MOTIONS  # of objects
+    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)  # plain or patterned
+    cameras: tuple[str, ...] = tuple(CAMERAS)  # pans need a patterned background
+    styles: tuple[str, ...] = STYLES  # of the drawing of objects
+    sizes: tuple[str, ...] = tuple(SIZES)  # of objects
     max_objects: int = 2  # 1 or 2; with 2, half of the scenes have two
     duration: float = STAY  # seconds of a clip
 

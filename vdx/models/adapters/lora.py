@@ -125,7 +125,7 @@ class Lora:
     It selects the kernels that have factors, and sets how these are trained.
     """
 
-    rank: int = 16
+    rank: int = 16  # of the product A B
     alpha: float | None = None  # the product A B is scaled by alpha / rank; None: by 1
     # Regexes searched for in the paths of kernels, "network/layers/block_0/full/q/kernel".
     targets: tuple[str, ...] = (BLOCKS,)

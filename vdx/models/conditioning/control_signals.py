@@ -66,7 +66,7 @@ class Concat(nn.Module):
     """
 
     width: int  # not used
-    channels: int
+    channels: int  # of the batch entry
     dropout: float = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
@@ -87,7 +87,7 @@ class Control(nn.Module):
     """
 
     width: int  # not used
-    channels: int
+    channels: int  # of the batch entry
     side: int = 1  # height and width, in those of the clip
     dropout: float = 0.0  # probability that it is dropped for a clip in training
 

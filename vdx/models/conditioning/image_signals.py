@@ -71,7 +71,7 @@ class Reference(nn.Module):
     width: int  # features of the network
     encoder: Mapping[str, Any]  # a row of VISION with its fields
     height: int = 32  # of the image, in pixels
-    columns: int = 32
+    columns: int = 32  # its width, in pixels
     dropout: float = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap

@@ -41,7 +41,7 @@ class ByteEncoder(nn.Module):
     words: int = 24  # kept; the last one holds the rest of the text
     width: int = 192  # features of a word
     depth: int = 2  # layers over the words
-    heads: int = 6
+    heads: int = 6  # of attention; they divide the width
     ngrams: tuple[int, ...] = (3, 4, 5)  # sizes, in bytes
     buckets: int = 2048  # hashes of the n-grams of one size
 
