@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top to the ground; a module may import its own level and lower ones.
 LEVELS = [
-    {"main", "sample", "evaluate", "convert", "plan"},
+    {"main", "sample", "evaluate", "convert", "plan", "reference"},
     {"cli"},
     {"evaluation", "planning"},
     {"load_pipeline"},
