@@ -60,8 +60,9 @@ def programs(randomise, quick):
 
 
 def names(program, what: str) -> list[str]:
-    """Of operations of a layer."""
-    return re.findall(rf'op_name="([^"]*/{what}/dot_general[^"]*)"', program.as_text())
+    """Names of the matrix products of a layer, without the methods that called it."""
+    text = re.sub(r"/\w+\.\w+(?=/)", "", program.as_text())  # such as cross.keys_values
+    return re.findall(rf'op_name="([^"]*/{what}/dot_general[^"]*)"', text)
 
 
 def depth(name: str) -> int:
