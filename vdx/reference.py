@@ -36,7 +36,8 @@ TITLE = """# Reference of config keys
 
 A config is a Python file with `get_config(variant="") -> ConfigDict` (`configs/`). Any key can be
 set on the command line: `--config.train.steps=100`. An unknown key or a wrong type fails at the
-start, with the nearest known key. A section that is a row of a table is written `{"name": ROW, **keys}`."""
+start, with the nearest known key. A section that is a row of a table is written
+`{"name": ROW, **keys}`."""
 
 SECTIONS = [
     Section("config", ExperimentSections, "The top level."),
