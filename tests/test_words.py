@@ -89,10 +89,16 @@ NAMES = {
     "turned": "shift_rope",
 }
 # (file, the word in lower case): why it may stand there, as a name that others gave.
+OLD_KEYS = ("heldout", "judge", "steering", "bad in row", "keep every", "stuck after", "wall")
 ALLOWED: dict[tuple[str, str], str] = {
     ("vdx/files.py", "tell"): "the method of a file object",
     ("vdx/data/scenes/captions.py", "steered"): "captions of the data, which do not change",
     ("vdx/data/scenes/world.py", "steered"): "the name of a motion in configs and captions",
+    ("configs/control_tiny.py", "steered"): "the name of that motion",
+    ("README.md", "steered"): "a prompt of that motion",
+    ("docs/control.md", "steered"): "a prompt of that motion",
+    **{("vdx/config/renamed.py", old): "a key of before" for old in OLD_KEYS},
+    ("vdx/generate/manifest.py", "steer"): "a key of before",
 }
 
 NO_FIRST_WORDS = re.compile(r"(What|Of|As|That|Those|Whether|All|Without)\b")

@@ -231,11 +231,11 @@ def define_condition_flags() -> None:
     """Define the flags of conditions, adapters and noise."""
     text = flags.DEFINE_string
     text("negative_prompt", None, "Guidance leads away from it; default: empty.")
-    text("image", None, "A picture that the clip begins with.")
-    text("last_image", None, "A picture that it ends with.")
-    text("reference", None, "A picture of the subject; of VACE also several: a.png,b.png.")
+    text("image", None, "An image that the clip begins with.")
+    text("last_image", None, "An image that it ends with.")
+    text("reference", None, "An image of the subject; of VACE also several: a.png,b.png.")
     text("control", None, "Of a run depth=FILE,pose=FILE (vdx.data.track_files); of VACE a video.")
-    text("control_mask", None, "A video or a picture, white where the control is drawn anew.")
+    text("control_mask", None, "A video or an image, white where the control is drawn anew.")
     text("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
     text("camera", None, "A .json file of cameras in the format of vdx.data.camera.")
     text("actions", None, "One for each frame, with commas between them, or a .json file.")

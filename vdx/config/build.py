@@ -1,6 +1,6 @@
-"""Objects from configs: `build(spec, TABLE)` is the only place where a name becomes an object.
+"""Objects from configs.
 
-A spec is a mapping `{"name": row of the table, **fields}`. `fill` does the same for a section
+`build(spec, TABLE)` is the only place where a name becomes an object. A spec is a mapping `{"name": row of the table, **fields}`. `fill` does the same for a section
 whose class is fixed. Both reject unknown keys and wrong types and name the nearest known key, so
 that a typo in a config or on the command line fails before anything is compiled.
 """
@@ -27,7 +27,10 @@ def nearest(name: str, known: Iterable[Any]) -> str:
 
 
 def configurable_fields(cls: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass or flax module that a config may set, with their types."""
+    """Return the fields of a class that a config may set, with their types.
+
+    cls: a dataclass or a flax module.
+    """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     if "parent" in names:  # a flax module, whose `parent` and `name` flax itself sets
@@ -41,7 +44,10 @@ def type_name(hint: Any) -> str:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Convert a value to the annotated type: int to float and list to tuple, nothing else."""
+    """Convert a value to the annotated type.
+
+    int becomes float and list becomes tuple, nothing else.
+    """
     if hint is Any:
         return value
     origin = typing.get_origin(hint)

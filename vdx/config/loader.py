@@ -1,4 +1,6 @@
-"""Configs from the command line: --config=configs/NAME.py[:variant] --config.a.b=value ...
+"""Configs from the command line.
+
+    --config=configs/NAME.py[:variant] --config.a.b=value ...
 
 The flags of ml_collections refuse a key that the file does not spell out, even where the code
 has a default for it. Here any key may be set. `vdx.experiment` then checks all of them against

@@ -1,4 +1,4 @@
-"""The reference of a config: every key with its type, default and meaning, as Markdown.
+"""The reference of config keys: type, default and meaning, as Markdown.
 
 It is read from the classes that sections configure: the fields, their annotations and defaults,
 and the comment on a field's line, or above it, in the class body.
@@ -81,7 +81,10 @@ def _above(lines: list[str], by_line: dict[int, str], number: int) -> list[str]:
 
 
 def _below(lines: list[str], by_line: dict[int, str], number: int) -> list[str]:
-    """Return the comment lines that continue, further to the right, the comment of a field."""
+    """Return the comment lines that continue the comment of a field.
+
+    They are further to the right than the field.
+    """
     parts = []
     indent = len(lines[0]) - len(lines[0].lstrip()) + 4
     number += 1

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: one network, evaluated with and without its conditions.
+"""Classifier-free guidance: one network with and without its conditions.
 
 Guidance is linear. At a fixed x_t every kind of prediction is affine in x0, with the same
 coefficients for all branches, so guidance acts equally on noise, v, x0 and velocity.

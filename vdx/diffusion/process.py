@@ -34,13 +34,13 @@ FLOOR = 1e-5
 
 
 def expand(t: Any, x: Array) -> Array:
-    """Reshapes `t`, [] or [b] or [b t], to float32 that broadcasts over the axes of `x`."""
+    """Reshape t, [] or [b] or [b t], to float32 that broadcasts over x."""
     t = jnp.asarray(t, jnp.float32)
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def shift_time(t: Any, s: float) -> Any:
-    """Return s t / (1 + (s - 1) t), which for s > 1 moves times towards noise.
+    """Return s t / (1 + (s - 1) t): for s > 1, times closer to noise.
 
     Source: Esser et al. 2024, eq. 23.
     """
@@ -48,7 +48,7 @@ def shift_time(t: Any, s: float) -> Any:
 
 
 def _numpy_for(t: Any) -> tuple[Any, Any]:
-    """Return (jnp, t in float32) for a jax array, (np, t in float64) for anything else."""
+    """Return (jnp, float32 t) for a jax array, else (np, float64 t)."""
     if isinstance(t, jax.Array):
         return jnp, t.astype(jnp.float32)
     return np, np.asarray(t, np.float64)
@@ -123,7 +123,7 @@ class VPrediction(Prediction):
 
 
 class VelocityPrediction(Prediction):
-    """The velocity noise - x0, d x_t / dt of the straight path, for any alpha and sigma."""
+    """The velocity noise - x0: d x_t / dt of the straight path."""
 
     def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
         return noise - x0
@@ -149,7 +149,10 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 class Process:
-    """The base of the rows of PROCESSES, which define `alpha`, `sigma` and `network_time`."""
+    """The base of the rows of PROCESSES.
+
+    A row defines `alpha`, `sigma` and `network_time`.
+    """
 
     prediction: str  # a row of PREDICTIONS: what the network predicts
     velocity_kind: ClassVar[str]  # the kind of prediction that losses.VelocityWeight targets
@@ -170,11 +173,11 @@ class Process:
         raise NotImplementedError
 
     def nearest_time(self, t: np.ndarray) -> np.ndarray:
-        """Return the nearest times that a sampler may visit with this prediction."""
+        """Return the nearest times that a sampler may visit."""
         raise NotImplementedError
 
     def log_snr(self, t: Any) -> Any:
-        """Return log(alpha^2 / sigma^2), infinite where one of them is 0."""
+        """Return log(alpha^2 / sigma^2), infinite where one is 0."""
         xp, t = _numpy_for(t)
         with np.errstate(divide="ignore"):
             return 2 * (xp.log(self.alpha(t)) - xp.log(self.sigma(t)))
@@ -192,7 +195,7 @@ class Process:
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def from_x0_noise(self, x0: Array, noise: Array, t: Any, kind: str | None = None) -> Array:
-        """Return the prediction of a perfect network, the training target: float32 like x0.
+        """Return the training target, a perfect prediction: float32 like x0.
 
         kind: a row of PREDICTIONS, by default that of the process.
         """
@@ -232,10 +235,10 @@ BETAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving(Process):
-    """The process with alpha^2 + sigma^2 = 1 (Ho et al. 2020), from a table of discrete steps.
+    """The process with alpha^2 + sigma^2 = 1, from a table of discrete steps.
 
-    Step k of `steps` is t = (k + 1) / steps, and alpha^2 is 1 at t = 0. log alpha is linear in
-    between. The network's time is k, as a float. Raises ConfigError for an unknown name, or for
+    Source: Ho et al. 2020. Step k of `steps` is t = (k + 1) / steps, and alpha^2 is 1 at t = 0.
+    log alpha is linear in between. The network's time is k, as a float. Raises ConfigError for an unknown name, or for
     numbers that give no schedule.
     """
 

@@ -31,7 +31,7 @@ class Sampler(Protocol):
 
     @property
     def stochastic(self) -> bool:
-        """Whether steps draw fresh noise."""
+        """True if steps draw fresh noise."""
         ...
 
     def plan(self, process: Process, times: np.ndarray) -> StepTable:
@@ -62,7 +62,7 @@ def sample(
     times: np.ndarray,
     key: PRNGKeyArray | None = None,
 ) -> Array:
-    """Return the video at times[-1], float32 [b t h w c], from `x` at times[0].
+    """Return the video at times[-1] from `x` at times[0], float32 [b t h w c].
 
     denoise(x_t, t [b]) -> prediction of the process's kind. times: concrete floats [n + 1],
     decreasing, normally from 1 to 0. key: needed by stochastic samplers; evaluation i draws from
@@ -75,7 +75,7 @@ def sample(
 
 
 def step_table(process: Process, sampler: Sampler, times: np.ndarray) -> StepTable:
-    """Return the sampler's plan over `times`, float32, with the `index` of each evaluation.
+    """Return the sampler's plan over `times` with the `index` of each row.
 
     Raises ValueError as `sample` does.
     """
@@ -93,9 +93,9 @@ def run_steps(
     key: PRNGKeyArray | None = None,
     step_cache: StepCache | None = None,
 ) -> Steps:
-    """Run some consecutive rows of a step table, so that several networks can take turns.
+    """Run some consecutive rows of a step table.
 
-    The carry starts as `sampler.start(x)`, and x is always its first array. Without `step_cache`
+    Several networks can take turns over one table. The carry starts as `sampler.start(x)`, and x is always its first array. Without `step_cache`
     every row evaluates the network.
     """
     if sampler.stochastic and key is None:
@@ -167,7 +167,9 @@ def _log_ratio(process: Process, times: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DDIM:
-    """DDIM (Song et al. 2021, eq. 12): x0 and noise recombined at s, with some fresh noise.
+    """DDIM: x0 and noise recombined at s, with some fresh noise.
+
+    Source: Song et al. 2021, eq. 12.
 
     x_s = alpha_s x0 + (rest of sigma_s) noise + part fresh noise. The posterior's standard
     deviation is sigma_s sqrt(1 - exp(-2 h)) for any alpha and sigma.
@@ -181,7 +183,7 @@ class DDIM:
 
     @property
     def stochastic(self) -> bool:
-        """Whether steps draw fresh noise."""
+        """True if steps draw fresh noise."""
         return self.eta > 0
 
     def plan(self, process: Process, times: np.ndarray) -> StepTable:
@@ -207,7 +209,9 @@ class DDIM:
 
 @dataclasses.dataclass(frozen=True)
 class DDPM(DDIM):
-    """Ancestral sampling with the posterior's variance (Ho et al. 2020): DDIM with eta 1.
+    """Ancestral sampling with the posterior's variance: DDIM with eta 1.
+
+    Source: Ho et al. 2020.
 
     The posterior of any Gaussian process has the same form, so this covers rectified flow too.
     """
@@ -228,7 +232,9 @@ class Euler(DDIM):
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """Heun's method: two evaluations a step, one in the last step (Karras et al. 2022).
+    """Heun's method: two evaluations a step, one in the last step.
+
+    Source: Karras et al. 2022.
 
     It integrates y = x / (alpha + sigma) in u = sigma / (alpha + sigma), where dy/du =
     noise - x0. That is finite at both ends of every process, and the velocity itself for
@@ -359,7 +365,7 @@ class UniPC:
 
 
 def _correction(h: np.ndarray, h_before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weights of (x0 before last - last) and (new - last) in a corrected step.
+    """Return the weights of (before last - last) and (new - last) in a correction.
 
     They match the exponential integral of 1 and of lambda; h is finite, h_before may not be.
     """

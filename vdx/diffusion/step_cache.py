@@ -1,4 +1,4 @@
-"""The step cache: network evaluations that are skipped while the prediction hardly changes.
+"""The step cache: evaluations skipped while the prediction hardly changes.
 
 After EasyCache (Zhou et al. 2025; TeaCache, Liu et al. 2024, measures the input of the first block
 instead): between evaluations a network's prediction changes in proportion to its input, and the
@@ -35,10 +35,10 @@ class CachedStep(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepCache:
-    """The rule that decides, for all clips of a batch together, whether to evaluate the network.
+    """The rule that decides whether to evaluate the network.
 
-    The network is evaluated when the estimated change of any clip's prediction reaches
-    `threshold`. Otherwise the last prediction is moved by as much as the input has moved. These
+    It decides for all clips of a batch together. The network is evaluated when the estimated
+    change of any clip's prediction reaches `threshold`. Otherwise the last prediction is moved by as much as the input has moved. These
     evaluations are required: the first two (they give the rate), the last, and the first on both
     sides of each end of `interval`.
     """

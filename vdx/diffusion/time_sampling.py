@@ -12,7 +12,10 @@ from vdx.types import Array, PRNGKeyArray
 
 
 def _stratified(key: PRNGKeyArray, batch: int) -> Array:
-    """Draws float32 [batch] uniform in (0, 1), one in each 1/batch (Kingma et al. 2021, VDM)."""
+    """Draw float32 [batch] uniform in (0, 1), one in each 1/batch.
+
+    Source: Kingma et al. 2021, VDM.
+    """
     offset_key, order_key = jax.random.split(key)
     offset = jax.random.uniform(offset_key, ())
     u = (offset + jnp.arange(batch) / batch) % 1.0
@@ -49,13 +52,16 @@ class Uniform:
         return u
 
     def sample(self, key: PRNGKeyArray, batch: int, num_tokens: int) -> Array:
-        """Draws times float32 [batch], stratified over the batch so that gradients vary less."""
+        """Draw times float32 [batch], stratified so that gradients vary less."""
         return shift_time(self.quantile(_stratified(key, batch)), self.shift_for(num_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormal(Uniform):
-    """Training times with logit(t) ~ N(mean, std^2), then shifted (Esser et al. 2024, 3.1)."""
+    """Training times with logit(t) ~ N(mean, std^2), then shifted.
+
+    Source: Esser et al. 2024, section 3.1.
+    """
 
     mean: float = 0.0  # of logit(t); 0 centres training on t = 0.5
     std: float = 1.0  # of logit(t)

@@ -1,4 +1,4 @@
-"""Timesteps: the times that a sampler visits, and the network's time at each of them.
+"""Timesteps: the times that a sampler visits, and the network's time at each.
 
 n steps have n + 1 times, from (nearly) 1 down to 0. At all but the last a number of the order of
 1000 is the network's time. Public codes differ in both, and a network samples best with the
@@ -101,7 +101,7 @@ def _diffusers_dpmpp(steps: int, shift: float) -> np.ndarray:
 def _timesteps(
     before_zero: Callable[[int, float], np.ndarray], whole: bool, steps: int, shift: float
 ) -> Timesteps:
-    """Build one row: times before the final 0, and network times with or without fractions."""
+    """Build one row: its times, and network times with or without fractions."""
     if steps < 1 or shift <= 0:
         raise ConfigError(f"timesteps: steps = {steps} and shift = {shift} must be positive.")
     times = before_zero(steps, shift)

@@ -33,7 +33,7 @@ def read_controls(
 ) -> dict[str, np.ndarray]:
     """Return the batch entries [1 ...] of controls for a clip of `shape` [t h w c].
 
-    image, last_image: files of pictures that the clip begins and ends with. reference: a picture
+    image, last_image: files of images that the clip begins and ends with. reference: an image
     of its subject. depth, pose, flow, camera: files as vdx.data.track_files says, with an entry
     for each frame, or videos. actions: such a file, or names with commas between them. motion: a
     number.
@@ -44,7 +44,7 @@ def read_controls(
     """
     _check_signals(controls, signals, first_frame)
 
-    # Pictures of known frames, and numbers.
+    # Images of known frames, and numbers.
     entries: dict[str, np.ndarray] = {}
     images = {name: controls[name] for name in KNOWN if name in controls}
     if images:
@@ -109,7 +109,7 @@ def _known_frames(
     if c != 3:
         raise ConfigError(
             f"--{', --'.join(images)}: this model draws latents of {c} channels, and "
-            "it has no encoder of pictures."
+            "it has no encoder of images."
         )
     known = np.zeros(shape, np.float32)
     mask = np.zeros(t, np.float32)

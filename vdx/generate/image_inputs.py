@@ -1,4 +1,4 @@
-"""Pictures, videos and masks from files, as pretrained models read them."""
+"""Images, videos and masks from files, as pretrained models read them."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ REFERENCE_MULTIPLE = 8  # sides of a reference become multiples of this first, a
 
 
 def open_image(name: str, path: str) -> Image.Image:
-    """Return a picture in RGB, upright. Raises ConfigError that names the flag `name`."""
+    """Return an image in RGB, upright. Raises ConfigError that names the flag `name`."""
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"--{name}={path} is not a picture that can be read: {error}.") from error
+        raise ConfigError(f"--{name}={path} is not an image that can be read: {error}.") from error
 
 
 def iter_frames(name: str, path: str, fps: float) -> Iterator[Image.Image]:
     """Yield the frames of a video nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    A file with one picture yields that picture without end. Raises ConfigError that names the
+    A file with one image yields that image without end. Raises ConfigError that names the
     flag `name`.
     """
     if Path(path).suffix.lower() not in VIDEOS:

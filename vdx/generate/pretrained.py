@@ -1,6 +1,6 @@
 """Clips from the networks of a PretrainedModel.
 
-The networks are on the mesh one after another: the text encoder, what reads pictures, the
+The networks are on the mesh one after another: the text encoder, what reads images, the
 transformer (of two experts first that of high noise, then the other), the decoder.
 References: `WanPipeline`, `WanImageToVideoPipeline` and `WanVACEPipeline` of diffusers.
 """
@@ -96,7 +96,7 @@ class PretrainedGenerator:
         self.log_time(f"{len(ids)} prompts encoded", start)
         return {"text": np.concatenate(features)[: len(ids)], "text_mask": mask}
 
-    # Stage 2: pictures and videos.
+    # Stage 2: images and videos.
 
     def read_images(self) -> Arrays:
         """Return the conditions other than the text, b = 1; may be empty."""
@@ -206,7 +206,7 @@ class PretrainedGenerator:
             "vae", lambda apply, x: apply(x, self.chunk, method="encode").mode()
         )
         latents = [np.asarray(encode(params, video)) for video in videos]
-        self.log_time("pictures encoded", start)
+        self.log_time("images encoded", start)
         return latents
 
     # Stage 3: the transformer.

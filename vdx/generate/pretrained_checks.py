@@ -83,7 +83,7 @@ def mask_has_control(request: PretrainedRequest, model: PretrainedModel, mesh: M
 def image_is_given(request: PretrainedRequest, model: PretrainedModel, mesh: Mesh) -> str | None:
     """Check that a model that begins with an image has one."""
     if "concat" in model.signals and "image" not in request.controls:
-        return "this model begins with a picture: give an image"
+        return "this model begins with an image: give an image"
     return None
 
 
@@ -114,7 +114,7 @@ def last_image_is_given(
 ) -> str | None:
     """Check that a model of first and last frames has a last one."""
     if _reads_two_tokens(model) and "last_image" not in request.controls:
-        return "this model also ends with a picture: give a last_image"
+        return "this model also ends with an image: give a last_image"
     return None
 
 
@@ -187,7 +187,7 @@ def _open_loras(request: PretrainedRequest, model: PretrainedModel) -> None:
 
 
 def _open_controls(request: PretrainedRequest, model: PretrainedModel) -> None:
-    """Raise ConfigError for pictures and videos that cannot be read or are too short."""
+    """Raise ConfigError for images and videos that cannot be read or are too short."""
     rate = model.components["vae"].module.rates[0]
     for name, path in request.input_files().items():
         kind = name.split()[0]  # "reference 0" -> "reference"

@@ -29,11 +29,11 @@ class PretrainedRequest(Request):
 
     Its `sampling` has the fields named in SAMPLING. Its `controls` are paths:
 
-    - image, last_image: pictures that the clip begins and ends with.
+    - image, last_image: images that the clip begins and ends with.
     - control: a video that leads every frame (VACE).
-    - control_mask: a video or a picture, white where the control is drawn anew, black where it
+    - control_mask: a video or an image, white where the control is drawn anew, black where it
       stays; without it all of the control is drawn anew.
-    - reference: a list of pictures of the subject (VACE).
+    - reference: a list of images of the subject (VACE).
     """
 
     height: int  # pixels
@@ -48,7 +48,7 @@ class PretrainedRequest(Request):
 
     @property
     def references(self) -> list[str]:
-        """Paths of the reference pictures."""
+        """Paths of the reference images."""
         return self.controls.get("reference", [])
 
     def expert_sampling(self, expert: int) -> Sampling:
@@ -166,10 +166,10 @@ def _default_size(
     model: PretrainedModel, given: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, int]:
     """Return height and width in the proportions of the image or control, if any."""
-    shown = next((name for name in ("image", "control") if name in given), None)
-    if shown is None or {"height", "width"} & given.keys():
+    source = next((name for name in ("image", "control") if name in given), None)
+    if source is None or {"height", "width"} & given.keys():
         return {}
-    first = next(iter_frames(shown, given[shown], 1.0))
+    first = next(iter_frames(source, given[source], 1.0))
     area = fields["height"] * fields["width"]
     height, width = shape_for(area, size_unit(model), *first.size)
     return {"height": height, "width": width}
@@ -188,9 +188,9 @@ def _default_length(
 
 
 def shape_for(area: int, unit: int, width: int, height: int) -> tuple[int, int]:
-    """Return (height, width) of a frame for a picture of `width` x `height` pixels.
+    """Return (height, width) of a frame for an image of `width` x `height` pixels.
 
-    They are multiples of `unit`, have about the picture's proportions and at most about `area`
+    They are multiples of `unit`, have about the image's proportions and at most about `area`
     pixels, as the image models of Wan compute them.
     """
     tall = math.sqrt(area * height / width)

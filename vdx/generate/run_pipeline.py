@@ -128,7 +128,7 @@ class RunPipeline(Pipeline[Request]):
         generator = self._generator(request)
         try:
             generator.check((request.num_frames, *generator.frame_shape))
-        except ValueError as error:  # of the network, which does not know what a config is
+        except ValueError as error:  # of the network, which has no config
             raise ConfigError(f"num_frames = {request.num_frames}: {error}") from error
         self._read_controls(request)
 

@@ -17,7 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +29,6 @@ from vdx.interop.keymap import (
     LINEAR,
     Layout,
     Row,
-    Slot,
     WeightsError,
     export,
     flat,
@@ -37,6 +36,7 @@ from vdx.interop.keymap import (
     slot_finder,
 )
 from vdx.interop.load import open_weights
+from vdx.interop.lora_stacks import DeltaStacker, FactorPair, FactorStacker
 from vdx.interop.safetensors import read_file, write
 from vdx.interop.save import export_plan
 from vdx.interop.stored_array import StoredArray
@@ -122,8 +122,8 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
 
     problems: list[str] = []
     layers = _by_layer(source, plan, part, problems)
-    factors = _Factors(flat(shapes), slot_finder(adapter_rows(rows, plan)))
-    deltas = _Deltas(flat(shapes), slot_finder(rows))
+    factors = FactorStacker(flat(shapes), slot_finder(adapter_rows(rows, plan)))
+    deltas = DeltaStacker(flat(shapes), slot_finder(rows))
 
     for layer, arrays in layers.items():
         scale = 1.0
@@ -223,20 +223,9 @@ def _layer_names(plan: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-class _Pair(NamedTuple):
-    """The factors of one layer as files have them, float32."""
-
-    a: np.ndarray  # [r in ...]
-    b: np.ndarray  # [out r ...]
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-
 def _read_pair(
     layer: str, arrays: Mapping[str, StoredArray], plan: Mapping[str, Any], problems: list[str]
-) -> _Pair | None:
+) -> FactorPair | None:
     """Read the factors of a layer, if it has some; those that do not fit are problems."""
     found = arrays.keys() & {"A", "B", "alpha", "bias"}
     if not found:
@@ -255,7 +244,7 @@ def _read_pair(
     if not fits:
         problems.append(f"{layer}: lora_A is {a} and lora_B {b} for a weight {weight}")
         return None
-    return _Pair(_float32(arrays["A"]), _float32(arrays["B"]))
+    return FactorPair(_float32(arrays["A"]), _float32(arrays["B"]))
 
 
 def _read_deltas(
@@ -309,71 +298,6 @@ def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[s
     if settings.get("use_rslora"):
         return value / math.sqrt(rank)
     return value / rank
-
-
-FindSlot = Callable[[str], Slot | None]  # a key of diffusers -> where it goes
-
-
-def _slot(find_slot: FindSlot, key: str) -> Slot:
-    slot = find_slot(key)
-    assert slot is not None, key  # the key has been looked up in the plan
-    return slot
-
-
-class _Factors:
-    """Collects the factors of single layers, and stacks them as our parameters are.
-
-    A layer without factors is zero, and so are the ranks that a layer of a smaller rank lacks.
-    """
-
-    def __init__(self, leaves: Mapping[str, Any], find_slot: FindSlot) -> None:
-        """Take our abstract parameters by path, and where keys of factors go."""
-        self.leaves = leaves
-        self.find_slot = find_slot
-        # path of the kernel's layer -> {index in the stack: (a, b) in our layout}
-        self.found: dict[str, dict[int | None, tuple[np.ndarray, np.ndarray]]] = defaultdict(dict)
-
-    def add(self, layer: str, pair: _Pair, scale: float) -> None:
-        """Add the factors of one layer; `scale` is multiplied into B."""
-        to_a = _slot(self.find_slot, f"{layer}.lora_A.weight")
-        to_b = _slot(self.find_slot, f"{layer}.lora_B.weight")
-        path = to_a.path.removesuffix(f"/{A}")
-        self.found[path][to_a.index] = (to_a.layout.ours(pair.a), scale * to_b.layout.ours(pair.b))
-
-    def stacked(self) -> Params:
-        """Return the tree of factors, those of a stack in one array."""
-        stacked = {}
-        for path, parts in self.found.items():
-            *layers, fan_in, fan_out = self.leaves[f"{path}/kernel"].shape
-            rank = max(len(b) for _, b in parts.values())
-            a = np.zeros((*layers, fan_in, rank), np.float32)
-            b = np.zeros((*layers, rank, fan_out), np.float32)
-            for index, (layer_a, layer_b) in parts.items():
-                at = () if index is None else (index,)
-                own_rank = len(layer_b)
-                a[at][:, :own_rank] = layer_a
-                b[at][:own_rank] = layer_b
-            stacked[f"{path}/{A}"] = a
-            stacked[f"{path}/{B}"] = b
-        return unflatten_dict(stacked, sep="/")
-
-
-class _Deltas:
-    """Collects whole differences of parameters, summed over the layers of a stack."""
-
-    def __init__(self, leaves: Mapping[str, Any], find_slot: FindSlot) -> None:
-        """Take our abstract parameters by path, and where keys of weights go."""
-        self.leaves = leaves
-        self.find_slot = find_slot
-        self.arrays: dict[str, np.ndarray] = {}  # path -> difference of the whole stack
-
-    def add(self, key: str, value: np.ndarray) -> None:
-        """Add the difference of one array of a file."""
-        to = _slot(self.find_slot, key)
-        if to.path not in self.arrays:
-            self.arrays[to.path] = np.zeros(self.leaves[to.path].shape, np.float32)
-        index = () if to.index is None else to.index
-        self.arrays[to.path][index] += to.layout.ours(value)
 
 
 # Writing
