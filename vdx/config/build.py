@@ -1,8 +1,9 @@
 """Objects from configs.
 
-`build(spec, TABLE)` is the only place where a name becomes an object. A spec is a mapping `{"name": row of the table, **fields}`. `fill` does the same for a section
-whose class is fixed. Both reject unknown keys and wrong types and name the nearest known key, so
-that a typo in a config or on the command line fails before anything is compiled.
+`build(spec, TABLE)` is the only place where a name becomes an object. A spec is a mapping `{"name":
+row of the table, **fields}`. `fill` does the same for a section whose class is fixed. Both reject
+unknown keys and wrong types and name the nearest known key, so that a typo in a config or on the
+command line fails before anything is compiled.
 """
 
 import dataclasses

@@ -237,9 +237,9 @@ BETAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
 class VariancePreserving(Process):
     """The process with alpha^2 + sigma^2 = 1, from a table of discrete steps.
 
-    Source: Ho et al. 2020. Step k of `steps` is t = (k + 1) / steps, and alpha^2 is 1 at t = 0.
-    log alpha is linear in between. The network's time is k, as a float. Raises ConfigError for an unknown name, or for
-    numbers that give no schedule.
+    Source: Ho et al. 2020. Step k of `steps` is t = (k + 1) / steps, and alpha^2 is 1 at t = 0. log
+    alpha is linear in between. The network's time is k, as a float. Raises ConfigError for an
+    unknown name, or for numbers that give no schedule.
     """
 
     betas: str = "linear"  # a row of BETAS

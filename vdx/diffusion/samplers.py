@@ -95,8 +95,8 @@ def run_steps(
 ) -> Steps:
     """Run some consecutive rows of a step table.
 
-    Several networks can take turns over one table. The carry starts as `sampler.start(x)`, and x is always its first array. Without `step_cache`
-    every row evaluates the network.
+    Several networks can take turns over one table. The carry starts as `sampler.start(x)`, and x is
+    always its first array. Without `step_cache` every row evaluates the network.
     """
     if sampler.stochastic and key is None:
         raise ValueError(f"{sampler} draws noise: pass a key.")

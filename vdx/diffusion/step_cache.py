@@ -37,10 +37,10 @@ class CachedStep(NamedTuple):
 class StepCache:
     """The rule that decides whether to evaluate the network.
 
-    It decides for all clips of a batch together. The network is evaluated when the estimated
-    change of any clip's prediction reaches `threshold`. Otherwise the last prediction is moved by as much as the input has moved. These
-    evaluations are required: the first two (they give the rate), the last, and the first on both
-    sides of each end of `interval`.
+    It decides for all clips of a batch together. The network is evaluated when the estimated change
+    of any clip's prediction reaches `threshold`. Otherwise the last prediction is moved by as much
+    as the input has moved. These evaluations are required: the first two (they give the rate), the
+    last, and the first on both sides of each end of `interval`.
     """
 
     threshold: float | Array  # change of a prediction relative to its size; 0: always evaluate
