@@ -19,9 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.clip = ConfigDict({"num_frames": 8, "fps": (4.0, 8.0, 16.0)})
     del config.model.signals["num_frames"]
     if variant == "reference":
-        config.model.signals.text.dropout = (
-            0.4  # the image is often the only condition
-        )
+        config.model.signals.text.dropout = 0.4  # the image is often the only condition
         config.model.signals.reference = ConfigDict(
             {"encoder": {"name": "patches", "patch": 4}, "dropout": 0.1}
         )

@@ -26,7 +26,7 @@ CASES = {
     "plain cross-attention": ({"pattern": "latte", "cross": "plain"}, CLIP, Ports(**TEXT)),
     "an image": ({"pattern": "factorized"}, (1, 32, 32, 4), Ports(**TEXT)),
     "image tokens": ({}, CLIP, Ports(**TEXT, image_tokens=shape(1, 257, 384))),
-    "beside": ({"skip": True, "patch": (2, 2, 2)}, CLIP, Ports(concat=shape(1, *CLIP[:3], 20))),
+    "concat": ({"skip": True, "patch": (2, 2, 2)}, CLIP, Ports(concat=shape(1, *CLIP[:3], 20))),
     "control": ({}, CLIP, Ports(control=shape(1, *CLIP[:3], 96), control_scale=shape(1))),
 }
 
@@ -42,7 +42,7 @@ def test_the_formula_is_what_xla_counts_and_what_is_traced(case):
     """XLA counts a scanned layer once, and a few percent that is no matrix product."""
     fields, clip, ports = CASES[case]
     make = functools.partial(Transformer, channels=4, width=384, heads=6, attention="xla", **fields)
-    once = make(depth=len(make().dims()[3]))
+    once = make(depth=len(make().dims().pattern))
     run, args = forward(once, clip, ports)
     counted = jax.jit(run).lower(*args).cost_analysis()["flops"]
     assert 1 <= counted / once.flops(clip, ports) < 1.04

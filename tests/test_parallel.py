@@ -270,7 +270,7 @@ def test_parameters_that_cannot_be_laid_out_are_all_named():
 
 @pytest.mark.parametrize("config", ["t2v_base", "i2v_base", "motion_module_sd15"])
 @pytest.mark.parametrize("chips", [32, 64])
-def test_the_pod_configs_lie_on_pods(config, chips):
+def test_the_pod_configs_fit_on_pods(config, chips):
     """Every parameter of their full size can be split over that many chips."""
     shapes = Experiment(resolve(f"configs/{config}.py", [])).shapes
     param_shardings(jax.sharding.AbstractMesh((1, chips, 1, 1), AXES), shapes)

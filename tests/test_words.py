@@ -91,6 +91,8 @@ NAMES = {
 # (file, the word in lower case): why it may stand there, as a name that others gave.
 ALLOWED: dict[tuple[str, str], str] = {
     ("vdx/files.py", "tell"): "the method of a file object",
+    ("vdx/data/scenes/captions.py", "steered"): "captions of the data, which do not change",
+    ("vdx/data/scenes/world.py", "steered"): "the name of a motion in configs and captions",
 }
 
 NO_FIRST_WORDS = re.compile(r"(What|Of|As|That|Those|Whether|All|Without)\b")

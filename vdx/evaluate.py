@@ -18,7 +18,8 @@ from absl import app, flags, logging
 
 from vdx.compilation_cache import enable_compilation_cache
 from vdx.config.build import ConfigError
-from vdx.data.scenes.source import VELOCITIES, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import VELOCITIES
 from vdx.data.signals import SIGNALS, Clip, read_signals
 from vdx.data.sources import SOURCES
 from vdx.evaluation.report import write_report

@@ -33,8 +33,8 @@ from vdx.interop.load import abstract_params
 from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
 from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
-from vdx.models.adapters.trainable import Trainable, overlaid
-from vdx.models.conditioning.signals import NULL, Embeddings
+from vdx.models.adapters.trainable import Trainable, overlay
+from vdx.models.conditioning.text_signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
@@ -192,7 +192,7 @@ class Experiment:
         self.lora, self.kernels = None, {}
         if top.lora is not None:
             self.lora = fill(Lora, top.lora, "config.lora")
-            self.kernels = self.lora.chosen(dense_kernels(self.model.new_params))
+            self.kernels = self.lora.select_kernels(dense_kernels(self.model.new_params))
         self.part: Lora | Trainable | None = self.lora
         if top.trainable is not None:
             if self.lora is not None:
@@ -271,7 +271,7 @@ class Experiment:
         """The state at step 0, with the given parameters, and new ones where these lack some.
         Traceable, so that jit can create it where it will lie."""
         if params is None or self.part is not None:
-            params = overlaid(self.new_params(jax.random.key(self.seed)), params or {})
+            params = overlay(self.new_params(jax.random.key(self.seed)), params or {})
         return init_state(params, self.tx, self.seed)
 
     def read_weights(self, mesh: Mesh) -> Params:

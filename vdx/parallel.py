@@ -1,19 +1,20 @@
-"""The device mesh, and what is split over it.
+"""The device mesh, and the sharding of arrays over it.
 
-Four axes, any of which may be 1:
+The mesh has four axes, any of which may be 1:
   data     copies of the model, each with its share of the batch
   fsdp     shares of the batch *and* of every weight (gathered layer by layer)
   context  shares of the token grid of one clip
   tensor   shares of the heads and of the hidden features
 
-Parameters are split by the first matching row of PARAM_RULES; activations by `constrain`.
+Parameters are sharded by the first matching row of PARAM_RULES; activations by `constrain`.
 Recipe: `jax.make_mesh` with Auto axes, `jax.set_mesh`, `jax.jit` with NamedSharding.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +22,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vdx.config.build import ConfigError
-from vdx.types import Array, Batch
+from vdx.types import Array, Batch, Float
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp")  # the axes that split the batch
+
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 # (regex over the parameter's path, mesh axes of its LAST dimensions). Dimensions further left,
 # such as the layer axis of a scan, are not split. First match wins; no match is an error.
-PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+PARAM_RULES: Rules = (
     # From the few channels of pixels or latents.
     (r"(conv_in|quant_conv|hint/conv_\d+)/kernel$", ()),
     (r"depthwise\w*/kernel$", ()),  # a few numbers a feature
@@ -39,7 +42,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(q|k|v|up|decay)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(q|k|v|up|decay)/bias$", ("tensor",)),
-    (r"(q|k|v|up|decay)/lora_a$", ("fsdp", None)),  # factors lie as the kernel they stand beside
+    (r"(q|k|v|up|decay)/lora_a$", ("fsdp", None)),  # factors are split like their kernel
     (r"(q|k|v|up|decay)/lora_b$", (None, "tensor")),
     (r"(out|down)/lora_a$", ("tensor", None)),
     (r"(out|down)/lora_b$", (None, "fsdp")),
@@ -52,53 +55,71 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """Devices along each axis; one axis may be -1, "all that are left"."""
+    """Devices along each axis; one axis may be -1, the devices that are left."""
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
 
-    def make(self, devices=None) -> Mesh:
-        """The mesh over `devices` (default: all). Raises ConfigError if the sizes do not fit."""
+    def make(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """Return the mesh over `devices` (default: all).
+
+        Raises:
+            ConfigError: the sizes do not fit the number of devices.
+        """
         devices = jax.devices() if devices is None else devices
-        return jax.make_mesh(
-            self.shape(len(devices)), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-        )
+        shape = self.shape(len(devices))
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
     def shape(self, count: int) -> tuple[int, ...]:
-        """Devices along each axis, of `count`. Raises ConfigError if the sizes do not fit."""
-        sizes = [getattr(self, a) for a in AXES]
-        fixed = math.prod(s for s in sizes if s != -1)
-        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        """Return the devices along each axis, of `count` devices.
+
+        Raises:
+            ConfigError: the sizes do not fit this number.
+        """
+        sizes = [getattr(self, axis) for axis in AXES]
+        fixed = math.prod(size for size in sizes if size != -1)
+        is_open = -1 in sizes
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ConfigError(f"mesh {self}: sizes are positive, and at most one is -1.")
-        if count % fixed or (-1 not in sizes and fixed != count):
+        if count % fixed or (not is_open and fixed != count):
             raise ConfigError(
-                f"mesh {self} needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
+                f"mesh {self} needs {'a multiple of ' if is_open else ''}{fixed} "
                 f"devices, and {count} are here. Set --config.mesh.<axis>, or "
                 "--mesh of vdx.sample."
             )
-        return tuple(count // fixed if s == -1 else s for s in sizes)
+        return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
 def constrain(x: Array, axes: str, context: str = "") -> Array:
-    """Says how an activation lies on the mesh, by the letters of its axes.
+    """Constrain the sharding of an activation, by the letters of its axes.
 
-    `axes` is as in einops, e.g. "b t h w d": b is split over data and fsdp, n (heads) and f
-    (hidden features) over tensor, and the letter named by `context` over context. Without a
-    mesh this is the identity. Raises ValueError if a size does not divide, because XLA would
-    replicate such an array without a word.
+    Without a mesh this is the identity.
+
+    Args:
+        x: the activation.
+        axes: its axes as in einops, e.g. "b t h w d". b is split over data and fsdp, n (heads) and
+            f (hidden features) over tensor.
+        context: the letter that is split over context.
+
+    Raises:
+        ValueError: a size does not divide. XLA would silently replicate such an array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    rule = {"b": BATCH, "n": ("tensor",), "f": ("tensor",), context: ("context",)}
+
+    # The mesh axes of each axis of x.
+    letters = axes.split()
+    mesh_axes = {"b": BATCH, "n": ("tensor",), "f": ("tensor",), context: ("context",)}
     spec = [
-        rule.get(letter) if size > 1 else None  # one entry is never split
-        for letter, size in zip(axes.split(), x.shape, strict=True)
+        mesh_axes.get(letter) if size > 1 else None  # one entry is never split
+        for letter, size in zip(letters, x.shape, strict=True)
     ]
-    for letter, size, names in zip(axes.split(), x.shape, spec, strict=True):
-        parts = math.prod(mesh.shape[n] for n in names or ())
+
+    for letter, size, names in zip(letters, x.shape, spec, strict=True):
+        parts = math.prod(mesh.shape[name] for name in names or ())
         if size % parts:
             raise ValueError(
                 f"Axis {letter!r} of {axes!r} {x.shape} has {size} entries, which do "
@@ -107,106 +128,142 @@ def constrain(x: Array, axes: str, context: str = "") -> Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def reshard_to_frames(y: Float[Array, "b t h w d"], split: str) -> Float[Array, "b t h w d"]:
+    """Reshard the result of a mixer, split by the letter `split`, to be split by t.
+
+    It takes two constraints, so that the cotangent of y is sharded like y. XLA's partitioner (of
+    jaxlib 0.10.2) may otherwise contract tokens split by one letter with cotangents split by
+    another, and half of the kernel's gradient is silently wrong.
+    """
+    y = constrain(y, "b t h w d", context=split)
+    return constrain(y, "b t h w d", context="t")
+
+
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what the program is compiled for. Those are the mesh's devices, which
-    may be only described, else the default ones."""
+    """Return "cpu", "gpu" or "tpu", the platform that the program is compiled for.
+
+    It is that of the mesh's devices, which may be only described, or else of the default ones.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def reshard_to_frames(y: Array, split: str) -> Array:
-    """The end of a mixer whose tokens [b t h w d] were split by the letter `split`: as other
-    layers have them, by t.
+def path_str(path: Sequence[Any]) -> str:
+    """Return the path of a leaf as names joined by "/"."""
+    return "/".join(_key_name(key) for key in path)
 
-    Said in two steps, so that the cotangent of y lies as y does. XLA's partitioner (of jaxlib
-    0.10.2) otherwise may contract tokens split by one letter with cotangents split by another,
-    and half of the kernel's gradient is silently wrong.
+
+def _key_name(key: Any) -> str:
+    """Return the name in a key of a path: of a dict, an attribute or a sequence."""
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
+
+
+def param_shardings(mesh: Mesh, params: Any, rules: Rules = PARAM_RULES) -> Any:
+    """Return a NamedSharding for every parameter.
+
+    `params` may be abstract (ShapeDtypeStruct).
+
+    Raises:
+        ValueError: a parameter has no rule or a size that does not divide, or a rule names an axis
+            that the mesh lacks. The message lists all of them.
     """
-    return constrain(constrain(y, "b t h w d", context=split), "b t h w d", context="t")
-
-
-def path_str(path) -> str:
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
-def param_shardings(mesh: Mesh, params, rules=PARAM_RULES):
-    """A NamedSharding for every parameter; `params` may be abstract (ShapeDtypeStruct).
-
-    Raises ValueError that lists every parameter without a rule or with a size that does not
-    divide, and every rule that names an axis the mesh lacks.
-    """
-    unknown = sorted({a for _, spec in rules for a in spec if a} - set(mesh.axis_names))
+    unknown = sorted({axis for _, spec in rules for axis in spec if axis} - set(mesh.axis_names))
     if unknown:
         raise ValueError(f"Sharding rules name unknown mesh axes {unknown}; known: {AXES}.")
+
     problems: list[str] = []
 
-    def one(path, leaf):
+    def shard(path: Sequence[Any], leaf: Any) -> NamedSharding | None:
+        # The first rule that matches.
         name = path_str(path)
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                full = (None,) * (leaf.ndim - len(spec)) + tuple(spec)
-                for size, axis in zip(leaf.shape, full, strict=True):
-                    if axis and size % mesh.shape[axis]:
-                        problems.append(
-                            f"{name} {leaf.shape}: {size} is not a multiple of "
-                            f"mesh axis {axis} = {mesh.shape[axis]}"
-                        )
-                return NamedSharding(mesh, P(*full))
-        problems.append(f"{name} {leaf.shape}: no sharding rule matches")
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        if spec is None:
+            problems.append(f"{name} {leaf.shape}: no sharding rule matches")
+            return None
 
-    out = jax.tree_util.tree_map_with_path(one, params)
+        # Rules are of the last dimensions.
+        full = (None,) * (leaf.ndim - len(spec)) + tuple(spec)
+        for size, axis in zip(leaf.shape, full, strict=True):
+            if axis and size % mesh.shape[axis]:
+                problems.append(
+                    f"{name} {leaf.shape}: {size} is not a multiple of "
+                    f"mesh axis {axis} = {mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, P(*full))
+
+    shardings = jax.tree_util.tree_map_with_path(shard, params)
     if problems:
-        raise ValueError("Parameters that cannot be laid out:\n  " + "\n  ".join(problems))
-    return out
+        raise ValueError("Parameters that cannot be sharded:\n  " + "\n  ".join(problems))
+    return shardings
 
 
-def opt_shardings(mesh: Mesh, opt_state, params_shardings):
-    """Optimizer moments lie where their parameters lie; counters are replicated.
+def opt_shardings(mesh: Mesh, opt_state: Any, params_shardings: Any) -> Any:
+    """Return shardings of the optimizer state.
 
-    A moment is known by its path, which ends in that of its parameter.
+    Moments are sharded like their parameters, the rest is replicated. The path of a moment ends in
+    the path of its parameter.
     """
-    known = {
-        path_str(path): s for path, s in jax.tree_util.tree_flatten_with_path(params_shardings)[0]
-    }
+    leaves = jax.tree_util.tree_flatten_with_path(params_shardings)[0]
+    sharding_of = {path_str(path): sharding for path, sharding in leaves}
 
-    def one(path, _):
-        parts = path_str(path).split("/")
-        tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        return next((known[tail] for tail in tails if tail in known), replicated(mesh))
+    def shard(path: Sequence[Any], _: Any) -> NamedSharding:
+        names = path_str(path).split("/")
+        for i in range(len(names)):
+            tail = "/".join(names[i:])
+            if tail in sharding_of:
+                return sharding_of[tail]
+        return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(one, opt_state)
+    return jax.tree_util.tree_map_with_path(shard, opt_state)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose first axis is the batch."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
-    """This process's share of a batch as global arrays; text such as keys stays on the host."""
+    """Put this process's share of a batch on the devices, as global arrays.
+
+    Text such as keys stays on the host.
+    """
     sharding = batch_sharding(mesh)
     return {
-        k: jax.make_array_from_process_local_data(sharding, v) for k, v in _numbers(batch).items()
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in _numeric_arrays(batch).items()
     }
 
 
-def like_batch(
+def abstract_batch(
     mesh: Mesh, example: Mapping[str, np.ndarray], local: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract: what `put_batch` makes of `local` such examples (without an axis b) a process."""
+    """Return the shapes of `put_batch`, for `local` examples a process.
+
+    The example has no axis b.
+    """
     return {
-        k: jax.ShapeDtypeStruct(
-            (local * jax.process_count(), *v.shape),
-            jax.dtypes.canonicalize_dtype(v.dtype),
+        name: jax.ShapeDtypeStruct(
+            (local * jax.process_count(), *array.shape),
+            jax.dtypes.canonicalize_dtype(array.dtype),
             sharding=batch_sharding(mesh),
         )
-        for k, v in _numbers(example).items()
+        for name, array in _numeric_arrays(example).items()
     }
 
 
-def _numbers(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    arrays = {k: np.asarray(v) for k, v in batch.items()}
-    return {k: v for k, v in arrays.items() if v.dtype.kind in "biuf" or str(v.dtype) == "bfloat16"}
+def _numeric_arrays(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the entries of a batch that are numbers or booleans."""
+    arrays = {name: np.asarray(value) for name, value in batch.items()}
+    return {
+        name: array
+        for name, array in arrays.items()
+        if array.dtype.kind in "biuf" or str(array.dtype) == "bfloat16"
+    }

@@ -1,4 +1,4 @@
-"""Rays meet the points that pixels show; files of cameras come back, or say what is wrong."""
+"""Rays meet the points that pixels show; files of cameras survive a round trip."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from vdx.data.camera import cropped, plucker, read_camera, write_camera
 from vdx.data.scenes.drawing import background
 from vdx.data.scenes.signals import camera
-from vdx.data.scenes.source import Object, Scene
+from vdx.data.scenes.world import Object, Scene
 
 
 def turned(angle, axis):
@@ -32,8 +32,11 @@ def cameras(seed=0, count=4):
 
 
 def test_a_ray_passes_through_the_points_that_its_pixel_shows():
-    """A world point is projected by the textbook's matrices into each camera, and must lie on the
-    ray of that very pixel: p x d = m, in the coordinates of the first camera."""
+    """The ray of a pixel contains the world points that the pixel shows.
+
+    A world point is projected by the textbook's matrices into each camera. It must be on the ray
+    of that pixel: p x d = m, in the coordinates of the first camera.
+    """
     intrinsics, extrinsics = cameras()
     rng, size = np.random.default_rng(1), 12
     rays = plucker(intrinsics, extrinsics, size, size).astype(np.float64)
@@ -65,7 +68,7 @@ def test_only_the_way_from_the_first_camera_matters():
 
 
 def test_the_camera_of_a_scene_sees_the_background_that_is_drawn():
-    """Where the ray of a pixel meets the plane at depth 1 lies what the unmoved pattern has."""
+    """The ray of a pixel meets the plane at depth 1 where the pattern at rest has its colour."""
     scene = Scene((Object("circle", "red", "left", "small", "slow"),), "dots", "pan left")
     times, h, w = np.array([0.0, 0.7, 1.9]), 40, 64
     found = camera(scene, times, h, w)
@@ -94,7 +97,7 @@ def test_the_camera_of_a_scene_sees_the_background_that_is_drawn():
 
 @pytest.mark.parametrize("size", [(20, 40), (40, 20), (30, 30)])
 def test_a_cropped_camera_sees_the_middle_of_what_the_whole_one_saw(size):
-    """Rays at pixels that both pictures have are the same."""
+    """Rays are equal at pixels that both pictures have."""
     intrinsics, extrinsics = cameras()
     whole = plucker(intrinsics, extrinsics, 40, 40)
     part = plucker(cropped(intrinsics, (40, 40), *size), extrinsics, *size)
@@ -108,7 +111,7 @@ def test_a_cropped_camera_sees_the_middle_of_what_the_whole_one_saw(size):
 
 
 @pytest.mark.parametrize("zooms", [True, False])
-def test_a_file_comes_back(tmp_path, zooms):
+def test_a_file_survives_a_round_trip(tmp_path, zooms):
     intrinsics, extrinsics = cameras()
     intrinsics = intrinsics if zooms else np.broadcast_to(intrinsics[:1], intrinsics.shape)
     write_camera(tmp_path / "a.json", intrinsics, extrinsics)
@@ -122,7 +125,7 @@ STILL = np.eye(3, 4).tolist()
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, message",
     [
         ("{", "cannot be read as JSON"),
         ("[]", "expected .*intrinsics"),
@@ -145,8 +148,8 @@ STILL = np.eye(3, 4).tolist()
         ),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, text, says):
+def test_a_wrong_file_is_an_error_that_names_the_fault(tmp_path, text, message):
     path = tmp_path / "a.json"
     path.write_text(text if isinstance(text, str) else json.dumps(text))
-    with pytest.raises(ValueError, match=f"a.json.*{says}"):
+    with pytest.raises(ValueError, match=f"a.json.*{message}"):
         read_camera(path, 3)

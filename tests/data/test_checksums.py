@@ -1,4 +1,4 @@
-"""Checksums of a folder: written once, compared ever after, never replaced in silence."""
+"""Checksums of a folder: written once, then compared, replaced only on request."""
 
 import hashlib
 import json

@@ -105,14 +105,14 @@ def test_records_round_trip_without_tensorflow_or_torch(tmp_path):
         env={**os.environ, "PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in (
+    for line in (
         "round trip done",
         "clip 0: latents hold NaN",
         "is already there",
         "v1: not a usable video",
         "unreadable",
     ):
-        assert said in done.stdout, done.stdout
+        assert line in done.stdout, done.stdout
 
 
 def row(**changes):
@@ -140,7 +140,7 @@ def row(**changes):
         ({"num_frames": 0}, "num_frames = 0"),
     ],
 )
-def test_a_row_that_does_not_fit_says_what_was_expected(changes, message):
+def test_a_row_that_does_not_fit_is_an_error_with_the_expected_shape(changes, message):
     with pytest.raises(BadRecord, match=f"k: .*{message}"):
         ready_example(row(**changes), "k", {**META, "concat": [2, 4, 4, 5]})
 
@@ -156,6 +156,6 @@ def test_a_dimension_may_vary_and_metadata_may_be_absent():
     assert made["text"].shape == (3, 6) and made["text_mask"].all()
 
 
-def test_what_signals_read_comes_along():
+def test_arrays_of_signals_are_in_the_example():
     made = ready_example(row(concat=np.ones((2, 4, 4, 5), np.float16)), "k", META)
     assert made["concat"].shape == (2, 4, 4, 5) and "image_tokens" not in made

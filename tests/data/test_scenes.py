@@ -16,24 +16,24 @@ from vdx.data.scenes.captions import (
     SIZE_WORDS,
     SPEED_WORDS,
     STYLE_WORDS,
+    describe,
 )
-from vdx.data.scenes.source import (
+from vdx.data.scenes.sampling import is_validation
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import (
     BACKGROUNDS,
     CAMERAS,
     COLOURS,
+    COMMAND_SPEED,
+    COMMANDED,
     MOTIONS,
     SHAPES,
     SIZES,
     SPEEDS,
     STAY,
-    STEER,
-    STEERED,
     STYLES,
     Object,
     Scene,
-    Scenes,
-    describe,
-    is_validation,
 )
 
 TIMES = np.arange(16) / 8.0
@@ -41,7 +41,7 @@ ONE = Scenes(max_objects=1, cameras=("static",), split="all")
 
 
 def centroid(video):
-    """[t 2] in unit-square coordinates, of a white object on black."""
+    """Return [t 2] in unit-square coordinates, of a white object on black."""
     mass = video[..., 0].astype(np.float64)
     height, width = mass.shape[1:]
     x = (mass.sum(1) * (np.arange(width) + 0.5) / width).sum(-1)
@@ -65,7 +65,7 @@ def test_same_index_same_bytes_other_index_other_clip():
 
 
 def test_known_clip_does_not_change():
-    """A changed generator would silently change every held-out prompt and reported number."""
+    """A changed generator would silently change every validation prompt and reported number."""
     scene = Scenes(seed=0, split="validation").scene(0)
     assert scene.caption == (
         "a cyan square floating upwards and a purple ring gently "
@@ -171,15 +171,15 @@ def test_a_bounce_turns_round_within_a_second_and_a_half():
         assert steps.max() > 0.01 and steps.min() < -0.01
 
 
-STEERABLE = Scenes(motions=(STEERED,), split="all", max_objects=1)
+COMMANDABLE = Scenes(motions=(COMMANDED,), split="all", max_objects=1)
 
 
-def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
+def test_a_commanded_object_obeys_its_actions_and_stays_in_the_frame():
     """From a start on the grid of 1/8 s every frame's displacement is that of its action."""
     times, ways = np.arange(16) / 8, np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
     often = np.zeros(5)
     for i in range(300):
-        scene = STEERABLE.scene(i)
+        scene = COMMANDABLE.scene(i)
         item, state = scene.objects[0], scene.state(times)[0]
         assert "steered" in scene.caption or "driven" in scene.caption
         rows = item.actions(times)
@@ -187,7 +187,7 @@ def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
         moved = np.diff(state["center"], axis=0)
         moved[:, 0] -= CAMERAS[scene.camera] / 8
         np.testing.assert_allclose(
-            moved, STEER * SPEEDS[item.speed] / 8 * ways[rows[:-1]], atol=1e-12
+            moved, COMMAND_SPEED * SPEEDS[item.speed] / 8 * ways[rows[:-1]], atol=1e-12
         )
         reach = state["size"][:, None]
         assert (state["center"] - reach > 0).all() and (state["center"] + reach < 1).all()
@@ -197,9 +197,9 @@ def test_a_steered_object_obeys_its_actions_and_stays_in_the_frame():
     assert (often / often.sum() > 0.12).all()
 
 
-def test_steered_is_a_word_that_only_those_who_ask_for_it_get():
-    assert STEERED not in MOTIONS and STEERED not in Scenes().motions
-    long = dataclasses.replace(STEERABLE, duration=5.0).scene(3).objects[0]
+def test_commanded_is_not_among_the_default_motions():
+    assert COMMANDED not in MOTIONS and COMMANDED not in Scenes().motions
+    long = dataclasses.replace(COMMANDABLE, duration=5.0).scene(3).objects[0]
     assert long.commands[-1][0] >= 5.0
 
 
@@ -207,10 +207,10 @@ def test_steered_is_a_word_that_only_those_who_ask_for_it_get():
     "motion, rows",
     [("left", [1] * 4), ("down", [4] * 4), ("turn", [0] * 4), ("bounce", [3, 3, 4, 4])],
 )
-def test_what_is_not_steered_still_has_a_direction(motion, rows):
+def test_an_object_without_commands_has_a_direction(motion, rows):
     item = Object("star", "red", motion, "large", "slow", rise=0.4)
     assert item.actions(np.array([0.1, 0.3, 0.5, 1.1]) * 1.2).tolist() == rows
-    assert item.actions(np.array([0.2, 0.2])).tolist() == [0, 0]  # a clip that is held
+    assert item.actions(np.array([0.2, 0.2])).tolist() == [0, 0]  # a clip that repeats a frame
 
 
 def test_two_objects_have_two_colours_and_room():
@@ -226,26 +226,28 @@ def test_two_objects_have_two_colours_and_room():
     assert np.mean(np.array(gaps) < 0.7) < 0.02
 
 
-def test_heldout_combinations_never_train_and_every_word_does():
-    seen = {"train": set(), "validation": set()}
-    for split, triples in seen.items():
+def test_validation_combinations_never_train_and_every_word_does():
+    drawn = {"train": set(), "validation": set()}
+    for split, triples in drawn.items():
         source = Scenes(split=split)
         for i in range(3000):
             for item in source.scene(i).objects:
                 triples.add((item.colour, item.shape, item.motion))
-    assert not seen["train"] & seen["validation"]
-    assert all(is_validation(*t) == (split == "validation") for split in seen for t in seen[split])
-    words = [{t[k] for t in seen["train"]} for k in range(3)]
+    assert not drawn["train"] & drawn["validation"]
+    assert all(
+        is_validation(*t) == (split == "validation") for split in drawn for t in drawn[split]
+    )
+    words = [{t[k] for t in drawn["train"]} for k in range(3)]
     assert words == [set(COLOURS), set(SHAPES), set(MOTIONS)]
-    everything = seen["train"] | seen["validation"]
-    assert 0.15 < len(seen["validation"]) / len(everything) < 0.25
+    everything = drawn["train"] | drawn["validation"]
+    assert 0.15 < len(drawn["validation"]) / len(everything) < 0.25
     for a, b in itertools.combinations(range(3), 2):
         pairs = {(t[a], t[b]) for t in everything}
-        assert pairs == {(t[a], t[b]) for t in seen["train"]}
+        assert pairs == {(t[a], t[b]) for t in drawn["train"]}
     assert all(s not in ("circle", "ring") for _, s, m in everything if m == "turn")
 
 
-def test_captions_say_the_truth_within_the_limit():
+def test_captions_are_true_and_within_the_limit():
     for split, i in itertools.product(("train", "validation"), range(2500)):
         scene = Scenes(split=split).scene(i)
         caption = scene.caption
@@ -257,11 +259,11 @@ def test_captions_say_the_truth_within_the_limit():
 
 
 def check_optional_words(scene, caption):
-    """A size, speed, background, camera or style that is said is the right one."""
-    said = set(caption.replace(",", "").split())
+    """Check that a size, speed, background, camera or style of a caption is the right one."""
+    words_of_caption = set(caption.replace(",", "").split())
     for field, table in (("size", SIZE_WORDS), ("speed", SPEED_WORDS)):
         allowed = {w for o in scene.objects for w in table[getattr(o, field)]}
-        assert said & {w for words in table.values() for w in words} <= allowed, caption
+        assert words_of_caption & {w for words in table.values() for w in words} <= allowed, caption
     for field, table in (
         ("background", BACKGROUND_WORDS),
         ("camera", CAMERA_WORDS),
@@ -285,13 +287,13 @@ def test_captions_vary_and_include_the_plain_one():
 
 
 def test_every_word_has_its_phrases():
-    assert set(MOTION_WORDS) == {*MOTIONS, STEERED} and set(BACKGROUND_WORDS) == set(BACKGROUNDS)
+    assert set(MOTION_WORDS) == {*MOTIONS, COMMANDED} and set(BACKGROUND_WORDS) == set(BACKGROUNDS)
     assert set(CAMERA_WORDS) == set(CAMERAS) and set(STYLE_WORDS) == set(STYLES)
     assert set(SIZE_WORDS) == set(SIZES) and set(SPEED_WORDS) == set(SPEEDS)
 
 
 def test_every_word_is_visible():
-    """No two backgrounds, styles or shapes are drawn alike."""
+    """No two backgrounds, styles or shapes look the same."""
     scenes = [
         dataclasses.replace(alone(s, "grow", style), background=b)
         for s, style, b in itertools.product(SHAPES, STYLES, BACKGROUNDS)
@@ -302,7 +304,7 @@ def test_every_word_is_visible():
 
 
 @pytest.mark.parametrize(
-    "fields, says",
+    "fields, message",
     [
         ({"shapes": ("circle", "hexagon")}, "hexagon.*Known: circle, square"),
         ({"colours": ("gren",)}, "Did you mean 'green'"),
@@ -317,8 +319,8 @@ def test_every_word_is_visible():
         ({"colour": ("red",)}, "Did you mean 'colours'"),
     ],
 )
-def test_a_bad_config_says_what_is_known(fields, says):
-    with pytest.raises(ConfigError, match=f"(?s){says}"):
+def test_a_bad_config_is_an_error_that_lists_the_known_words(fields, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
         build({"name": "scenes", **fields}, {"scenes": Scenes}, "data.source")
 
 

@@ -1,4 +1,4 @@
-"""What steers a clip is what is drawn, at the same instants and sizes, from scenes or files."""
+"""Control signals match the frames, at the same instants and sizes, from scenes or files."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from vdx.data.record import BadRecord, Record
 from vdx.data.resize import resize
 from vdx.data.scenes.drawing import COLOURS, SHAPES, paint
 from vdx.data.scenes.signals import camera, depth, flow, pose, reference
-from vdx.data.scenes.source import MOTIONS, Object, Scene, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import MOTIONS, Object, Scene
 from vdx.data.signals import ACTIONS, SIGNALS, sparse_flow_hints
 from vdx.data.sources import VideoFolder
 from vdx.data.transforms import ClipSampling, to_example
@@ -65,7 +66,7 @@ def example(record, signals=tuple(SIGNALS), seed=0, height=32, width=32, frames=
 
 
 def centroid(picture):
-    """[t 2] of pictures [t h w], in pixels."""
+    """Return [t 2] of pictures [t h w], in pixels."""
     height, width = picture.shape[1:]
     x = (picture.sum(1) * (np.arange(width) + 0.5)).sum(-1)
     y = (picture.sum(2) * (np.arange(height) + 0.5)).sum(-1)
@@ -112,9 +113,12 @@ def test_the_skeleton_stands_where_the_object_stands(angle):
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_a_pixel_goes_where_the_flow_says(motion):
-    """The soft star is drawn darker towards its edge in proportion to its radius, so where a
-    pixel goes, the next frame's star has the same brightness: a texture that moves with it."""
+def test_a_pixel_goes_where_the_flow_leads(motion):
+    """The brightness of a soft star is a texture that moves with it.
+
+    The star is darker towards its edge in proportion to its radius. Where a pixel goes, the star
+    of the next frame has the same brightness.
+    """
     one, size = scene("star", motion, 0.4), 48
     found, state = flow(one, TIMES, size, size), one.state(TIMES)[0]
     assert found.shape == (8, 48, 48, 2) and not found[-1].any()
@@ -156,7 +160,7 @@ def test_the_reference_is_the_subject_alone():
         np.testing.assert_array_equal(found, drawn)
 
 
-def test_an_example_has_what_is_asked_for_in_the_promised_form():
+def test_an_example_has_the_requested_signals_in_the_documented_form():
     record = Scenes(height=32, width=32, max_objects=1)[3]
     found = example(record)
     forms = {
@@ -173,7 +177,7 @@ def test_an_example_has_what_is_asked_for_in_the_promised_form():
         kind = {"actions": np.int32, "reference": np.uint8}.get(name, np.float32)
         assert (found[name].shape, found[name].dtype) == (shape, kind), name
     plain = example(record, ())
-    assert all(np.array_equal(plain[k], found[k]) for k in plain)  # asking changes nothing else
+    assert all(np.array_equal(plain[k], found[k]) for k in plain)  # signals change nothing else
     times, _ = ClipSampling(8, fps=8.0).times(record, 8, np.random.default_rng(0))
     np.testing.assert_array_equal(found["depth"], record.tracks["depth"](times))
     pickled = pickle.loads(pickle.dumps(record)).tracks["flow"](times)
@@ -182,7 +186,7 @@ def test_an_example_has_what_is_asked_for_in_the_promised_form():
 
 
 def test_maps_follow_the_frames_through_resizing():
-    """From wide frames made small and cropped: the map's object lies where the picture's does."""
+    """Wide frames are made small and cropped: map and picture have the object at one place."""
     one, panned = scene("circle", "right"), scene(camera="pan left", background="dots")
     source = Scenes(height=64, width=96, max_objects=1)
     record = dataclasses.replace(
@@ -212,7 +216,7 @@ def test_maps_follow_the_frames_through_resizing():
     np.testing.assert_allclose(found["camera"], halved, atol=1e-3)
 
 
-def test_sparse_flow_tells_a_few_points_that_move_with_the_object():
+def test_sparse_flow_hints_are_a_few_points_that_move_with_the_object():
     one = scene("circle", "right")
     dense = flow(one, TIMES, 32, 32)
     found = sparse_flow_hints(dense, 3, np.random.default_rng(0))
@@ -221,7 +225,7 @@ def test_sparse_flow_tells_a_few_points_that_move_with_the_object():
     np.testing.assert_array_equal(found[..., :2][found[..., 2] == 1], dense[found[..., 2] == 1])
     starts = [sparse_flow_hints(dense, 1, np.random.default_rng(s)) for s in range(30)]
     moving = [f for f in starts if f[0, ..., :2].any()]
-    assert len(moving) > 15  # points are told where something happens
+    assert len(moving) > 15  # hints are where something happens
     lasts = [(np.abs(f[:-1, ..., 0]).sum((1, 2)) > 0).sum() for f in moving]
     assert np.mean(np.array(lasts) == 7) > 0.8  # and stay with what they mark, but on its edge
     record = Scenes(max_objects=1)[0]
@@ -229,7 +233,7 @@ def test_sparse_flow_tells_a_few_points_that_move_with_the_object():
     assert few.sum() == 2 and many.sum() == 9
 
 
-def test_a_point_that_leaves_the_frame_is_no_longer_told():
+def test_a_point_that_leaves_the_frame_is_no_longer_a_hint():
     found = sparse_flow_hints(
         np.full((6, 8, 8, 2), (2.0, 0.0), np.float32), 4, np.random.default_rng(0)
     )
@@ -249,7 +253,7 @@ def test_motion_is_a_change_in_a_second():
         motion_score(flash.astype(np.float32), 8.0)
 
 
-def test_a_record_without_a_track_is_named_and_a_signal_nobody_knows_refused():
+def test_a_record_without_a_track_is_named_and_an_unknown_signal_refused():
     bare = Record("clip", "x", 2.0, None, lambda t: np.zeros((len(t), 32, 32, 3), np.uint8))
     with pytest.raises(BadRecord, match="clip: has no pose; it has no tracks"):
         example(bare, ("pose",))
@@ -279,12 +283,12 @@ def test_other_footage_is_its_own_reference():
     assert found == {int(100 * i / 4) for i in range(8)}
 
 
-# Files beside clips --------------------------------------------------------------------------
+# Track files --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder whose clip and tracks come from one scene, at 8 frames per second."""
+    """Write a folder whose clip and tracks come from one scene, at 8 frames per second."""
     path, one, times = tmp_path_factory.mktemp("folder"), scene("circle", "right"), np.arange(9) / 8
     write_video(path / "a.mp4", one.render(times, 64, 64), 8, min_side=64)
     np.save(path / "depth.npy", depth(one, times, 64, 64)[..., 0])
@@ -320,7 +324,7 @@ def clip_of(path, **tracks):
 
 
 @pytest.mark.parametrize("fps, step", [(8.0, 1), (4.0, 2)])
-def test_files_beside_a_clip_are_read_at_its_instants(folder, fps, step):
+def test_track_files_are_read_at_the_instants_of_the_clip(folder, fps, step):
     path, one = folder
     found = example(clip_of(path, **TRACKS), frames=4, fps=fps, start="first")
     times = np.arange(4) / fps
@@ -344,7 +348,7 @@ def test_files_beside_a_clip_are_read_at_its_instants(folder, fps, step):
 
 
 @pytest.mark.parametrize(
-    "track, name, content, says",
+    "track, name, content, message",
     [
         ("depth", "x.npy", None, "No such file"),
         ("depth", "../x.npy", None, "inside the folder"),
@@ -364,7 +368,7 @@ def test_files_beside_a_clip_are_read_at_its_instants(folder, fps, step):
     ],
 )
 def test_a_file_that_cannot_be_used_is_a_bad_record_that_names_it(
-    folder, track, name, content, says
+    folder, track, name, content, message
 ):
     path, _ = folder
     for old in path.glob("x.*"):
@@ -374,11 +378,11 @@ def test_a_file_that_cannot_be_used_is_a_bad_record_that_names_it(
     elif content is not None:
         np.save(path / name, content, allow_pickle=True)
     record = clip_of(path, **{track: name})
-    example(record, (), frames=4)  # a clip whose tracks nobody asks for is not in their way
-    with pytest.raises(BadRecord, match=f"(?s)a.mp4: not a usable {track} .*{says}"):
+    example(record, (), frames=4)  # a clip whose tracks are not requested can be read
+    with pytest.raises(BadRecord, match=f"(?s)a.mp4: not a usable {track} .*{message}"):
         example(record, (track,), frames=4)
 
 
-def test_tables_say_the_same():
+def test_tables_agree():
     assert set(TRACKS) | {"motion"} == set(SIGNALS)
     assert len(ACTIONS) == 5 and len(COLOURS) == 8

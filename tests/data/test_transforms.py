@@ -1,4 +1,4 @@
-"""Which instants a clip takes, and what becomes of the frames."""
+"""The instants that a clip takes, and its frames after resizing."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ RNG = np.random.default_rng
 
 
 def footage(frames=24, fps=12.0, timestamps=None):
-    """A record whose frame number is its grey level."""
+    """Return a record whose frame number is its grey level."""
     stamps = np.arange(frames) / fps if timestamps is None else np.asarray(timestamps, float)
 
     def read(times):
@@ -104,7 +104,7 @@ def test_procedural_clips_start_anywhere_and_stay_inside():
     np.testing.assert_allclose(np.diff(times), 1 / 8)
 
 
-def test_a_short_record_is_refused_held_or_looped():
+def test_a_short_record_is_refused_or_repeated():
     record = footage(frames=6)
     with pytest.raises(BadRecord, match=r"too short: needs 1 s, has 0\.5 s"):
         ClipSampling(12, fps=12.0).times(record, 12, RNG(0))
@@ -153,7 +153,7 @@ def test_a_short_record_is_refused_held_or_looped():
         {"fps": 8.0, "num_frames": 0},
     ],
 )
-def test_a_sampling_that_cannot_be_meant_is_refused(fields):
+def test_a_sampling_that_is_not_valid_is_refused(fields):
     with pytest.raises(ValueError):
         ClipSampling(**{"num_frames": 8, **fields})
 

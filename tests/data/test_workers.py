@@ -38,7 +38,7 @@ WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Faulty:
-    """Ready examples, and a fault at one of them, once if `once` names a file to remember it."""
+    """Ready examples with a fault at one of them; if `once` names a file, only the first time."""
 
     fault: str = ""
     at: int = 30
@@ -72,7 +72,7 @@ def read_on(batches, count=12):
 
 
 def since(file):
-    """Seconds since the fault that the file remembers."""
+    """Return the seconds since the fault that made the file."""
     return time.time() - file.stat().st_mtime
 
 
@@ -108,7 +108,9 @@ def read_on_from(position, count):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", ["hang", "hang, holding the interpreter"])
-def test_workers_that_hang_show_where_and_are_killed_from_another_thread(tmp_path, fault, capfd):
+def test_workers_that_hang_print_their_stacks_and_are_killed_from_another_thread(
+    tmp_path, fault, capfd
+):
     hung, begin = tmp_path / "once", time.monotonic()
     batches = loader(fault, 20, str(hung))
 
@@ -153,13 +155,13 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_NOFILE, (128, 4096))
         read_on(loader(global_batch=64), 4)
     elif mode == "signals":
-        asked = []
+        received = []
         for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: asked.append(1))
+            signal.signal(name, lambda *_: received.append(1))
         batches = loader()
         read_on(batches, 2)
         print("ready", flush=True)
-        while len(asked) < 2:
+        while len(received) < 2:
             time.sleep(0.05)
         time.sleep(0.5)
         assert read_on(batches, 20)[-1] == [84, 85, 86, 87]
@@ -181,7 +183,7 @@ if __name__ == "__main__":
 
 @contextlib.contextmanager
 def started(tmp_path, mode):
-    """The program in a process group of its own, by which its descendants are found."""
+    """Run the program in a process group of its own, by which its descendants are found."""
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.format(tests=str(ROOT)))
     with subprocess.Popen(
@@ -199,7 +201,7 @@ def started(tmp_path, mode):
 
 
 def members(group):
-    """Living processes of a group, whoever their parent is by now."""
+    """Return the living processes of a group, whatever their parent is by now."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -246,7 +248,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path)
         assert all_gone(program.pid)
 
 
-def test_only_the_death_of_a_worker_is_taken_for_one():
+def test_no_other_error_is_taken_for_the_death_of_a_worker():
     assert workers.died(RuntimeError("a bug"), 3) is None
     assert workers.died(ValueError(), 3) is None
     workers.kill_workers()  # there are none

@@ -1,4 +1,4 @@
-"""Every kind of bad record, in real files: counted, named, replaced alike everywhere, limited."""
+"""Every kind of bad record, in real files: counted, named, replaced and limited."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdx.data import records, sources
+from vdx.data import records, video_files
 from vdx.data.bad_records import read_bad_records
 from vdx.data.checksums import add_checksums
 from vdx.data.pipeline import DataError, make_loader
@@ -29,7 +29,7 @@ CLIPS, BAD, BATCH, COUNT = 12, (3, 8), 8, 4
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """A folder of good videos with checksums; the caption of each is its grey level."""
+    """Write a folder of good videos with checksums; each caption is the grey level."""
     folder = tmp_path_factory.mktemp("videos")
     rng = np.random.default_rng(0)
     for i in range(CLIPS):
@@ -42,7 +42,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory):
-    """Cached latents of clips, among them the bad ones that vdx itself refuses to write."""
+    """Write cached latents, among them bad ones, which vdx itself refuses to write."""
     root = tmp_path_factory.mktemp("latents")
     rng = np.random.default_rng(0)
     features = records.latent_features((None, 4, 4, 3), 6)
@@ -60,7 +60,7 @@ def latents(tmp_path_factory):
             }
             rows.append({**row, **LATENT_FAULTS[kind](row)} if i in BAD and kind != "good" else row)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "check_latents", lambda *_: None)
+            patch.setattr(records, "check_latents", lambda *_: None)
             records.write_records(root / kind, {"train": rows}, features, metadata=metadata)
     return root
 
@@ -86,14 +86,14 @@ def one_byte(data, place):
 
 
 def inverted(data):
-    """The middle half of the frames."""
+    """Return the file with the middle half of its frames inverted."""
     begin, size = data.index(b"mdat"), len(data) - data.index(b"mdat")
     middle = slice(begin + size // 4, begin + 3 * size // 4)
     return data[: middle.start] + bytes(255 - b for b in data[middle]) + data[middle.stop :]
 
 
 def as_file(change):
-    """A fault of the file's bytes, which its checksum would tell of: it is left out."""
+    """Return a fault of the file's bytes; the checksum, which would reveal it, is removed."""
 
     def fault(path, row):
         del row["sha256"]
@@ -217,7 +217,7 @@ def keys(batches):
 
 
 def check(source, good, names, reason, log):
-    """What must hold of a source in which the records `names` are bad for `reason`."""
+    """Check a source in which the records `names` are bad for `reason`."""
     batches = loader(source, bad_log=log)
     read = take(batches)
     # Counted and named, each with its reason.
@@ -230,13 +230,13 @@ def check(source, good, names, reason, log):
     found, clean = keys(read), keys(take(loader(good)))
     assert not set(found) & set(names) and set(clean) & set(names) == set(names)
     assert all(a == b or b in names for a, b in zip(found, clean, strict=True))
-    # Alike on any number of hosts, whose files together say the same.
+    # The same on any number of hosts, whose files together have the same rows.
     for hosts in (2, 4):
         again = log.with_name(f"{hosts}.jsonl")
         same(on_hosts(source, hosts, bad_log=again), read)
-        told = [{**row, "host": 0} for row in read_bad_records(again)]
-        assert told == rows
-    # Above the rate the run stops, and says which.
+        found_rows = [{**row, "host": 0} for row in read_bad_records(again)]
+        assert found_rows == rows
+    # Above the rate the run stops, and names the records.
     with pytest.raises(DataError, match=f"(?s)records are bad.*({reason})") as stop:
         take(loader(source, max_bad_rate=0.0), 20)
     assert any(f"\n  {name}: " in str(stop.value) for name in names)
@@ -244,7 +244,7 @@ def check(source, good, names, reason, log):
 
 
 def spoilt(videos, folder, *faults):
-    """A copy of the folder in which the faults fell on the clips BAD, or on one clip each."""
+    """Copy the folder, with one fault at the clips BAD or several at one clip each."""
     shutil.copytree(videos, folder)
     rows = read_rows(folder)
     places = dict.fromkeys(BAD, faults[0]) if len(faults) == 1 else dict(enumerate(faults))
@@ -305,7 +305,7 @@ class Renamed:
 
 
 @pytest.mark.faults
-def test_all_faults_at_once_are_replaced_alike_by_any_number_of_workers(videos, tmp_path):
+def test_all_faults_at_once_are_replaced_equally_by_any_number_of_workers(videos, tmp_path):
     source = spoilt(
         videos,
         tmp_path / "spoilt",
@@ -325,8 +325,8 @@ def test_all_faults_at_once_are_replaced_alike_by_any_number_of_workers(videos, 
     read, log = take(loader(source)), tmp_path / "bad.jsonl"
     for workers, hosts in ((1, 1), (2, 2)):
         same(on_hosts(source, hosts, workers=workers, bad_log=log), read)
-        told = read_bad_records(log)
-        assert {row["key"] for row in told} == {f"{i}.mp4" for i in range(7)}
+        logged = read_bad_records(log)
+        assert {row["key"] for row in logged} == {f"{i}.mp4" for i in range(7)}
         log.unlink()
 
 
@@ -341,7 +341,7 @@ def test_every_flipped_byte_is_found_by_the_checksum_and_most_by_nothing_else(vi
     times, good = np.arange(24) / 12, [sealed[i].read(np.arange(24) / 12) for i in range(CLIPS)]
 
     def usable(source, index):
-        """Whether it is read without complaint; and the pixels."""
+        """Return the pixels, or None if the record is refused."""
         try:
             return source[index].read(times)
         except BadRecord:
@@ -362,7 +362,7 @@ def test_every_flipped_byte_is_found_by_the_checksum_and_most_by_nothing_else(vi
     print(f"{silent} of 24 flipped bytes decode to other pixels without a sign")
 
 
-def test_damage_of_any_kind_is_a_bad_record_or_goes_unseen_but_never_stops_a_run(videos, tmp_path):
+def test_damage_of_any_kind_is_a_bad_record_or_undetected_but_never_stops_a_run(videos, tmp_path):
     data, rng = (videos / "5.mp4").read_bytes(), np.random.default_rng(1)
     write_rows(tmp_path, [{"file_name": "5.mp4", "caption": "x"}])
     source, refused = VideoFolder(str(tmp_path)), 0
@@ -397,7 +397,7 @@ def test_a_name_that_ffmpeg_takes_for_an_address_is_the_file_of_that_name(
 def test_frames_that_would_take_all_memory_are_refused(tmp_path, monkeypatch, most, reason):
     changing_size(tmp_path / "a.mp4", {"sha256": None})  # 32x32 by its header, later 48x48
     write_rows(tmp_path, [{"file_name": "a.mp4", "caption": "x"}])
-    monkeypatch.setattr(sources, "MOST_PIXELS", most)
+    monkeypatch.setattr(video_files, "MOST_PIXELS", most)
     with pytest.raises(BadRecord, match=reason):
         VideoFolder(str(tmp_path))[0].read(np.arange(24) / 12)
 

@@ -19,8 +19,9 @@ from vdx.generate.cache_calibration import calibrate
 from vdx.generate.pipeline import Sampling
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import rope_table, shift_rope
-from vdx.models.mixers.grid_attention import MIXERS, CachePosition, MixContext
+from vdx.models.mixers.context import CachePosition, MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.positions import rope_table, shift_rope
 from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
@@ -174,10 +175,10 @@ def test_on_eight_devices_it_is_that_of_one(sizes, cached):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "space", "block": 2}, "of a mixer that looks over time"),
+        ({"name": "space", "block": 2}, "of a mixer that attends over time"),
         ({"name": "full", "block": 0}, "one or more frames"),
         ({"name": "full", "window": 2}, "block"),
-        ({"name": "full", "block": 2, "sink": 1}, "beside a window"),
+        ({"name": "full", "block": 2, "sink": 1}, "a sink needs a window"),
         ({"name": "full", "block": 2, "window": 0}, "one or more blocks"),
     ],
 )

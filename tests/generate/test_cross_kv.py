@@ -44,7 +44,7 @@ def programs(randomise, quick):
             factors = randomise(
                 jax.eval_shape(
                     lambda: lora.new_factors(
-                        jax.random.key(0), lora.chosen(dense_kernels(model.new_params))
+                        jax.random.key(0), lora.select_kernels(dense_kernels(model.new_params))
                     )
                 )
             )

@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from vdx.convert import open_source
-from vdx.interop.encoders import clip_vision_config
+from vdx.interop.clip import clip_vision_config
 from vdx.interop.keymap import WeightsError
 from vdx.interop.load import open_weights
 from vdx.interop.pretrained import open_pretrained
 from vdx.interop.stored_array import StoredArray
-from vdx.interop.vae import VIDEO_VAES
+from vdx.interop.video_vae import VIDEO_VAES
 from vdx.interop.wan_original import umt5_config, vae_config
 from vdx.parallel import MeshSpec
 

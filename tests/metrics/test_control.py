@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.data.scenes.source import MOTIONS, SPEEDS, STEERED, Object, Scene, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import COMMANDED, MOTIONS, SPEEDS, Object, Scene
 from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.control import (
     CONTROL_METRICS,
@@ -21,7 +22,7 @@ FPS, COUNT = 8.0, 8
 PATTERNED = ("stripes", "dots", "checks")
 # The scenes in which each measure is taken; the others are of one object, the camera at rest.
 SCENES = {
-    "actions": {"motions": (STEERED,)},
+    "actions": {"motions": (COMMANDED,)},
     "camera": {"cameras": ("static", "pan left", "pan right"), "backgrounds": PATTERNED},
     "pose_angle": {"shapes": ("triangle", "star", "cross"), "motions": ("turn", "left")},
     "fps": {"motions": ("left", "right", "up", "down")},
@@ -309,7 +310,14 @@ def test_a_long_way_of_a_plain_object_is_found_from_coarse_to_fine():
 
 @pytest.mark.parametrize(
     "motion, most",
-    [("left", 0.07), ("up", 0.07), ("grow", 0.07), ("shrink", 0.13), ("turn", 0.5), (STEERED, 0.1)],
+    [
+        ("left", 0.07),
+        ("up", 0.07),
+        ("grow", 0.07),
+        ("shrink", 0.13),
+        ("turn", 0.5),
+        (COMMANDED, 0.1),
+    ],
 )
 def test_the_flow_of_an_object_is_what_was_asked_for(motion, most):
     """As the docstring says of true scenes."""

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vdx.data.scenes.source import COLOURS, MOTIONS, SHAPES, Object, Scene, Scenes
+from vdx.data.scenes.source import Scenes
+from vdx.data.scenes.world import COLOURS, MOTIONS, SHAPES, Object, Scene
 from vdx.metrics.prompt_following import ATTRIBUTES, read_attributes, score
 
 TIMES = np.arange(16) / 8.0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vdx.data.scenes.source import COLOURS, Object, Scene
+from vdx.data.scenes.world import COLOURS, Object, Scene
 from vdx.metrics.prompt_following import track_object
 from vdx.metrics.temporal_consistency import flicker, identity_drift, lab
 

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.mixers.grid_attention import PATTERNS, CachePosition
-from vdx.models.transformer import REMAT, SIZES, Transformer, check_remat, modulate
+from vdx.models.mixers.context import CachePosition
+from vdx.models.mixers.table import PATTERNS
+from vdx.models.remat import REMAT, check_remat
+from vdx.models.transformer import SIZES, Transformer
+from vdx.models.transformer_blocks import modulate
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
 
@@ -63,16 +66,16 @@ def relative(a, b):
     return np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
 
 
-def test_skip_leads_what_lies_beside_the_clip_to_its_own_patch(randomise):
-    """A fresh network predicts zero; with `skip` what is beside reaches the prediction past it."""
+def test_skip_maps_concatenated_channels_to_their_own_patch(randomise):
+    """A fresh network predicts zero; with `skip` concatenated channels bypass it."""
     model = Transformer(**SMALL, skip=True)
-    beside = RNG.normal(size=(*CLIP.shape[:-1], 2)).astype(np.float32)
-    ports = PORTS.replace(concat=beside)
+    concat = RNG.normal(size=(*CLIP.shape[:-1], 2)).astype(np.float32)
+    ports = PORTS.replace(concat=concat)
     params = randomise(shapes(model, ports=ports))
     params["unpatch"] = jax.tree.map(np.zeros_like, params["unpatch"])  # the network is silent
-    run = lambda beside: model.apply({"params": params}, CLIP, TIME, ports.replace(concat=beside))
-    assert not np.any(run(np.zeros_like(beside)))
-    one = np.zeros_like(beside)
+    run = lambda concat: model.apply({"params": params}, CLIP, TIME, ports.replace(concat=concat))
+    assert not np.any(run(np.zeros_like(concat)))
+    one = np.zeros_like(concat)
     one[0, 3, 1, 6, 1] = 1.0
     got = np.array(run(one))
     kernel = params["skip"]["kernel"].reshape(2, 2, 2, 2, 2, 2, 2, 3)  # i j k c -> i j k c

@@ -1,4 +1,4 @@
-"""CLIP's two towers against transformers', their tables of keys, and their pictures."""
+"""CLIP's two towers against transformers', their tables of keys, and their images."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from vdx.config.build import ConfigError
-from vdx.interop.components import open_component
-from vdx.interop.encoders import (
+from vdx.interop.clip import (
     clip_rows,
     clip_text_from_config,
     clip_vision_config,
     clip_vision_from_config,
 )
+from vdx.interop.components import open_component
 from vdx.interop.keymap import WeightsError, export, gather
 from vdx.interop.load import open_weights
 from vdx.models.encoders.clip import preprocess
@@ -297,7 +297,7 @@ def test_a_file_that_is_not_the_original_wans_clip(wan_vision, tmp_path, quick):
 
 
 @pytest.mark.parametrize("shape", [(30, 41, 3), (64, 24, 3), (11, 9, 3), (17, 17, 3)])
-def test_pictures_are_transformers(shape):
+def test_preprocessed_images_are_transformers(shape):
     frame = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     processor = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     want = processor.CLIPImageProcessorPil(

@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from vdx.config.build import ConfigError
+from vdx.interop.image_vae import image_vae_from_config, image_vae_rows
 from vdx.interop.keymap import WeightsError, assign, export, gather
-from vdx.interop.vae import image_vae_from_config, image_vae_rows
-from vdx.models.vae.image_vae import GroupNorm, ImageVAE
+from vdx.models.image_blocks import GroupNorm
+from vdx.models.vae.image_vae import ImageVAE
 from vdx.parallel import MeshSpec, param_shardings
 
 torch = pytest.importorskip("torch")

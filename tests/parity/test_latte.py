@@ -18,7 +18,8 @@ from vdx.interop.latte import is_latte, latte_denoiser, latte_rows, load_latte
 from vdx.interop.save import export_plan
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import layer_norm, plane_table, sincos_table
+from vdx.models.layers import layer_norm
+from vdx.models.positions import plane_table, sincos_table
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.interop.encoders import t5_from_config, t5_rows
 from vdx.interop.keymap import WeightsError, export, gather
+from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.models.encoders import t5
 from vdx.models.encoders.t5 import SIZES, T5Encoder, distance_buckets
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
@@ -178,7 +178,7 @@ def test_a_bias_too_many_or_too_few(public_file):
             read(public_file(source), model)
 
 
-def test_sizes_are_those_of_the_public_models():
+def test_sizes_are_those_of_the_pretrained_models():
     tiny = t5_from_config(TINY | {"model_type": "umt5"})
     assert (tiny.vocabulary, tiny.head_width, tiny.eps, tiny.buckets) == (50, 6, 1e-6, 8)
     for name, count in (("umt5-xxl", 5_680_910_336), ("t5-v1.1-xxl", 4_762_310_656)):

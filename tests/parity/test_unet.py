@@ -72,7 +72,7 @@ CLASSES = {
         {**TINY, **levels("Motion"), "num_attention_heads": 2, "motion_num_attention_heads": 2},
     ),
     "3d": ("UNet3DConditionModel", {**TINY, **levels("3D"), "attention_head_dim": 8}),
-    # Stable Diffusion 2's layout, with channels beside the clip.
+    # Stable Diffusion 2's layout, with channels next to the clip.
     "image_2": (
         "UNet2DConditionModel",
         {
@@ -189,7 +189,7 @@ def test_every_key_goes_there_and_back(case, tmp_path):
 
 
 class Controlled:
-    """A U-Net of diffusers and a control branch beside it, and ours with both."""
+    """A U-Net of diffusers and a control branch, and ours with both."""
 
     def __init__(self, kind, unet, folder):
         self.kind, self.unet, self.folder = kind, unet, folder

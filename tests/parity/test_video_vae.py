@@ -14,8 +14,9 @@ from vdx.config.build import ConfigError
 from vdx.generate.decode import Decoder
 from vdx.generate.video_io import to_uint8
 from vdx.interop.keymap import export, gather
-from vdx.interop.vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
-from vdx.models.vae.blocks import FrameAttention, Posterior, ResidualBlock
+from vdx.interop.video_vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
+from vdx.models.vae.blocks import FrameAttention, ResidualBlock
+from vdx.models.vae.posterior import Posterior
 from vdx.models.vae.video_vae import VideoVAE
 from vdx.parallel import MeshSpec, param_shardings
 
@@ -92,7 +93,7 @@ def reference(config):
     return model
 
 
-class Programs:
+class CompiledVAE:
     """Runs a VAE's methods on clips of its own, each program compiled once."""
 
     def __init__(self, vae, params, quick):
@@ -135,7 +136,7 @@ class Case:
         self.rows = video_vae_rows(self.vae)
         self.like = shapes(self.vae)
         self.params = gather(self.file.get, self.file, self.like, self.rows)
-        self.ours = Programs(self.vae, self.params, quick)
+        self.ours = CompiledVAE(self.vae, self.params, quick)
         self.mean, self.std = (np.float32(config[f"latents_{k}"]) for k in ("mean", "std"))
 
 
@@ -159,7 +160,7 @@ def light(request, randomise, quick):
     vae = VideoVAE(**LIGHT[request.param])
     params = randomise(shapes(vae))
     params["decoder"]["conv_out"]["kernel"] /= 4  # pixels of the size of pixels
-    return Programs(vae, params, quick)
+    return CompiledVAE(vae, params, quick)
 
 
 @pytest.mark.parametrize(("length", "chunk"), RUNS)
@@ -480,7 +481,7 @@ def test_every_parameter_learns(randomise, quick):
 
 @pytest.mark.parametrize("light", ["residual"], indirect=True)
 def test_bfloat16_products_of_float32_parameters(light):
-    half = Programs(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
+    half = CompiledVAE(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
     assert {p.dtype for p in jax.tree.leaves(shapes(half.vae))} == {np.dtype(np.float32)}
     (want, _), (got, _) = light.run("decode", 9), half.run("decode", 9)
     assert got.dtype == jnp.float32
@@ -491,7 +492,7 @@ def test_posterior_is_the_references():
     moments = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 8)).astype(np.float32)
     moments[0, 0, 0, 0] = 50  # the variance is held
     shift, scale = np.arange(4, dtype=np.float32), np.float32([1, 2, 3, 4])
-    got = Posterior.of(moments, shift, scale)
+    got = Posterior.from_moments(moments, shift, scale)
     want = wan.DiagonalGaussianDistribution(channels_first(moments))
     np.testing.assert_array_equal(got.mean, channels_last(want.mean))
     np.testing.assert_array_equal(got.logvar, channels_last(want.logvar))

@@ -19,10 +19,11 @@ from vdx.interop.stored_array import StoredArray
 from vdx.interop.wan import load_wan, open_wan
 from vdx.interop.wan_config import SKYREELS, wan_config, wan_from_config
 from vdx.interop.wan_keys import IN_BLOCKS, OUTSIDE, wan_transformer_rows
-from vdx.models import transformer
+from vdx.models import transformer, transformer_blocks
 from vdx.models.denoiser import Denoiser
-from vdx.models.layers import RMSNorm, layer_norm, rope_table
+from vdx.models.layers import RMSNorm, layer_norm
 from vdx.models.mixers import grid_attention
+from vdx.models.positions import Rope, rope_table
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")
@@ -256,7 +257,7 @@ def test_the_embeddings_of_the_conditions_are_theirs(kind, cases):
 
 def swapped_axes(grid, width, theta=1e4):
     t, h, w = grid
-    return tuple(x.transpose(0, 2, 1, 3, 4) for x in rope_table((t, w, h), width, theta))
+    return Rope(*(x.transpose(0, 2, 1, 3, 4) for x in rope_table((t, w, h), width, theta)))
 
 
 class PerHead(RMSNorm):
@@ -272,8 +273,8 @@ class PerHead(RMSNorm):
 
 FAULTS = {
     "rope axes swapped": (transformer, "rope_table", swapped_axes),
-    "epsilon 1e-3": (transformer, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
-    "epsilon 1e-5": (transformer, "layer_norm", functools.partial(layer_norm, eps=1e-5)),
+    "epsilon 1e-3": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
+    "epsilon 1e-5": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-5)),
     "norm after the split": (grid_attention, "RMSNorm", PerHead),
 }
 

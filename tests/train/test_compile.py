@@ -12,7 +12,7 @@ from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.hardware import CHIPS
-from vdx.parallel import MeshSpec, like_batch, put_batch
+from vdx.parallel import MeshSpec, abstract_batch, put_batch
 from vdx.train import compile as compile_module
 from vdx.train.compile import StepCompiler
 
@@ -105,7 +105,7 @@ def test_a_bucket_that_is_no_number_of_patches(at_root):
 
 def test_abstract_batches_are_like_those_that_come(world):
     batch = clips(4, 2)
-    told = like_batch(world[2], {k: v[0] for k, v in batch.items()}, 4)
+    told = abstract_batch(world[2], {k: v[0] for k, v in batch.items()}, 4)
     real = put_batch(world[2], batch)
     assert told.keys() == real.keys() == {"video", "place"}
     for name, x in real.items():

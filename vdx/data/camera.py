@@ -1,16 +1,17 @@
-"""Cameras as numbers: rays of each pixel for a network, and files that people can write.
+"""Cameras as numbers: rays of pixels for a network, and files for people to write.
 
-A camera is an intrinsic matrix [3 3] in units of the frame, x by its width and y by its height
-(fx 1: the frame is as wide as the distance; cx = cy = 0.5: the axis pierces its middle), and a
-world-to-camera matrix [3 4], x right, y down, z into the scene, as OpenCV and COLMAP have it.
+A camera is an intrinsic matrix [3 3] and a world-to-camera matrix [3 4]. The intrinsics are in
+units of the frame, x by its width and y by its height: fx = 1 means that the frame is as wide as
+its distance, cx = cy = 0.5 that the axis passes through its middle. In the camera's coordinates x
+points right, y down and z into the scene, as in OpenCV and COLMAP.
 
 A file of cameras is JSON, one matrix for each frame:
 
     {"intrinsics": [fx, fy, cx, cy],
      "frames": [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], ...]}
 
-where a zooming clip has a list of intrinsics, one for each frame. Only the way from the first
-frame's camera to the others matters. The unit of length is that of the training data.
+A zooming clip has a list of intrinsics, one for each frame. Only the motion relative to the first
+frame's camera matters. The unit of length is that of the training data.
 """
 
 from pathlib import Path
@@ -23,35 +24,52 @@ from vdx.files import read_json, write_json
 
 __all__ = ["cropped", "plucker", "read_camera", "write_camera"]
 
-SLACK = 1e-3  # of a rotation matrix, which files round
+MAX_ROUNDING = 1e-3  # of R R' - 1 for a rotation matrix R, whose numbers files round
+MAX_INTRINSIC = 100  # in units of the frame; larger numbers are pixels
+# Where fx, fy, cx, cy stand in an intrinsic matrix.
+ROWS = [0, 1, 0, 1]
+COLUMNS = [0, 1, 2, 2]
 
 
 def plucker(intrinsics: np.ndarray, extrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float32 [t height width 6]: moment o x d and direction d of the ray of each pixel.
+    """Return the ray of each pixel: moment o x d and direction d.
 
-    intrinsics [t 3 3], extrinsics [t 3 4]: as the module says. d has length 1; o is the camera's
-    centre; both in the coordinates of the first frame's camera. CameraCtrl (He et al., 2024).
+    intrinsics [t 3 3], extrinsics [t 3 4]: see the module. The result is float32
+    [t height width 6]. d has length 1 and o is the camera's centre, both in the coordinates of the
+    first frame's camera. CameraCtrl (He et al., 2024).
     """
-    turn, move = (np.asarray(extrinsics, np.float64)[..., part] for part in (slice(3), 3))
+    extrinsics = np.asarray(extrinsics, np.float64)
+    rotation = extrinsics[..., :3]  # [t 3 3]
+    translation = extrinsics[..., 3]  # [t 3]
+
     # x_i = R_i x + t_i and x_0 = R_0 x + t_0, so x_i = R_i R_0' x_0 + t_i - R_i R_0' t_0.
-    turn = turn @ turn[0].T
-    move = move - turn @ move[0]
-    fx, fy, cx, cy = np.moveaxis(
-        np.asarray(intrinsics, np.float64)[:, [0, 1, 0, 1], [0, 1, 2, 2]], 1, 0
-    )
-    x = ((np.arange(width) + 0.5) / width - cx[:, None]) / fx[:, None]
-    y = ((np.arange(height) + 0.5) / height - cy[:, None]) / fy[:, None]
-    d = np.ones((len(turn), height, width, 3))
-    d[..., 0], d[..., 1] = x[:, None], y[:, :, None]
+    rotation = rotation @ rotation[0].T
+    translation = translation - rotation @ translation[0]
+
+    # Directions in the coordinates of each camera.
+    parameters = np.asarray(intrinsics, np.float64)[:, ROWS, COLUMNS]  # [t 4]
+    fx, fy, cx, cy = np.moveaxis(parameters, 1, 0)
+    x = ((np.arange(width) + 0.5) / width - cx[:, None]) / fx[:, None]  # [t width]
+    y = ((np.arange(height) + 0.5) / height - cy[:, None]) / fy[:, None]  # [t height]
+    d = np.ones((len(rotation), height, width, 3))
+    d[..., 0] = x[:, None]
+    d[..., 1] = y[:, :, None]
     d /= np.linalg.norm(d, axis=-1, keepdims=True)
-    d = np.einsum("thwc,tcd->thwd", d, turn)  # R' d: R leads from the world
-    o = -np.einsum("tcd,tc->td", turn, move)[:, None, None]
+
+    # To the coordinates of the first camera; R leads from the world, so R' is applied.
+    d = np.einsum("thwc,tcd->thwd", d, rotation)
+    o = -np.einsum("tcd,tc->td", rotation, translation)[:, None, None]
     return np.concatenate([np.cross(o, d), d], axis=-1).astype(np.float32)
 
 
 def cropped(intrinsics: np.ndarray, old: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """The intrinsics [t 3 3] once frames of (h, w) `old` are resized as `resize` does it."""
+    """Return intrinsics [t 3 3] for frames that `resize` has changed.
+
+    old: (h, w) of the frames before.
+    """
     (left, top, right, bottom), _ = covering(old, height, width)
+
+    # The crop is the new unit of length, and its corner the new origin.
     result = np.array(intrinsics, np.float64)
     for row, size, begin, end in ((0, old[1], left, right), (1, old[0], top, bottom)):
         result[:, row] *= size / (end - begin)
@@ -60,22 +78,18 @@ def cropped(intrinsics: np.ndarray, old: tuple[int, int], height: int, width: in
 
 
 def write_camera(path: str | Path, intrinsics: np.ndarray, extrinsics: np.ndarray) -> None:
-    """Writes intrinsics [t 3 3] and extrinsics [t 3 4] as the module says."""
-    rows = np.asarray(intrinsics, np.float64)[:, [0, 1, 0, 1], [0, 1, 2, 2]]
-    same = bool((rows == rows[0]).all())
-    write_json(
-        path,
-        {
-            "intrinsics": (rows[0] if same else rows).tolist(),
-            "frames": np.asarray(extrinsics, np.float64).tolist(),
-        },
-    )
+    """Write intrinsics [t 3 3] and extrinsics [t 3 4] as a file of cameras."""
+    parameters = np.asarray(intrinsics, np.float64)[:, ROWS, COLUMNS]  # [t 4]
+    if (parameters == parameters[0]).all():
+        parameters = parameters[0]
+    frames = np.asarray(extrinsics, np.float64)
+    write_json(path, {"intrinsics": parameters.tolist(), "frames": frames.tolist()})
 
 
 def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(intrinsics float64 [t 3 3], extrinsics float64 [t 3 4]) of a file.
+    """Return intrinsics float64 [t 3 3] and extrinsics float64 [t 3 4] of a file.
 
-    frames: how many cameras are needed. Raises ValueError that names the file and what is wrong.
+    frames: number of cameras that are needed. Raises ValueError that names the file and the fault.
     """
     found = read_json(path)
     if not isinstance(found, dict) or not {"intrinsics", "frames"} <= set(found):
@@ -83,7 +97,21 @@ def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray
             f'{path}: expected {{"intrinsics": [fx, fy, cx, cy], "frames": '
             "[3 x 4 matrix, ...]}; see vdx.data.camera."
         )
-    extrinsics = _array(path, "frames", found["frames"])
+    extrinsics = _parse_extrinsics(path, found["frames"], frames)
+    parameters = _parse_intrinsics(path, found["intrinsics"], len(extrinsics))
+
+    matrices = np.zeros((len(extrinsics), 3, 3))
+    matrices[:, ROWS, COLUMNS] = parameters
+    matrices[:, 2, 2] = 1.0
+    return matrices, extrinsics
+
+
+def _parse_extrinsics(path: str | Path, value: Any, frames: int | None) -> np.ndarray:
+    """Return "frames" of a file as float64 [t 3 4].
+
+    frames: number of cameras needed. Raises ValueError for a matrix that is no camera.
+    """
+    extrinsics = _parse_array(path, "frames", value)
     if extrinsics.ndim != 3 or extrinsics.shape[1:] != (3, 4):
         raise ValueError(
             f'{path}: "frames" is {list(extrinsics.shape)}, expected one '
@@ -91,27 +119,38 @@ def read_camera(path: str | Path, frames: int | None = None) -> tuple[np.ndarray
         )
     if frames is not None and len(extrinsics) != frames:
         raise ValueError(f"{path} has {len(extrinsics)} cameras, and the clip has {frames} frames.")
-    for i, turn in enumerate(extrinsics[..., :3]):
-        if np.abs(turn @ turn.T - np.eye(3)).max() > SLACK or np.linalg.det(turn) < 0:
+
+    for i, rotation in enumerate(extrinsics[..., :3]):
+        error = np.abs(rotation @ rotation.T - np.eye(3)).max()
+        if error > MAX_ROUNDING or np.linalg.det(rotation) < 0:
             raise ValueError(f"{path}: the first three columns of frame {i} are no rotation.")
-    rows = _array(path, "intrinsics", found["intrinsics"])
-    if rows.shape not in ((4,), (len(extrinsics), 4)):
+    return extrinsics
+
+
+def _parse_intrinsics(path: str | Path, value: Any, frames: int) -> np.ndarray:
+    """Return "intrinsics" of a file as float64 [4] or [t 4].
+
+    Raises ValueError for another shape, or numbers in pixels.
+    """
+    parameters = _parse_array(path, "intrinsics", value)
+    if parameters.shape not in ((4,), (frames, 4)):
         raise ValueError(
-            f'{path}: "intrinsics" is {list(rows.shape)}, expected [fx, fy, cx, cy], '
-            f"or {len(extrinsics)} of them, one for each frame."
+            f'{path}: "intrinsics" is {list(parameters.shape)}, expected [fx, fy, cx, cy], '
+            f"or {frames} of them, one for each frame."
         )
-    if (rows[..., :2] <= 0).any() or (rows > 100).any():
+    if (parameters[..., :2] <= 0).any() or (parameters > MAX_INTRINSIC).any():
         raise ValueError(
-            f'{path}: "intrinsics" {rows.reshape(-1, 4)[0].tolist()} are not in units '
+            f'{path}: "intrinsics" {parameters.reshape(-1, 4)[0].tolist()} are not in units '
             "of the frame: divide fx and cx by its width, fy and cy by its height."
         )
-    matrices = np.zeros((len(extrinsics), 3, 3))
-    matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]] = rows
-    matrices[:, 2, 2] = 1.0
-    return matrices, extrinsics
+    return parameters
 
 
-def _array(path: str | Path, name: str, value: Any) -> np.ndarray:
+def _parse_array(path: str | Path, name: str, value: Any) -> np.ndarray:
+    """Return a JSON value as a float64 array.
+
+    Raises ValueError if it is empty, ragged or not finite.
+    """
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):

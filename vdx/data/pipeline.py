@@ -1,322 +1,215 @@
-"""From a source to batches: shuffled, bucketed, sharded over hosts, exactly resumable.
+"""Batches of a source: shuffled, bucketed, sharded over hosts, exactly resumable.
 
-Everything is a pure function of the global position p, a count of examples since the start of
-training: its epoch p // len(source), its place in that epoch's permutation, its random numbers
-and its bucket. A batch therefore does not depend on threads, workers, hosts or interruptions,
-and one integer, the number of batches consumed, is the whole state.
+`vdx.data.stream` computes each example from its global position alone. This module reads ahead,
+stacks examples to batches, counts bad records, and stops the run when they are too many. One
+integer, the number of batches consumed, is the whole state.
 """
 
-import bisect
 import dataclasses
-import functools
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
 from vdx.data import workers
 from vdx.data.bad_records import read_bad_records
-from vdx.data.record import BadRecord
+from vdx.data.stream import (
+    BatchSchedule,
+    BatchShape,
+    Example,
+    ExampleStream,
+    RefusedRecord,
+    Source,
+    StreamItem,
+)
 from vdx.files import append_rows, host_file
 
-ATTEMPTS = 9  # a record and up to 8 substitutes
-MIN_SEEN = 50  # records before the share of bad ones is judged
-_ENDLESS = 1 << 48
-_SMALL = 1 << 16  # records whose permutation is kept in memory
-_SHUFFLE, _EXAMPLE = 1, 2  # keep the two random streams of one seed apart
+__all__ = ["Batches", "DataError", "Loader", "make_loader"]
 
-Example = dict[str, Any]
+MIN_SEEN = 50  # records before the rate of bad ones is checked; the rate of fewer says little
+MAX_NAMED = 10  # bad records in an error message, which a reader can look through
 
 
 class DataError(ValueError):
     """The data set as a whole cannot be trained on: empty, or too many bad records."""
 
 
-class Source(Protocol):
-    """A data set: `source[i]` is a Record, or a dict that is a ready example."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """How batches are read; the section of a config.
+    """How batches are read; the section `data.loader` of a config."""
 
-    global_batch: examples in a batch, all hosts together.
-    workers: processes that read and decode; 0 reads in threads of this process.
-    threads: reading threads in each process; 0 reads when asked, which eases debugging.
-    prefetch: batches read ahead.
-    max_bad_rate: stop when clearly more than this share of the records is bad.
-    buckets: (frames, height, width, examples) of the batches, which take turns, so that those of
-      long, of tall and of wide clips have as many tokens as others. A record is cut to the bucket
-      of its batch, whatever its own shape. Without them a batch has global_batch examples of the
-      clip's usual size.
-    """
-
-    global_batch: int
+    global_batch: int  # examples in a batch, all hosts together
     seed: int = 0
-    shuffle: bool = True
-    workers: int = 0
-    threads: int = 4
-    prefetch: int = 2
-    max_bad_rate: float = 0.01
+    shuffle: bool = True  # False: every epoch in the order of the source
+    workers: int = 0  # processes that read and decode; 0: threads of this process
+    threads: int = 4  # reading threads in each process; 0 reads inside next(), to debug
+    prefetch: int = 2  # batches read ahead: one is consumed while the next is read
+    max_bad_rate: float = 0.01  # the run stops when clearly more than this share is bad
+    # (frames, height, width, examples) of the batches, in turn. Chosen so that batches of long,
+    # tall and wide clips have about the same number of tokens. A record is cropped to the bucket
+    # of its batch, whatever its own shape. Empty: global_batch clips of the usual size.
     buckets: tuple[tuple[int, int, int, int], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bucket:
-    """What is common to a batch. batch: examples, all hosts together; frames: None where ready
-    examples say it; size: (height, width), empty where it is not for the batch to say."""
-
-    batch: int
-    frames: int | None = None
-    size: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bad:
-    position: int
-    attempt: int
-    index: int
-    key: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stream:
-    """This host's examples from batch `start` on, as a random-access source for grain.
-
-    Buckets take turns: batch k is of bucket k % len(buckets), whatever its clips are like.
-    An item is (example or None, [_Bad]). A bad record travels in the item instead of being
-    raised: grain skips what raises, and the consumer can count in order and without locks.
-    """
-
-    source: Source
-    to_example: Callable[..., Example]
-    loader: Loader
-    buckets: tuple[_Bucket, ...]
-    host_index: int
-    host_count: int
-    start: int
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, item: int) -> tuple[Example | None, list[_Bad]]:
-        there = item * self.host_count + self.first(self.start)
-        batch = self.holds(there)
-        place = (there - self.first(batch)) // self.host_count
-        position = self.first(batch) + self.host_index * self.share(batch) + place
-        return self.at(position, self.bucket(batch))
-
-    def bucket(self, batch: int) -> _Bucket:
-        return self.buckets[batch % len(self.buckets)]
-
-    def share(self, batch: int) -> int:
-        """Examples of this host in a batch."""
-        return self.bucket(batch).batch // self.host_count
-
-    def first(self, batch: int) -> int:
-        """The global position of the first example of a batch."""
-        turns, rest = divmod(batch, len(self.buckets))
-        ends = self._ends
-        return turns * ends[-1] + (ends[rest - 1] if rest else 0)
-
-    def holds(self, position: int) -> int:
-        """The batch that holds a global position."""
-        turns, rest = divmod(position, self._ends[-1])
-        return turns * len(self.buckets) + bisect.bisect_right(self._ends, rest)
-
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        return list(itertools.accumulate(bucket.batch for bucket in self.buckets))
-
-    def at(self, position: int, bucket: _Bucket) -> tuple[Example | None, list[_Bad]]:
-        """The example at a global position, or a substitute that depends on it alone."""
-        bad: list[_Bad] = []
-        for attempt in range(ATTEMPTS if len(self.source) > 1 else 1):
-            rng = np.random.default_rng([self.loader.seed, _EXAMPLE, position, attempt])
-            index = self.index(position)
-            if attempt:  # any other record than the first choice
-                index = (index + 1 + int(rng.integers(len(self.source) - 1))) % len(self.source)
-            try:
-                return self.read(index, bucket, rng), bad
-            except BadRecord as error:
-                bad.append(_Bad(position, attempt, index, error.key, error.reason))
-            except Exception as error:
-                error.add_note(f"while reading record {index} for position {position}")
-                raise
-        return None, bad
-
-    def index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.source))
-        if not self.loader.shuffle:
-            return place
-        return _shuffled(place, len(self.source), self.loader.seed, epoch)
-
-    def read(self, index: int, bucket: _Bucket, rng: np.random.Generator) -> Example:
-        item, frames = self.source[index], bucket.frames
-        if not isinstance(item, Mapping):
-            size = dict(zip(("height", "width"), bucket.size, strict=False))
-            return self.to_example(item, num_frames=frames, rng=rng, **size)
-        if frames and "num_frames" in item and int(item["num_frames"]) != frames:
-            raise BadRecord(
-                str(item.get("key", index)),
-                f"holds {int(item['num_frames'])} frames, this batch needs {frames}",
-            )
-        return dict(item)
-
-
-@functools.lru_cache(maxsize=4)
-def _order(size: int, seed: int, epoch: int) -> tuple[int, np.ndarray | None]:
-    """(seed, permutation) of an epoch; no permutation where it would take much memory."""
-    entropy = np.random.SeedSequence([seed, _SHUFFLE, epoch])
-    order = np.random.default_rng(entropy).permutation(size) if size <= _SMALL else None
-    return int(entropy.generate_state(1)[0]), order
-
-
-def _shuffled(place: int, size: int, seed: int, epoch: int) -> int:
-    """Where the epoch's permutation of `size` records sends `place`."""
-    seed, order = _order(size, seed, epoch)
-    if order is not None:  # index_shuffle needs no memory, but milliseconds for a small set
-        return int(order[place])
-    return index_shuffle(place, max_index=size - 1, seed=seed, rounds=4)
-
-
 class Batches:
-    """An endless iterator of batches (dicts of arrays that share the leading axis).
+    """An endless iterator of batches: dicts of arrays that share the leading axis.
 
-    position: global batches consumed, the whole state; `seek` moves there.
-    bad, seen: records of this host that were refused, and tried, in the batches consumed. After
-      `seek` they are what `bad_log` tells of the batches before it, whichever host wrote it.
-    last_keys: names the records of this host's share of the latest batch.
-    wait_seconds: seconds spent inside next(), for the share of time lost to data.
+    Its state is `position`; `seek` moves there.
     """
 
-    def __init__(self, stream: _Stream, bad_log: Path | None):
-        self._stream, self._bad_log = stream, bad_log
-        self._items: Any = None
-        self.position = self.bad = 0
+    position: int  # global batches consumed
+    bad: int  # records of this host that were refused in the batches consumed
+    wait_seconds: float  # seconds spent inside next(), for the share of time lost to data
+    last_keys: tuple[str, ...]  # names of this host's records in the latest batch
+
+    def __init__(self, stream: ExampleStream, loader: Loader, bad_log: Path | None) -> None:
+        """Start at batch 0; `make_loader` checks the arguments."""
+        self._stream = stream
+        self._schedule = stream.schedule
+        self._loader = loader
+        self._bad_log = bad_log
+        self._items: grain.DatasetIterator[StreamItem] | None = None  # None: not reading ahead
+        self._reasons: dict[str, str] = {}  # of every bad record so far, by its key
+
+        self.position = 0
+        self.bad = 0
         self.wait_seconds = 0.0
-        self.last_keys: tuple[str, ...] = ()
-        self._named: dict[str, str] = {}
+        self.last_keys = ()
 
     @property
     def seen(self) -> int:
-        return self._stream.first(self.position) // self._stream.host_count + self.bad
+        """Records of this host that were tried for the batches consumed."""
+        examples = self._schedule.first_position(self.position) // self._schedule.host_count
+        return examples + self.bad
 
     def __iter__(self) -> "Batches":
+        """Return itself."""
         return self
 
     def __next__(self) -> Example:
+        """Return this host's share of the next batch."""
         begin = time.perf_counter()
         try:
-            batch, bad = self._take()
-        except BaseException as error:  # begin this batch again next time, rather than skip it
-            self.close()
+            batch, num_refused = self._next_batch()
+        except BaseException as error:
+            self.close()  # so that the next call begins this batch again instead of skipping it
             if death := workers.died(error, self.position):
                 raise death from error
             raise
         finally:
             self.wait_seconds += time.perf_counter() - begin
+
         self.position += 1
-        self.bad += bad
+        self.bad += num_refused
         self.last_keys = tuple(map(str, batch.get("key", ())))
         return batch
 
     def seek(self, position: int) -> None:
-        """Continues as if `position` batches had been consumed, whatever was read ahead."""
+        """Continue as if `position` batches had been consumed.
+
+        Batches that were read ahead are dropped. The bad records of the batches before are
+        counted from the log, whichever host wrote it.
+        """
         if position < 0:
             raise ValueError(f"Position {position} is negative; it counts batches consumed.")
         self.close()
         self.position = position
-        before = self._log_before()
-        self.bad = len(before)
-        self._named = {str(row.get("key")): str(row.get("reason")) for row in before}
+
+        rows = self._logged_before_position()
+        self.bad = len(rows)
+        self._reasons = {str(row.get("key")): str(row.get("reason")) for row in rows}
 
     def samples(self) -> Iterator[tuple[int, Example]]:
-        """(this host's examples in a batch, one example) of every kind of bucket, if there are
-        several: what the batches will be like. Of a bucket whose first records are bad, none."""
-        stream, kinds = self._stream, set(self._stream.buckets)
-        for batch, bucket in enumerate(stream.buckets):
-            if bucket in kinds and len(set(stream.buckets)) > 1:
-                kinds.remove(bucket)
-                if (example := stream.at(stream.first(batch), bucket)[0]) is not None:
-                    yield stream.share(batch), example
+        """Yield, for each kind of batch, this host's number of examples and one example.
+
+        Programs are compiled for these shapes before training. Yields nothing if there is only
+        one kind, and skips a kind whose first records are bad.
+        """
+        shapes = self._schedule.shapes
+        if len(set(shapes)) == 1:
+            return
+        for shape in dict.fromkeys(shapes):
+            batch = shapes.index(shape)
+            example, _ = self._stream.at(self._schedule.first_position(batch), shape)
+            if example is not None:
+                yield self._schedule.host_share(batch), example
 
     def close(self) -> None:
-        """Ends reading ahead, its threads and worker processes; next() starts them again."""
+        """Stop the threads and worker processes; next() starts them again."""
         if self._items is not None:
             workers.close(self._items)
             self._items = None
 
-    def _log_before(self) -> list[dict[str, Any]]:
-        """What the log says of this host's share of the batches before the position."""
-        stream = self._stream
-        rows = [] if self._bad_log is None else read_bad_records(self._bad_log)
-
-        def host(place: int) -> int:
-            batch = stream.holds(place)
-            return (place - stream.first(batch)) // stream.share(batch)
-
-        return [
-            row
-            for row in rows
-            if isinstance(place := row.get("position"), int)
-            and place < stream.first(self.position)
-            and host(place) == stream.host_index
-        ]
-
-    def _take(self) -> tuple[Example, int]:
-        """(the next batch, records refused on its way)."""
+    def _next_batch(self) -> tuple[Example, int]:
+        """Return the next batch, and the number of records refused on its way."""
         if self._items is None:
-            self._items = _read_ahead(dataclasses.replace(self._stream, start=self.position))
+            stream = dataclasses.replace(self._stream, start=self.position)
+            self._items = _read_ahead(stream, self._loader)
+
+        # Items arrive in the order of the positions.
         examples: list[Example] = []
-        refused: list[_Bad] = []
-        while len(examples) < self._stream.share(self.position):
+        refused: list[RefusedRecord] = []
+        while len(examples) < self._schedule.host_share(self.position):
             example, bad = next(self._items)
             refused += bad
             if example is None:
-                self._report(refused)
+                self._log_refused(refused)
                 raise DataError(
-                    f"No usable record in {len(bad)} tries at position "
-                    f"{bad[0].position}:{_names({b.key: b.reason for b in bad})}"
+                    f"No usable record in {len(bad)} tries at position {bad[0].position}:"
+                    f"{_list_reasons({row.key: row.reason for row in bad})}"
                 )
             examples.append(example)
-        self._report(refused)
-        self._judge(self.seen + len(examples) + len(refused), self.bad + len(refused))
+
+        # Counts become public in __next__, once the batch is whole.
+        self._log_refused(refused)
+        self._check_bad_rate(
+            seen=self.seen + len(examples) + len(refused), bad=self.bad + len(refused)
+        )
         return _stack(examples), len(refused)
 
-    def _judge(self, seen: int, bad: int) -> None:
-        rate = self._stream.loader.max_bad_rate
-        # Three standard deviations of grace: one bad record among the first 50 is not a rate.
+    def _check_bad_rate(self, seen: int, bad: int) -> None:
+        """Raise DataError if clearly more than `max_bad_rate` of the records are bad."""
+        rate = self._loader.max_bad_rate
+        # Three standard deviations of a Poisson count above the mean: one bad record among the
+        # first 50 is not yet a rate.
         allowed = rate * seen + 3 * math.sqrt(rate * seen)
-        if (seen >= MIN_SEEN or rate == 0) and bad > allowed:
+        enough_seen = seen >= MIN_SEEN or rate == 0
+        if enough_seen and bad > allowed:
             raise DataError(
-                f"{bad} of {seen} records are bad, more than "
-                f"max_bad_rate = {rate} allows. Mend or remove them, or raise "
-                f"max_bad_rate:{_names(self._named)}"
+                f"{bad} of {seen} records are bad, more than max_bad_rate = {rate} allows. "
+                f"Mend or remove them, or raise max_bad_rate:{_list_reasons(self._reasons)}"
             )
 
-    def _report(self, refused: list[_Bad]) -> None:
-        for one in refused:
-            if one.key not in self._named:
-                logging.warning("Bad record %s: %s", one.key, one.reason)
-            self._named[one.key] = one.reason
+    def _log_refused(self, refused: list[RefusedRecord]) -> None:
+        """Warn once about each bad record, and append all refusals to the log."""
+        for record in refused:
+            if record.key not in self._reasons:
+                logging.warning("Bad record %s: %s", record.key, record.reason)
+            self._reasons[record.key] = record.reason
+
         if self._bad_log is not None and refused:
-            host = self._stream.host_index
-            append_rows(
-                host_file(self._bad_log, host),
-                [dataclasses.asdict(one) | {"host": host} for one in refused],
-            )
+            host = self._schedule.host_index
+            rows = [dataclasses.asdict(record) | {"host": host} for record in refused]
+            append_rows(host_file(self._bad_log, host), rows)
+
+    def _logged_before_position(self) -> list[dict[str, Any]]:
+        """Return the rows of the log for this host's share of the batches consumed."""
+        if self._bad_log is None:
+            return []
+        end = self._schedule.first_position(self.position)
+
+        def is_ours(row: dict[str, Any]) -> bool:
+            position = row.get("position")
+            if not isinstance(position, int) or position >= end:
+                return False
+            return self._schedule.host_of(position) == self._schedule.host_index
+
+        return [row for row in read_bad_records(self._bad_log) if is_ours(row)]
 
 
 def make_loader(
@@ -327,80 +220,123 @@ def make_loader(
     host_index: int = 0,
     host_count: int = 1,
     bad_log: str | Path | None = None,
-    **settings,
+    **settings: Any,
 ) -> Batches:
-    """Batches of this host's share of every global batch.
+    """Return the batches of a source: this host's share of every global batch.
 
-    to_example: `to_example(record, num_frames=, rng=)` -> dict of arrays of one example, with
-      buckets also given height= and width=; may be left out for a source of ready examples.
-    num_frames: the lengths of clips in frames; batch k has length num_frames[k % len];
-      None where the source gives ready examples, of whatever length.
+    to_example: `to_example(record, num_frames=, rng=)` returns a dict of arrays of one example.
+      With buckets it also takes height= and width=. A source of ready examples needs none.
+    num_frames: lengths of clips in frames; batch k has length num_frames[k % len(num_frames)].
+      None for ready examples of any length.
     host_index, host_count: host h has the h-th contiguous share of every global batch.
     bad_log: the JSON-lines file that names every bad record of host 0; see `bad_records`.
     settings: fields of Loader.
 
-    Raises DataError for an empty source and ValueError for numbers that do not fit; next()
-    raises DataError when too many records are bad, `workers.WorkerDied`, and whatever else
-    reading raised.
+    Raises DataError for an empty source and ValueError for numbers that do not fit. next() raises
+    DataError when too many records are bad, `workers.WorkerDied`, and any other error of reading.
     """
+    # Every number is checked before anything is read.
     loader = Loader(**settings)
-    if (num_frames or to_example) and min(num_frames or (0,)) < 1:
-        raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
-    if any(min(bucket) < 1 for bucket in loader.buckets) or (loader.buckets and not to_example):
-        raise ValueError(
-            f"buckets = {loader.buckets}: positive frames, height, width and examples "
-            "of clips that are cut from footage; ready examples keep their shape."
-        )
-    buckets = tuple(
-        _Bucket(batch, frames, (height, width)) for frames, height, width, batch in loader.buckets
-    ) or tuple(_Bucket(loader.global_batch, frames) for frames in num_frames or (None,))
-    for batch in (bucket.batch for bucket in buckets):
-        if batch < 1 or batch % host_count:
-            name = "batch of a bucket" if loader.buckets else "global_batch"
-            raise ValueError(
-                f"{name} = {batch} cannot be shared by {host_count} hosts; make it a "
-                f"multiple of {host_count}."
-            )
-    if not 0 <= host_index < host_count:
-        raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
+    shapes = _batch_shapes(loader, num_frames, to_example is not None)
+    _check_hosts(loader, shapes, host_index, host_count)
     if min(loader.seed, loader.workers, loader.threads, loader.prefetch) < 0:
         raise ValueError(f"seed, workers, threads and prefetch cannot be negative: {loader}.")
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
-    stream = _Stream(
-        source, to_example or _not_ready, loader, buckets, host_index, host_count, start=0
+
+    # From positions to examples to batches.
+    stream = ExampleStream(
+        source=source,
+        to_example=to_example or _refuse_record,
+        schedule=BatchSchedule(shapes, host_index, host_count),
+        seed=loader.seed,
+        shuffle=loader.shuffle,
     )
-    return Batches(stream, Path(bad_log) if bad_log is not None else None)
+    return Batches(stream, loader, Path(bad_log) if bad_log is not None else None)
 
 
-def _not_ready(record, **_):
+def _batch_shapes(
+    loader: Loader, num_frames: tuple[int, ...] | None, cuts_clips: bool
+) -> tuple[BatchShape, ...]:
+    """Return the shapes of the batches, in turn.
+
+    Raises ValueError for numbers that do not fit.
+    """
+    # Clips that are cut from footage need lengths; ready examples may do without.
+    if (num_frames or cuts_clips) and min(num_frames or (0,)) < 1:
+        raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
+    if any(min(bucket) < 1 for bucket in loader.buckets) or (loader.buckets and not cuts_clips):
+        raise ValueError(
+            f"buckets = {loader.buckets}: positive frames, height, width and examples "
+            "of clips that are cut from footage; ready examples keep their shape."
+        )
+
+    if loader.buckets:
+        return tuple(
+            BatchShape(batch, frames, (height, width))
+            for frames, height, width, batch in loader.buckets
+        )
+    return tuple(BatchShape(loader.global_batch, frames) for frames in num_frames or (None,))
+
+
+def _check_hosts(
+    loader: Loader, shapes: tuple[BatchShape, ...], host_index: int, host_count: int
+) -> None:
+    """Raise ValueError if a batch does not divide over the hosts.
+
+    Also if there is no such host.
+    """
+    name = "batch of a bucket" if loader.buckets else "global_batch"
+    for shape in shapes:
+        if shape.batch < 1 or shape.batch % host_count:
+            raise ValueError(
+                f"{name} = {shape.batch} cannot be shared by {host_count} hosts; make it a "
+                f"multiple of {host_count}."
+            )
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"host_index = {host_index} is not in 0 .. {host_count - 1}.")
+
+
+def _refuse_record(record: Any, **_: Any) -> Example:
+    """Raise TypeError: without `to_example` the source must give ready examples."""
     raise TypeError(f"The source gives {type(record).__name__}, not examples: pass to_example.")
 
 
-def _read_ahead(stream: _Stream):
-    """grain's iterator over a stream, in order, read ahead by threads or processes."""
-    loader = stream.loader
-    ahead = loader.prefetch * max(map(stream.share, range(len(stream.buckets))))
+def _read_ahead(stream: ExampleStream, loader: Loader) -> grain.DatasetIterator[StreamItem]:
+    """Return an iterator over a stream, in order, read by threads or processes."""
+    schedule = stream.schedule
+    largest_share = max(map(schedule.host_share, range(len(schedule.shapes))))
+    buffer = loader.prefetch * largest_share  # examples
+
+    # Threads of this process.
     dataset = grain.MapDataset.source(stream)
     if not loader.workers:
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(loader.threads, ahead)))
-    each = max(1, math.ceil(ahead / loader.workers))
-    reading = grain.ReadOptions(loader.threads, min(loader.threads, each))
-    return workers.with_workers(dataset.to_iter_dataset(reading), loader.workers, each)
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(loader.threads, buffer)))
+
+    # Processes, each with its threads and its part of the buffer.
+    buffer_per_worker = max(1, math.ceil(buffer / loader.workers))
+    reading = grain.ReadOptions(loader.threads, min(loader.threads, buffer_per_worker))
+    return workers.with_workers(dataset.to_iter_dataset(reading), loader.workers, buffer_per_worker)
 
 
 def _stack(examples: list[Example]) -> Example:
-    """One batch; raises DataError that names the example whose keys or shapes differ."""
-    shapes = [{k: np.shape(v) for k, v in e.items()} for e in examples]
-    for example, shape in zip(examples, shapes, strict=True):
-        if shape != shapes[0]:
+    """Return one batch; raises DataError if keys or shapes of examples differ."""
+    # The first example decides.
+    first = examples[0]
+    expected = {name: np.shape(value) for name, value in first.items()}
+    for example in examples:
+        shapes = {name: np.shape(value) for name, value in example.items()}
+        if shapes != expected:
             raise DataError(
-                f"Examples of one batch differ: {examples[0].get('key')} is "
-                f"{shapes[0]}, {example.get('key')} is {shape}."
+                f"Examples of one batch differ: {first.get('key')} is {expected}, "
+                f"{example.get('key')} is {shapes}."
             )
-    return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+    return {name: np.stack([example[name] for example in examples]) for name in first}
 
 
-def _names(reasons: Mapping[str, str], most: int = 10) -> str:
-    lines = [f"\n  {key}: {reason}" for key, reason in list(reasons.items())[:most]]
-    return "".join(lines) + (f"\n  and {len(reasons) - most} more" if len(reasons) > most else "")
+def _list_reasons(reasons: Mapping[str, str]) -> str:
+    """Return bad records and reasons, a line each, the first MAX_NAMED of them."""
+    lines = [f"\n  {key}: {reason}" for key, reason in list(reasons.items())[:MAX_NAMED]]
+    if len(reasons) > MAX_NAMED:
+        lines.append(f"\n  and {len(reasons) - MAX_NAMED} more")
+    return "".join(lines)

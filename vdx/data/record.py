@@ -1,4 +1,4 @@
-"""What every data source yields: one clip that can be read at chosen instants."""
+"""Records: clips that data sources yield and that are read at chosen instants."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,48 +6,50 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BadRecord", "Record", "shown"]
+__all__ = ["BadRecord", "Reader", "Record", "frame_index_at"]
 
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
+
+# read(times float64 [t], in seconds) -> array; of frames, uint8 [t h w 3]
+Reader = Callable[[np.ndarray], np.ndarray]
 
 
 class BadRecord(ValueError):
     """One record that cannot be used; the pipeline counts, names and replaces it."""
 
-    def __init__(self, key: str, reason: str):
+    def __init__(self, key: str, reason: str) -> None:
+        """Store the key of the record and the reason."""
         super().__init__(key, reason)  # both, so that it survives pickling between processes
-        self.key, self.reason = key, reason
+        self.key = key
+        self.reason = reason
 
     def __str__(self) -> str:
+        """Return "key: reason"."""
         return f"{self.key}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A clip, not yet decoded.
+    """A clip, not yet decoded."""
 
-    key: names the record, for example "scenes/train/0/123".
-    caption: what the clip shows; "" where nobody said.
-    duration: seconds; instants in [0, duration) may be read.
-    timestamps: float64 [frames], the presentation time in seconds of every frame, or None
-        where any instant may be read (a procedural source).
-    read: `read(times)` with times float64 [t] in seconds gives uint8 [t h w 3].
-    attributes: anything else that is known about the clip, for metrics and filters.
-    tracks: what else runs beside the frames, by name; `tracks[name](times)` reads it at the same
-        instants. `vdx.data.signals` says which names there are and what each gives.
-    """
-
-    key: str
-    caption: str
-    duration: float
+    key: str  # name of the record, for example "scenes/train/0/123"
+    caption: str  # text that describes the clip; "" if there is none
+    duration: float  # seconds; instants in [0, duration) may be read
+    # float64 [frames], presentation time of every frame in seconds, ascending. None if any
+    # instant may be read (a procedural source).
     timestamps: np.ndarray | None
-    read: Callable[[np.ndarray], np.ndarray]
+    read: Reader  # frames at instants
+    # Anything else that is known about the clip, for metrics and filters.
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tracks: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(
-        default_factory=dict
-    )
+    # Control signals by name, read at the same instants; `vdx.data.signals` lists the formats.
+    tracks: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
 
 
-def shown(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """int [t]: the frame, of those with the timestamps, that is on the screen at each instant."""
-    return np.maximum(np.searchsorted(stamps, np.asarray(times) + ROUNDING, side="right") - 1, 0)
+def frame_index_at(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Return the index int [t] of the frame that is on the screen at each instant.
+
+    stamps: presentation times of the frames in seconds, ascending. times: [t], in seconds. An
+    instant before the first frame gives frame 0.
+    """
+    index = np.searchsorted(stamps, np.asarray(times) + ROUNDING, side="right") - 1
+    return np.maximum(index, 0)

@@ -1,20 +1,24 @@
-"""The layout of records on disk: encoded videos, or latents and text computed once.
+"""Layout of records on disk: encoded videos, or latents and text computed once.
 
 Records are ArrayRecord files prepared by tensorflow_datasets, which needs no TensorFlow for
-this. What cached latents are for is written beside them as `metadata.json` (which encoder,
-which weights), so that a stale cache can be told from a fresh one.
+this. `metadata.json` next to cached latents says which encoder and weights made them, so that a
+stale cache can be distinguished from a fresh one.
 """
 
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vdx.data.record import BadRecord
 from vdx.files import read_json
+
+if TYPE_CHECKING:  # importing it takes a second, which other sources save
+    from tensorflow_datasets.core import GeneratorBasedBuilder
+    from tensorflow_datasets.features import FeaturesDict
 
 __all__ = [
     "check_classes",
@@ -24,6 +28,8 @@ __all__ = [
     "video_features",
     "write_records",
 ]
+
+Row = Mapping[str, Any]
 
 CLASSES = {
     f"tensorflow_datasets.core.features.{name}"
@@ -35,12 +41,20 @@ CLASSES = {
     )
 }
 
-# Batch keys of signals that a record may hold: see vdx.models.conditioning.signals and steering.
+# Files of a prepared directory that name classes, and the keys under which they do.
+# "type" is the key of older versions.
+CLASS_KEYS = {
+    "features.json": {"pythonClassName", "python_class_name", "type"},
+    "dataset_info.json": {"pythonClassName", "python_class_name"},
+}
+
+# Batch keys of signals that a record may contain: see vdx.models.conditioning.signals and
+# vdx.models.conditioning.control_signals.
 SIGNALS = ("concat", "control", "image_tokens", "depth", "pose", "flow", "camera", "motion")
 
 
-def video_features():
-    """Features of encoded videos: video (the bytes of an mp4), caption, key."""
+def video_features() -> "FeaturesDict":
+    """Return the features of encoded videos: video (bytes of an mp4), caption, key."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -54,84 +68,84 @@ def video_features():
 
 def latent_features(
     latents: tuple[int | None, ...], text_dim: int, **signals: tuple[int | None, ...]
-):
-    """Features of cached latents.
+) -> "FeaturesDict":
+    """Return the features of cached latents.
 
-    latents: float16 of this shape [t h w c], normalised; None where it varies.
-    text: float16 [l text_dim], only the real tokens, so l varies; caption: their source.
-    fps: frames per second; num_frames: pixel frames; key: names the clip.
-    signals: shapes of further arrays, float16, by their names in SIGNALS. For Wan's
-    image-to-video `concat` [t h w 4 + c], the mask of known frames and their latents, and
-    `image_tokens` [m d], CLIP's features of the first frame; maps have the latents' size.
+    latents: the shape [t h w c] of float16 latents, normalised; None where it varies.
+    text_dim: d of the text, float16 [l d]; only the real tokens are stored, so l varies.
+    signals: shapes of further arrays, float16, by their names in SIGNALS. Wan's image-to-video
+      reads `concat` [t h w 4 + c], the mask of known frames and their latents, and `image_tokens`
+      [m d], CLIP's features of the first frame. Maps have the latents' size.
+
+    Other features: caption, the source of the text; fps, frames per second; num_frames, pixel
+    frames; key, the name of the clip.
     """
     import tensorflow_datasets as tfds
 
+    def half(shape: tuple[int | None, ...]) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=tuple(shape), dtype=np.float16)
+
     return tfds.features.FeaturesDict(
         {
-            "latents": tfds.features.Tensor(shape=tuple(latents), dtype=np.float16),
-            "text": tfds.features.Tensor(shape=(None, text_dim), dtype=np.float16),
+            "latents": half(latents),
+            "text": half((None, text_dim)),
             "caption": tfds.features.Text(),
             "fps": np.float32,
             "num_frames": np.int32,
             "key": tfds.features.Text(),
-            **{
-                name: tfds.features.Tensor(shape=tuple(shape), dtype=np.float16)
-                for name, shape in signals.items()
-            },
+            **{name: half(shape) for name, shape in signals.items()},
         }
     )
 
 
 def check_classes(path: Path) -> None:
-    """Raises ValueError if a prepared directory names a class other than those above.
+    """Raise ValueError if a prepared directory names a class other than CLASSES.
 
-    TFDS imports the module of whatever class `features.json` or `dataset_info.json` names, which
-    would run code that the author of the data chose. "type" is how older versions name one.
+    TFDS imports the module of every class that `features.json` or `dataset_info.json` names. That
+    would run code that the author of the data chose.
     """
-    for file, keys in (
-        ("features.json", {"pythonClassName", "python_class_name", "type"}),
-        ("dataset_info.json", {"pythonClassName", "python_class_name"}),
-    ):
-        if (path / file).exists():
-            unknown = set(_named(read_json(path / file), keys)) - CLASSES
-            if unknown:
-                raise ValueError(
-                    f"{path / file} names the class {min(unknown)!r}; known are "
-                    f"{', '.join(sorted(CLASSES))}."
-                )
+    for file, keys in CLASS_KEYS.items():
+        if not (path / file).exists():
+            continue
+        unknown = set(_texts_under(read_json(path / file), keys)) - CLASSES
+        if unknown:
+            raise ValueError(
+                f"{path / file} names the class {min(unknown)!r}; known are "
+                f"{', '.join(sorted(CLASSES))}."
+            )
 
 
-def _named(value: Any, keys: set[str]) -> Iterator[str]:
-    """The texts under any of the keys, at any depth."""
+def _texts_under(value: Any, keys: set[str]) -> Iterator[str]:
+    """Yield the texts under any of the keys, at any depth of a JSON value."""
     if isinstance(value, list):
         for inner in value:
-            yield from _named(inner, keys)
+            yield from _texts_under(inner, keys)
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from [inner] if key in keys and isinstance(inner, str) else _named(inner, keys)
+            if key in keys and isinstance(inner, str):
+                yield inner
+            else:
+                yield from _texts_under(inner, keys)
 
 
-def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> None:
-    """Raises BadRecord if a row is not what `metadata` promises.
+def check_latents(row: Row, key: str, metadata: Mapping[str, Any]) -> None:
+    """Raise BadRecord if a row does not match `metadata`.
 
-    metadata: latents, and the names of SIGNALS: the expected shape with None where it varies;
-      text, the shape [longest l, d]. Each may be absent, and is then not compared.
+    metadata: for "latents" and names of SIGNALS the expected shape, with None where it varies;
+      for "text" the shape [longest l, d]. What it leaves out is not compared.
     """
+    # Shapes, as far as the metadata fixes them.
     arrays = ["latents", *(name for name in SIGNALS if name in row)]
-    found = {name: np.shape(row[name]) for name in [*arrays, "text"]}
-    longest, width = metadata.get("text") or (None, None)
     for name in arrays:
-        axes = 4 if name == "latents" else len(found[name])
-        shape = tuple(metadata.get(name) or (None,) * axes)
-        if len(found[name]) != len(shape) or any(
-            want not in (None, have) for want, have in zip(shape, found[name], strict=True)
-        ):
-            raise BadRecord(key, f"{name} have the shape {found[name]}, expected {shape}")
-    if len(found["text"]) != 2 or width not in (None, found["text"][1]):
-        raise BadRecord(key, f"text has the shape {found['text']}, expected (l, {width})")
-    if longest is not None and found["text"][0] > longest:
-        raise BadRecord(key, f"text has {found['text'][0]} tokens, at most {longest} expected")
-    for name in found:
+        axes = 4 if name == "latents" else np.ndim(row[name])
+        expected = tuple(metadata.get(name) or (None,) * axes)
+        found = np.shape(row[name])
+        if not _fits(found, expected):
+            raise BadRecord(key, f"{name} have the shape {found}, expected {expected}")
+    _check_text(np.shape(row["text"]), key, metadata)
+
+    # Numbers.
+    for name in [*arrays, "text"]:
         if not np.isfinite(np.asarray(row[name], np.float16)).all():
             raise BadRecord(key, f"{name} hold NaN or infinity, in float16")
     if not (row["fps"] > 0 and row["num_frames"] > 0):
@@ -140,11 +154,28 @@ def check_latents(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
         )
 
 
-def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any]) -> dict:
-    """A row as an example of a batch: text padded to the longest and given its mask.
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Return true if a shape is the expected one; None fits any size."""
+    return len(shape) == len(expected) and all(
+        want in (None, have) for want, have in zip(expected, shape, strict=True)
+    )
 
-    Gives latents float16 [t h w c], text float16 [longest d], text_mask bool [longest],
-    fps float32, num_frames int32, key, and of SIGNALS what is there. Raises BadRecord.
+
+def _check_text(shape: tuple[int, ...], key: str, metadata: Mapping[str, Any]) -> None:
+    """Raise BadRecord if text of a shape does not match `metadata["text"]`."""
+    longest, width = metadata.get("text") or (None, None)
+    if not _fits(shape, (None, width)):
+        raise BadRecord(key, f"text has the shape {shape}, expected (l, {width})")
+    if longest is not None and shape[0] > longest:
+        raise BadRecord(key, f"text has {shape[0]} tokens, at most {longest} expected")
+
+
+def ready_example(row: Row, key: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as an example of a batch, its text padded and masked.
+
+    Keys: latents float16 [t h w c], text float16 [longest d], text_mask bool [longest],
+    fps float32, num_frames int32, key, and the arrays of SIGNALS that the row contains.
+    Raises BadRecord if the row does not match `metadata`.
     """
     check_latents(row, key, metadata)
     length = len(row["text"])
@@ -162,66 +193,86 @@ def ready_example(row: Mapping[str, Any], key: str, metadata: Mapping[str, Any])
 
 def write_records(
     path: str | Path,
-    splits: Mapping[str, Iterable[Mapping[str, Any]]],
-    features,
+    splits: Mapping[str, Iterable[Row]],
+    features: "FeaturesDict",
     *,
     shards: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a data set that `Records(path)` reads; it appears at `path` whole or not at all.
+    """Write a data set that `Records(path)` reads.
 
-    splits: name -> examples, each a dict with the features' keys, kept in their order.
+    It appears at `path` complete or not at all.
+
+    splits: name -> examples, each a dict with the keys of `features`; their order is kept.
     features: `video_features()` or `latent_features(...)`.
-    shards: files in a split; None lets TFDS choose by size.
-    metadata: JSON values kept with the data; for latents see `check_latents`, and `null` is what
-      the text encoder makes of the empty caption, [d], for models that were trained with it.
-    Raises ValueError if `path` exists or an example does not fit; nothing is left behind then.
+    shards: files in a split; None leaves the choice to TFDS, by size.
+    metadata: JSON values stored with the data; for latents see `check_latents`. Under "null" it
+      has the text encoder's output [d] for the empty caption, for models trained with it.
+
+    Raises ValueError if `path` exists or an example does not fit; it then leaves nothing behind.
     """
     import tensorflow_datasets as tfds
 
-    path, facts = Path(path), dict(metadata or {})
+    path = Path(path)
     if path.exists():
         raise ValueError(f"{path} is already there: remove it, or write elsewhere.")
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    # Written below a hidden folder next to `path`, then moved there in one step.
+    download = tfds.download.DownloadConfig(num_shards=shards, try_download_gcs=False)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        builder = _builder(scratch, splits, features, dict(metadata or {}))
+        builder.download_and_prepare(download_config=download)
+        shutil.move(builder.data_dir, path)
+    return path
+
+
+def _builder(
+    directory: str,
+    splits: Mapping[str, Iterable[Row]],
+    features: "FeaturesDict",
+    metadata: dict[str, Any],
+) -> "GeneratorBasedBuilder":
+    """Return the TFDS builder that writes examples below a directory."""
+    import tensorflow_datasets as tfds
 
     class Builder(
         tfds.core.GeneratorBasedBuilder,  # type: ignore[call-arg]
         skip_registration=True,
     ):
-        name, VERSION = "vdx", tfds.core.Version("1.0.0")
-        code_path = None  # nothing to download; TFDS would look for checksums beside this file
+        """A data set whose examples are already in this process."""
 
-        def _info(self):
+        name = "vdx"
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # nothing to download; TFDS would look for checksums next to this file
+
+        # The methods that TFDS calls.
+        def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
                 builder=self,
                 features=features,
                 disable_shuffling=True,
-                metadata=tfds.core.MetadataDict(facts),
+                metadata=tfds.core.MetadataDict(metadata),
             )
 
-        def _split_generators(self, dl_manager):
-            return {name: _numbered(examples, facts) for name, examples in splits.items()}
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+            return {name: _numbered(examples, metadata) for name, examples in splits.items()}
 
-        def _generate_examples(self):
-            raise NotImplementedError  # _split_generators hands out the generators themselves
+        def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+            raise NotImplementedError  # _split_generators returns the generators themselves
 
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        builder = Builder(data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(num_shards=shards, try_download_gcs=False)
-        )
-        shutil.move(builder.data_dir, path)
-    return path
+    return Builder(data_dir=directory, file_format="array_record")
 
 
-def _numbered(examples, metadata) -> Iterator[tuple[int, dict]]:
+def _numbered(
+    examples: Iterable[Row], metadata: Mapping[str, Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield examples with their numbers, cached arrays checked and cast to float16."""
     for number, example in enumerate(examples):
-        if "latents" in example:
-            check_latents(example, str(example.get("key", number)), metadata)
-            example = {
-                name: np.asarray(value, np.float16)
-                if name in ("latents", "text", *SIGNALS)
-                else value
-                for name, value in example.items()
-            }
-        yield number, dict(example)
+        row = dict(example)
+        if "latents" in row:
+            check_latents(row, str(row.get("key", number)), metadata)
+            for name in ("latents", "text", *SIGNALS):
+                if name in row:
+                    row[name] = np.asarray(row[name], np.float16)
+        yield number, row

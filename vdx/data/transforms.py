@@ -1,10 +1,11 @@
-"""From a record to a training example: which instants, at which size, with which tokens.
+"""From a record to a training example: instants, size and tokens of a clip.
 
-No horizontal flip is offered: captions say left and right.
+There is no horizontal flip: captions say left and right.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,46 +15,46 @@ from vdx.data.signals import Clip, read_signals
 
 __all__ = ["ClipSampling", "Tokenize", "to_example"]
 
+# tokenize(caption) -> (token ids int32 [l], mask bool [l])
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 STARTS = ("random", "first", "centre")
 SHORT = ("error", "hold", "loop")
 SMALL = ("error", "enlarge")
-_ROUNDING = 1e-3  # seconds; containers round timestamps by as much
-_RATE_SLACK = 1.01  # 23.976 frames per second pass for 24
+ROUNDING = 1e-3  # seconds; containers round timestamps by as much
+RATE_SLACK = 1.01  # footage of 23.976 frames per second passes for 24
+END_MARGIN = 1e-6  # seconds before the end of a procedural clip, where an instant still exists
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipSampling:
-    """Which instants of a record become the frames of a clip.
+    """The choice of a clip's instants in a record; section `data.clip` of a config."""
 
-    num_frames: the lengths of clips; each batch has one of them.
-    fps: frames per second of the clip, or several of which each clip draws one. Only rates up
-      to the footage's own are drawn, above it frames would repeat and the motion stutter; and
-      of these those at which the footage fills the clip, if there are any.
-    stride: instead of fps, every stride-th frame of the footage, whatever its rate.
-    start: "random", "first" or "centre".
-    short: what to do with a record shorter than the clip: "error" refuses it, "hold" repeats
-      its last frame, "loop" begins again.
-    small: what to do with frames that would have to be enlarged to cover the clip: "error"
-      refuses the record, since enlarged footage teaches blur; "enlarge" takes it.
-    flow_points: of the flow that steers a clip, how many points are told; 0: all of it.
-    """
-
-    num_frames: tuple[int, ...] | int
+    num_frames: tuple[int, ...] | int  # lengths of clips; each batch has one of them
+    # Frames per second of the clip, or several rates, of which each clip draws one. Only rates up
+    # to the footage's own are drawn: above it frames would repeat and the motion stutter. Of these,
+    # rates at which the footage fills the clip are preferred.
     fps: tuple[float, ...] | float | None = None
-    stride: int | None = None
-    start: str = "random"
+    stride: int | None = None  # instead of fps: every stride-th frame, whatever the rate
+    start: str = "random"  # "random", "first" or "centre"
+    # A record shorter than the clip: "error" refuses it, "hold" repeats its last frame, "loop"
+    # begins again.
     short: str = "error"
+    # Frames that must be enlarged to cover the clip: "error" refuses the record, since enlarged
+    # footage teaches blur; "enlarge" accepts it.
     small: str = "error"
-    flow_points: int = 0
+    flow_points: int = 0  # pixels whose optical flow is given as a hint; 0: all of them
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Raise ValueError for fields that do not fit together."""
+        # One rule for the instants, and only one.
         if (self.fps is None) == (self.stride is None):
             raise ValueError(
                 "ClipSampling needs either fps or stride: "
                 f"fps = {self.fps}, stride = {self.stride}."
             )
+
+        # Numbers.
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"num_frames = {self.num_frames}: give positive lengths.")
         if min(self.rates, default=1.0) <= 0 or (self.stride is not None and self.stride < 1):
@@ -62,6 +63,8 @@ class ClipSampling:
             raise ValueError(f"flow_points = {self.flow_points} cannot be negative.")
         if self.fps is not None and not self.rates:
             raise ValueError("fps is empty: give one or more rates.")
+
+        # Names.
         for name, value, known in (
             ("start", self.start, STARTS),
             ("short", self.short, SHORT),
@@ -72,84 +75,120 @@ class ClipSampling:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """num_frames as a tuple, as `make_loader` takes it."""
-        return (self.num_frames,) if isinstance(self.num_frames, int) else tuple(self.num_frames)
+        """Lengths of clips in frames, as `make_loader` takes them."""
+        if isinstance(self.num_frames, int):
+            return (self.num_frames,)
+        return tuple(self.num_frames)
 
     @property
     def rates(self) -> tuple[float, ...]:
+        """Frame rates of which each clip draws one; empty with a stride."""
         if self.fps is None:
             return ()
-        return (self.fps,) if isinstance(self.fps, int | float) else tuple(self.fps)
+        if isinstance(self.fps, int | float):
+            return (self.fps,)
+        return tuple(self.fps)
 
     def times(
         self, record: Record, num_frames: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, float]:
-        """(float64 seconds [t], frames per second); raises BadRecord if the record is short."""
+        """Return instants of a clip, float64 [t] in seconds, and frames per second.
+
+        Raises BadRecord if the record is too short or too slow.
+        """
         if self.stride is None:
-            return self._at_rate(record, num_frames, rng)
+            return self._times_at_rate(record, num_frames, rng)
         if record.timestamps is None:
             raise ValueError(f"{record.key} has no frames of its own to stride over: set fps.")
-        return self._by_stride(record, record.timestamps, num_frames, rng)
+        return self._times_by_stride(record, record.timestamps, self.stride, num_frames, rng)
 
-    def _at_rate(self, record, num_frames, rng) -> tuple[np.ndarray, float]:
+    def _times_at_rate(
+        self, record: Record, num_frames: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float]:
+        """Return the instants and the rate of a clip at one of the rates."""
         stamps = record.timestamps
-        fps = self._rate(record, num_frames, rng)
+        fps = self._draw_rate(record, num_frames, rng)
         span = num_frames / fps
         times = np.arange(num_frames) / fps
-        if span > record.duration + _ROUNDING:
-            self._refuse(record, f"{span:.3g} s", f"{record.duration:.3g} s")
+
+        # A record that is shorter than the clip repeats.
+        if span > record.duration + ROUNDING:
+            self._check_short(record, f"{span:.3g} s", f"{record.duration:.3g} s")
             if self.short == "loop":
                 return times % record.duration, fps
-            last = record.duration - 1e-6 if stamps is None else stamps[-1]
+            last = record.duration - END_MARGIN if stamps is None else stamps[-1]
             return np.minimum(times, last), fps
-        room = record.duration - span
-        if stamps is None:
-            return times + max(room, 0.0) * self._fraction(rng), fps
-        # Start on a frame: between two, the rounding of timestamps would make motion judder.
-        starts = stamps[stamps <= max(room, 0.0) + _ROUNDING]
-        return times + starts[self._pick(len(starts), rng)], fps
 
-    def _rate(self, record, num_frames: int, rng) -> float:
+        # Else the clip starts anywhere in the room that remains.
+        room = max(record.duration - span, 0.0)
+        if stamps is None:
+            return times + room * self._start_fraction(rng), fps
+        # Start on a frame: between two, the rounding of timestamps would make motion judder.
+        starts = stamps[stamps <= room + ROUNDING]
+        return times + starts[self._pick_start(len(starts), rng)], fps
+
+    def _draw_rate(self, record: Record, num_frames: int, rng: np.random.Generator) -> float:
+        """Draw one of the rates that the footage has.
+
+        Rates at which the footage fills the clip go first. Raises BadRecord if it has none.
+        """
         rates = self.rates
+        # Above the rate of the footage frames would repeat.
         if record.timestamps is not None and len(record.timestamps) > 1:
-            most = 1 / np.mean(np.diff(record.timestamps))
-            rates = tuple(r for r in rates if r <= most * _RATE_SLACK)
+            footage_rate = 1 / np.mean(np.diff(record.timestamps))
+            rates = tuple(rate for rate in rates if rate <= footage_rate * RATE_SLACK)
             if not rates:
                 raise BadRecord(
                     record.key,
-                    f"too slow: needs {min(self.rates):g} frames per second, has {most:.4g}",
+                    f"too slow: needs {min(self.rates):g} frames per second, "
+                    f"has {footage_rate:.4g}",
                 )
-        filled = tuple(r for r in rates if num_frames / r <= record.duration + _ROUNDING)
+
+        # Preferably a rate at which the footage is long enough.
+        longest = record.duration + ROUNDING
+        filled = tuple(rate for rate in rates if num_frames / rate <= longest)
         rates = filled or rates
         return float(rates[rng.integers(len(rates))])
 
-    def _by_stride(self, record, stamps, num_frames, rng) -> tuple[np.ndarray, float]:
-        need = (num_frames - 1) * self.stride + 1
-        index = np.arange(num_frames) * self.stride
-        if need > len(stamps):
-            self._refuse(record, f"{need} frames", f"{len(stamps)}")
-            loop = self.short == "loop"
-            index = index % len(stamps) if loop else np.minimum(index, len(stamps) - 1)
-            interval = self.stride * record.duration / len(stamps)
+    def _times_by_stride(
+        self,
+        record: Record,
+        stamps: np.ndarray,
+        stride: int,
+        num_frames: int,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, float]:
+        """Return the instants of every stride-th frame, and the mean rate that results."""
+        needed = (num_frames - 1) * stride + 1
+        index = np.arange(num_frames) * stride
+        interval = stride * record.duration / len(stamps)  # seconds, the mean over the record
+
+        # A record that is shorter than the clip repeats; a longer one leaves room for the start.
+        if needed > len(stamps):
+            self._check_short(record, f"{needed} frames", f"{len(stamps)}")
+            if self.short == "loop":
+                index = index % len(stamps)
+            else:
+                index = np.minimum(index, len(stamps) - 1)
         else:
-            index += self._pick(len(stamps) - need + 1, rng)
-            interval = (
-                np.mean(np.diff(stamps[index]))
-                if num_frames > 1
-                else self.stride * record.duration / len(stamps)
-            )
+            index += self._pick_start(len(stamps) - needed + 1, rng)
+            if num_frames > 1:
+                interval = float(np.mean(np.diff(stamps[index])))
         return stamps[index], float(1 / interval)
 
-    def _refuse(self, record, needs: str, has: str) -> None:
+    def _check_short(self, record: Record, needs: str, has: str) -> None:
+        """Raise BadRecord if a record that is too short is an error."""
         if self.short == "error":
             raise BadRecord(record.key, f"too short: needs {needs}, has {has}")
 
-    def _pick(self, count: int, rng) -> int:
-        """One of `count` places to start."""
-        return min(int(self._fraction(rng) * count), count - 1)
+    def _pick_start(self, count: int, rng: np.random.Generator) -> int:
+        """Return one of `count` places to start."""
+        return min(int(self._start_fraction(rng) * count), count - 1)
 
-    def _fraction(self, rng) -> float:
-        return {"random": rng.random(), "first": 0.0, "centre": 0.5}[self.start]
+    def _start_fraction(self, rng: np.random.Generator) -> float:
+        """Return where in the room to start, in [0, 1); always draws one random number."""
+        drawn = rng.random()
+        return {"random": drawn, "first": 0.0, "centre": 0.5}[self.start]
 
 
 def to_example(
@@ -162,30 +201,34 @@ def to_example(
     num_frames: int,
     rng: np.random.Generator,
     signals: tuple[str, ...] = (),
-) -> dict:
-    """One example, without the batch axis; `functools.partial` of it is for `make_loader`.
+) -> dict[str, Any]:
+    """Return one training example, without the batch axis.
 
-    tokenize: caption -> (ids int32 [l], mask bool [l]). signals: rows of
-    `vdx.data.signals.SIGNALS`, each of which adds an entry of its name.
-    Gives video uint8 [t height width 3], text int32 [l], text_mask bool [l], fps float32,
-    num_frames int32, and key (str, for messages). Raises BadRecord; ConfigError for an unknown
-    signal.
+    `make_loader` takes a partial of it.
+    signals: rows of `vdx.data.signals.SIGNALS`, each of which adds an entry of its name.
+
+    Keys: video uint8 [t height width 3], text int32 [l], text_mask bool [l], fps float32,
+    num_frames int32, key (str, for messages), and the signals. Raises BadRecord if the record
+    cannot be used, and ConfigError for an unknown signal.
     """
     times, fps = clip.times(record, num_frames, rng)
-    frames = record.read(times)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (num_frames, 3):
-        raise BadRecord(
-            record.key,
-            f"gave frames {frames.dtype} {frames.shape}, expected uint8 ({num_frames}, h, w, 3)",
-        )
-    if clip.small == "error" and max(height / frames.shape[1], width / frames.shape[2]) > 1:
-        raise BadRecord(
-            record.key,
-            f"too small: {frames.shape[1]}x{frames.shape[2]} would be "
-            f"enlarged to cover {height}x{width}",
-        )
+    frames = record.read(times)  # [t h w 3]
+    _check_frames(record, frames, num_frames)
+    if clip.small == "error":
+        _check_size(record, frames, height, width)
+
+    # The clip itself, and the signals that belong to it.
     text, mask = tokenize(record.caption)
-    video = resize(frames, height, width)
+    video = resize(frames, height, width)  # [t height width 3]
+    source = Clip(
+        record=record,
+        times=times,
+        fps=fps,
+        video=video,
+        size=frames.shape[1:3],
+        flow_points=clip.flow_points,
+        rng=rng,
+    )
     return {
         "video": video,
         "text": np.asarray(text),
@@ -193,7 +236,24 @@ def to_example(
         "fps": np.float32(fps),
         "num_frames": np.int32(num_frames),
         "key": record.key,
-        **read_signals(
-            signals, Clip(record, times, fps, video, frames.shape[1:3], clip.flow_points, rng)
-        ),
+        **read_signals(signals, source),
     }
+
+
+def _check_frames(record: Record, frames: np.ndarray, num_frames: int) -> None:
+    """Raise BadRecord unless the frames are uint8 [num_frames h w 3]."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (num_frames, 3):
+        raise BadRecord(
+            record.key,
+            f"gave frames {frames.dtype} {frames.shape}, expected uint8 ({num_frames}, h, w, 3)",
+        )
+
+
+def _check_size(record: Record, frames: np.ndarray, height: int, width: int) -> None:
+    """Raise BadRecord if the frames are smaller than the clip."""
+    found_height, found_width = frames.shape[1:3]
+    if max(height / found_height, width / found_width) > 1:
+        raise BadRecord(
+            record.key,
+            f"too small: {found_height}x{found_width} would be enlarged to cover {height}x{width}",
+        )

@@ -1,15 +1,15 @@
-"""Processes that read data: what grain leaves open about how they end.
+"""Processes that read data: how they end, which grain leaves open.
 
-grain starts them and notices one that died with an error. It does not notice one that hangs,
-leaves them running when the trainer is killed, and waits 25 s for each that hangs at the exit.
-Here a worker ends with its parent, ends at once when asked, and never holds up an exit.
+grain starts the processes and detects one that died with an error. It does not detect one that
+hangs, leaves them running when the trainer is killed, and waits 25 s at exit for each that hangs.
+Here a worker ends with its parent, ends at once on request, and never delays an exit.
 """
 
 import atexit
 import contextlib
 import faulthandler
 import functools
-import multiprocessing.util  # its own exit handler is registered now, so that it runs after ours
+import multiprocessing.util  # registers its own exit handler now, so that it runs after ours
 import os
 import re
 import signal
@@ -17,44 +17,55 @@ import sys
 import threading
 import time
 import weakref
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import grain
 from absl import flags
 
 __all__ = ["WorkerDied", "close", "died", "dump_workers", "kill_workers", "with_workers"]
 
+T = TypeVar("T")
+
 PATIENCE = 5.0  # seconds in which a worker may finish what it reads, before it is killed
-FILES = 1 << 16  # open at most; every array that a worker hands over is one, until it is used
-_open: weakref.WeakSet = weakref.WeakSet()
+# Open files at most. Every array that a worker hands over is one, until it is used.
+MAX_OPEN_FILES = 1 << 16
+_open: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()  # readers to end at exit
 
 
 class WorkerDied(RuntimeError):
-    """A process that reads data was killed or crashed; next() begins the same batch again."""
+    """The death of a process that reads data; next() begins the same batch again."""
 
 
-def with_workers(dataset: grain.IterDataset, workers: int, buffer: int) -> Any:
-    """grain's iterator over `dataset`, read by processes; end it by `close`.
+def with_workers(
+    dataset: grain.IterDataset[T], workers: int, buffer: int
+) -> grain.DatasetIterator[T]:
+    """Return grain's iterator over a dataset that processes read; end it by `close`.
 
     buffer: items that each worker reads ahead.
     """
     if not flags.FLAGS.is_parsed():  # grain's workers inherit flags and hang without
         flags.FLAGS.mark_as_parsed()
-    _allow_open_files()
+    _raise_open_file_limit()
+
     items = iter(
         dataset.mp_prefetch(
             grain.MultiprocessingOptions(workers, buffer),
-            worker_init_fn=functools.partial(_begin, os.getpid()),
+            worker_init_fn=functools.partial(_init_worker, os.getpid()),
         )
     )
     _open.add(items)
     return items
 
 
-def close(items: Any) -> None:
-    """Ends a reader, its threads and workers. Where a worker does not end by itself, all workers
-    of this process are killed: grain would wait for it for ever."""
+def close(items: grain.DatasetIterator) -> None:
+    """End a reader, its threads and workers.
+
+    If a worker does not end by itself, all workers of this process are killed: grain would wait
+    for it without limit.
+    """
     _open.discard(items)
+    # In a thread, since it may never return.
     closing = threading.Thread(target=items.close, daemon=True)
     closing.start()
     closing.join(PATIENCE)
@@ -64,23 +75,33 @@ def close(items: Any) -> None:
 
 
 def kill_workers() -> None:
-    """Kills every worker of this process, at once and without waiting. From any thread; a next()
-    that waits for one of them then raises WorkerDied."""
+    """Kill every worker of this process, at once and without waiting.
+
+    Any thread may call it. A next() that waits for one of the workers then raises WorkerDied.
+    """
     for process in _workers():
         process.kill()
 
 
 def dump_workers() -> None:
-    """Asks every worker to print the stacks of its threads to stderr, which takes a moment; for
-    a watchdog, before `kill_workers`. One that has not begun to read is ended by it."""
+    """Make every worker print the stacks of its threads to stderr.
+
+    It takes a moment. A watchdog calls it before `kill_workers`. A worker that has not begun to
+    read is ended by it.
+    """
     for process in _workers():
+        assert process.pid is not None  # it has been started
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.05)  # or their lines would mix
+        time.sleep(0.05)  # keeps the lines of two workers apart
 
 
 def died(error: BaseException, position: int) -> WorkerDied | None:
-    """What to raise in place of `error`, if that is grain's word for a worker that died."""
+    """Return the error to raise instead, if `error` is grain's for a worker that died.
+
+    position: the batch that was being read.
+    """
+    # grain raises a plain RuntimeError; only its text names the cause.
     found = re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error))
     if found is None:
         return None
@@ -94,29 +115,32 @@ def died(error: BaseException, position: int) -> WorkerDied | None:
     )
 
 
-def _begin(parent: int, index: int, count: int) -> None:
-    """The start of a worker."""
+def _init_worker(parent: int, index: int, count: int) -> None:
+    """Prepare a worker: ignore group signals, print stacks, end with the parent."""
     # The trainer ends its workers. A signal to the whole group, as ^C and batch systems send,
     # must leave it the data for the steps before its last save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     if sys.platform == "linux":
-        _killed_with_parent()
+        _request_kill_with_parent()
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
+    """Kill this process as soon as its parent is gone; runs in a thread."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _killed_with_parent() -> None:
-    """By the kernel, when the pipe from the parent closes: the thread above does not run while a
-    decoder that hangs holds the interpreter. (PR_SET_PDEATHSIG would kill at the end of the
-    thread that started this process, which is grain's.)"""
+def _request_kill_with_parent() -> None:
+    """Make the kernel kill this process when the pipe from the parent closes.
+
+    The thread of `_end_with_parent` does not run while a hanging decoder holds the interpreter.
+    PR_SET_PDEATHSIG would kill at the end of the thread that started this process, grain's.
+    """
     import fcntl
 
     process = multiprocessing.parent_process()
@@ -127,23 +151,26 @@ def _killed_with_parent() -> None:
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def _workers() -> list:
+def _workers() -> list[BaseProcess]:
+    """Return the living workers of this process, by grain's names for them."""
     return [p for p in multiprocessing.active_children() if p.name.startswith("grain-process-")]
 
 
-def _allow_open_files() -> None:
+def _raise_open_file_limit() -> None:
+    """Raise the limit of open files as far as the system allows."""
     import resource  # not on Windows, where workers = 0 still reads
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
-        with contextlib.suppress(OSError, ValueError):  # macOS allows fewer than it says
+        with contextlib.suppress(OSError, ValueError):  # macOS allows fewer than it reports
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @atexit.register
 def _end_all() -> None:
+    """Kill the workers and close the readers at exit."""
     kill_workers()
     for items in list(_open):
-        with contextlib.suppress(Exception):  # nobody is left to hear of it
+        with contextlib.suppress(Exception):  # the process ends; nothing handles the error
             items.close()

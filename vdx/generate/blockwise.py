@@ -22,7 +22,7 @@ from vdx.config.build import ConfigError
 from vdx.diffusion.guidance import Guidance, guided_denoiser, stack_branches
 from vdx.diffusion.samplers import SAMPLERS, run_steps
 from vdx.generate.pipeline import Generator, laid_out
-from vdx.models.mixers.grid_attention import CachePosition
+from vdx.models.mixers.context import CachePosition
 from vdx.parallel import BATCH
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 

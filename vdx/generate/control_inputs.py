@@ -12,8 +12,8 @@ from vdx.config.build import ConfigError, lookup
 from vdx.data.record import BadRecord, Record
 from vdx.data.resize import resize
 from vdx.data.signals import ACTIONS, Clip, read_signals
-from vdx.data.sources import video_record
 from vdx.data.track_files import TRACK_FILES
+from vdx.data.video_files import video_record
 from vdx.generate.image_inputs import open_picture
 
 KNOWN = {"image": 0, "last_image": -1}  # frames that are given: the signal known_frames

@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from vdx.generate.video_io import to_uint8_there
-from vdx.models.vae.video_vae import VideoVAE, head_of
+from vdx.models.vae.chunks import first_piece_length
+from vdx.models.vae.video_vae import VideoVAE
 from vdx.types import Params
 
 
@@ -44,7 +45,7 @@ class Decoder:
 
     def __call__(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """The pieces. The next one is under way when one is given."""
-        head = head_of(len(latents), self.chunk)
+        head = first_piece_length(len(latents), self.chunk)
         ahead, history = self.first(self.params, latents[None, :head])
         for start in range(head, len(latents), self.chunk):
             done = ahead

@@ -9,7 +9,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from vdx.config.build import ConfigError
-from vdx.data.sources import VIDEOS
+from vdx.data.video_files import VIDEOS
 from vdx.generate.video_io import frames_at
 
 CUT = 8  # a reference's sides are first made multiples of this

@@ -21,7 +21,7 @@ from vdx.diffusion.samplers import (
 )
 from vdx.diffusion.step_cache import StepCache
 from vdx.diffusion.timesteps import TIMESTEPS, Timesteps, uniform_timesteps
-from vdx.models.conditioning.signals import TEXT
+from vdx.models.conditioning.text_signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.sources import open_video, pixels
+from vdx.data.video_files import open_video, pixels, seconds_per_tick
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -124,7 +124,7 @@ def _decoded(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
                 if frame.is_corrupt or frame.pts is None:
                     raise ValueError("damaged frames")
                 first = frame.pts if first is None else first
-                yield (frame.pts - first) * float(stream.time_base), pixels(frame)
+                yield (frame.pts - first) * seconds_per_tick(stream), pixels(frame)
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."

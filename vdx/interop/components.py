@@ -18,13 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
-from vdx.interop.encoders import (
-    clip_names,
-    clip_rows,
-    clip_vision_from_config,
-    t5_from_config,
-    t5_rows,
-)
+from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
 from vdx.interop.keymap import KEEP, Row, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
@@ -35,7 +29,8 @@ from vdx.interop.load import (
 )
 from vdx.interop.save import write_shards
 from vdx.interop.stored_array import StoredArray
-from vdx.interop.vae import video_vae_from_config, video_vae_rows
+from vdx.interop.t5 import t5_from_config, t5_rows
+from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan
 from vdx.interop.wan_config import wan_from_config
 from vdx.interop.wan_keys import wan_transformer_rows

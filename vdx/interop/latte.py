@@ -19,7 +19,7 @@ from vdx.files import read_json
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.stored_array import StoredArray
-from vdx.models.conditioning.signals import NULL
+from vdx.models.conditioning.text_signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 

@@ -5,8 +5,8 @@
     ComfyUI     diffusion_model.blocks.0.self_attn.q.lora_{A,B | down,up}.weight
     kohya       lora_unet_blocks_0_self_attn_q.lora_{down,up}.weight
 
-The first two and the last two differ in how they name layers; any prefix is taken with any names.
-`.alpha` scales by alpha / rank, and without it, or an alpha in the metadata, the scale is 1.
+The first two and the last two differ in how they name layers; any prefix is accepted with any
+names. `.alpha` scales by alpha / rank. Without it, or an alpha in the metadata, the scale is 1.
 `.diff`, `.diff_b` and `.lora_B.bias` are whole differences of a weight or a bias. Layers' names and
 the order of their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
 """
@@ -17,7 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,17 @@ from flax.traverse_util import unflatten_dict
 
 from vdx.config.build import lookup
 from vdx.files import read_json
-from vdx.interop.keymap import LINEAR, Layout, Row, WeightsError, export, flat, listed, slot_finder
+from vdx.interop.keymap import (
+    LINEAR,
+    Layout,
+    Row,
+    Slot,
+    WeightsError,
+    export,
+    flat,
+    listed,
+    slot_finder,
+)
 from vdx.interop.load import open_weights
 from vdx.interop.safetensors import read_file, write
 from vdx.interop.save import export_plan
@@ -37,16 +47,19 @@ from vdx.types import Params
 
 __all__ = ["LAYOUTS", "open_lora", "write_lora"]
 
+# A key: which network of a file it is of, then the rest.
 PART = re.compile(
     r"^(?:base_model\.model\.)?(?:(?P<part>transformer(?:_2)?)\.|"
     r"(?:model\.)?diffusion_model\.|lora_unet_)?(?P<rest>.*)$"
 )
+# The rest: a layer, then what is stored for it.
 LEAF = re.compile(
     r"^(?P<layer>.+?)\.(?:lora_(?P<half>A|B|down|up)(?:\.\w+)?\.(?P<of>weight|bias)"
     r"|(?P<other>alpha|diff|diff_b))$"
 )
 HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
-SETTINGS, SAFETENSORS = "lora_adapter_metadata", ".safetensors"
+METADATA = "lora_adapter_metadata"  # peft's settings in a file's header
+# Layouts that are written: (layer of diffusers, part) -> the layer's name.
 LAYOUTS: dict[str, Callable[[str, str], str]] = {
     "diffusers": lambda layer, part: f"{part}.{layer}",
     "comfyui": lambda layer, part: f"diffusion_model.{original_name(layer)}",
@@ -54,123 +67,106 @@ LAYOUTS: dict[str, Callable[[str, str], str]] = {
 
 
 def adapter_rows(rows: Sequence[Row], plan: Mapping[str, Any]) -> list[Row]:
-    """Rows of the factors of every kernel that `rows` name; `plan`: export_plan of the weights.
+    """Return the rows of the factors of every kernel that `rows` name.
 
-    A weight is B A, and its layout moves its inputs, which are A's, or its outputs, which are
-    B's: A is transposed, and B is laid out like the weight. Of a convolution it is A that has
-    the kernel's extent.
+    plan: export_plan of the weights. A weight is B A, and its layout moves its inputs, which are
+    A's, or its outputs, which are B's: A is transposed, and B is laid out like the weight. Of a
+    convolution it is A that has the kernel's extent.
     """
-
-    def outputs(extent: int) -> Layout:
-        return Layout(
-            lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(*x.shape[::-1], *[1] * extent)
-        )
-
-    out = []
+    factors = []
     for row in rows:
         if row.path is None or not row.source.endswith(".weight") or "/kernel" not in row.path:
             continue
-        layer, extent = row.source.removesuffix(".weight"), len(plan[row.source][0]) - 2
-        for half, leaf, layout in (
-            ("A", A, row.layout if extent else LINEAR),
-            ("B", B, outputs(extent) if extent else row.layout),
-        ):
-            out.append(Row(f"{layer}.lora_{half}.weight", row.path.replace("kernel", leaf), layout))
-    return out
+
+        layer = row.source.removesuffix(".weight")
+        shape = plan[row.source][0]
+        extent = len(shape) - 2  # axes of a convolution's kernel
+
+        # The layout of the weight is that of its outputs, or of a convolution's inputs.
+        if extent:
+            layouts = {"A": row.layout, "B": _outputs(extent)}
+        else:
+            layouts = {"A": LINEAR, "B": row.layout}
+
+        for half, leaf in (("A", A), ("B", B)):
+            path = row.path.replace("kernel", leaf)
+            factors.append(Row(f"{layer}.lora_{half}.weight", path, layouts[half]))
+    return factors
+
+
+def _outputs(extent: int) -> Layout:
+    """Return the layout of a convolution's B: [out r 1 ...] there, [r out] here."""
+    ones = [1] * extent
+    return Layout(
+        lambda x: x.reshape(x.shape[:2]).T,
+        lambda x: x.T.reshape(*x.shape[::-1], *ones),
+    )
+
+
+# Reading
 
 
 def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> WeightDelta:
-    """What a LoRA file, or a folder that holds one, changes in a Wan model: float32 arrays on
-    the host, with every scale in them. See vdx.models.adapters.lora.adapt.
+    """Read the changes of a LoRA file, or of a folder that holds one, to a Wan model.
 
-    part: of a file for both experts of Wan 2.2 A14B, "transformer" (high noise) or
-    "transformer_2". Raises WeightsError that lists every key and shape that is not of this model.
+    They are float32 arrays on the host, with every scale multiplied in, for
+    vdx.models.adapters.lora.adapt. part: of a file for both experts of Wan 2.2 A14B,
+    "transformer" (high noise) or "transformer_2". Raises WeightsError that lists every key and
+    shape that is not of this model.
     """
-    shapes, rows = jax.eval_shape(model.new_params, jax.random.key(0)), wan_transformer_rows(model)
+    # The names and shapes of the model's weights in diffusers.
+    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    rows = wan_transformer_rows(model)
     plan = export_plan(shapes, rows)
     source, settings = _open(Path(path), part)
+
     problems: list[str] = []
     layers = _by_layer(source, plan, part, problems)
     factors = _Factors(flat(shapes), slot_finder(adapter_rows(rows, plan)))
     deltas = _Deltas(flat(shapes), slot_finder(rows))
+
     for layer, arrays in layers.items():
         scale = 1.0
-        if pair := _pair(layer, arrays, plan, problems):
-            scale = _scale(layer, len(pair[0]), arrays.get("alpha"), settings)
-            factors.add(layer, *pair, scale)
-        weight = f"{layer}.weight" if f"{layer}.weight" in plan else layer
-        for kind, key, times in (
-            ("diff", weight, 1.0),
-            ("diff_b", f"{layer}.bias", 1.0),
-            ("bias", f"{layer}.bias", scale),
-        ):
-            if kind not in arrays:
-                continue
-            if key not in plan or plan[key][0] != arrays[kind].shape:
-                problems.append(
-                    f"{layer}, {kind}: is {arrays[kind].shape} for {key} "
-                    f"{plan[key][0] if key in plan else 'which is not there'}"
-                )
-            else:
-                deltas.add(key, times * _float32(arrays[kind]))
-    if problems or not layers:
-        raise WeightsError(
-            listed(
-                f"{path} is not a LoRA of the {part} of this model:",
-                problems or ["it holds nothing for it"],
-            )
-        )
+        pair = _read_pair(layer, arrays, plan, problems)
+        if pair is not None:
+            scale = _scale(layer, pair.rank, arrays.get("alpha"), settings)
+            factors.add(layer, pair, scale)
+        for key, delta in _read_deltas(layer, arrays, plan, scale, problems).items():
+            deltas.add(key, delta)
+
+    # Raise once, with everything that is wrong.
+    if not layers and not problems:
+        problems.append("it holds nothing for it")
+    if problems:
+        head = f"{path} is not a LoRA of the {part} of this model:"
+        raise WeightsError(listed(head, problems))
     return WeightDelta(factors.stacked(), deltas.arrays)
 
 
-def write_lora(
-    path: str | Path,
-    factors: Params,
-    model: Denoiser,
-    scale: float = 1.0,
-    layout: str = "diffusers",
-    part: str = "transformer",
-) -> None:
-    """A file of these factors, in a row of LAYOUTS. `scale` is multiplied into B, so that every
-    reader agrees, whatever it makes of an alpha. Raises ConfigError, or WeightsError for factors
-    of layers that the layout cannot name."""
-    name = lookup(layout, LAYOUTS, "layout")
-    rows = wan_transformer_rows(model)
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
-    mine = adapter_rows(rows, export_plan(shapes, rows))
-    scaled = unflatten_dict(
-        {
-            key: np.asarray(value) * np.float32(scale if key.endswith(B) else 1)
-            for key, value in flat(factors).items()
-        },
-        sep="/",
-    )
-
-    def key(known: str) -> str:
-        layer, _, leaf = known.partition(".lora_")
-        return f"{name(layer, part)}.lora_{leaf}"
-
-    write(
-        path,
-        {key(k): planned for k, planned in export_plan(scaled, mine).items()},
-        ((key(k), value) for k, value in export(scaled, mine)),
-    )
-
-
 def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]]:
-    """The arrays, and peft's settings of the part where the file, or one beside it, has them."""
+    """Return (arrays, peft's settings of the part).
+
+    The settings are in the file's header, or in a file in the same folder. Raises WeightsError for
+    a DoRA.
+    """
     source = open_weights(path)
-    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
     settings: dict[str, Any] = {}
-    if beside.is_file() and any(key.startswith("base_model.") for key in source):
-        settings = read_json(beside)
-    for file in {stored.file for stored in source.values() if stored.file.suffix == SAFETENSORS}:
-        noted = json.loads(read_file(file)[1].get(SETTINGS, "{}"))
-        settings |= {
-            key.removeprefix(f"{part}."): value
-            for key, value in noted.items()
-            if key.startswith(f"{part}.")
-        }
+
+    # peft's own file.
+    folder = path if path.is_dir() else path.parent
+    settings_file = folder / "adapter_config.json"
+    if settings_file.is_file() and any(key.startswith("base_model.") for key in source):
+        settings = read_json(settings_file)
+
+    # The headers that diffusers writes.
+    files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
+    prefix = f"{part}."
+    for file in files:
+        metadata = read_file(file).metadata
+        for key, value in json.loads(metadata.get(METADATA, "{}")).items():
+            if key.startswith(prefix):
+                settings[key.removeprefix(prefix)] = value
+
     if settings.get("use_dora"):
         raise WeightsError(
             f"{path} is a DoRA, which also rescales the columns of the weights; vdx has only LoRA."
@@ -181,52 +177,113 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
 def _by_layer(
     source: Mapping[str, StoredArray], plan: Mapping[str, Any], part: str, problems: list[str]
 ) -> dict[str, dict[str, StoredArray]]:
-    """{layer of diffusers: {"A", "B", "bias", "alpha", "diff" or "diff_b": array}}."""
-    known = {key.removesuffix(".weight").removesuffix(".bias") for key in plan}
-    names = {
-        name: layer
-        for layer in known
-        for dotted in (layer, original_name(layer))
-        for name in (dotted, dotted.replace(".", "_"))
-    }
-    out: dict[str, dict[str, StoredArray]] = defaultdict(dict)
+    """Return {layer of diffusers: {kind: array}}.
+
+    Kinds are A, B, bias, alpha, diff and diff_b. Keys that are of no layer of this model, or come
+    twice, are added to `problems`.
+    """
+    names = _layer_names(plan)
+    layers: dict[str, dict[str, StoredArray]] = defaultdict(dict)
     for key, stored in source.items():
+        # Skip the other expert.
         whole = PART.match(key)
         assert whole, key  # it matches anything
         if whole["part"] not in (None, part):
             continue
+
+        # Find the layer.
         leaf = LEAF.match(whole["rest"])
-        if leaf is None or leaf["layer"] not in names:
-            problems.append(f"{key}: {'no such layer in this model' if leaf else 'unknown kind'}")
+        if leaf is None:
+            problems.append(f"{key}: unknown kind")
             continue
-        kind = leaf["other"] or ("bias" if leaf["of"] == "bias" else HALVES[leaf["half"]])
-        if kind in out[names[leaf["layer"]]]:
-            problems.append(f"{key}: a second {kind} for {names[leaf['layer']]}")
-        out[names[leaf["layer"]]][kind] = stored
-    return out
+        if leaf["layer"] not in names:
+            problems.append(f"{key}: no such layer in this model")
+            continue
+
+        layer = names[leaf["layer"]]
+        # Find the kind.
+        kind = leaf["other"]
+        if kind is None:
+            kind = HALVES[leaf["half"]]
+            if leaf["of"] == "bias":
+                kind = "bias"
+        if kind in layers[layer]:
+            problems.append(f"{key}: a second {kind} for {layer}")
+        layers[layer][kind] = stored
+    return layers
 
 
-def _pair(
+def _layer_names(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Return {a layer's name in any layout: its name in diffusers}."""
+    names = {}
+    for layer in {key.removesuffix(".weight").removesuffix(".bias") for key in plan}:
+        for dotted in (layer, original_name(layer)):
+            names[dotted] = layer
+            names[dotted.replace(".", "_")] = layer
+    return names
+
+
+class _Pair(NamedTuple):
+    """The factors of one layer as files have them, float32."""
+
+    a: np.ndarray  # [r in ...]
+    b: np.ndarray  # [out r ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+def _read_pair(
     layer: str, arrays: Mapping[str, StoredArray], plan: Mapping[str, Any], problems: list[str]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """float32 (A [r in ...], B [out r ...]) of a layer, if it has them and they fit."""
+) -> _Pair | None:
+    """Read the factors of a layer, if it has some; those that do not fit are problems."""
     found = arrays.keys() & {"A", "B", "alpha", "bias"}
     if not found:
         return None
     if not {"A", "B"} <= found:
         problems.append(f"{layer}: has {', '.join(sorted(found))} without its partners")
         return None
-    weight, (a, b) = plan.get(f"{layer}.weight", ((),))[0], (arrays[k].shape for k in "AB")
-    fits = (
-        len(weight) > 1
-        and a[1:] == weight[1:]
-        and b[:1] == weight[:1]
-        and (b[1:] == (a[0], *[1] * (len(weight) - 2)))
-    )
+
+    weight: tuple[int, ...] = ()
+    if f"{layer}.weight" in plan:
+        weight = plan[f"{layer}.weight"][0]
+    a = arrays["A"].shape
+    b = arrays["B"].shape
+    ones = (1,) * (len(weight) - 2)  # a convolution's extent is in A
+    fits = len(weight) > 1 and a[1:] == weight[1:] and b == (weight[0], a[0], *ones)
     if not fits:
         problems.append(f"{layer}: lora_A is {a} and lora_B {b} for a weight {weight}")
         return None
-    return _float32(arrays["A"]), _float32(arrays["B"])
+    return _Pair(_float32(arrays["A"]), _float32(arrays["B"]))
+
+
+def _read_deltas(
+    layer: str,
+    arrays: Mapping[str, StoredArray],
+    plan: Mapping[str, Any],
+    scale: float,
+    problems: list[str],
+) -> dict[str, np.ndarray]:
+    """Return {key of diffusers: whole difference} of a layer; misfits are problems."""
+    # Tables are keys without `.weight`.
+    weight = f"{layer}.weight" if f"{layer}.weight" in plan else layer
+    bias = f"{layer}.bias"
+    deltas: dict[str, np.ndarray] = {}
+
+    for kind, key, times in (("diff", weight, 1.0), ("diff_b", bias, 1.0), ("bias", bias, scale)):
+        if kind not in arrays:
+            continue
+
+        shape = arrays[kind].shape
+        if key not in plan:
+            problems.append(f"{layer}, {kind}: is {shape} for {key} which is not there")
+        elif plan[key][0] != shape:
+            problems.append(f"{layer}, {kind}: is {shape} for {key} {plan[key][0]}")
+        else:
+            delta = times * _float32(arrays[kind])
+            deltas[key] = deltas[key] + delta if key in deltas else delta
+    return deltas
 
 
 def _float32(stored: StoredArray) -> np.ndarray:
@@ -234,59 +291,126 @@ def _float32(stored: StoredArray) -> np.ndarray:
 
 
 def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[str, Any]) -> float:
-    """Of a layer's product B A. A file's own alpha goes before peft's settings."""
+    """Return the scale of a layer's product B A.
+
+    The file's own alpha takes precedence over peft's settings.
+    """
     if alpha is not None:
         return float(_float32(alpha).reshape(())) / rank
-    if settings.get("lora_alpha") is None:
+    value = settings.get("lora_alpha")
+    if value is None:
         return 1.0
-    value = next(
-        (
-            v
-            for pattern, v in (settings.get("alpha_pattern") or {}).items()
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer)
-        ),
-        settings["lora_alpha"],
-    )
-    return value / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+    # The first pattern that matches the layer goes before the setting for all.
+    for pattern, special in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            value = special
+            break
+    if settings.get("use_rslora"):
+        return value / math.sqrt(rank)
+    return value / rank
+
+
+FindSlot = Callable[[str], Slot | None]  # a key of diffusers -> where it goes
+
+
+def _slot(find_slot: FindSlot, key: str) -> Slot:
+    slot = find_slot(key)
+    assert slot is not None, key  # the key has been looked up in the plan
+    return slot
 
 
 class _Factors:
-    """Factors of layers one by one -> stacked ones. A layer without is zero, as is the rest of
-    one of a smaller rank."""
+    """Collects the factors of single layers, and stacks them as our parameters are.
 
-    def __init__(self, leaves: Mapping[str, Any], place: Callable):
-        self.leaves, self.place = leaves, place
+    A layer without factors is zero, and so are the ranks that a layer of a smaller rank lacks.
+    """
+
+    def __init__(self, leaves: Mapping[str, Any], find_slot: FindSlot) -> None:
+        """Take our abstract parameters by path, and where keys of factors go."""
+        self.leaves = leaves
+        self.find_slot = find_slot
+        # path of the kernel's layer -> {index in the stack: (a, b) in our layout}
         self.found: dict[str, dict[int | None, tuple[np.ndarray, np.ndarray]]] = defaultdict(dict)
 
-    def add(self, layer: str, a: np.ndarray, b: np.ndarray, scale: float) -> None:
-        to_a, to_b = (self.place(f"{layer}.lora_{half}.weight") for half in "AB")
-        self.found[to_a.path.removesuffix(f"/{A}")][to_a.index] = (
-            to_a.layout.ours(a),
-            scale * to_b.layout.ours(b),
-        )
+    def add(self, layer: str, pair: _Pair, scale: float) -> None:
+        """Add the factors of one layer; `scale` is multiplied into B."""
+        to_a = _slot(self.find_slot, f"{layer}.lora_A.weight")
+        to_b = _slot(self.find_slot, f"{layer}.lora_B.weight")
+        path = to_a.path.removesuffix(f"/{A}")
+        self.found[path][to_a.index] = (to_a.layout.ours(pair.a), scale * to_b.layout.ours(pair.b))
 
     def stacked(self) -> Params:
-        out = {}
+        """Return the tree of factors, those of a stack in one array."""
+        stacked = {}
         for path, parts in self.found.items():
             *layers, fan_in, fan_out = self.leaves[f"{path}/kernel"].shape
             rank = max(len(b) for _, b in parts.values())
             a = np.zeros((*layers, fan_in, rank), np.float32)
             b = np.zeros((*layers, rank, fan_out), np.float32)
-            for index, (one, other) in parts.items():
+            for index, (layer_a, layer_b) in parts.items():
                 at = () if index is None else (index,)
-                a[at][:, : len(other)], b[at][: len(other)] = one, other
-            out[f"{path}/{A}"], out[f"{path}/{B}"] = a, b
-        return unflatten_dict(out, sep="/")
+                own_rank = len(layer_b)
+                a[at][:, :own_rank] = layer_a
+                b[at][:own_rank] = layer_b
+            stacked[f"{path}/{A}"] = a
+            stacked[f"{path}/{B}"] = b
+        return unflatten_dict(stacked, sep="/")
 
 
 class _Deltas:
-    """Whole differences of parameters; `arrays`: path -> array of the whole stack."""
+    """Collects whole differences of parameters, summed over the layers of a stack."""
 
-    def __init__(self, leaves: Mapping[str, Any], place: Callable):
-        self.leaves, self.place = leaves, place
-        self.arrays: dict[str, np.ndarray] = {}
+    def __init__(self, leaves: Mapping[str, Any], find_slot: FindSlot) -> None:
+        """Take our abstract parameters by path, and where keys of weights go."""
+        self.leaves = leaves
+        self.find_slot = find_slot
+        self.arrays: dict[str, np.ndarray] = {}  # path -> difference of the whole stack
 
     def add(self, key: str, value: np.ndarray) -> None:
-        to = self.place(key)
-        whole = self.arrays.setdefault(to.path, np.zeros(self.leaves[to.path].shape, np.float32))
-        whole[() if to.index is None else to.index] += to.layout.ours(value)
+        """Add the difference of one array of a file."""
+        to = _slot(self.find_slot, key)
+        if to.path not in self.arrays:
+            self.arrays[to.path] = np.zeros(self.leaves[to.path].shape, np.float32)
+        index = () if to.index is None else to.index
+        self.arrays[to.path][index] += to.layout.ours(value)
+
+
+# Writing
+
+
+def write_lora(
+    path: str | Path,
+    factors: Params,
+    model: Denoiser,
+    scale: float = 1.0,
+    layout: str = "diffusers",
+    part: str = "transformer",
+) -> None:
+    """Write a file of these factors. layout: a row of LAYOUTS.
+
+    `scale` is multiplied into B, so that all readers agree, however they treat an alpha. Raises
+    ConfigError for an unknown layout, WeightsError for factors of layers that it cannot name.
+    """
+    # The rows of the factors.
+    layer_name = lookup(layout, LAYOUTS, "layout")
+    weight_rows = wan_transformer_rows(model)
+    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    rows = adapter_rows(weight_rows, export_plan(shapes, weight_rows))
+
+    # Multiply the scale into B.
+    scaled = {}
+    for key, value in flat(factors).items():
+        times = np.float32(1)  # factors of any type are written as float32
+        if key.endswith(B):
+            times = np.float32(scale)
+        scaled[key] = np.asarray(value) * times
+    tree = unflatten_dict(scaled, sep="/")
+
+    def rename(key: str) -> str:
+        layer, _, leaf = key.partition(".lora_")
+        return f"{layer_name(layer, part)}.lora_{leaf}"
+
+    # Write under the layout's names.
+    plan = {rename(key): planned for key, planned in export_plan(tree, rows).items()}
+    write(path, plan, ((rename(key), value) for key, value in export(tree, rows)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, patches
 from vdx.interop.stored_array import StoredArray
-from vdx.models.conditioning.signals import NULL
+from vdx.models.conditioning.text_signals import NULL
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 
@@ -139,8 +139,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     network = model.backbone
     signals = model.signals
     sized = _sized_layouts(network)
-    _, depth, _, pattern = network.dims()
-    periods = depth // len(pattern)
+    dims = network.dims()
 
     # Outside of the blocks.
     rows = [
@@ -153,8 +152,8 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     block: tuple[Layer, ...] = BLOCK
     if "image_tokens" in signals:
         block = BLOCK + IMAGE_BLOCK
-    for i in range(depth):
-        period, position = divmod(i, len(pattern))
+    for i in range(dims.depth):
+        period, position = divmod(i, len(dims.pattern))
         ours = f"network/layers/block_{position}"
         rows += _rows(block, f"blocks.{i}.", ours, sized, f"[{period}]")
 
@@ -169,7 +168,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
     if "control" in signals:
         rows += _rows(CONTROL, "", "network", sized)
         rows += _rows(CONTROL_IN, "vace_blocks.0.", "network", sized)
-        for i in range(periods):
+        for i in range(dims.periods):
             theirs = f"vace_blocks.{i}."
             rows += _rows(block, theirs, "network/layers/control", sized, f"[{i}]")
             rows += _rows(HINT, theirs, "network/layers", sized, f"[{i}]")
@@ -178,8 +177,7 @@ def wan_transformer_rows(model: Denoiser) -> list[Row]:
 
 def _sized_layouts(network: Transformer) -> dict[str, Layout]:
     """Return the layouts that depend on the sizes of a model."""
-    _, _, heads, _ = network.dims()
-    return {"patches": patches(network.patch), "halves": halves(heads)}
+    return {"patches": patches(network.patch), "halves": halves(network.dims().heads)}
 
 
 def _rows(

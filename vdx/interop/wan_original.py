@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vdx.files import read_json
+from vdx.interop.clip import clip_vision_config
 from vdx.interop.components import Component, open_component
-from vdx.interop.encoders import clip_vision_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
 from vdx.interop.pretrained import VACE, PretrainedModel, check_consistency
 from vdx.interop.stored_array import StoredArray
-from vdx.interop.vae import VIDEO_VAES
+from vdx.interop.video_vae import VIDEO_VAES
 
 # Part -> patterns of its path in the folder.
 LOCATIONS = {

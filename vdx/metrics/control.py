@@ -17,7 +17,7 @@ import numpy as np
 from vdx.config.build import lookup
 from vdx.data.motion import motion_score
 from vdx.data.scenes.signals import depth, flow
-from vdx.data.scenes.source import CAMERAS, SPEEDS, STEER, VELOCITIES, Scene
+from vdx.data.scenes.world import CAMERAS, COMMAND_SPEED, SPEEDS, VELOCITIES, Scene
 from vdx.data.signals import sparse_flow_hints
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
 from vdx.metrics.prompt_following import read_angles, read_attributes, track_object
@@ -174,7 +174,9 @@ def _moves(video: np.ndarray, fps: float) -> np.ndarray:
     step = np.diff(_path(video, fps) / (width, height), axis=0) * fps
     ways = np.array(list(VELOCITIES.values()), float)
     far = step @ ways.T  # the rows of ACTIONS after "stay"
-    rows = np.where(np.abs(step).max(-1) < 0.5 * STEER * SPEEDS["slow"], 0, 1 + far.argmax(-1))
+    rows = np.where(
+        np.abs(step).max(-1) < 0.5 * COMMAND_SPEED * SPEEDS["slow"], 0, 1 + far.argmax(-1)
+    )
     return np.where(np.isfinite(step).all(-1), rows, -1)
 
 

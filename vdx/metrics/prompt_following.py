@@ -1,6 +1,6 @@
 """Does a generated clip show what its prompt says? Colour, shape and motion, read from pixels.
 
-The reader knows how `vdx.data.scenes.source` draws, and nothing of what was asked for. It reads clips
+The reader knows how `vdx.data.scenes` draws, and nothing of what was asked for. It reads clips
 of one object under a static camera: it estimates the background, names the colour that best
 explains what differs from it, follows the amount of that colour from frame to frame, and
 compares it with drawn templates. Of several objects it reads one, which is not defined.
@@ -19,14 +19,14 @@ import numpy as np
 from vdx.data.scenes.drawing import (
     BACKGROUNDS,
     COLOURS,
+    EXTENT,
     FILL,
-    REACH,
     SHAPES,
     STYLES,
     background,
     paint,
 )
-from vdx.data.scenes.source import GROWTH, MOTIONS, SPEEDS, TURN
+from vdx.data.scenes.world import GROWTH, MOTIONS, SPEEDS, TURN
 
 __all__ = ["ATTRIBUTES", "Track", "read_angles", "read_attributes", "score", "track_object"]
 
@@ -148,7 +148,7 @@ class Track:
         template may also be blurred, whichever is more like the object.
         """
         radius = math.sqrt(self.area[frame] / _area(shape, style, self.contrast)) * scales
-        reach, (height, width) = REACH * float(np.max(radius)) + 1.5, self.amount.shape[1:]
+        reach, (height, width) = EXTENT * float(np.max(radius)) + 1.5, self.amount.shape[1:]
         (x, y), step = self.centre[frame], max(1, math.ceil(2 * reach / GRID))
         cols = np.arange(max(0, int(x - reach)), min(width, int(x + reach) + 1), step)
         rows = np.arange(max(0, int(y - reach)), min(height, int(y + reach) + 1), step)

@@ -1,242 +1,134 @@
-"""The spatiotemporal transformer: patches -> blocks of (mixer, cross-attention, MLP) -> patches.
+"""The spatiotemporal transformer.
 
-Modulation is adaLN-single (Chen et al. 2023, PixArt-alpha; also Wan): one projection of the
-time embedding for the whole network plus a learned table in each block. The design is that of
-Wan 2.1 and 2.2, so that their weights are a configuration of this class (vdx/interop/wan.py).
+Its stages are patches -> blocks of (mixer, cross-attention, MLP) -> patches. Modulation is
+adaLN-single (Chen et al. 2023, PixArt-alpha; also Wan): one projection of the time embedding for
+the whole network plus a learned table in each block. The design is that of Wan 2.1 and 2.2, so that
+their weights are a configuration of this class (vdx/interop/wan.py).
 """
 
 import math
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 
-from vdx.config.build import ConfigError, build, lookup
+from vdx.config.build import ConfigError, lookup
 from vdx.models.attention.backends import BACKENDS, CONTEXTS
-from vdx.models.attention.blockwise import SAVED
-from vdx.models.attention.layers import CrossAttention
-from vdx.models.layers import (
-    MLP,
-    EmbedMLP,
-    LayerNorm,
-    add_vector,
-    layer_norm,
-    low_frequencies,
-    place_table,
-    plane_table,
-    rope_table,
-    shift_rope,
-    sincos_table,
+from vdx.models.layers import EmbedMLP, add_vector, along_last
+from vdx.models.mixers.context import CachePosition, Grid, MixContext
+from vdx.models.mixers.table import PATTERNS
+from vdx.models.patches import Patch, from_patches, low_frequencies, to_patches
+from vdx.models.positions import place_table, plane_table, rope_table, shift_rope, sincos_table
+from vdx.models.remat import REMAT
+from vdx.models.transformer_blocks import (
+    CROSS,
+    Period,
+    Spec,
+    Stream,
+    modulate,
+    standalone_mixer,
 )
-from vdx.models.mixers.grid_attention import MIXERS, PATTERNS, CachePosition, MixContext
+from vdx.models.transformer_flops import transformer_flops
 from vdx.parallel import constrain
-from vdx.types import Array, DTypeLike, Float, Ports
+from vdx.types import Array, Float, Ports
 
-# width, depth, heads, hidden features of the MLP for each feature of the width
-SIZES: dict[str, tuple[int, int, int, float]] = {
-    "tiny": (192, 6, 6, 4),
-    "S": (384, 12, 6, 4),
-    "B": (768, 12, 12, 4),
-    "L": (1024, 24, 16, 4),
-    "XL": (1152, 28, 9, 4),  # heads of 128: a TPU pads those of 72 to 128
-    "wan_1p3b": (1536, 30, 12, 8960 / 1536),  # Wan 2.1
-    "wan_5b": (3072, 30, 24, 14336 / 3072),  # Wan 2.2 TI2V
-    "wan_14b": (5120, 40, 40, 13824 / 5120),  # Wan 2.1, and each expert of Wan 2.2 A14B
-}
 
-_policies = jax.checkpoint_policies
-# What is kept from the forward pass for the backward pass; beside it the input of every layer.
-REMAT = {
-    "none": None,
-    "full": _policies.nothing_saveable,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
-    "save_attention": _policies.save_only_these_names(SAVED),
-    # As "full", but those inputs wait in the host's memory.
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["residual"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-# Whether cross-attention is normalised, its input and its queries and keys, and is in every block.
-CROSS = {
-    "normed": True,  # Wan
-    "plain": False,  # PixArt-alpha and Latte: in no block over time alone
+class Size(NamedTuple):
+    """The size of a transformer."""
+
+    width: int  # features of a token
+    depth: int  # blocks
+    heads: int  # of attention
+    mlp_ratio: float  # hidden features of the MLP for each feature of the width
+
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(192, 6, 6, 4),
+    "S": Size(384, 12, 6, 4),
+    "B": Size(768, 12, 12, 4),
+    "L": Size(1024, 24, 16, 4),
+    "XL": Size(1152, 28, 9, 4),  # heads of 128: a TPU pads those of 72 to 128
+    "wan_1p3b": Size(1536, 30, 12, 8960 / 1536),  # Wan 2.1
+    "wan_5b": Size(3072, 30, 24, 14336 / 3072),  # Wan 2.2 TI2V
+    "wan_14b": Size(5120, 40, 40, 13824 / 5120),  # Wan 2.1, and each expert of Wan 2.2 A14B
 }
 
 
-def check_remat(name: str, device: Any) -> None:
-    """Raises ConfigError for a policy that needs memory of the host which the device lacks."""
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if name == "offload" and "pinned_host" not in kinds:
-        raise ConfigError(
-            f"config.model.backbone.remat = 'offload' needs memory of the kind "
-            f"pinned_host, and {device.device_kind} has {', '.join(kinds)}. Take "
-            "'full', which keeps the same on the device."
-        )
+class TransformerDims(NamedTuple):
+    """The resolved dimensions of a transformer."""
 
+    width: int  # features of a token
+    depth: int  # blocks
+    heads: int  # of attention
+    pattern: tuple[Spec, ...]  # specs of MIXERS
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    return layer_norm(x) * (1 + scale) + shift
+    @property
+    def periods(self) -> int:
+        """Return how often the pattern is repeated."""
+        return self.depth // len(self.pattern)
 
-
-def mixer_of(spec: Mapping[str, Any], heads: int = 1) -> Any:
-    """The free-standing mixer of a spec. Raises ConfigError for one that cannot be."""
-    return build(spec, MIXERS, "model.pattern", heads=heads, dtype=jnp.float32, parent=None)
-
-
-class Block(nn.Module):
-    """One mixer, cross-attention to the text, one MLP, each a residual.
-
-    An image, a clip of one frame, passes a block over time alone by (Latte's
-    enable_temporal_attentions = False), so that images train and test the other blocks.
-    """
-
-    mixer: Mapping[str, Any]
-    heads: int
-    hidden: int
-    activation: str
-    cross: str
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b t h w d"],
-        modulation: Float[Array, "b #t 6 d"],
-        ports: Ports,
-        context: MixContext,
-    ) -> Float[Array, "b t h w d"]:
-        x = checkpoint_name(x, "residual")
-        mixer = build(
-            self.mixer,
-            MIXERS,
-            "model.pattern",
-            heads=self.heads,
-            dtype=self.dtype,
-            name=self.mixer["name"],
-        )
-        if (
-            mixer.temporal
-            and x.shape[1] == 1
-            and context.past is None
-            and not self.is_initializing()
-        ):
-            return x
-        table = self.param("table", nn.initializers.zeros, (6, x.shape[-1]), jnp.float32)
-        rows = (modulation + table)[:, :, None, None]  # b t 1 1 6 d
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows[..., i, :] for i in range(6))
-
-        y = mixer(modulate(x, shift1, scale1).astype(self.dtype), context)
-        x = (x + gate1 * y).astype(x.dtype)
-        normed = CROSS[self.cross]
-        if ports.tokens is not None and (normed or not mixer.temporal):
-            cross = CrossAttention(self.heads, self.dtype, normed, context.attention, name="cross")
-            x = x + cross(
-                LayerNorm(name="cross_norm")(x) if normed else x,
-                ports.tokens,
-                ports.tokens_mask,
-                ports.image_tokens,
-            )
-        y = MLP(self.hidden, self.activation, self.dtype, name="mlp")(
-            modulate(x, shift2, scale2).astype(self.dtype)
-        )
-        x = (x + gate2 * y).astype(x.dtype)
-        return constrain(x, "b t h w d", context="t")
-
-
-class Period(nn.Module):
-    """One pass through the pattern; `nn.scan` repeats it over the depth.
-
-    Control tokens (Jiang et al. 2025, VACE) pass through a block of their own, and a projection
-    of them is added to the clip's after the first block. Positions of frames [t 1 1 d] are added
-    once, before the first block over time alone (Latte).
-    """
-
-    pattern: tuple[Mapping[str, Any], ...]
-    block: Mapping[str, Any]
-
-    @nn.compact
-    def __call__(self, carry, modulation, ports, context):
-        x, control, frames = carry
-        for i, mixer in enumerate(self.pattern):
-            if frames is not None and mixer_of(mixer).temporal:
-                x, frames = x + frames, jnp.zeros_like(frames)
-            x = Block(mixer, **self.block, name=f"block_{i}")(x, modulation, ports, context)
-            if control is not None and i == 0:
-                control = Block(mixer, **self.block, name="control")(
-                    control, modulation, ports, context
-                )
-                hint = nn.Dense(
-                    x.shape[-1], name="hint", dtype=x.dtype, kernel_init=nn.initializers.zeros
-                )(control)
-                scale = ports.control_scale[:, None, None, None, None]
-                x = (x + scale * hint).astype(x.dtype)
-        return (x, control, frames), None
+    @property
+    def head_width(self) -> int:
+        """Return the features of a head."""
+        return self.width // self.heads
 
 
 class Transformer(nn.Module):
-    """denoiser(x_t [b t h w c], time [b], ports) -> prediction [b t h w c].
+    """A network denoiser(x_t [b t h w c], time, ports) -> prediction [b t h w c]."""
 
-    `time` may also be [b t], one for each frame (Wan 2.2 TI2V gives 0 to a known first frame,
-    diffusion forcing each frame its own); a patch takes that of its first frame. past: x is one
-    block of a clip, and the collection "cache" holds what its mixers see of those before.
-
-    size: a row of SIZES; width, depth, heads and mlp_ratio override it.
-    patch: frames, rows and columns of one token; the grid must divide by it.
-    pattern: a row of PATTERNS or a tuple of rows of MIXERS, each a name or {"name": row,
-    **fields}, repeated over the depth; with the port `control` there is one control block to each
-    repetition.
-    rope_theta: sets the slowest rotation of the rotary positions; a grid of a few tokens wants
-    a small one. absolute: tokens are also told their place in the clip, so that attention can
-    average places (where is the object?), which rotary positions alone learn much later. sincos:
-    fixed positions are added, those of a frame, which is as many places long, to its patches, and
-    those in time before the first block over time alone (Latte); 0: none. cross: a row of CROSS.
-    skip: what lies beside the clip at the port `concat` also reaches the prediction directly, by a
-    linear map of each patch, zero at first: a given frame need not pass through a narrow width.
-    time_scale: multiplies the time that is embedded; below 1 neighbouring noise levels share
-    what they learn, which a short training needs. remat: a row of REMAT. attention: "auto" or a row
-    of BACKENDS; context: a row of CONTEXTS, for "full" attention without blocks on a mesh that
-    splits tokens (see attend). dtype: compute type of the matrix products.
-    """
-
-    channels: int = 3
-    size: str = "tiny"
-    patch: tuple[int, int, int] = (1, 2, 2)
+    channels: int = 3  # of the clip and of the prediction
+    size: str = "tiny"  # a row of SIZES
+    patch: Patch = (1, 2, 2)  # frames, rows and columns of one token; the clip must divide by it
+    # A row of PATTERNS, or a tuple of rows of MIXERS, each a name or {"name": row, **fields}. It is
+    # repeated over the depth. With the port `control` each repetition has one control block.
     pattern: str | tuple[Any, ...] = "full"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    activation: str = "gelu"
+    width: int | None = None  # features of a token; None: those of `size`
+    depth: int | None = None  # blocks; None: those of `size`
+    heads: int | None = None  # None: those of `size`
+    mlp_ratio: float | None = None  # hidden features of the MLP for each of the width
+    activation: str = "gelu"  # a row of ACTIVATIONS
+    # Sets the slowest rotation of the rotary positions; a grid of a few tokens needs a small one.
     rope_theta: float = 10_000.0
+    # Add each token's place in the clip to it. Attention can then average places (to locate an
+    # object), which a network with rotary positions alone learns much later.
     absolute: bool = False
+    # Add fixed positions (Latte): those in a frame, which is this many places long, to its patches;
+    # those in time before the first block over time alone. 0: none.
     sincos: int = 0
-    cross: str = "normed"
+    cross: str = "normed"  # a row of CROSS
+    # Also map the port `concat` to the prediction directly, by a linear map of each patch, zero at
+    # first. A given frame then need not pass through a narrow width.
     skip: bool = False
+    # Multiplies the time before it is embedded. Below 1 neighbouring noise levels share more of
+    # what is learned, which a short training needs.
     time_scale: float = 1.0
-    remat: str = "none"
-    attention: str = "auto"
+    remat: str = "none"  # a row of REMAT
+    attention: str = "auto"  # "auto" or a row of BACKENDS
+    # A row of CONTEXTS, for "full" attention without blocks on a mesh that splits tokens.
     context: str = "gather"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the matrix products
 
-    def dims(self) -> tuple[int, int, int, tuple[Mapping[str, Any], ...]]:
-        """(width, depth, heads, pattern), checked; the pattern as specs of MIXERS."""
-        width, depth, heads, _ = lookup(self.size, SIZES, "model.size")
-        width, depth, heads = self.width or width, self.depth or depth, self.heads or heads
+    def dims(self) -> TransformerDims:
+        """Resolve and check the dimensions.
+
+        Raises:
+            ConfigError: a name is unknown, or numbers do not divide.
+        """
+        size = lookup(self.size, SIZES, "model.size")
+        width = self.width or size.width
+        depth = self.depth or size.depth
+        heads = self.heads or size.heads
+
+        # A name of PATTERNS, names of MIXERS or specs of them -> specs, which are built once.
         pattern = self.pattern
         if isinstance(pattern, str):
             pattern = lookup(pattern, PATTERNS, "model.pattern")
-        pattern = tuple({"name": one} if isinstance(one, str) else dict(one) for one in pattern)
+        pattern = tuple({"name": row} if isinstance(row, str) else dict(row) for row in pattern)
         for spec in pattern:
-            mixer_of(spec, heads)
+            standalone_mixer(spec, heads)
+
+        # The other names, and the divisions.
         lookup(self.cross, CROSS, "model.cross")
         lookup(self.attention, {"auto": None, **BACKENDS}, "model.attention")
         lookup(self.context, CONTEXTS, "model.context")
@@ -244,29 +136,32 @@ class Transformer(nn.Module):
             raise ConfigError(f"model.depth = {depth} is not a multiple of the pattern {pattern}.")
         if width % (2 * heads):
             raise ConfigError(f"model.width = {width} over {heads} heads is not an even number.")
-        return width, depth, heads, pattern
+        return TransformerDims(width, depth, heads, pattern)
 
     def over_time(self) -> list[Any]:
-        """The mixers of the pattern that look beyond a frame."""
-        mixers = [mixer_of(spec) for spec in self.dims()[3]]
-        return [mixer for mixer in mixers if getattr(mixer, "over", "") not in ("space", "none")]
+        """Return the mixers of the pattern through which a token reads other frames."""
+        mixers = [standalone_mixer(spec) for spec in self.dims().pattern]
+        return [mixer for mixer in mixers if mixer.crosses_frames]
 
     def block(self) -> int | None:
-        """Frames of tokens in a block, if what a token sees ends with its block, so that a clip
-        can be made block by block; else None. (Biases of distances are not kept in caches.)"""
-        sizes = {
-            getattr(mixer, "block", None) if getattr(mixer, "positions", "") != "relative" else None
-            for mixer in self.over_time()
-        }
+        """Return the frames of tokens in a block, if a clip can be made block by block.
+
+        It can if all mixers over time have blocks of the same size; otherwise None.
+        """
+        sizes = {mixer.causal_block for mixer in self.over_time()}
         return sizes.pop() if len(sizes) == 1 else None
 
     def hidden(self) -> int:
-        """Hidden features of the MLPs."""
-        ratio = self.mlp_ratio or lookup(self.size, SIZES, "model.size")[3]
-        return round(self.dims()[0] * ratio)
+        """Return the hidden features of the MLPs."""
+        ratio = self.mlp_ratio or lookup(self.size, SIZES, "model.size").mlp_ratio
+        return round(self.dims().width * ratio)
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The token grid of a clip [t h w c]; raises ValueError if patches do not tile it."""
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """Return the token grid of a clip [t h w c].
+
+        Raises:
+            ValueError: the clip does not divide into patches.
+        """
         if any(n % p for n, p in zip(shape[:3], self.patch, strict=True)):
             raise ValueError(
                 f"A clip of {shape[:3]} (t, h, w) does not divide into patches of "
@@ -276,148 +171,224 @@ class Transformer(nn.Module):
         return t, h, w
 
     def flops(self, shape: tuple[int, ...], ports: Ports) -> float:
-        """Operations of the matrix products of one forward pass of one clip [t h w c], two to a
-        multiply-add. ports: of a batch of any size; their shapes are enough."""
-        width, depth, heads, pattern = self.dims()
-        grid, patch = self.grid(shape), math.prod(self.patch)
-        tokens, hidden = math.prod(grid), self.hidden()
-        down = hidden / 2 if self.activation == "geglu" else hidden
+        """Return the operations of one forward pass of one clip [t h w c].
 
-        def cross(mixer: Any) -> float:
-            normed = CROSS[self.cross]
-            if ports.tokens is None or (mixer.temporal and not normed):
-                return 0.0
-            read = [x.shape[1:] for x in (ports.tokens, ports.image_tokens) if x is not None]
-            return (
-                4.0
-                * width
-                * (tokens * width + sum(length * (features + tokens) for length, features in read))
-            )
-
-        def block(mixer: Any) -> float:
-            if mixer.temporal and grid[0] == 1:
-                return 0.0
-            mlp = 2.0 * tokens * width * (hidden + down)
-            return mixer.flops(grid, width) + cross(mixer) + mlp
-
-        blocks = [block(mixer_of(spec, heads)) for spec in pattern]
-        beside = 0 if ports.concat is None else ports.concat.shape[-1]
-        ends = 1.0 * width * (2 * self.channels + beside)
-        ends += self.skip * patch * beside * self.channels
-        if ports.control is not None:
-            blocks.append(blocks[0] + 2.0 * tokens * width**2)
-            ends += width * (ports.control.shape[-1] + width / patch)
-        time = width * (256 + 7.0 * width)
-        return depth // len(pattern) * sum(blocks) + 2.0 * (tokens * patch * ends + time)
-
-    def frame_times(self, x: Float[Array, "b t h w c"], time: Array) -> Array:
-        """[b], one time for all tokens, or [b t], one for each frame of tokens."""
-        if time.ndim == 1:
-            return time
-        if time.shape != x.shape[:2]:
-            raise ValueError(
-                f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
-                "for each clip [b] or for each frame [b t]."
-            )
-        return time[:, :: self.patch[0]]
-
-    def patches(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b T H W k"]:
-        pt, ph, pw = self.patch
-        return rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=pt, j=ph, k=pw)
-
-    def tokens(self, x: Float[Array, "b t h w c"], name: str) -> Float[Array, "b T H W d"]:
-        """Patches start as their lowest frequencies, and are drawn from them again at the end."""
-        return nn.Dense(
-            self.dims()[0],
-            name=name,
-            dtype=jnp.dtype(self.dtype),
-            kernel_init=low_frequencies(self.patch),
-        )(self.patches(x))
+        They are those of the matrix products, two to a multiply-add. The ports may be of a batch
+        of any size; their shapes are enough.
+        """
+        return transformer_flops(self, shape, ports)
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        time: Float[Array, "b"],
+        time: Float[Array, "b *frames"],
         ports: Ports,
         past: CachePosition | None = None,
     ) -> Float[Array, "b t h w c"]:
-        width, depth, heads, pattern = self.dims()
-        dtype, (pt, ph, pw) = jnp.dtype(self.dtype), self.patch
-        grid, time = self.grid(x.shape[1:]), self.frame_times(x, time)
-        out = partial(nn.Dense, pt * ph * pw * self.channels, dtype=jnp.float32)
-        direct: Array | float = 0.0
+        """Predict, for a noisy clip.
+
+        Args:
+            x: the noisy clip.
+            time: one for each clip [b], or one for each frame [b t] (Wan 2.2 TI2V: 0 for a known
+                first frame; diffusion forcing). A patch takes the time of its first frame.
+            ports: the conditioning.
+            past: set if x is one block of a clip. The collection "cache" then holds keys, values
+                and states of the blocks before it.
+        """
+        grid = self.grid(x.shape[1:])  # t h w, smaller than the clip by the patch
+        skipped = self.skip_network(ports.concat)  # b t h w k
+        tokens = self.embed(x, ports, grid)  # b t h w d
+        emb = self.embed_time(x, time, ports.vector, grid)  # b d or b t d
+        modulation = self.embed_modulation(emb, ports.modulation)  # b t 6 d, or b 1 6 d
+        control = self.embed_control(ports.control, tokens)  # b t h w d
+        context = self.mix_context(grid, past)
+
+        stream = Stream(tokens, control, self.frame_positions(grid))
+        tokens = self.run_blocks(stream, modulation, self.cast_tokens(ports), context)
+
+        return from_patches(skipped + self.head(tokens, emb), self.patch)
+
+    def skip_network(
+        self, concat: Float[Array, "b T H W c"] | None
+    ) -> Float[Array, "b t h w k"] | float:
+        """Map the concatenated channels to the prediction, or return 0 without `skip`."""
+        if concat is None or not self.skip:
+            return 0.0
+        project = nn.Dense(
+            math.prod(self.patch) * self.channels,
+            name="skip",
+            dtype=jnp.float32,
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+        )
+        return project(to_patches(concat, self.patch))
+
+    def embed(
+        self, x: Float[Array, "b T H W c"], ports: Ports, grid: Grid
+    ) -> Float[Array, "b t h w d"]:
+        """Embed patches: the clip, concatenated channels, positions, control residuals."""
         if ports.concat is not None:
             x = jnp.concatenate([x, ports.concat.astype(x.dtype)], -1)
-            if self.skip:
-                direct = out(name="skip", use_bias=False, kernel_init=nn.initializers.zeros)(
-                    self.patches(ports.concat)
-                )
+        x = self.embed_patches(x, "patch")
 
-        x = self.tokens(x, "patch")
+        # Fixed positions.
+        width = self.dims().width
         if self.absolute:
-            # With blocks it is the place in the block: how long the clip will be is not known.
-            places = place_table((self.block() or grid[0], *grid[1:]), width)
-            x = x + jnp.asarray(places[np.arange(grid[0]) % len(places)], x.dtype)
-        frames = None
+            # With blocks it is the place in the block: the length of the clip is not known.
+            frames = self.block() or grid[0]
+            places = place_table((frames, *grid[1:]), width)
+            places = places[np.arange(grid[0]) % frames]
+            x = x + jnp.asarray(places, x.dtype)[None]
         if self.sincos:
-            x = x + jnp.asarray(plane_table(grid[1:], width, self.sincos), x.dtype)
-            if grid[0] > 1:
-                frames = jnp.asarray(sincos_table(np.arange(grid[0]), width), x.dtype)
-                frames = frames[:, None, None]
+            plane = plane_table(grid[1:], width, self.sincos)
+            x = x + jnp.asarray(plane, x.dtype)[None, None]
+
         if ports.add is not None:
             x = x + ports.add.astype(x.dtype)
-        x = constrain(x, "b t h w d", context="t")
+        return constrain(x, "b t h w d", context="t")
 
-        emb = EmbedMLP(width, name="time")(time * self.time_scale)  # b d or b t d
-        if ports.vector is not None:
-            emb = add_vector(emb, ports.vector, grid[0])
-        modulation = nn.Dense(
+    def embed_patches(self, x: Float[Array, "b T H W c"], name: str) -> Float[Array, "b t h w d"]:
+        """Project patches; a fresh projection keeps their lowest frequencies."""
+        project = nn.Dense(
+            self.dims().width,
+            name=name,
+            dtype=jnp.dtype(self.dtype),
+            kernel_init=low_frequencies(self.patch),
+        )
+        return project(to_patches(x, self.patch))
+
+    def frame_positions(self, grid: Grid) -> Float[Array, "t 1 1 d"] | None:
+        """Return fixed positions in time, if `sincos` is set and the clip is not an image."""
+        frames = grid[0]
+        if not self.sincos or frames == 1:
+            return None
+        table = sincos_table(np.arange(frames), self.dims().width)
+        return jnp.asarray(table, jnp.dtype(self.dtype))[:, None, None]
+
+    def embed_time(
+        self,
+        x: Float[Array, "b t h w c"],
+        time: Float[Array, "b *frames"],
+        vector: Float[Array, "b *more d"] | None,
+        grid: Grid,
+    ) -> Float[Array, "b d"] | Float[Array, "b n d"]:
+        """Embed the time and the vector, for each clip or for each frame of tokens.
+
+        Raises:
+            ValueError: the time is neither [b] nor [b t].
+        """
+        # One time for each frame -> one for each frame of tokens.
+        if time.ndim != 1:
+            if time.shape != x.shape[:2]:
+                raise ValueError(
+                    f"time is {time.shape}; a clip of {x.shape[:2]} (b, t) needs one time "
+                    "for each clip [b] or for each frame [b t]."
+                )
+            time = time[:, :: self.patch[0]]
+
+        emb = EmbedMLP(self.dims().width, name="time")(time * self.time_scale)
+        if vector is not None:
+            emb = add_vector(emb, vector, grid[0])
+        return emb
+
+    def embed_modulation(
+        self,
+        emb: Float[Array, "b d"] | Float[Array, "b t d"],
+        added: Float[Array, "b 6 d"] | None,
+    ) -> Float[Array, "b n 6 d"]:
+        """Project the embedding to the shifts, scales and gates of a block."""
+        width = emb.shape[-1]
+        project = nn.Dense(
             6 * width, name="modulation", dtype=jnp.float32, kernel_init=nn.initializers.zeros
-        )(nn.silu(emb))
-        modulation = modulation.reshape(len(x), -1, 6, width)  # b t 6 d
-        if ports.modulation is not None:
-            modulation = modulation + ports.modulation[:, None]
-        control = None
-        if ports.control is not None:
-            control = nn.Dense(
-                width, name="control_in", dtype=dtype, kernel_init=nn.initializers.zeros
-            )(self.tokens(ports.control, "control_patch"))
-            control = constrain(x + control, "b t h w d", context="t")
+        )
+        modulation = project(nn.silu(emb)).reshape(len(emb), -1, 6, width)
+        if added is not None:
+            modulation = modulation + added[:, None]
+        return modulation
+
+    def embed_control(
+        self, control: Float[Array, "b T H W c"] | None, tokens: Float[Array, "b t h w d"]
+    ) -> Float[Array, "b t h w d"] | None:
+        """Embed the port `control` and add it to the tokens, for the control blocks."""
+        if control is None:
+            return None
+        project = nn.Dense(
+            tokens.shape[-1],
+            name="control_in",
+            dtype=jnp.dtype(self.dtype),
+            kernel_init=nn.initializers.zeros,
+        )
+        control = project(self.embed_patches(control, "control_patch"))
+        return constrain(tokens + control, "b t h w d", context="t")
+
+    def cast_tokens(self, ports: Ports) -> Ports:
+        """Cast the tokens of cross-attention to the type of the matrix products."""
+        dtype = jnp.dtype(self.dtype)
         if ports.tokens is not None:
             ports = ports.replace(tokens=ports.tokens.astype(dtype))
         if ports.image_tokens is not None:
             ports = ports.replace(image_tokens=ports.image_tokens.astype(dtype))
+        return ports
 
-        rope = rope_table(grid, width // heads, self.rope_theta)
-        context = MixContext(
-            rope if past is None else shift_rope(rope, past.start, width // heads, self.rope_theta),
-            past,
-            self.attention,
-            self.context,
-        )
+    def mix_context(self, grid: Grid, past: CachePosition | None) -> MixContext:
+        """Build the rotary tables, those of a block at its place in the clip."""
+        head_width = self.dims().head_width
+        rope = rope_table(grid, head_width, self.rope_theta)
+        if past is not None:
+            rope = shift_rope(rope, past.start, head_width, self.rope_theta)
+        return MixContext(rope, past, self.attention, self.context)
+
+    def run_blocks(
+        self,
+        stream: Stream,
+        modulation: Float[Array, "b n 6 d"],
+        ports: Ports,
+        context: MixContext,
+    ) -> Float[Array, "b t h w d"]:
+        """Run all blocks: one pass through the pattern, scanned over the depth."""
+        # Recompute a pass of the pattern as the policy says, and repeat it over the depth.
+        dims = self.dims()
         policy = lookup(self.remat, REMAT, "model.remat")
         period = Period if policy is None else nn.remat(Period, policy=policy, prevent_cse=False)
-        layers = nn.scan(
+        scanned = nn.scan(
             period,
             variable_axes={"params": 0, "lora": 0, "cache": 0, "cross_kv": 0},
             split_rngs={"params": True, "lora": True},
             in_axes=nn.broadcast,
-            length=depth // len(pattern),
-        )
-        fields = dict(
-            heads=heads,
-            hidden=self.hidden(),
-            activation=self.activation,
-            cross=self.cross,
-            dtype=dtype,
-        )
-        (x, *_), _ = layers(pattern, fields, name="layers")(
-            (x, control, frames), modulation, ports, context
+            length=dims.periods,
         )
 
+        # One set of fields and, in each layer of the scan, one set of parameters.
+        layers = scanned(
+            dims.pattern,
+            dims.heads,
+            self.hidden(),
+            self.activation,
+            self.cross,
+            jnp.dtype(self.dtype),
+            name="layers",
+        )
+        stream, _ = layers(stream, modulation, ports, context)
+        return stream.x
+
+    def head(
+        self,
+        x: Float[Array, "b t h w d"],
+        emb: Float[Array, "b d"] | Float[Array, "b t d"],
+    ) -> Float[Array, "b t h w k"]:
+        """Modulate the tokens and project them to patches, in float32."""
+        width = x.shape[-1]
         table = self.param("table", nn.initializers.zeros, (2, width), jnp.float32)
-        shift, scale = ((emb + row).reshape(len(x), -1, 1, 1, width) for row in table)
-        x = modulate(x, shift, scale).astype(dtype)
-        x = direct + out(name="unpatch", kernel_init=low_frequencies(self.patch, out=True))(x)
-        return rearrange(x, "b t h w (i j k c) -> b (t i) (h j) (w k) c", i=pt, j=ph, k=pw)
+        shift, scale = (
+            (emb + along_last(row, emb)).reshape(len(x), -1, 1, 1, width) for row in table
+        )
+        x = modulate(x, shift, scale).astype(jnp.dtype(self.dtype))
+
+        project = nn.Dense(
+            math.prod(self.patch) * self.channels,
+            name="unpatch",
+            dtype=jnp.float32,
+            kernel_init=low_frequencies(self.patch, out=True),
+        )
+        return project(x)

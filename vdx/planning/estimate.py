@@ -118,9 +118,8 @@ def _kept_bytes(job: Job, mesh: Mesh, clips: int, remat: str | None) -> float:
     network = job.experiment.model.backbone
     if not isinstance(network, Transformer):
         return 0.0
-    _, depth, _, pattern = network.dims()
-    periods = depth // len(pattern)
-    widths = periods + depth * KEPT_WIDTHS.get(remat or network.remat, 0)
+    dims = network.dims()
+    widths = dims.periods + dims.depth * KEPT_WIDTHS.get(remat or network.remat, 0)
     microbatches = job.experiment.optimizer.grad_accum_steps
     return _token_bytes(job, mesh, clips) / microbatches * widths
 
@@ -128,10 +127,9 @@ def _kept_bytes(job: Job, mesh: Mesh, clips: int, remat: str | None) -> float:
 def _token_bytes(job: Job, mesh: Mesh, clips: int) -> float:
     """Return the bytes of all tokens of one device, each of the network's width."""
     network = job.experiment.model.backbone
-    width, *_ = network.dims()
     parts = mesh.shape["context"] * mesh.shape["data"] * mesh.shape["fsdp"]
     tokens = math.prod(network.grid(job.clip))
-    return tokens * width * jnp.dtype(network.dtype).itemsize * clips / parts
+    return tokens * network.dims().width * jnp.dtype(network.dtype).itemsize * clips / parts
 
 
 def bytes_sent(job: Job, mesh: Mesh, clips: int | None = None) -> float:
@@ -156,13 +154,12 @@ def bytes_sent(job: Job, mesh: Mesh, clips: int | None = None) -> float:
 
     # Tokens, in the forward pass and twice in the backward pass.
     if isinstance(network, Transformer):
-        _, depth, *_ = network.dims()
         times = 0
         if parts["tensor"] > 1:
             times += 6  # three sums a block, each sent there and back
         if parts["context"] > 1:
             times += 4  # queries, keys, values and the result
 
-        total += 3 * times * depth * _token_bytes(job, mesh, clips or job.clips)
+        total += 3 * times * network.dims().depth * _token_bytes(job, mesh, clips or job.clips)
 
     return total

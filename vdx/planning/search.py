@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vdx.config.build import ConfigError
-from vdx.models.transformer import REMAT, Transformer
+from vdx.models.remat import REMAT
+from vdx.models.transformer import Transformer
 from vdx.parallel import AXES, MeshSpec
 from vdx.planning.estimate import bytes_sent, least_memory
 from vdx.planning.job import Job, Slice, abstract_mesh
@@ -117,10 +118,7 @@ def check_divides(job: Job, mesh: dict[str, int]) -> None:
     """Raise ValueError if the heads or the frames of tokens do not divide over a mesh."""
     network = job.experiment.model.backbone
     frames = network.grid(job.clip)[0]
-    if isinstance(network, Transformer):
-        _, _, heads, _ = network.dims()
-    else:
-        heads = network.heads
+    heads = network.dims().heads if isinstance(network, Transformer) else network.heads
     if frames % mesh["context"] or heads % mesh["tensor"]:
         raise ValueError(
             f"{frames} frames of tokens do not divide over context={mesh['context']}, or {heads} "

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from vdx.config.build import ConfigError
 from vdx.hardware import chip_of
-from vdx.parallel import BATCH, like_batch
+from vdx.parallel import BATCH, abstract_batch
 from vdx.types import Batch
 
 
@@ -67,7 +67,7 @@ class StepCompiler:
         first, made = not self.known, self.begin(batch)
         if first:
             for local, example in self.samples():
-                self.begin(like_batch(self.mesh, example, local))
+                self.begin(abstract_batch(self.mesh, example, local))
         return made.result()
 
     def begin(self, batch: Mapping[str, Any]) -> Future:

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 from vdx.data.workers import dump_workers, kill_workers
 from vdx.files import append_rows, host_file, write_json
 from vdx.models.attention.backends import selected_backends
-from vdx.models.conditioning.signals import NULL
-from vdx.models.transformer import check_remat
+from vdx.models.conditioning.text_signals import NULL
+from vdx.models.remat import check_remat
 from vdx.parallel import put_batch, replicated
 from vdx.train.checkpoint import CheckpointError, Checkpoints, check_base, locate
 from vdx.train.checksum import whole_digest

@@ -1,4 +1,4 @@
-"""Adapters beside kernels: they act as the merged weights would, and nothing else is touched."""
+"""Adapters of kernels act as the merged weights would, and nothing else is touched."""
 
 import dataclasses
 import functools
@@ -17,7 +17,14 @@ from jax.sharding import PartitionSpec as P
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
-from vdx.models.adapters.lora import Lora, WeightDelta, adapt, concat_factors, dense_kernels, merged
+from vdx.models.adapters.lora import (
+    Lora,
+    WeightDelta,
+    adapt,
+    concat_factors,
+    dense_kernels,
+    merge_factors,
+)
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec, param_shardings, put_batch, replicated
 from vdx.train.state import init_state, state_shardings
@@ -112,12 +119,12 @@ def test_new_adapters_change_no_bit(run, params, kernels):
     assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
-def test_beside_the_kernels_is_merged_into_them(run, params, kernels):
+def test_adapters_act_as_merged_kernels(run, params, kernels):
     """In every dense layer there is: scanned, control blocks, embeddings of every signal."""
     factors = drawn(EVERY, kernels)
     lora = dataclasses.replace(EVERY, alpha=1.2)
     got = run(lora.combine(params, factors))
-    np.testing.assert_allclose(got, run(merged(params, factors, 0.4)), atol=1e-5)
+    np.testing.assert_allclose(got, run(merge_factors(params, factors, 0.4)), atol=1e-5)
     assert np.abs(got - run(params)).max() > 0.1
 
 
@@ -137,9 +144,9 @@ def test_several_at_once(run, params, kernels):
     one = WeightDelta(drawn(EVERY, kernels), weight=0.5)
     some = Lora(rank=5, targets=("block_0/.*kernel$",))
     two = WeightDelta(
-        drawn(some, some.selected_backends(kernels), 1), {"network/table": normal(2, 48)}, -0.7
+        drawn(some, some.select_kernels(kernels), 1), {"network/table": normal(2, 48)}, -0.7
     )
-    want = merged(merged(params, one.factors, 0.5), two.factors, -0.7)
+    want = merge_factors(merge_factors(params, one.factors, 0.5), two.factors, -0.7)
     want["network"]["table"] = params["network"]["table"] - 0.7 * two.deltas["network/table"]
     np.testing.assert_allclose(run(adapt(params, one, two)), run(want), atol=1e-5)
     jax.tree.map(
@@ -184,7 +191,7 @@ def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
     """Neither W + A B nor a gradient of W: the products of the program are all smaller."""
     odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)  # no other such sizes
     shapes = jax.eval_shape(odd.new_params, jax.random.key(0))
-    found = EVERY.selected_backends(dense_kernels(odd.new_params))
+    found = EVERY.select_kernels(dense_kernels(odd.new_params))
     factors = jax.eval_shape(lambda: EVERY.new_factors(jax.random.key(0), found))
     keep = odd.drop_masks(B, False)
 
@@ -261,7 +268,7 @@ def test_layers_of_the_transformer_drop(randomise, quick):
         Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)),
         runner(plain, quick),
     )
-    factors = drawn(lora, lora.selected_backends(dense_kernels(plain.new_params)))
+    factors = drawn(lora, lora.select_kernels(dense_kernels(plain.new_params)))
     one, other = (run(lora.combine(params, factors, jax.random.key(i))) for i in (0, 1))
     assert np.abs(one - other).max() > 1e-3
 
@@ -270,18 +277,16 @@ def test_layers_of_the_transformer_drop(randomise, quick):
 
 
 def test_targets(kernels):
-    selected_backends = set(Lora().selected_backends(kernels))
+    selected = set(Lora().select_kernels(kernels))
     assert {
         "network/layers/block_0/full/q/kernel",
         "network/layers/block_1/cross/image_v/kernel",
         "network/layers/block_1/mlp/down/kernel",
         "network/layers/control/full/out/kernel",
-    } <= selected_backends
-    assert all(path.startswith("network/layers/") for path in selected_backends)
-    assert (
-        not any("hint" in path for path in selected_backends) and len(selected_backends) == 3 * 12
-    )
-    assert set(Lora(targets=("time/q/", "^network/patch")).selected_backends(kernels)) == {
+    } <= selected
+    assert all(path.startswith("network/layers/") for path in selected)
+    assert not any("hint" in path for path in selected) and len(selected) == 3 * 12
+    assert set(Lora(targets=("time/q/", "^network/patch")).select_kernels(kernels)) == {
         "network/layers/block_1/time/q/kernel",
         "network/patch/kernel",
     }
@@ -299,7 +304,7 @@ def test_targets(kernels):
 )
 def test_sections_that_cannot_be_meant(fields, message, kernels):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
-        Lora(**fields).selected_backends(kernels)
+        Lora(**fields).select_kernels(kernels)
 
 
 def test_a_convolution_is_no_target():
@@ -315,11 +320,11 @@ def test_a_convolution_is_no_target():
 # The mesh.
 
 
-def test_factors_lie_as_their_kernels(kernels):
+def test_factors_are_sharded_as_their_kernels(kernels):
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()
     lora = Lora(rank=3, targets=("block_0/full", "modulation"))
     shapes = jax.eval_shape(
-        lambda: lora.new_factors(jax.random.key(0), lora.selected_backends(kernels))
+        lambda: lora.new_factors(jax.random.key(0), lora.select_kernels(kernels))
     )
     where = jax.tree.map(lambda s: s.spec, param_shardings(mesh, shapes))["network"]
     full = where["layers"]["block_0"]["full"]

@@ -1,4 +1,4 @@
-"""Training a part of a network: motion modules beside an image model from files of weights."""
+"""Training a part of a network: motion modules of an image model from files of weights."""
 
 import shutil
 from pathlib import Path
@@ -97,7 +97,7 @@ def facts(workdir: Path, step: int = 4) -> dict:
         return checkpoints.facts(step)["leaves"]
 
 
-def test_split_and_beside():
+def test_split_and_combine():
     frozen, trained = Trainable("motion").split(TREE)
     assert frozen == {"a": TREE["a"]} and trained == {"b": TREE["b"]}
     assert Trainable("motion").combine(frozen, trained) == TREE
@@ -160,7 +160,7 @@ def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
     state = flatten_dict(run.state.params, sep="/")
     assert len(paths) == 2 * len(state) and all("/motion/" in path for path in paths)
     assert set(state) == {path for path in own if "/motion/" in path}
-    # What lies before a projection that began at zero moves from the second step on.
+    # Parameters before a projection that began at zero move from the second step on.
     began = flatten_dict(fresh, sep="/")
     assert all(np.abs(leaf - began[path]).max() > 0 for path, leaf in state.items())
     losses = [
@@ -170,9 +170,7 @@ def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
 
 
 @pytest.mark.slow
-def test_it_goes_on_exactly_and_beside_the_same_weights_only(
-    first, place, mesh, tmp_path, randomise
-):
+def test_it_resumes_exactly_and_with_the_same_weights_only(first, place, mesh, tmp_path, randomise):
     whole, _ = first
     shutil.copytree(whole, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
@@ -189,7 +187,7 @@ def test_it_goes_on_exactly_and_beside_the_same_weights_only(
 
 @pytest.mark.slow
 def test_it_goes_out_as_an_adapter_and_comes_back(first, place, mesh, tmp_path):
-    """As a folder beside the image model's, it is what the next run begins with."""
+    """In a folder next to the image model's, it is what the next run begins with."""
     workdir, run = first
     with jax.set_mesh(mesh):
         params, step, _ = open_params(load(workdir), workdir, mesh)
@@ -197,7 +195,7 @@ def test_it_goes_out_as_an_adapter_and_comes_back(first, place, mesh, tmp_path):
     averaged = flatten_dict(run.state.ema, sep="/")
     read = flatten_dict(params, sep="/")
     assert all(np.array_equal(read[k], v) for k, v in averaged.items())
-    # Only the data told it, and it is dropped captions that guidance leads away from.
+    # It comes from the data alone. Guidance leads away from dropped captions.
     np.testing.assert_array_equal(read["conditioning/embeddings/null"], NULL)
     made = experiment(*place)
     save_unet(run.state.ema, made.model, tmp_path / "motion", part="motion")

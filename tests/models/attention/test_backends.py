@@ -145,7 +145,7 @@ def test_in_bfloat16_they_round_no_more_than_the_plain_one(backend, wanted, quic
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-def test_more_of_the_batch_may_lie_after_b(backend, quick):
+def test_more_of_the_batch_may_follow_b(backend, quick):
     """As places do in attention over time; a mask is then the same for all of a clip."""
     q, k, v, _ = arrays(9, 9, 8, batch=(2, 3, 2))
     mask = RNG.random((2, 9, 9)) < 0.6
@@ -221,15 +221,15 @@ def test_what_a_backend_cannot_do(backend, changes, message):
 
 
 def test_the_platform_is_that_of_the_mesh():
-    described = jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
-    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1), AXES, abstract_device=described)
+    abstract_device = jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1), AXES, abstract_device=abstract_device)
     assert platform() == "cpu"
     with jax.sharding.use_abstract_mesh(mesh):
         assert platform() == "tpu"
     assert platform() == "cpu"
 
 
-def test_what_was_chosen_can_be_asked():
+def test_what_was_selected_can_be_listed():
     one = jax.ShapeDtypeStruct((1, 1234, 2, 16), jnp.bfloat16)
     jax.eval_shape(attend, one, one, one)
     assert "1234 queries, 1234 keys of 16 in bfloat16: blockwise" in selected_backends()
@@ -307,7 +307,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNA
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from vdx.models.attention.backends import attend, chosen
+from vdx.models.attention.backends import attend, selected_backends
 from vdx.parallel import BATCH, MeshSpec
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 for sizes, shape, context in [
@@ -326,7 +326,7 @@ for sizes, shape, context in [
         text = jax.jit(run).lower(one, one, one, one).compile().as_text()
     moved = [name for name in ("all-to-all", "collective-permute") if name in text]
     print(*shape, context, text.count('"tpu_custom_call"'), *moved, flush=True)
-print(*chosen(), sep="\n")
+print(*selected_backends(), sep="\n")
 """
 
 

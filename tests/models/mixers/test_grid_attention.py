@@ -10,8 +10,10 @@ import pytest
 from vdx.config.build import ConfigError, build
 from vdx.models.attention.backends import CONTEXTS, attend
 from vdx.models.attention.layers import CrossAttention, SelfAttention
-from vdx.models.layers import rope_table
-from vdx.models.mixers.grid_attention import MAX_RELATIVE_DISTANCE, MIXERS, MixContext
+from vdx.models.mixers.context import MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.mixers.time_attention import MAX_RELATIVE_DISTANCE
+from vdx.models.positions import rope_table
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 GRID, WIDTH, HEADS = (3, 2, 4), 24, 2
@@ -206,10 +208,10 @@ def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("across", CONTEXTS)
-def test_however_its_tokens_meet_on_eight_devices(across, mixer, quick):
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_however_its_tokens_meet_on_eight_devices(context, mixer, quick):
     """As above, with kernels that XLA cannot split, and keys that travel."""
-    on_eight_devices(mixer, "full", quick, attention="blockwise", across=across)
+    on_eight_devices(mixer, "full", quick, attention="blockwise", context_parallel=context)
 
 
 @pytest.mark.parametrize("grid", [(128, 2, 2), (2, 12, 12)])
@@ -237,9 +239,9 @@ def test_the_cost_is_what_xla_counts(case, grid, quick):
         {"block": 1, "window": 2, "positions": "relative"},
     ],
 )
-def test_attention_over_time_knows_distances_alone(spec, randomise):
+def test_attention_over_time_depends_on_distances_alone(spec, randomise):
     """The same clip a frame later in a longer one, far from both ends: the same answer. Distances
-    beyond REACH share a bias, so that clips may be longer than any in training."""
+    beyond MAX_RELATIVE_DISTANCE share a bias, so that clips may be longer than any in training."""
     module = MIXERS["time"](heads=HEADS, **{"window": 3, **spec})
     clip = RNG.normal(size=(1, 2 * MAX_RELATIVE_DISTANCE + 8, 1, 1, WIDTH)).astype(np.float32)
     context = MixContext(rope=rope_table((clip.shape[1], 1, 1), WIDTH // HEADS))
@@ -341,7 +343,7 @@ def test_self_attention_is_its_definition(randomise):
 
 
 def test_softmax_runs_in_float32():
-    """Two near scores, which bfloat16 cannot tell apart at their size."""
+    """Two near scores, which bfloat16 does not separate at their size."""
     q = jnp.full((1, 1, 1, 4), 16.0, jnp.bfloat16)
     k = jnp.asarray([[16.0] * 4, [16.0] * 3 + [16.125]], jnp.bfloat16)[None, :, None]
     v = jnp.asarray([0.0, 1.0], jnp.bfloat16)[None, :, None, None] * jnp.ones(4, jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The recurrent mixer: the scan is the loop, the state goes on, gradients stay finite."""
+"""The recurrent mixer: the scan is the loop, the state is carried over, gradients stay finite."""
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,6 @@ def test_the_scan_runs_either_way():
 
 
 def test_features_begin_with_these_half_lives():
-    rate = np.log1p(np.exp(half_lives(None, (7,))))
+    rate = np.log1p(np.exp(half_lives(jax.random.key(0), (7,))))
     left = np.exp(-STRENGTH * rate * 0.5 * np.geomspace(*HALF_LIVES, 7))  # gates half open
     np.testing.assert_allclose(left, 0.5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""What U-Nets promise beside the references: the parts, the protocol of a backbone, the files."""
+"""U-Nets, where no reference decides: the parts, the protocol of a backbone, the files."""
 
 import json
 import math
@@ -13,12 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError, export
-from vdx.interop.unet import _exchange, load_unet, open_unet, save_unet
+from vdx.interop.unet import load_unet, open_unet, save_unet
 from vdx.interop.unet_config import control_config, motion_config, unet_config, unet_from_config
+from vdx.interop.unet_rows import transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.models.image_blocks import GroupNorm
-from vdx.models.unet.blocks import Common, Exchange, Temporal, TimeConvs, temporal_of
+from vdx.models.unet.blocks import BlockConfig, SpaceTransformer, TimeConvs, TimeTransformer
 from vdx.models.unet.controlnet import Hint
+from vdx.models.unet.temporal import Temporal, temporal_of
 from vdx.models.unet.unet import UNet
 from vdx.parallel import MeshSpec, param_shardings
 from vdx.types import Ports
@@ -105,10 +107,10 @@ def test_a_motion_module_with_either_norm(joint, randomise, quick):
         .eval()
         .requires_grad_(False)
     )
-    ours = Exchange("time", 2, 8, Common(2, 0, 4, joint, Temporal(), jnp.float32))
+    ours = TimeTransformer(2, 8, BlockConfig(2, 0, 4, joint, Temporal(), jnp.float32))
     x = RNG.normal(size=(2, 3, 4, 6, 8)).astype(np.float32)
     params = randomise(jax.eval_shape(ours.init, jax.random.key(0), x)["params"])
-    for key, value in export({"x": params}, [*_exchange("x", "x", linear=True)]):
+    for key, value in export({"x": params}, [*transformer_rows("x", "x", linear=True)]):
         theirs.get_parameter(key.removeprefix("x.")).copy_(torch.tensor(value))
     if not joint:
         whole = theirs.norm.forward
@@ -174,10 +176,11 @@ def test_fresh_it_is_the_image_network(temporal, randomise, quick):
 
 def test_what_begins_at_zero(quick):
     """The last projections, so that the last test's zeros are what is made."""
-    common, x = Common(2, 0, 4, True, Temporal(), jnp.float32), X[:1, :1, :2, :2].repeat(2, -1)
+    config = BlockConfig(2, 0, 4, True, Temporal(), jnp.float32)
+    x = X[:1, :1, :2, :2].repeat(2, -1)
     for module, inputs, name in (
-        (Exchange("time", 2, 8, common), (x,), "proj_out"),
-        (Exchange("space", 2, 8, common), (x,), "proj_out"),
+        (TimeTransformer(2, 8, config), (x,), "proj_out"),
+        (SpaceTransformer(2, 8, config), (x,), "proj_out"),
         (TimeConvs(4, jnp.float32), (x,), "conv_3"),
         (Hint((), 8, jnp.float32), (x,), "conv_in"),
         (Hint((4, 6), 8, jnp.float32), (x,), "conv_out"),
@@ -219,7 +222,7 @@ def test_the_protocol():
     network = UNet(
         widths=(8, 16, 16), attention=(True, True, False), heads=2, groups=4, stem=(2, 4, 2)
     )
-    assert network.patch == (2, 16, 8) and network.dims()[0] == 32
+    assert network.patch == (2, 16, 8) and network.dims().width == 32
     assert network.grid((4, 32, 16, 3)) == (2, 8, 8)
     assert model().num_tokens(X[..., :4].shape) == 3 * 4 * 6
     with pytest.raises(ValueError, match=r"\(3, 5, 6\) .* multiples of \(1, 2, 2\)"):
@@ -232,7 +235,7 @@ def test_the_protocol():
         ({"widths": (8, 18)}, "are not multiples of model.groups = 4"),
         ({"heads": 3}, "not multiples of model.heads = 3"),
         ({"head_width": 16}, "not multiples of model.head_width = 16"),
-        ({"attention": (True,)}, "says it for each of the levels"),
+        ({"attention": (True,)}, "needs one entry for each of the levels"),
         ({"control": "images"}, "Did you mean 'image'"),
         ({"control": "image"}, "needs the signal"),
         ({"remat": "most"}, "model.remat"),

@@ -1,16 +1,16 @@
 """Captions of procedural scenes: the same facts in many phrasings.
 
-Shape, colour and motion are always said; size, speed, background, camera and style only
-sometimes, so that a model trained on these captions learns what an unsaid attribute means.
+A caption always has shape, colour and motion. It has size, speed, background, camera and style
+only sometimes, so that a model learns what an attribute means that a caption leaves out.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vdx.data.scenes.source import Object, Scene
+from vdx.data.scenes.sampling import pick
+from vdx.data.scenes.world import Object, Scene
 
 __all__ = ["BACKGROUND_WORDS", "CAMERA_WORDS", "MOTION_WORDS", "STYLE_WORDS", "describe"]
 
@@ -89,63 +89,99 @@ STYLE_WORDS = {
 }
 
 
-def _pick(rng: np.random.Generator, options: Sequence):
-    # Four times cheaper than rng.integers, and a caption needs a dozen picks.
-    return options[int(rng.random() * len(options))]
+class _Sentence(NamedTuple):
+    """The parts of a caption; a part that is empty is left out."""
+
+    opening: str  # "a video of "
+    action: str  # "a red circle moves right and a blue star grows"
+    place: str  # "on a black background"
+    remarks: tuple[str, ...]  # camera and style
+    place_first: bool  # the place comes before the action, where there is no opening
+
+    def text(self) -> str:
+        """Return the caption."""
+        if self.place and self.place_first and not self.opening:
+            main = f"{self.place}, {self.action}"
+        elif self.place:
+            main = f"{self.opening}{self.action} {self.place}"
+        else:
+            main = f"{self.opening}{self.action}"
+        return ", ".join([main, *self.remarks])
 
 
-def _noun(item: "Object", rng: np.random.Generator) -> str:
-    """ "a small red circle", "a red circle" or "a red circle, small,"."""
-    words, after = f"{item.colour} {item.shape}", ""
+def describe(scene: Scene, rng: np.random.Generator) -> str:
+    """Return one ASCII caption of a scene, at most 64 bytes for each object in it.
+
+    Every call draws a new phrasing from `rng`; the facts are those of the scene.
+    """
+    sentence = _draw_sentence(scene, rng)
+    limit = BYTES_PER_OBJECT * len(scene.objects)
+    for shorter in _shortened(sentence):
+        caption = shorter.text()
+        if len(caption) <= limit:
+            return caption
+    raise AssertionError(f"the words of {sentence.action!r} are longer than {limit} bytes")
+
+
+def _draw_sentence(scene: Scene, rng: np.random.Generator) -> _Sentence:
+    """Draw the parts of a caption, some of which are left out."""
+    # After an opening the verb is a participle: "a video of a red circle moving right".
+    opening = ""
+    if rng.random() < 0.2:
+        opening = pick(("a video of ", "a clip of "), rng)
+    participle = bool(opening) or rng.random() < 0.25
+
+    actions = [f"{_noun(item, rng)} {_verb(item, rng, participle)}" for item in scene.objects]
+    place = ""
+    if rng.random() < 0.5:
+        place = pick(BACKGROUND_WORDS[scene.background], rng)
+
+    # A static camera and the flat style are the plain case, which captions seldom mention.
+    remarks = []
+    if rng.random() < (0.1 if scene.camera == "static" else 0.7):
+        remarks.append(pick(CAMERA_WORDS[scene.camera], rng))
+    if rng.random() < (0.1 if scene.style == "flat" else 0.5):
+        remarks.append(pick(STYLE_WORDS[scene.style], rng))
+    place_first = rng.random() < 0.25
+    return _Sentence(opening, " and ".join(actions), place, tuple(remarks), place_first)
+
+
+def _shortened(sentence: _Sentence) -> Iterator[_Sentence]:
+    """Yield a sentence, then shorter ones.
+
+    The parts that inform least are dropped first.
+    """
+    yield sentence
+    sentence = sentence._replace(opening="")
+    yield sentence
+    for _ in range(2):
+        sentence = sentence._replace(remarks=sentence.remarks[1:])
+        yield sentence
+    yield sentence._replace(place="")
+
+
+def _noun(item: Object, rng: np.random.Generator) -> str:
+    """Return "a small red circle", "a red circle" or "a red circle, small,"."""
+    words = f"{item.colour} {item.shape}"
+    after = ""
     if rng.random() < 0.4:
-        size = _pick(rng, SIZE_WORDS[item.size])
+        size = pick(SIZE_WORDS[item.size], rng)
         if rng.random() < 0.85:
             words = f"{size} {words}"
         else:
             after = f", {size},"
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}{after}"
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"{article} {words}{after}"
 
 
-def _verb(item: "Object", rng: np.random.Generator, form: int) -> str:
-    """The motion, form 0 finite and 1 participle, perhaps with its speed."""
-    verb = _pick(rng, MOTION_WORDS[item.motion])[form]
+def _verb(item: Object, rng: np.random.Generator, participle: bool) -> str:
+    """Return the motion, finite or as a participle, perhaps with its speed."""
+    finite_form, participle_form = pick(MOTION_WORDS[item.motion], rng)
+    verb = participle_form if participle else finite_form
     if rng.random() < 0.4:
-        adverb = _pick(rng, SPEED_WORDS[item.speed])
-        first = adverb != "fast" and rng.random() < 0.5 and not verb.startswith("is ")
-        verb = f"{adverb} {verb}" if first else f"{verb} {adverb}"
+        adverb = pick(SPEED_WORDS[item.speed], rng)
+        if adverb != "fast" and rng.random() < 0.5 and not verb.startswith("is "):
+            verb = f"{adverb} {verb}"
+        else:
+            verb = f"{verb} {adverb}"
     return verb
-
-
-def _join(opening: str, action: str, place: str, remarks: list[str], place_first: bool) -> str:
-    if place and place_first and not opening:
-        action, place = f"{place}, {action}", ""
-    return ", ".join([f"{opening}{action}{' ' if place else ''}{place}", *remarks])
-
-
-def describe(scene: "Scene", rng: np.random.Generator) -> str:
-    """One ASCII caption of a scene, at most 64 bytes for each object in it.
-
-    Every call draws a new phrasing from `rng`; the facts are those of the scene.
-    """
-    opening = _pick(rng, ("a video of ", "a clip of ")) if rng.random() < 0.2 else ""
-    form = 1 if opening or rng.random() < 0.25 else 0
-    action = " and ".join(f"{_noun(o, rng)} {_verb(o, rng, form)}" for o in scene.objects)
-    place = _pick(rng, BACKGROUND_WORDS[scene.background]) if rng.random() < 0.5 else ""
-    remarks = []
-    if rng.random() < (0.1 if scene.camera == "static" else 0.7):
-        remarks.append(_pick(rng, CAMERA_WORDS[scene.camera]))
-    if rng.random() < (0.1 if scene.style == "flat" else 0.5):
-        remarks.append(_pick(rng, STYLE_WORDS[scene.style]))
-    place_first, limit = rng.random() < 0.25, BYTES_PER_OBJECT * len(scene.objects)
-    # What does not fit is dropped in the order of how little it says.
-    for drop in ("", "opening", "remark", "remark", "place"):
-        if drop == "opening":
-            opening = ""
-        elif drop == "remark":
-            remarks = remarks[1:]
-        elif drop == "place":
-            place = ""
-        caption = _join(opening, action, place, remarks, place_first)
-        if len(caption) <= limit:
-            return caption
-    raise AssertionError(f"the words of {action!r} are longer than {limit} bytes")

@@ -1,8 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021): a kernel W acts as W + scale A B, and A, B alone are learned.
+"""Low-rank adapters (Hu et al. 2021): kernels W act as W + scale A B.
 
-The factors of a kernel [*layers in out] are `lora_a` [*layers in r] and `lora_b` [*layers r out],
-in a tree like that of the parameters, in the place of the kernel. In training they act beside the
-frozen kernel, y = x W + scale (x A) B, so that no array of the kernel's size is made.
+Only A and B are learned. A kernel [*layers in out] has two factors, in a tree like that of the
+parameters, in the place of the kernel:
+
+    lora_a    A [*layers in r]
+    lora_b    B [*layers r out]
+
+In training they act next to the frozen kernel, y = x W + scale (x A) B. No array of the kernel's
+size is made.
 """
 
 import dataclasses
@@ -29,48 +34,57 @@ __all__ = [
     "add_deltas",
     "concat_factors",
     "dense_kernels",
-    "merged",
+    "merge_factors",
 ]
 
-A, B = "lora_a", "lora_b"
+A = "lora_a"
+B = "lora_b"
+# The projections of attention and of the MLPs.
 BLOCKS = r"network/layers/.*/(q|k|v|image_k|image_v|out|up|down)/kernel$"
 _DROPOUT = 0x10A  # folded into the key of a step; its other draws split that key
 
 
 class Adapted(flax.struct.PyTreeNode):
-    """Parameters with factors beside some of their kernels. What takes Params takes this.
-
-    scale: of every product A B. key: of the dropout of what A reads, None: nothing is dropped.
-    """
+    """Parameters with factors for some of their kernels. Accepted wherever Params are."""
 
     base: Params
     factors: Params
-    key: PRNGKeyArray | None = None
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
-    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    key: PRNGKeyArray | None = None  # of the dropout of A's input; None: no dropout
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)  # of every product A B
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)  # share that is zeroed
 
     def apply(
-        self, module: nn.Module, *args, method: str, mutable: Any = False, **collections
+        self,
+        module: nn.Module,
+        *args: Any,
+        method: str,
+        mutable: Any = False,
+        **collections: Any,
     ) -> Any:
-        """`module.apply`, with the factors beside the kernels."""
-        rngs = {"lora": self.key} if self.dropout and self.key is not None else {}
-        with nn.intercept_methods(self._beside):
-            return module.apply(
-                {"params": self.base, "lora": self.factors, **collections},
-                *args,
-                method=method,
-                rngs=rngs,
-                mutable=mutable,
-            )
+        """Call `module.apply` with the factors added to every dense layer that has some."""
+        rngs = {}
+        if self.dropout and self.key is not None:
+            rngs["lora"] = self.key
+        variables = {"params": self.base, "lora": self.factors, **collections}
+        with nn.intercept_methods(self._add_low_rank):
+            return module.apply(variables, *args, method=method, rngs=rngs, mutable=mutable)
 
-    def _beside(self, call: Callable, args, kwargs, context) -> Any:
-        y, layer = call(*args, **kwargs), context.module
+    def _add_low_rank(
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        """Add scale (x A) B to the output of a dense layer (a flax interceptor)."""
+        y = call(*args, **kwargs)
+        layer = context.module
         if not _is_dense(context) or not layer.has_variable("lora", A):
             return y
-        x, a, b = (
-            v.astype(y.dtype)
-            for v in (args[0], layer.get_variable("lora", A), layer.get_variable("lora", B))
-        )
+
+        x = args[0].astype(y.dtype)
+        a: Array = layer.get_variable("lora", A).astype(y.dtype)
+        b: Array = layer.get_variable("lora", B).astype(y.dtype)
         if layer.has_rng("lora"):
             keep = jax.random.bernoulli(layer.make_rng("lora"), 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
@@ -82,35 +96,43 @@ def _is_dense(context: nn.module.InterceptorContext) -> bool:
 
 
 def dense_kernels(new_params: Callable[[PRNGKeyArray], Params]) -> dict[str, Any]:
-    """path -> abstract kernel of every dense layer of a network: what may have factors."""
-    found = set()
+    """Return path -> abstract kernel of every dense layer.
 
-    def note(call, args, kwargs, context):
+    These kernels may have factors. new_params: creates the network's parameters; it is traced, not
+    run.
+    """
+    paths = set()
+
+    def record(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
         if _is_dense(context):
-            found.add("/".join((*context.module.path, "kernel")))
+            paths.add("/".join((*context.module.path, "kernel")))
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record):
         shapes = jax.eval_shape(new_params, jax.random.key(0))
-    return {path: leaf for path, leaf in _flat(shapes).items() if path in found}
+    return {path: leaf for path, leaf in _flat(shapes).items() if path in paths}
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The `lora` section of a config: which kernels have factors, and how these are trained.
+    """The `lora` section of a config.
 
-    alpha: the factors' product is scaled by alpha / rank; None: by 1. targets: regexes that are
-    searched for in the paths of kernels, such as "network/layers/block_0/full/q/kernel"; by
-    default the projections of attention and of the MLPs. dropout: share of what A reads that is
-    zeroed in training.
+    It selects the kernels that have factors, and sets how these are trained.
     """
 
     rank: int = 16
-    alpha: float | None = None
+    alpha: float | None = None  # the product A B is scaled by alpha / rank; None: by 1
+    # Regexes searched for in the paths of kernels, "network/layers/block_0/full/q/kernel".
     targets: tuple[str, ...] = (BLOCKS,)
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of A's input that is zeroed in training
 
     def __post_init__(self) -> None:
+        """Raise ConfigError for values out of range."""
         if self.rank < 1 or not 0 <= self.dropout < 1 or not self.targets:
             raise ConfigError(
                 f"config.lora: rank = {self.rank} must be at least 1, dropout = "
@@ -119,12 +141,15 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """The factor of every product A B."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def chosen(self, kernels: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `dense_kernels` that are targets. Raises ConfigError for a target that is
-        none of them."""
-        out: dict[str, Any] = {}
+    def select_kernels(self, kernels: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of `dense_kernels` that are targets.
+
+        Raises ConfigError for a target that matches none of them.
+        """
+        selected: dict[str, Any] = {}
         for target in self.targets:
             hits = [path for path in kernels if re.search(target, path)]
             if not hits:
@@ -132,96 +157,117 @@ class Lora:
                     f"config.lora.targets: {target!r} is found in no kernel of a "
                     f"dense layer.{nearest(target, kernels)} They are:\n  " + "\n  ".join(kernels)
                 )
-            out |= {path: kernels[path] for path in hits}
-        return out
+            selected |= {path: kernels[path] for path in hits}
+        return selected
 
     def new_factors(self, key: PRNGKeyArray, kernels: Mapping[str, Any]) -> Params:
-        """float32 factors of these kernels: A uniform within 1 / sqrt(in), as peft draws it, and
-        B zero, so that at first nothing is changed."""
-        out: dict[str, Array] = {}
+        """Draw float32 factors of these kernels.
+
+        A is uniform within 1 / sqrt(in), as peft draws it. B is zero, so that new factors change
+        nothing.
+        """
+        factors: dict[str, Array] = {}
         for i, (path, kernel) in enumerate(sorted(kernels.items())):
-            (*layers, fan_in, fan_out), layer = kernel.shape, path.removesuffix("/kernel")
+            layer = path.removesuffix("/kernel")
+            *layers, fan_in, fan_out = kernel.shape
             bound = fan_in**-0.5
-            out[f"{layer}/{A}"] = jax.random.uniform(
+            factors[f"{layer}/{A}"] = jax.random.uniform(
                 jax.random.fold_in(key, i), (*layers, fan_in, self.rank), jnp.float32, -bound, bound
             )
-            out[f"{layer}/{B}"] = jnp.zeros((*layers, self.rank, fan_out), jnp.float32)
-        return unflatten_dict(out, sep="/")
+            factors[f"{layer}/{B}"] = jnp.zeros((*layers, self.rank, fan_out), jnp.float32)
+        return unflatten_dict(factors, sep="/")
 
     def combine(self, base: Params, factors: Params, key: PRNGKeyArray | None = None) -> Adapted:
-        """key: of a training step; without it nothing is dropped."""
-        key = None if key is None or not self.dropout else jax.random.fold_in(key, _DROPOUT)
-        return Adapted(base, factors, key, self.scale, self.dropout)
+        """Return the adapted network.
+
+        key: of a training step; without it nothing is dropped.
+        """
+        dropout_key = None
+        if key is not None and self.dropout:
+            dropout_key = jax.random.fold_in(key, _DROPOUT)
+        return Adapted(base, factors, dropout_key, self.scale, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightDelta:
-    """One of several changes to a network: factors, whole differences of other parameters by
-    their paths (of norms and biases, as some public files have them), and its strength."""
+    """A change to a network, one of several that act at once."""
 
     factors: Params
+    # path -> whole difference of a parameter, as some public files have for norms and biases.
     deltas: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float = 1.0
+    weight: float = 1.0  # strength of the factors and of the differences
 
 
 def adapt(params: Params | Adapted, *changes: WeightDelta, merge: bool = False) -> Params | Adapted:
-    """A network with several changes at once, beside its kernels or merged into them.
+    """Apply several changes to a network at once.
 
-    Beside costs two small products a kernel and keeps the factors' precision; merged costs
-    nothing, and in bfloat16 rounds W + A B to 8 bits. Differences are always added. Raises
-    ValueError for a path that the network does not have.
+    They are adapters, or merged into its kernels. Adapters cost two small products per kernel and
+    keep the factors' precision. Merged changes cost nothing, and in bfloat16 round W + A B to 8
+    bits. Whole differences are always added. Raises ValueError for a path that the network does not
+    have.
     """
-    parts = [(change.factors, change.weight) for change in changes]
+    weighted = [(change.factors, change.weight) for change in changes]
     if isinstance(params, Adapted):
-        parts = [(params.factors, params.scale), *parts]
+        weighted = [(params.factors, params.scale), *weighted]
         params = params.base
+
     for change in changes:
         params = add_deltas(params, change.deltas, change.weight)
-    factors = concat_factors(*parts)
-    return merged(params, factors) if merge else Adapted(params, factors)
+    factors = concat_factors(*weighted)
+    if merge:
+        return merge_factors(params, factors)
+    return Adapted(params, factors)
 
 
-def concat_factors(*parts: tuple[Params, float]) -> Params:
-    """One set of factors that acts as the weighted sum of several: their ranks in a row."""
-    halves: dict[str, list[Array]] = {}
-    for factors, weight in parts:
+def concat_factors(*weighted: tuple[Params, float]) -> Params:
+    """Return factors that act as the weighted sum of several.
+
+    Their ranks are concatenated.
+    """
+    found: dict[str, list[Array]] = {}
+    for factors, weight in weighted:
         for path, value in _flat(factors).items():
-            halves.setdefault(path, []).append(weight * value if path.endswith(B) else value)
-    return unflatten_dict(
-        {
-            path: jnp.concatenate(found, -1 if path.endswith(A) else -2)
-            for path, found in halves.items()
-        },
-        sep="/",
-    )
+            if path.endswith(B):  # in A too it would count twice
+                value = weight * value
+            found.setdefault(path, []).append(value)
+
+    rank_axis = {A: -1, B: -2}
+    joined = {
+        path: jnp.concatenate(values, rank_axis[path.rpartition("/")[2]])
+        for path, values in found.items()
+    }
+    return unflatten_dict(joined, sep="/")
 
 
-def merged(params: Params, factors: Params, scale: float = 1.0) -> Params:
-    """W + scale A B in the place of every kernel W, summed in float32, in W's type."""
+def merge_factors(params: Params, factors: Params, scale: float = 1.0) -> Params:
+    """Replace every kernel W with W + scale A B, summed in float32, in W's type."""
     halves = _flat(factors)
-    for path in halves:
-        if path.endswith(A):  # one after another: a product is as large as its kernel
-            a, b = (halves[path.removesuffix(A) + h].astype(jnp.float32) for h in (A, B))
-            params = add_deltas(
-                params,
-                {path.removesuffix(A) + "kernel": jnp.matmul(a, b, precision="highest")},
-                scale,
-            )
+    layers = [path.removesuffix(A) for path in halves if path.endswith(A)]
+    for layer in layers:  # one after another: a product is as large as its kernel
+        a = halves[layer + A].astype(jnp.float32)
+        b = halves[layer + B].astype(jnp.float32)
+        product = jnp.matmul(a, b, precision="highest")
+        params = add_deltas(params, {layer + "kernel": product}, scale)
     return params
 
 
 def add_deltas(params: Params, deltas: Mapping[str, Any], weight: float = 1.0) -> Params:
-    """Parameters with `weight` times these differences, path -> array, added to some of them."""
+    """Add `weight` times these differences, path -> array, to some of the parameters.
+
+    Sums are computed in float32 and returned in the parameter's type. Raises ValueError for a
+    path that the network does not have.
+    """
     leaves = _flat(params)
-    if unknown := sorted(set(deltas) - set(leaves)):
+    unknown = sorted(set(deltas) - set(leaves))
+    if unknown:
         raise ValueError(f"This network has no {', '.join(unknown)}.")
-    new = {
-        path: (leaves[path].astype(jnp.float32) + weight * delta.astype(jnp.float32)).astype(
-            leaves[path].dtype
-        )
-        for path, delta in deltas.items()
-    }
-    return unflatten_dict({**leaves, **new}, sep="/")
+
+    changed = dict(leaves)
+    for path, delta in deltas.items():
+        leaf = leaves[path]
+        total = leaf.astype(jnp.float32) + weight * delta.astype(jnp.float32)
+        changed[path] = total.astype(leaf.dtype)
+    return unflatten_dict(changed, sep="/")
 
 
 def _flat(tree: Params) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Training a part of a network: what a regex finds is learned, the rest stays as it was read."""
+"""Training of a part of a network.
+
+A regex selects the parameters that are learned; the rest stays as it was read.
+"""
 
 import dataclasses
 import re
@@ -12,12 +15,15 @@ from vdx.types import Params, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """The parameters whose paths, such as "network/up_0_1/motion/proj_in/kernel", a regex finds."""
+    """The parameters whose paths a regex matches."""
 
-    pattern: str
+    pattern: str  # searched for in paths such as "network/up_0_1/motion/proj_in/kernel"
 
     def check(self, shapes: Params) -> None:
-        """Raises ConfigError for a pattern that is no regex, or finds nothing or everything."""
+        """Raise ConfigError for a pattern that selects no part.
+
+        It is no regex, or it matches nothing or everything.
+        """
         try:
             frozen, trained = self.split(shapes)
         except re.error as error:
@@ -33,20 +39,26 @@ class Trainable:
             )
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """(frozen, trained) parameters."""
-        halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        """Return (frozen, trained) parameters."""
+        frozen: dict[str, Any] = {}
+        trained: dict[str, Any] = {}
         for path, leaf in _flat(params).items():
-            halves[bool(re.search(self.pattern, path))][path] = leaf
-        frozen, trained = (unflatten_dict(half, sep="/") for half in halves)
-        return frozen, trained
+            if re.search(self.pattern, path):
+                trained[path] = leaf
+            else:
+                frozen[path] = leaf
+        return unflatten_dict(frozen, sep="/"), unflatten_dict(trained, sep="/")
 
     def combine(self, frozen: Params, trained: Params, key: PRNGKeyArray | None = None) -> Params:
-        """The whole network, with what is trained in its place."""
-        return overlaid(frozen, trained)
+        """Return the whole network.
+
+        `key` is not used; `Lora.combine` has the same signature.
+        """
+        return overlay(frozen, trained)
 
 
-def overlaid(params: Params, others: Params) -> Params:
-    """Both trees in one; `others` where both have a parameter."""
+def overlay(params: Params, others: Params) -> Params:
+    """Return both trees in one; a leaf that both have is that of `others`."""
     return unflatten_dict({**_flat(params), **_flat(others)}, sep="/")
 
 

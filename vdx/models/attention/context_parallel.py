@@ -1,6 +1,6 @@
-"""Exact attention between tokens that lie on several devices, along the mesh axis `context`.
+"""Exact attention between tokens that are split over the mesh axis `context`.
 
-Functions here run on every device (inside jax.shard_map), on its share of the tokens.
+The functions run on every device (inside jax.shard_map), on its share of the tokens.
 """
 
 from collections.abc import Callable
@@ -20,92 +20,115 @@ AXIS = "context"
 
 
 def ulysses(
-    run: Callable[..., Array],
+    attend: Callable[..., Array],
     q: Float[Array, "b l n d"],
     k: Float[Array, "b l n d"],
     v: Float[Array, "b l n d"],
-    mask: Bool[Array, "b l"] | None,
+    mask: Bool[Array, "c l"] | None,
     scale: float,
 ) -> Float[Array, "b l n d"]:
-    """Every device gives the others its tokens of their heads, attends with `run` for its heads
-    between all tokens, and gives the answers back (Jacobs et al. 2023). Heads that do not divide
-    are filled up with empty ones."""
-    heads, parts = q.shape[2], lax.axis_size(AXIS)
+    """Attend between all tokens for a share of the heads (Jacobs et al. 2023).
+
+    Each device exchanges its tokens of other heads for all tokens of its own heads, attends, and
+    exchanges the results back. Heads that do not divide are filled up with empty ones.
+    """
+    # Give every device the same number of heads.
+    heads = q.shape[2]
+    missing = -heads % lax.axis_size(AXIS)
 
     def to_heads(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, -heads % parts), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
         return lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True)
 
+    # All tokens of a few heads, and back.
     if mask is not None:
         mask = lax.all_gather(mask, AXIS, axis=1, tiled=True)
-    y = run(to_heads(q), to_heads(k), to_heads(v), mask)
+    y = attend(to_heads(q), to_heads(k), to_heads(v), mask)
     return lax.all_to_all(y, AXIS, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
 
 
 def ring(
-    run: Callable[..., Array],
+    attend: Callable[..., Array],
     q: Float[Array, "b l n d"],
     k: Float[Array, "b l n d"],
     v: Float[Array, "b l n d"],
-    mask: Bool[Array, "b l"] | None,
+    mask: Bool[Array, "c l"] | None,
     scale: float,
 ) -> Float[Array, "b l n d"]:
-    """Keys and values go round, so that no device ever holds all of them, and the answers to each
-    share are put together by their sums (Liu et al. 2023). In the backward pass they go round
-    again. What attends to a share is `blockwise`, whatever `run` is: it gives the sums."""
+    """Attend to each device's keys in turn (Liu et al. 2023).
+
+    Keys and values travel round the ring, so that no device ever holds all of them. The results of
+    the shares are combined by their sums. In the backward pass the keys travel again. The
+    attention to a share is `blockwise`, which returns the sums; `attend` is not used.
+    """
     rows = (rearrange(a, "b s n d -> (b n) s d") for a in (q, k, v))
-    y = _ring(*rows, None if mask is None else mask[:, None], scale)
+    if mask is not None:
+        mask = mask[:, None]
+    y = _ring(*rows, mask, scale)
     return rearrange(y, "(b n) q d -> b q n d", b=len(q))
 
 
-def _on(x: Any) -> Any:
-    """To the next device."""
+def _to_next_device(x: Any) -> Any:
+    """Send arrays to the next device of the ring."""
     parts = lax.axis_size(AXIS)
     return lax.ppermute(x, AXIS, [(i, (i + 1) % parts) for i in range(parts)])
 
 
-def _round(step: Callable[[Any, Any], Any], state: Any, share: Any) -> Any:
-    """The state after step(state, share) for every device's share; the next travels meanwhile."""
+def _around_ring(step: Callable[[Any, Any], Any], state: Any, share: Any) -> Any:
+    """Return the state after step(state, share) with every device's share.
 
-    def turn(carry, _):
+    The next share travels while the current one is processed.
+    """
+
+    def turn(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
         state, share = carry
-        return (step(state, share), _on(share)), None
+        return (step(state, share), _to_next_device(share)), None
 
     (state, share), _ = lax.scan(turn, (state, share), None, lax.axis_size(AXIS) - 1)
     return step(state, share)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _ring(q, k, v, seen, scale):
-    return _forward(q, k, v, seen, scale)[0]
+def _ring(q: Array, k: Array, v: Array, mask: Array | None, scale: float) -> Array:
+    """Attend with rows [r q d] as `blockwise` does."""
+    return _forward(q, k, v, mask, scale)[0]
 
 
-def _forward(q, k, v, seen, scale):
-    def step(state, share):
-        (y, sums), (k, v, seen) = state, share
-        y1, sums1 = forward(q, k, v, seen, scale)
-        total = jnp.logaddexp(sums, sums1)
-        weigh = lambda a, part: a * jnp.exp(part - total)[..., None]
-        return weigh(y, sums) + weigh(y1, sums1), total
+def _forward(
+    q: Array, k: Array, v: Array, mask: Array | None, scale: float
+) -> tuple[Array, tuple[Any, ...]]:
+    def step(state: tuple[Array, Array], share: tuple[Any, ...]) -> tuple[Array, Array]:
+        y, sums = state
+        k, v, mask = share
+        share_y, share_sums = forward(q, k, v, mask, scale)
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], HIDDEN)
-    y, sums = _round(step, nothing, (k, v, seen))
-    y, sums = (checkpoint_name(a, SAVED) for a in (y.astype(q.dtype), sums))
-    return y, (q, k, v, seen, y, sums)
+        # Weight both results by their parts of the softmax's sum.
+        total = jnp.logaddexp(sums, share_sums)
+        y = y * jnp.exp(sums - total)[..., None]
+        return y + share_y * jnp.exp(share_sums - total)[..., None], total
+
+    no_result = jnp.zeros(q.shape, jnp.float32)
+    no_sums = jnp.full(q.shape[:2], HIDDEN)
+    y, sums = _around_ring(step, (no_result, no_sums), (k, v, mask))
+    y = checkpoint_name(y.astype(q.dtype), SAVED)
+    sums = checkpoint_name(sums, SAVED)
+    return y, (q, k, v, mask, y, sums)
 
 
-def _backward(scale, saved, dy):
-    q, k, v, seen, y, sums = saved
+def _backward(scale: float, saved: tuple[Any, ...], dy: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, y, sums = saved
 
-    def step(state, share):
-        (dq, dk, dv), (k, v, seen) = state, share
-        one = backward(q, k, v, seen, y, sums, dy, scale)
-        # A share's gradient travels after it; it is one device behind, and at last comes home.
-        return tuple(a + b for a, b in zip((dq, *_on((dk, dv))), one, strict=True))
+    def step(state: tuple[Array, ...], share: tuple[Any, ...]) -> tuple[Array, ...]:
+        dq, dk, dv = state
+        k, v, mask = share
+        share_dq, share_dk, share_dv = backward(q, k, v, mask, y, sums, dy, scale)
+        # The gradient of a share travels one device behind it, and finally back to its owner.
+        dk, dv = _to_next_device((dk, dv))
+        return dq + share_dq, dk + share_dk, dv + share_dv
 
-    nothing = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    dq, dk, dv = _round(step, nothing, (k, v, seen))
-    dk, dv = _on((dk, dv))
+    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
+    dq, dk, dv = _around_ring(step, zeros, (k, v, mask))
+    dk, dv = _to_next_device((dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

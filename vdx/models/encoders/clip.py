@@ -1,7 +1,8 @@
-"""CLIP (Radford et al. 2021): a causal text transformer and a vision transformer, frozen.
+"""CLIP (Radford et al. 2021): frozen text and vision transformers.
 
-The text model gives AnimateDiff its words; the vision model (ViT-H of OpenCLIP) gives Wan's image
-to video its reference image. Both are one stack of pre-norm layers between their embeddings.
+The text transformer is causal. The text model gives AnimateDiff the features of its prompts. The
+vision model (ViT-H of OpenCLIP) gives Wan's image-to-video those of its reference image. Each is
+one stack of pre-norm layers after its embeddings.
 """
 
 from collections.abc import Sequence
@@ -16,26 +17,58 @@ from PIL import Image
 from vdx.models.attention.layers import SelfAttention
 from vdx.models.layers import MLP, LayerNorm
 from vdx.parallel import constrain
-from vdx.types import Array, Bool, DTypeLike, Float, Int, UInt8
+from vdx.types import Array, Bool, DTypeLike, Float, Int
 
-# Of the pictures that CLIP was trained on, red, green and blue in [0, 1].
+# Statistics of CLIP's training images: red, green and blue in [0, 1].
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
+LARGEST_ID_EOS = 2  # `eos` of older files, which means: the end token is the largest id
+
 
 class Features(NamedTuple):
-    """last [b l d]: of the last layer (text: normalised). penultimate [b l d]: of the layer
-    before. pooled [b d]: normalised, of the token that stands for the whole. All float32; last
-    and pooled are None if the last layer is not used."""
+    """Features at three depths, float32.
 
-    last: Array | None
-    penultimate: Array
-    pooled: Array | None
+    `last` and `pooled` are None without the last layer.
+    """
+
+    last: Float[Array, "b l d"] | None  # of the last layer; of text: normalised
+    penultimate: Float[Array, "b l d"]  # of the layer before
+    pooled: Float[Array, "b d"] | None  # normalised, of the token that stands for the whole
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each a residual behind its norm; also carries what came in."""
+    """Attention and MLP, each a residual after its norm.
 
+    The layer also carries its input.
+    """
+
+    heads: int
+    hidden: int  # features inside the MLP
+    activation: str  # a row of ACTIVATIONS
+    causal: bool  # a token attends to itself and those before it only
+    eps: float  # of the norms
+    dtype: DTypeLike  # of the matrix products
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "b l d"], Float[Array, "b l d"]],
+        mask: Bool[Array, "b l"] | None,
+    ) -> tuple[tuple[Float[Array, "b l d"], Float[Array, "b l d"]], None]:
+        """Return ((output, input), None), the form that `nn.scan` carries on."""
+        start, _ = carry
+        attention = SelfAttention(self.heads, self.causal, self.dtype, name="attention")
+        x = start + attention(LayerNorm(self.eps, name="norm_a")(start), mask)
+        mlp = MLP(self.hidden, self.activation, self.dtype, name="mlp")
+        x = x + mlp(LayerNorm(self.eps, name="norm_b")(x))
+        return (constrain(x, "b l d"), start), None
+
+
+class Encoder(nn.Module):
+    """A stack of `Layer`, whose fields these are."""
+
+    depth: int  # layers
     heads: int
     hidden: int
     activation: str
@@ -44,151 +77,182 @@ class Layer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Array], mask: Bool[Array, "b l"] | None):
-        x = before = carry[0]
-        x = x + SelfAttention(self.heads, self.causal, self.dtype, name="attention")(
-            LayerNorm(self.eps, name="norm_a")(x), mask
-        )
-        x = x + MLP(self.hidden, self.activation, self.dtype, name="mlp")(
-            LayerNorm(self.eps, name="norm_b")(x)
-        )
-        return (constrain(x, "b l d"), before), None
-
-
-class Encoder(nn.Module):
-    """x [b l d] -> (after the last layer, after the one before it), both [b l d]."""
-
-    depth: int
-    layer: dict
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Bool[Array, "b l"] | None) -> tuple[Array, Array]:
-        layers = nn.scan(
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+        """Return (features after the last layer, features after the one before it)."""
+        # Parameters of all layers are stacked along a first axis.
+        scanned = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
         )
-        out, _ = layers(**self.layer, name="layers")((x, x), mask)
-        return out
+
+        layers = scanned(
+            self.heads,
+            self.hidden,
+            self.activation,
+            self.causal,
+            self.eps,
+            self.dtype,
+            name="layers",
+        )
+
+        # The carry is (features, features one layer before).
+        (last, penultimate), _ = layers((x, x), mask)
+        return last, penultimate
 
 
 class CLIPTextModel(nn.Module):
-    """ids int32 [b l], mask bool [b l] or None -> Features; a token sees those before it.
+    """The text tower. A token attends to itself and those before it.
 
-    Pooled is at the first end token `eos`; files from before that was written down say eos = 2
-    and mean the largest id, as in OpenAI's code. Raises ValueError for more than `positions`
-    tokens. dtype: compute type of the matrix products.
+    `pooled` is of the first end token. Raises ValueError for more than `positions` tokens.
     """
 
     vocabulary: int
-    width: int
-    depth: int
+    width: int  # d
+    depth: int  # layers
     heads: int
-    hidden: int
-    positions: int = 77
+    hidden: int  # features inside the MLPs
+    positions: int = 77  # tokens of a prompt, at most
     activation: str = "quick_gelu"
-    eps: float = 1e-5
-    eos: int = 49407
-    dtype: str = "float32"
+    eps: float = 1e-5  # of the norms
+    eos: int = 49407  # the end token; LARGEST_ID_EOS in files older than this field
+    dtype: str = "float32"  # of the matrix products
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Features:
+        """Return the features of token ids; `mask` is True on tokens, None if all are."""
         length = ids.shape[1]
         if length > self.positions:
             raise ValueError(
                 f"{length} tokens, but this CLIP reads {self.positions}; cut the prompt."
             )
+
+        # Embed. [b l d]
         x = nn.Embed(self.vocabulary, self.width, name="words")(ids).astype(jnp.float32)
-        places = self.param(
+        positions = self.param(
             "position_table",
             nn.initializers.normal(0.02),
             (self.positions, self.width),
             jnp.float32,
         )
-        layer = dict(
-            heads=self.heads,
-            hidden=self.hidden,
-            activation=self.activation,
+        x = x + positions[None, :length]
+
+        encoder = Encoder(
+            self.depth,
+            self.heads,
+            self.hidden,
+            self.activation,
             causal=True,
             eps=self.eps,
             dtype=jnp.dtype(self.dtype),
+            name="encoder",
         )
-        x, before = Encoder(self.depth, layer, name="encoder")(x + places[:length], mask)
+        x, penultimate = encoder(x, mask)
         x = LayerNorm(self.eps, name="norm")(x)
-        end = (ids if self.eos == 2 else ids == self.eos).argmax(1)
-        return Features(x, before, x[jnp.arange(len(x)), end])
+
+        # As in OpenAI's code, the first of the largest ids ends the text.
+        is_end = ids if self.eos == LARGEST_ID_EOS else ids == self.eos
+        pooled = x[jnp.arange(len(x)), is_end.argmax(1)]
+        return Features(x, penultimate, pooled)
 
 
 class CLIPVisionModel(nn.Module):
-    """pixels float [b h w 3] of `preprocess` -> Features over [class token, patches row by row].
+    """The vision tower. Its features are over [class token, patches row by row].
 
-    use_last = False leaves out the last layer and what follows it, parameters too: Wan reads
-    only the penultimate features. Raises ValueError for pixels that are not `image` x `image`.
-    dtype: compute type of the matrix products.
+    Raises ValueError for pixels that are not `image` x `image`.
     """
 
-    width: int
-    depth: int
+    width: int  # d
+    depth: int  # layers
     heads: int
-    hidden: int
-    patch: int
-    image: int = 224
+    hidden: int  # features inside the MLPs
+    patch: int  # side of a patch, in pixels
+    image: int = 224  # side of an image, in pixels
     activation: str = "quick_gelu"
-    eps: float = 1e-5
+    eps: float = 1e-5  # of the norms
+    # False leaves out the last layer and all after it, parameters too: Wan reads only the
+    # penultimate features.
     use_last: bool = True
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the matrix products
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Features:
+        """Return the features of pixels from `preprocess`."""
         if pixels.shape[1:] != (self.image, self.image, 3):
             raise ValueError(
                 f"pixels are {pixels.shape}; this CLIP reads [b {self.image} "
                 f"{self.image} 3]. Pass frames through `preprocess`."
             )
-        dtype, side = jnp.dtype(self.dtype), self.image // self.patch
+
+        # [b l d], the class token first.
+        x = self._embed(pixels)
+        encoder = Encoder(
+            self.depth if self.use_last else self.depth - 1,
+            self.heads,
+            self.hidden,
+            self.activation,
+            causal=False,
+            eps=self.eps,
+            dtype=jnp.dtype(self.dtype),
+            name="encoder",
+        )
+
+        x, penultimate = encoder(x, None)
+        if not self.use_last:
+            return Features(None, x, None)
+
+        # The class token stands for the whole image.
+        pooled = LayerNorm(self.eps, name="norm")(x[:, 0])
+        return Features(x, penultimate, pooled)
+
+    def _embed(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b l d"]:
+        """Embed the patches behind a class token, with positions."""
+        dtype = jnp.dtype(self.dtype)
+        side = self.image // self.patch
         x = rearrange(pixels, "b (h i) (w j) c -> b (h w) (i j c)", h=side, w=side)
         x = nn.Dense(self.width, use_bias=False, name="patch", dtype=dtype)(x)
-        whole = self.param("class_table", nn.initializers.normal(0.02), (self.width,), jnp.float32)
-        places = self.param(
+        class_token = self.param(
+            "class_table", nn.initializers.normal(0.02), (self.width,), jnp.float32
+        )
+        positions = self.param(
             "position_table",
             nn.initializers.normal(0.02),
             (side * side + 1, self.width),
             jnp.float32,
         )
-        whole = jnp.broadcast_to(whole, (len(x), 1, self.width))
-        x = LayerNorm(self.eps, name="norm_in")(jnp.concatenate([whole, x], 1) + places)
-        layer = dict(
-            heads=self.heads,
-            hidden=self.hidden,
-            activation=self.activation,
-            causal=False,
-            eps=self.eps,
-            dtype=dtype,
-        )
-        x, before = Encoder(self.depth - (not self.use_last), layer, name="encoder")(x, None)
-        if not self.use_last:
-            return Features(None, x, None)
-        return Features(x, before, LayerNorm(self.eps, name="norm")(x[:, 0]))
+
+        class_tokens = jnp.broadcast_to(class_token, (len(x), 1, self.width))
+        x = jnp.concatenate([class_tokens, x], 1) + positions[None]
+        return LayerNorm(self.eps, name="norm_in")(x)
 
 
-def preprocess(frames: Sequence[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> np.ndarray:
-    """float32 [b size size 3]: the shorter side to `size` (bicubic), centre, MEAN and STD.
+def preprocess(frames: Sequence[np.ndarray], size: int = 224) -> Float[np.ndarray, "b size size 3"]:
+    """Resize frames, crop their centre and normalise their colours.
 
-    On the host, as transformers' CLIPImageProcessor, and so as diffusers prepares Wan's images;
-    Wan's own code squeezes the whole frame into the square instead. Raises ValueError for frames
-    that are not uint8 [h w 3].
+    The shorter side becomes `size` (bicubic), and MEAN and STD are those of CLIP. Runs on the host,
+    as transformers' CLIPImageProcessor does and therefore as diffusers prepares Wan's images. Wan's
+    own code squeezes the whole frame into the square instead. Raises ValueError for frames that are
+    not uint8 [h w 3].
     """
-    out = []
+    images = []
     for frame in frames:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(
-                f"A frame is {frame.dtype} {frame.shape}; CLIP's pictures are uint8 [h w 3]."
+                f"A frame is {frame.dtype} {frame.shape}; CLIP's images are uint8 [h w 3]."
             )
-        sides = frame.shape[:2]
-        h, w = (size * n // min(sides) for n in sides)
-        picture = np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC))
-        top, left = (h - size) // 2, (w - size) // 2
-        out.append(picture[top : top + size, left : left + size] / np.float32(255))
-    return (np.stack(out) - MEAN) / STD
+
+        # Resize.
+        shorter = min(frame.shape[:2])
+        h, w = (size * side // shorter for side in frame.shape[:2])
+        resized = Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC)
+
+        # Crop the centre, and scale to [0, 1].
+        top = (h - size) // 2
+        left = (w - size) // 2
+        crop = np.asarray(resized)[top : top + size, left : left + size]
+        images.append(crop / np.float32(255))
+    return (np.stack(images) - MEAN) / STD

@@ -1,8 +1,9 @@
-"""T5 encoders (Raffel et al. 2020): UMT5, which Wan reads its prompts with, and T5 v1.1.
+"""T5 encoders (Raffel et al. 2020): UMT5, which reads Wan's prompts, and T5 v1.1.
 
-They are T5 v1.1 in form (Shazeer 2020: gated tanh-GELU, no biases): an RMS norm before each
-part, attention without the scale 1 / sqrt(d), and a bias for the distance between two tokens in
-place of positions. UMT5 (Chung et al. 2023) learns that bias in every layer, T5 once for all.
+Both have the form of T5 v1.1 (Shazeer 2020: gated tanh-GELU, no biases). There is an RMS norm
+before each part, and attention lacks the scale 1 / sqrt(d). A bias for the distance between two
+tokens takes the place of positions. UMT5 (Chung et al. 2023) learns that bias in every layer, T5
+once for all layers.
 """
 
 import math
@@ -25,46 +26,55 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def distance_buckets(length: int, buckets: int = 32, farthest: int = 128) -> np.ndarray:
-    """int32 [q k]: the bucket of the distance k - q (Raffel et al. 2020, section 2.1).
+def distance_buckets(
+    length: int, buckets: int = 32, farthest: int = 128
+) -> Int[np.ndarray, "length length"]:
+    """Return the bucket of every distance k - q, int32 [q k].
 
-    Half of the buckets are for keys after the query. Of each half, the first half are for one
-    distance each, the rest grow geometrically up to `farthest`; what lies beyond is in the last.
+    The rule is that of Raffel et al. 2020, section 2.1. Half of the buckets are for keys after the
+    query. In each half, the first half of the buckets hold one distance each, and the rest grow
+    geometrically up to `farthest`. Larger distances are in the last one.
     """
     distance = np.arange(length)[None] - np.arange(length)[:, None]
-    half, exact = buckets // 2, buckets // 4
     far = np.abs(distance)
-    # In float32, as every implementation: elsewhere a distance on a border would move over it.
+    half = buckets // 2
+    exact = buckets // 4
+    # In float32, like every implementation: otherwise a distance on a border would cross it.
     steps = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
     steps = steps / np.float32(math.log(farthest / exact)) * (half - exact)
     coarse = np.minimum(exact + steps.astype(np.int32), half - 1)
-    return (np.where(far < exact, far, coarse) + half * (distance > 0)).astype(np.int32)
+    bucket = np.where(far < exact, far, coarse)
+    return (bucket + half * (distance > 0)).astype(np.int32)
 
 
 class DistanceBias(nn.Module):
-    """A learned number for each head and bucket: buckets [q k] -> bias [1 n q k], float32."""
+    """A learned number for each head and bucket, in float32."""
 
     heads: int
     buckets: int
 
     @nn.compact
     def __call__(self, bucket: Int[Array, "q k"]) -> Float[Array, "1 n q k"]:
+        """Look up the bias of every query and key."""
         table = self.param(
             "table", nn.initializers.normal(0.1), (self.buckets, self.heads), jnp.float32
         )
-        bias = jnp.take(table.astype(jnp.float32), bucket, axis=0)
+        bias = jnp.take(table.astype(jnp.float32), bucket, axis=0)  # [q k n]
         return constrain(jnp.moveaxis(bias, -1, 0)[None], "b n q k")
 
 
 class Layer(nn.Module):
-    """Attention and the gated MLP, each a residual; `nn.scan` repeats it over the depth."""
+    """Attention and the gated MLP, each a residual.
+
+    `nn.scan` repeats the layer over the depth.
+    """
 
     heads: int
     head_width: int
-    hidden: int
-    buckets: int
-    eps: float
-    dtype: DTypeLike
+    hidden: int  # features inside the MLP
+    buckets: int  # of the distances
+    eps: float  # of the norms
+    dtype: DTypeLike  # of the matrix products
 
     @nn.compact
     def __call__(
@@ -73,66 +83,76 @@ class Layer(nn.Module):
         mask: Bool[Array, "b l"],
         bucket: Int[Array, "l l"],
         bias: Float[Array, "1 n l l"] | None,
-    ):
-        width, split = x.shape[-1], (*x.shape[:2], self.heads, self.head_width)
+    ) -> tuple[Float[Array, "b l d"], None]:
+        """Return (features, None), the form that `nn.scan` carries on.
 
-        def dense(features: int, name: str):
-            return nn.Dense(features, use_bias=False, name=name, dtype=self.dtype)
-
+        bias: of a shared table; None: the layer has its own.
+        """
         if bias is None:
             bias = DistanceBias(self.heads, self.buckets, name="distance")(bucket)
-        y = RMSNorm(self.eps, name="norm_a")(x)
+        x = x + self._attention(RMSNorm(self.eps, name="norm_a")(x), mask, bias)
+        x = x + self._mlp(RMSNorm(self.eps, name="norm_b")(x))
+        return constrain(x, "b l d"), None
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(features, use_bias=False, name=name, dtype=self.dtype)
+
+    def _attention(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], bias: Float[Array, "1 n l l"]
+    ) -> Float[Array, "b l d"]:
+        batch, length, width = x.shape
+        split = (batch, length, self.heads, self.head_width)
+        features = self.heads * self.head_width
         q, k, v = (
-            constrain(dense(self.heads * self.head_width, name)(y).reshape(split), "b l n d")
-            for name in "qkv"
+            constrain(self._dense(features, name)(x).reshape(split), "b l n d") for name in "qkv"
         )
         y = attend(q, k, v, mask, bias=bias, scale=1.0)
-        x = x + dense(width, "out")(y.reshape(*x.shape[:2], -1))
+        return self._dense(width, "out")(y.reshape(batch, length, -1))
 
-        y = RMSNorm(self.eps, name="norm_b")(x)
-        y = ACTIVATIONS["gelu"](dense(self.hidden, "gate_up")(y)) * dense(self.hidden, "up")(y)
-        x = x + dense(width, "down")(constrain(y, "b l f"))
-        return constrain(x, "b l d"), None
+    def _mlp(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        gate = ACTIVATIONS["gelu"](self._dense(self.hidden, "gate_up")(x))
+        h = gate * self._dense(self.hidden, "up")(x)
+        return self._dense(x.shape[-1], "down")(constrain(h, "b l f"))
 
 
 class T5Encoder(nn.Module):
-    """ids int32 [b l], mask bool [b l] -> features float32 [b l d]; the mask is True on tokens.
-
-    Features of padding are not meaningful. shared_bias: one bias of the first layer serves all
-    (T5 v1.1), else each layer has its own (UMT5). buckets, farthest: see `distance_buckets`.
-    dtype: compute type of the matrix products; what runs through the layers stays float32,
-    because its few large features lose the small ones in bfloat16.
-    """
+    """Token ids to float32 features. Features of padding are not meaningful."""
 
     vocabulary: int
-    width: int
-    depth: int
+    width: int  # d
+    depth: int  # layers
     heads: int
     head_width: int
-    hidden: int
-    shared_bias: bool = False
-    buckets: int = 32
-    farthest: int = 128
-    eps: float = 1e-6
+    hidden: int  # features inside the MLPs
+    shared_bias: bool = False  # one bias for all layers (T5 v1.1), else one for each (UMT5)
+    buckets: int = 32  # see `distance_buckets`
+    farthest: int = 128  # see `distance_buckets`
+    eps: float = 1e-6  # of the norms
+    # Of the matrix products. The residual stream stays float32, because its few large features
+    # lose the small ones in bfloat16.
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+        """Encode token ids; `mask` is True on tokens."""
         # Looked up in the parameter's own type, or the whole vocabulary would be converted.
         x = nn.Embed(self.vocabulary, self.width, name="words")(ids).astype(jnp.float32)
         x = constrain(x, "b l d")
+
+        # [l l], and the bias that all layers share, if they do.
         bucket = jnp.asarray(distance_buckets(ids.shape[1], self.buckets, self.farthest))
         bias = None
         if self.shared_bias:
             bias = DistanceBias(self.heads, self.buckets, name="distance")(bucket)
-        layers = nn.scan(
+
+        scanned = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
         )
-        x, _ = layers(
+        layers = scanned(
             self.heads,
             self.head_width,
             self.hidden,
@@ -140,5 +160,8 @@ class T5Encoder(nn.Module):
             self.eps,
             jnp.dtype(self.dtype),
             name="layers",
-        )(x, mask, bucket, bias)
+        )
+
+        # [b l d]
+        x, _ = layers(x, mask, bucket, bias)
         return RMSNorm(self.eps, name="norm")(x)

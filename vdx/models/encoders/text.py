@@ -1,8 +1,12 @@
-"""Text encoders. ENCODERS are trained with the denoiser, FROZEN ones run on the host.
+"""Text encoders: trained with the denoiser, or frozen on the host.
 
-A row of ENCODERS has `tokenizer()`, a host function caption -> (ids int32 [l], mask bool [l])
-for the data pipeline, and `__call__(ids [b l], mask [b l]) -> (features [b m d], mask [b m])`.
-A row of FROZEN has `width` d and a `tokenizer()` that gives features [l d] in place of ids.
+A row of ENCODERS is trained with the denoiser. It has two methods:
+
+    tokenizer()             returns a host function caption -> (ids int32 [l], mask bool [l])
+    __call__(ids, mask)     [b l], [b l] -> (features [b m d], mask [b m])
+
+A row of FROZEN runs on the host. Its `width` is d, and its `tokenizer()` returns a host function
+caption -> (features [l d], mask bool [l]).
 """
 
 from collections.abc import Callable
@@ -17,80 +21,99 @@ from vdx.config.build import ConfigError
 from vdx.models.attention.layers import encoder_layers
 from vdx.models.encoders.minilm import MiniLM
 from vdx.models.layers import LayerNorm
-from vdx.types import Array, Bool, Int
+from vdx.types import Array, Bool, Float, Int
 
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
-SPACE = 3 + ord(" ")  # ByT5 ids: three special tokens, then the bytes
+VOCABULARY = 384  # ByT5's: three special tokens, 256 bytes, and ids that no text uses
+SPACE = 3 + ord(" ")  # its id
 
 
 class ByteEncoder(nn.Module):
     """Text as UTF-8 bytes (the ByT5 vocabulary), trained together with the denoiser.
 
-    It needs no files and knows every language. As in the Byte Latent Transformer (Pagnoni et
-    al. 2024), hashes of the n-grams that end at a byte are embedded with it, and bytes are
-    pooled into words, so a word has its own direction from the first step: without that a short
-    training learns colours but not verbs. Transformer layers over the words do the rest.
+    It needs no files and reads every language. As in the Byte Latent Transformer (Pagnoni et al.
+    2024), hashes of the n-grams that end at a byte are embedded with it, and bytes are pooled into
+    words. A word then has its own direction from the first step: without that a short training
+    learns colours but not verbs. Transformer layers over the words do the rest.
     """
 
     length: int = 64  # bytes kept of a caption, end token included
-    words: int = 24  # kept; the last one holds what is beyond
-    width: int = 192
-    depth: int = 2
+    words: int = 24  # kept; the last one holds the rest of the text
+    width: int = 192  # features of a word
+    depth: int = 2  # layers over the words
     heads: int = 6
-    ngrams: tuple[int, ...] = (3, 4, 5)
+    ngrams: tuple[int, ...] = (3, 4, 5)  # sizes, in bytes
     buckets: int = 2048  # hashes of the n-grams of one size
 
     def tokenizer(self) -> Tokenize:
+        """Return the host function caption -> (ids, mask) for the data pipeline."""
         from transformers import ByT5Tokenizer  # slow to import, and only the host needs it
 
         tokenizer = ByT5Tokenizer(extra_ids=0)
 
         def tokenize(caption: str) -> tuple[np.ndarray, np.ndarray]:
             out = tokenizer(caption, max_length=self.length, padding="max_length", truncation=True)
-            return (np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], bool))
+            ids = np.asarray(out["input_ids"], np.int32)
+            return ids, np.asarray(out["attention_mask"], bool)
 
         return tokenize
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> tuple[Array, Array]:
+    def __call__(
+        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
+    ) -> tuple[Float[Array, "b w d"], Bool[Array, "b w"]]:
+        """Return (features of words, mask, True on words)."""
         if self.width % self.heads:
             raise ConfigError(
                 f"The text encoder 'bytes' has width = {self.width} over heads = "
                 f"{self.heads}; choose a multiple."
             )
+
+        # Embed bytes and the n-grams that end at them. [b l d]
         embed = partial(nn.Embed, features=self.width, embedding_init=nn.initializers.normal(1.0))
-        x = embed(384, name="bytes")(ids)
+        x = embed(VOCABULARY, name="bytes")(ids)
         for n in self.ngrams:
-            x = x + embed(self.buckets, name=f"ngrams_{n}")(ngram_hashes(ids, n) % self.buckets)
+            hashes = ngram_hashes(ids, n) % self.buckets
+            x = x + embed(self.buckets, name=f"ngrams_{n}")(hashes)
+
+        # Average the bytes of each word. [b w d]
         word = jnp.minimum(word_index(ids), self.words - 1)
-        member = jax.nn.one_hot(word, self.words, axis=1) * mask[:, None]  # b w l
+        member = jax.nn.one_hot(word, self.words, axis=1) * mask[:, None]  # [b w l]
         count = member.sum(-1)
         x = jnp.einsum("bwl,bld->bwd", member, x) / jnp.maximum(count, 1.0)[..., None]
-        mask = count > 0
+        is_word = count > 0
+
         x = LayerNorm(name="norm_in")(x)
-        x = x + self.param(
+        positions = self.param(
             "position_table", nn.initializers.normal(0.02), (self.words, self.width), jnp.float32
         )
-        return encoder_layers(x, mask, self.depth, self.heads), mask
+        return encoder_layers(x + positions[None], is_word, self.depth, self.heads), is_word
 
 
 def ngram_hashes(ids: Int[Array, "b l"], n: int) -> Int[Array, "b l"]:
-    """A hash of the n ids that end at each place, nothing before the first; not negative."""
+    """Hash the n ids that end at each position.
+
+    Ids before the first are zero. A hash is an int32 of at least 0.
+    """
     h = jnp.zeros(ids.shape, jnp.uint32)
-    for reshard_to_frames in range(n):
-        earlier = jnp.pad(ids, ((0, 0), (reshard_to_frames, 0)))[:, : ids.shape[1]]
+    for shift in range(n):
+        earlier = jnp.pad(ids, ((0, 0), (shift, 0)))[:, : ids.shape[1]]
         h = h * np.uint32(1_000_003) + earlier.astype(jnp.uint32)
-    return ((h ^ (h >> 15)) & np.uint32(0x7FFFFFFF)).astype(jnp.int32)
+    h = h ^ (h >> 15)  # the low bits, which pick the bucket, depend on the high ones too
+    return (h & np.uint32(0x7FFFFFFF)).astype(jnp.int32)
 
 
 def word_index(ids: Int[Array, "b l"], longest: int = 12) -> Int[Array, "b l"]:
-    """Which word each byte belongs to. A space ends its word, and so do `longest` bytes, or a
-    sentence without spaces would be one word."""
-    place = jnp.arange(ids.shape[1])
-    ends = jnp.pad(ids == SPACE, ((0, 0), (1, 0)))[:, :-1]  # the byte before
-    start = jax.lax.cummax(jnp.where(ends, place, 0), axis=1)
-    starts = (place - start) % longest == 0
-    return jnp.cumsum(starts, axis=1) - 1
+    """Return the number of each byte's word.
+
+    A space ends its word, and so do `longest` bytes: otherwise a sentence without spaces would be
+    one word.
+    """
+    position = jnp.arange(ids.shape[1])[None]
+    after_space = jnp.pad(ids == SPACE, ((0, 0), (1, 0)))[:, :-1]
+    start = jax.lax.cummax(jnp.where(after_space, position, 0), axis=1)
+    starts_word = (position - start) % longest == 0
+    return jnp.cumsum(starts_word, axis=1) - 1
 
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {"bytes": ByteEncoder}

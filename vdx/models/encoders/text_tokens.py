@@ -1,6 +1,6 @@
-"""Prompts for pretrained text encoders: cleaned, as token ids of a few lengths, features padded.
+"""Prompts for pretrained text encoders, as padded token ids.
 
-Runs on the host; the tokenizers are those that lie beside the weights.
+Runs on the host. The tokenizers come with the weights.
 """
 
 import html
@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from vdx.config.build import ConfigError
+from vdx.types import Bool, Int
 
 
 def clean_prompt(text: str) -> str:
-    """HTML entities twice undone, every run of white space one space, none at the ends.
+    """Undo HTML entities twice and normalise white space.
 
-    The cleaning of Wan, except that Wan first calls `ftfy.fix_text` (and diffusers does where
-    ftfy is installed), which repairs broken encodings and straightens quotation marks. Here a
-    prompt means the same on every machine; call it yourself for prompts that need it.
+    Every run of white space becomes one space, and there is none at the ends. This is Wan's
+    cleaning, except that Wan first calls `ftfy.fix_text` (and diffusers does where ftfy is
+    installed). That repairs broken encodings and straightens quotation marks. Here a prompt means
+    the same on every machine; call it yourself for prompts that need it.
     """
     text = html.unescape(html.unescape(text)).strip()
     # Python's white space has four control characters more than that of the reference.
@@ -26,34 +28,42 @@ def clean_prompt(text: str) -> str:
 
 
 class PromptTokenizer:
-    """prompts -> (ids int32 [b l], mask bool [b l]) by the tokenizer in `folder`.
+    """Prompts to token ids and their mask, by a tokenizer from a folder.
 
-    l is the smallest of `lengths` that holds the longest prompt, so that an encoder is compiled
-    at most once for each; longer prompts are cut to the last, their end token kept. The default
-    is Wan's; CLIP reads lengths (77,) and is not given cleaned prompts. Raises ConfigError if
-    there is no tokenizer in `folder`.
+    A batch has the smallest of a few lengths that holds its longest prompt, so that an encoder is
+    compiled at most once for each. Longer prompts are cut to the largest, with their end token.
     """
 
     def __init__(
         self, folder: str | Path, lengths: Sequence[int] = (64, 128, 256, 512), clean: bool = True
-    ):
+    ) -> None:
+        """Read the tokenizer in `folder`. Raises ConfigError if there is none.
+
+        lengths: of token ids; the default is Wan's, and CLIP needs (77,). clean: apply
+        `clean_prompt`; CLIP's prompts are not cleaned.
+        """
         from transformers import AutoTokenizer  # slow to import, and only the host needs it
 
-        self.lengths, self.clean = sorted(lengths), clean
+        self.lengths = sorted(lengths)
+        self.clean = clean
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No tokenizer can be read from {folder}: {error}. It is the folder "
-                "`tokenizer` beside the model's weights."
+                "`tokenizer` next to the model's weights."
             ) from error
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, prompts: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """Return (ids int32, mask), padded; the mask is True on tokens."""
         texts = [clean_prompt(p) if self.clean else p for p in prompts]
         rows = self._tokenizer(texts, truncation=True, max_length=self.lengths[-1])["input_ids"]
-        longest = max(map(len, rows))
-        length = next(n for n in self.lengths if n >= longest)
+        sizes = np.array([len(row) for row in rows])
+        length = next(n for n in self.lengths if n >= sizes.max())
+
         ids = np.full((len(rows), length), self._tokenizer.pad_token_id, np.int32)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = tokens
-        return ids, np.arange(length) < np.array([len(r) for r in rows])[:, None]
+        for padded, tokens in zip(ids, rows, strict=True):
+            padded[: len(tokens)] = tokens
+        return ids, np.arange(length) < sizes[:, None]

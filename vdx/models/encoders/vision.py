@@ -1,4 +1,7 @@
-"""Encoders of pictures that are trained with the denoiser. (Frozen ones: vdx/models/encoders/clip.py.)"""
+"""Image encoders that are trained with the denoiser.
+
+Frozen ones are in vdx/models/encoders/clip.py.
+"""
 
 from collections.abc import Callable
 
@@ -8,34 +11,37 @@ from einops import rearrange
 
 from vdx.config.build import ConfigError
 from vdx.models.attention.layers import encoder_layers
-from vdx.models.layers import low_frequencies
+from vdx.models.patches import low_frequencies
 from vdx.types import Array, Float
 
 
 class PatchEncoder(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021): pictures [b h w 3] in [-1, 1] ->
-    features [b m width], one for each square of `patch` pixels. Raises ConfigError if these do
-    not tile the picture."""
+    """A small vision transformer: one feature vector per patch.
 
-    patch: int = 8
-    width: int = 96
-    depth: int = 1
+    Reference: Dosovitskiy et al. 2021.
+    """
+
+    patch: int = 8  # side of a patch, in pixels
+    width: int = 96  # features of a patch
+    depth: int = 1  # layers
     heads: int = 3
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b m d"]:
+        """Encode images in [-1, 1]. Raises ConfigError if the patches do not tile them."""
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ConfigError(
-                f"A picture of {x.shape[1:3]} (h, w) does not divide into patches of "
+                f"An image of {x.shape[1:3]} (h, w) does not divide into patches of "
                 f"{self.patch}; set the encoder's patch."
             )
 
         x = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        x = nn.Dense(
-            self.width, name="patch", kernel_init=low_frequencies((1, self.patch, self.patch))
-        )(x)
-        x = x + self.param("position_table", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
-        return encoder_layers(x, None, self.depth, self.heads)
+        basis = low_frequencies((1, self.patch, self.patch))
+        x = nn.Dense(self.width, name="patch", kernel_init=basis)(x)
+        positions = self.param(
+            "position_table", nn.initializers.normal(0.02), x.shape[1:], jnp.float32
+        )
+        return encoder_layers(x + positions[None], None, self.depth, self.heads)
 
 
 VISION: dict[str, Callable[..., nn.Module]] = {"patches": PatchEncoder}

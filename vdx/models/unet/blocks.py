@@ -1,8 +1,8 @@
-"""Blocks of the U-Nets: attention in space, in time and to text, convolution in time, the encoder.
+"""Blocks of the U-Nets: attention in space, in time, to text; convolutions.
 
-Clips stay [b t h w c] throughout; what works on images takes t for a part of the batch. The
-references are the blocks of diffusers' `UNet2DConditionModel`, `UNetMotionModel` and
-`UNet3DConditionModel`, whose weights are configurations of these (vdx.interop.unet).
+Clips stay [b t h w c] throughout; layers of images treat t as a part of the batch. The references
+are the blocks of diffusers' `UNet2DConditionModel`, `UNetMotionModel` and `UNet3DConditionModel`,
+whose weights are configurations of these (vdx.interop.unet).
 """
 
 import dataclasses
@@ -16,11 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vdx.config.build import build, lookup
 from vdx.models.attention.backends import attend
-from vdx.models.image_blocks import GroupNorm, ImageResidual
-from vdx.models.layers import MLP, EmbedMLP, LayerNorm, add_vector, rope_table, sinusoidal
-from vdx.models.mixers.grid_attention import MIXERS, MixContext
-from vdx.models.transformer import REMAT
-from vdx.models.vae.blocks import down_conv, split_space
+from vdx.models.image_blocks import GroupNorm, ImageResidual, split_space
+from vdx.models.layers import MLP, LayerNorm
+from vdx.models.mixers.context import MixContext
+from vdx.models.mixers.table import MIXERS
+from vdx.models.positions import rope_table, sinusoidal
+from vdx.models.remat import REMAT
+from vdx.models.unet.temporal import Temporal
 from vdx.parallel import constrain
 from vdx.types import Array, Bool, DTypeLike, Float
 
@@ -29,63 +31,33 @@ ATTENTION_AXES = {"space": "b t (h w) n d", "time": "b h w t n d", "tokens": "b 
 
 
 @dataclasses.dataclass(frozen=True)
-class Temporal:
-    """What lies between the frames of a U-Net.
-
-    motion: motion modules, after the image layers; with `everywhere`, also at levels without
-    attention. positions: frames are told their place. attentions: how many of a motion module
-    follow one another. convs: a convolution in time after every residual, and a motion module
-    before the first level. mixer: a row of MIXERS with its fields in the attentions' place.
-    """
-
-    motion: bool = True
-    everywhere: bool = True
-    positions: bool = True
-    attentions: int = 2
-    convs: bool = False
-    mixer: Mapping[str, Any] | None = None
-
-
-TEMPORAL: dict[str, Temporal] = {
-    "none": Temporal(motion=False),
-    "motion": Temporal(),  # AnimateDiff
-    "3d": Temporal(everywhere=False, positions=False, convs=True),  # ModelScope
-}
-
-
-def temporal_of(spec: str | Mapping[str, Any]) -> Temporal:
-    """A row of TEMPORAL, or motion modules around the row of MIXERS that a spec names."""
-    if isinstance(spec, str):
-        return lookup(spec, TEMPORAL, "model.temporal")
-    build(spec, MIXERS, "model.temporal", heads=1, dtype=jnp.float32, parent=None)
-    return Temporal(positions=False, mixer=spec)
-
-
-@dataclasses.dataclass(frozen=True)
-class Common:
-    """What all blocks of one U-Net share: see UNet."""
+class BlockConfig:
+    """Fields that all blocks of one U-Net share, from those of UNet."""
 
     heads: int
-    head_width: int
-    groups: int
-    joint: bool
+    head_width: int  # 0: the features divided by the heads
+    groups: int  # of the group norms
+    joint_norm: bool  # motion modules normalise all frames of a clip at once
     temporal: Temporal
-    dtype: Any
+    dtype: DTypeLike  # of the matrix products
 
-    def split(self, width: int, motion: bool = False) -> tuple[int, int]:
-        """(heads, their width) in attention at this width."""
+    def heads_at(self, width: int, motion: bool = False) -> tuple[int, int]:
+        """Return (heads, their width) of attention, or of a motion module, at this width."""
         if self.head_width and (self.temporal.convs or not motion):
             return width // self.head_width, self.head_width
         return self.heads, width // self.heads
 
 
 class PlainAttention(nn.Module):
-    """Queries from the grid [b t h w d]; keys and values from the same frame ("space"), the same
-    place ("time"), or tokens [b l e]. Only the last projection has a bias."""
+    """Attention with queries from the grid, without norms or rotary positions.
 
-    over: str
+    Keys and values come from the same frame ("space"), from the same position in all frames
+    ("time"), or from tokens. Only the last projection has a bias.
+    """
+
+    axes: str  # a row of ATTENTION_AXES
     heads: int
-    dtype: DTypeLike
+    dtype: DTypeLike  # of the matrix products
 
     @nn.compact
     def __call__(
@@ -94,110 +66,188 @@ class PlainAttention(nn.Module):
         tokens: Float[Array, "b l e"] | None = None,
         mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b t h w d"]:
-        width, flat = x.shape[-1], ATTENTION_AXES[self.over]
-        sizes = dict(zip("bthw", x.shape[:4], strict=True))
+        """Attend; `mask` is True on tokens, None if all are."""
+        b, t, h, w, width = x.shape
+        flat = ATTENTION_AXES[self.axes]
 
-        def project(name: str, y: Array) -> Array:
-            y = nn.Dense(width, use_bias=False, name=name, dtype=self.dtype)(y)
-            if y.ndim == 3:
-                return rearrange(y, "b l (n d) -> b l n d", n=self.heads)
-            return rearrange(y, f"b t h w (n d) -> {flat}", n=self.heads)
+        # Project, and flatten what attends into one axis.
+        q = rearrange(self._project("q", x, width), f"b t h w (n d) -> {flat}", n=self.heads)
+        if tokens is None:
+            source = x
+            split = f"b t h w (n d) -> {flat}"
+        else:
+            source = tokens
+            split = "b l (n d) -> b l n d"
+        k = rearrange(self._project("k", source, width), split, n=self.heads)
+        v = rearrange(self._project("v", source, width), split, n=self.heads)
 
-        source = x if tokens is None else tokens
-        y = attend(project("q", x), project("k", source), project("v", source), mask)
-        y = rearrange(y, f"{flat} -> b t h w (n d)", **sizes)
+        # [... s n d], then back to the grid.
+        y = attend(q, k, v, mask)
+        y = rearrange(y, f"{flat} -> b t h w (n d)", b=b, t=t, h=h, w=w)
         return nn.Dense(width, name="out", dtype=self.dtype)(y)
 
+    def _project(self, name: str, x: Float[Array, "... e"], width: int) -> Float[Array, "... d"]:
+        return nn.Dense(width, use_bias=False, name=name, dtype=self.dtype)(x)
 
-class TransformerLayer(nn.Module):
-    """Attention over space or time, then to the text (space) or again over time, then a gated MLP;
-    each a residual after a norm."""
 
-    over: str
+class SpaceLayer(nn.Module):
+    """Attention within each frame, attention to the text, then a gated MLP.
+
+    Without a text there is no attention to it. Each is a residual after a norm.
+    """
+
     heads: int
-    temporal: Temporal
-    dtype: DTypeLike
+    dtype: DTypeLike  # of the matrix products
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w d"], tokens: Array | None, mask: Array | None
+        self,
+        x: Float[Array, "b t h w d"],
+        tokens: Float[Array, "b l e"] | None = None,
+        mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b t h w d"]:
-        temporal, mixer = self.over == "time", self.temporal.mixer
+        """Apply the layer; `mask` is True on tokens."""
+        attention = PlainAttention("space", self.heads, self.dtype, name="attn1")
+        x = x + attention(_norm("norm1")(x))
+        if tokens is not None:
+            attention = PlainAttention("tokens", self.heads, self.dtype, name="attn2")
+            x = x + attention(_norm("norm2")(x), tokens, mask)
+        return x + _mlp(x, self.dtype)
 
-        def attention(x: Array, i: int, over: str, *source) -> Array:
-            y = LayerNorm(1e-5, name=f"norm{i}")(x)
-            if temporal and self.temporal.positions:
-                y = y + frame_positions(x.shape[1], x.shape[-1]).astype(y.dtype)
-            return x + PlainAttention(over, self.heads, self.dtype, name=f"attn{i}")(y, *source)
 
-        if temporal and mixer is not None:
-            _, t, h, w, d = x.shape
-            rope = rope_table((t, h, w), d // self.heads)
-            layer = build(
-                mixer,
-                MIXERS,
-                "model.temporal",
-                heads=self.heads,
-                dtype=self.dtype,
-                name=mixer["name"],
-            )
-            x = x + layer(LayerNorm(1e-5, name="norm1")(x), MixContext(rope=rope))
+class TimeLayer(nn.Module):
+    """Attention, or a mixer, over the frames at each position, then a gated MLP.
+
+    Each is a residual after a norm.
+    """
+
+    heads: int
+    temporal: Temporal
+    dtype: DTypeLike  # of the matrix products
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w d"]) -> Float[Array, "b t h w d"]:
+        """Apply the layer."""
+        if self.temporal.mixer is not None:
+            x = x + self._mix(_norm("norm1")(x), self.temporal.mixer)
         else:
-            x = attention(x, 1, self.over)
-            if temporal and self.temporal.attentions > 1:
-                x = attention(x, 2, self.over)
-            elif not temporal and tokens is not None:
-                x = attention(x, 2, "tokens", tokens, mask)
-        mlp = MLP(8 * x.shape[-1], "geglu", self.dtype, x.shape[-1], name="mlp")
-        return x + mlp(LayerNorm(1e-5, name="norm3")(x))
+            x = x + self._attend(x, 1)
+            if self.temporal.attentions > 1:
+                x = x + self._attend(x, 2)
+        return x + _mlp(x, self.dtype)
+
+    def _attend(self, x: Float[Array, "b t h w d"], i: int) -> Float[Array, "b t h w d"]:
+        y = _norm(f"norm{i}")(x)
+        if self.temporal.positions:
+            positions = frame_positions(x.shape[1], x.shape[-1]).astype(y.dtype)
+            y = y + positions[None]
+        return PlainAttention("time", self.heads, self.dtype, name=f"attn{i}")(y)
+
+    def _mix(
+        self, x: Float[Array, "b t h w d"], spec: Mapping[str, Any]
+    ) -> Float[Array, "b t h w d"]:
+        _, t, h, w, width = x.shape
+        rope = rope_table((t, h, w), width // self.heads)
+        mixer = build(
+            spec,
+            MIXERS,
+            "model.temporal",
+            heads=self.heads,
+            dtype=self.dtype,
+            name=spec["name"],
+        )
+        return mixer(x, MixContext(rope=rope))
+
+
+def _norm(name: str) -> LayerNorm:
+    """Return a norm in the calling module's scope."""
+    return LayerNorm(1e-5, name=name)
+
+
+def _mlp(x: Float[Array, "b t h w d"], dtype: DTypeLike) -> Float[Array, "b t h w d"]:
+    """Apply norm and gated MLP in the calling module's scope."""
+    width = x.shape[-1]
+    # 8: hidden features are 4 times the width, and as many gate them.
+    mlp = MLP(8 * width, "geglu", dtype, width, name="mlp")
+    return mlp(_norm("norm3")(x))
 
 
 def frame_positions(frames: int, width: int) -> Float[Array, "t 1 1 d"]:
-    """Sines and cosines of the frames' numbers, in turn (Vaswani et al. 2017)."""
+    """Embed frame numbers as sines and cosines, interleaved (Vaswani et al. 2017)."""
     cos, sin = jnp.split(sinusoidal(jnp.arange(frames), width), 2, -1)
     return jnp.stack([sin, cos], -1).reshape(frames, 1, 1, width)
 
 
-class Exchange(nn.Module):
-    """Norm, projection, a transformer layer over "space" or "time", and back: a residual, which at
-    first changes nothing. heads, width: of the layer inside."""
+class SpaceTransformer(nn.Module):
+    """Norm, projection, a SpaceLayer, and back.
 
-    over: str
+    A residual, which at first changes nothing.
+    """
+
     heads: int
-    width: int
-    common: Common
+    width: int  # features of the layer inside
+    config: BlockConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c"], tokens: Array | None = None, mask: Array | None = None
+        self,
+        x: Float[Array, "b t h w c"],
+        tokens: Float[Array, "b l e"] | None = None,
+        mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b t h w c"]:
-        common, time = self.common, self.over == "time"
-        # What is attended over must lie on one device.
-        y = split_space(x) if time else x
-        y = GroupNorm(common.groups, joint=time and common.joint, name="norm")(y)
-        y = nn.Dense(self.width, name="proj_in", dtype=common.dtype)(y)
-        y = TransformerLayer(self.over, self.heads, common.temporal, common.dtype, name="layer")(
-            y, tokens, mask
-        )
-        y = nn.Dense(
-            x.shape[-1], name="proj_out", dtype=common.dtype, kernel_init=nn.initializers.zeros
-        )(y)
+        """Apply the block; `mask` is True on tokens."""
+        y = GroupNorm(self.config.groups, name="norm")(x)
+        y = nn.Dense(self.width, name="proj_in", dtype=self.config.dtype)(y)
+        y = SpaceLayer(self.heads, self.config.dtype, name="layer")(y, tokens, mask)
+        y = zero_dense(x.shape[-1], "proj_out", self.config.dtype)(y)
         return constrain(x + y, "b t h w c", context="t")
 
 
-class TimeConvs(nn.Module):
-    """Four convolutions over three frames, each after a group norm of the whole clip and SiLU: a
-    residual, which at first changes nothing."""
+class TimeTransformer(nn.Module):
+    """A motion module: norm, projection, a TimeLayer, and back.
 
-    groups: int
-    dtype: DTypeLike
+    A residual, which at first changes nothing.
+    """
+
+    heads: int
+    width: int  # features of the layer inside
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        y, (frames, width) = split_space(x), (x.shape[1], x.shape[-1])
+        """Apply the block."""
+        config = self.config
+        y = split_space(x)  # attention needs all frames on one device
+        y = GroupNorm(config.groups, joint=config.joint_norm, name="norm")(y)
+        y = nn.Dense(self.width, name="proj_in", dtype=config.dtype)(y)
+        y = TimeLayer(self.heads, config.temporal, config.dtype, name="layer")(y)
+        y = zero_dense(x.shape[-1], "proj_out", config.dtype)(y)
+        return constrain(x + y, "b t h w c", context="t")
+
+
+def zero_dense(features: int, name: str, dtype: DTypeLike) -> nn.Dense:
+    """Return a dense layer whose kernel is zero at first."""
+    return nn.Dense(features, name=name, dtype=dtype, kernel_init=nn.initializers.zeros)
+
+
+class TimeConvs(nn.Module):
+    """Four convolutions over three frames: a residual, which at first changes nothing.
+
+    Each comes after SiLU and a group norm of the whole clip.
+    """
+
+    groups: int  # of the group norms
+    dtype: DTypeLike  # of the matrix products
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+        """Apply the block."""
+        frames = x.shape[1]
+        width = x.shape[-1]
+        y = split_space(x)
         for i in range(4):
             y = nn.silu(GroupNorm(self.groups, 1e-5, joint=True, name=f"norm_{i}")(y))
-            # One matrix product: three frames side by side.
+            # One matrix product over the features of three frames. [b t h w 3c]
             y = jnp.pad(y, [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)])
             y = jnp.concatenate([y[:, k : k + frames] for k in range(3)], -1)
             init = nn.initializers.zeros if i == 3 else nn.initializers.lecun_normal()
@@ -206,90 +256,49 @@ class TimeConvs(nn.Module):
 
 
 class Layer(nn.Module):
-    """A residual, then what of convolution in time, attention and motion module there is."""
+    """A residual, then the layers that connect positions and frames.
 
-    features: int
-    attention: bool
-    motion: bool
-    common: Common
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t h w c"], emb: Array, tokens: Array | None, mask: Array | None
-    ) -> Float[Array, "b t h w f"]:
-        common, width = self.common, self.features
-        x = checkpoint_name(x, "residual")
-        x = ImageResidual(width, common.groups, common.dtype, 1e-5, name="res")(x, emb)
-        x = constrain(x, "b t h w c", context="t")
-        if common.temporal.convs:
-            x = TimeConvs(common.groups, common.dtype, name="time_convs")(x)
-        if self.attention:
-            x = Exchange("space", common.split(width)[0], width, common, name="space")(
-                x, tokens, mask
-            )
-        if self.motion:
-            x = Exchange("time", common.split(width, motion=True)[0], width, common, name="motion")(
-                x
-            )
-        return x
-
-
-def layer_of(remat: str) -> type[Layer]:
-    """Layer, or with `remat` a layer that keeps less of the forward pass."""
-    policy = lookup(remat, REMAT, "model.remat")
-    return Layer if policy is None else nn.remat(Layer, policy=policy)
-
-
-class Encoder(nn.Module):
-    """The way down and the middle: (embedding [b t|1 1 1 d], skips, deepest [b t h w c]).
-
-    hint: added to what the first convolution makes of the clip.
+    These are convolutions in time, attention and a motion module, where there are any.
     """
 
-    widths: tuple[int, ...]
-    layers: int
-    attention: tuple[bool, ...]
-    motion_middle: bool
-    remat: str
-    common: Common
+    features: int  # channels of the output
+    attention: bool  # attention within frames and to the text
+    motion: bool  # a motion module
+    config: BlockConfig
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        time: Float[Array, "b"] | Float[Array, "b t"],
-        vector: Array | None,
-        tokens: Array | None,
-        mask: Array | None,
-        hint: Array | None = None,
-    ) -> tuple[Array, list[Array], Array]:
-        common, temporal, first = self.common, self.common.temporal, self.widths[0]
-        layer = layer_of(self.remat)
-        emb = EmbedMLP(4 * first, sinusoid=first, name="time")(time)
-        if vector is not None:
-            emb = add_vector(emb, vector, x.shape[1])
-        emb = emb.reshape(len(x), -1, 1, 1, emb.shape[-1])
+        emb: Float[Array, "b _ 1 1 e"],
+        tokens: Float[Array, "b l k"] | None,
+        mask: Bool[Array, "b l"] | None,
+    ) -> Float[Array, "b t h w f"]:
+        """Apply the layer. `emb` embeds the time of the clip, or of each frame."""
+        config = self.config
+        width = self.features
 
-        x = nn.Conv(first, (3, 3), dtype=common.dtype, name="conv_in")(x)
-        x = x if hint is None else x + hint
+        # `remat` may keep the features between layers by this name.
+        x = checkpoint_name(x, "residual")
+        x = ImageResidual(width, config.groups, config.dtype, 1e-5, name="res")(x, emb)
         x = constrain(x, "b t h w c", context="t")
-        if temporal.convs:
-            heads, width = common.heads, common.head_width or first // common.heads
-            x = Exchange("time", heads, heads * width, common, name="motion_in")(x)
-        skips = [x]
-        for i, (width, attention) in enumerate(zip(self.widths, self.attention, strict=True)):
-            motion = temporal.motion and (attention or temporal.everywhere)
-            for j in range(self.layers):
-                x = layer(width, attention, motion, common, name=f"down_{i}_{j}")(
-                    x, emb, tokens, mask
-                )
-                skips.append(x)
-            if i < len(self.widths) - 1:
-                x = down_conv(width, common.dtype, f"down_{i}_conv", before=1)(x)
-                skips.append(x)
-        for j, attention in enumerate((True, False)):
-            motion = temporal.motion and attention and self.motion_middle
-            x = layer(self.widths[-1], attention, motion, common, name=f"middle_{j}")(
-                x, emb, tokens, mask
-            )
-        return emb, skips, x
+
+        # Space and time, where this level has them.
+        if config.temporal.convs:
+            x = TimeConvs(config.groups, config.dtype, name="time_convs")(x)
+        if self.attention:
+            heads, _ = config.heads_at(width)
+            x = SpaceTransformer(heads, width, config, name="space")(x, tokens, mask)
+        if self.motion:
+            heads, _ = config.heads_at(width, motion=True)
+            x = TimeTransformer(heads, width, config, name="motion")(x)
+        return x
+
+
+def layer_class(remat: str) -> type[Layer]:
+    """Return Layer, or a Layer that keeps less of the forward pass.
+
+    remat: a row of REMAT.
+    """
+    policy = lookup(remat, REMAT, "model.remat")
+    return Layer if policy is None else nn.remat(Layer, policy=policy)

@@ -1,95 +1,110 @@
-"""Control branches of a U-Net: a copy of its way down that reads a map of what is to be drawn.
+"""Control branches of a U-Net: copies of its way down that read a map.
 
-References: Zhang et al. 2023, ControlNet; Guo et al. 2023, SparseCtrl; `ControlNetModel` and
-`SparseControlNetModel` of diffusers.
+The map shows what to generate. References: Zhang et al. 2023, ControlNet; Guo et al. 2023,
+SparseCtrl; `ControlNetModel` and `SparseControlNetModel` of diffusers.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vdx.models.unet.blocks import Common, Encoder, Temporal
+from vdx.models.unet.blocks import BlockConfig, zero_dense
+from vdx.models.unet.encoder import Conditions, Encoder
+from vdx.models.unet.temporal import Temporal
 from vdx.parallel import constrain
 from vdx.types import Array, DTypeLike, Float
 
-# What lies between the frames of a branch. "image": it also reads the noisy clip. "sparse": it
-# reads maps of some frames alone, a last channel of which says which ones these are.
-CONTROLS: dict[str, Temporal] = {
-    "image": Temporal(motion=False),
-    "sparse": Temporal(attentions=1),
-}
-
 
 class Hint(nn.Module):
-    """A map as large as the clip times 2^(len(widths) - 1), at the size and width of the clip's
-    features, which at first is nothing. No widths: one convolution, for a map of its size."""
+    """Convolutions that bring a map to the size and the width of the clip's features.
 
-    widths: tuple[int, ...]
-    features: int
-    dtype: DTypeLike
+    The map is 2^(len(widths) - 1) times as high and wide as the clip. Without widths there is one
+    convolution, for a map of the clip's size. The result is zero at first.
+    """
+
+    widths: tuple[int, ...]  # features of each size, finest first
+    features: int  # of the result
+    dtype: DTypeLike  # of the products
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t H W c"]) -> Float[Array, "b t h w d"]:
-        def conv(features: int, name: str, stride: int = 1, init: Any = None) -> nn.Conv:
-            return nn.Conv(
-                features,
-                (3, 3),
-                stride,
-                1,
-                dtype=self.dtype,
-                name=name,
-                kernel_init=init or nn.initializers.lecun_normal(),
-            )
-
-        zeros = nn.initializers.zeros
+        """Apply the convolutions."""
         if not self.widths:
-            return conv(self.features, "conv_in", init=zeros)(x)
-        x = nn.silu(conv(self.widths[0], "conv_in")(x))
+            return self._zero_conv("conv_in")(x)
+
+        x = nn.silu(self._conv(self.widths[0], "conv_in")(x))
         for i, (width, wider) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
-            x = nn.silu(conv(width, f"conv_{2 * i}")(x))
-            x = nn.silu(conv(wider, f"conv_{2 * i + 1}", stride=2)(x))
+            x = nn.silu(self._conv(width, f"conv_{2 * i}")(x))
+            x = nn.silu(self._conv(wider, f"conv_{2 * i + 1}", stride=2)(x))
             x = constrain(x, "b t h w c", context="t")
-        return conv(self.features, "conv_out", init=zeros)(x)
+        return self._zero_conv("conv_out")(x)
+
+    def _conv(self, features: int, name: str, stride: int = 1) -> nn.Conv:
+        return nn.Conv(features, (3, 3), stride, 1, dtype=self.dtype, name=name)
+
+    def _zero_conv(self, name: str) -> nn.Conv:
+        zeros = nn.initializers.zeros
+        return nn.Conv(self.features, (3, 3), 1, 1, dtype=self.dtype, name=name, kernel_init=zeros)
 
 
 class ControlNet(nn.Module):
-    """What is added to a U-Net's (skips, deepest features), at first nothing.
+    """A branch whose results are added to a U-Net's skips and deepest features.
 
-    kind: a row of CONTROLS. hint: widths of the map's convolutions. The rest is as in Encoder.
+    Fresh, they are zero.
     """
 
-    kind: str
-    hint: tuple[int, ...]
+    kind: str  # a row of CONTROLS
+    hint: tuple[int, ...]  # widths of the map's convolutions
+    # As in Encoder.
     widths: tuple[int, ...]
     layers: int
     attention: tuple[bool, ...]
     remat: str
-    common: Common
+    config: BlockConfig
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        time: Array,
-        vector: Array | None,
-        tokens: Array | None,
-        mask: Array | None,
-        control: Float[Array, "b t H W k"],
+        conditions: Conditions,
+        control: Float[Array, "b t H W m"],
         scale: Float[Array, "b"],
-    ) -> tuple[list[Array], Array]:
-        common = dataclasses.replace(self.common, temporal=CONTROLS[self.kind])
-        hint = Hint(self.hint, self.widths[0], common.dtype, name="hint")(control)
-        x = jnp.zeros_like(x) if self.kind == "sparse" else x
-        _, skips, deepest = Encoder(
-            self.widths, self.layers, self.attention, False, self.remat, common, name="encoder"
-        )(x, time, vector, tokens, mask, hint)
+    ) -> tuple[list[Array], Float[Array, "b t i j d"]]:
+        """Return what is added to (skips, deepest features), multiplied by `scale`."""
+        config = dataclasses.replace(self.config, temporal=CONTROLS[self.kind])
+        # [b t H W m] -> [b t h w d]
+        hint = Hint(self.hint, self.widths[0], config.dtype, name="hint")(control)
+        # SparseCtrl does not read the noisy clip.
+        if self.kind == "sparse":
+            x = jnp.zeros_like(x)
 
-        def out(y: Array, name: str) -> Array:
-            y = nn.Dense(
-                y.shape[-1], name=name, dtype=common.dtype, kernel_init=nn.initializers.zeros
-            )(y)
-            return y * scale.astype(y.dtype)[:, None, None, None, None]
+        encoder = Encoder(
+            self.widths,
+            self.layers,
+            self.attention,
+            motion_middle=False,
+            remat=self.remat,
+            config=config,
+            name="encoder",
+        )
+        encoded = encoder(x, conditions, hint)
 
-        return [out(y, f"out_{i}") for i, y in enumerate(skips)], out(deepest, "out_middle")
+        # Each result passes a projection of its own.
+        skips = [self._scaled(y, f"out_{i}", scale) for i, y in enumerate(encoded.skips)]
+        return skips, self._scaled(encoded.deepest, "out_middle", scale)
+
+    def _scaled(
+        self, x: Float[Array, "b t h w d"], name: str, scale: Float[Array, "b"]
+    ) -> Float[Array, "b t h w d"]:
+        """Project features by a matrix that is zero at first."""
+        y = zero_dense(x.shape[-1], name, self.config.dtype)(x)
+        return y * scale.astype(y.dtype)[:, None, None, None, None]
+
+
+# The layers between the frames of a branch. "image": the branch also reads the noisy clip.
+# "sparse": it reads maps of some frames alone, whose last channel marks these frames.
+CONTROLS: dict[str, Temporal] = {
+    "image": Temporal(motion=False),
+    "sparse": Temporal(attentions=1),
+}

@@ -1,56 +1,89 @@
-"""Large frames in tiles: any function of frames, run tile by tile, seams blended."""
+"""Functions of large frames, computed tile by tile, with blended seams."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.types import Array, Float
+from vdx.types import Array, Float, Int
 
 
-def tile_starts(size: int, tile: int, overlap: int) -> np.ndarray:
-    """Where tiles start so that the fewest cover `size`, evenly spread, overlapping by at least
-    `overlap`."""
+def tile_starts(size: int, tile: int, overlap: int) -> Int[np.ndarray, "n"]:
+    """Return where tiles start so that the fewest cover `size`.
+
+    They are evenly spread and overlap by at least `overlap`.
+    """
     count = 1 if size <= tile else math.ceil((size - overlap) / (tile - overlap))
     return np.linspace(0, size - tile, count).astype(np.int32)  # rounded down: no step too long
 
 
-def blend_weights(starts: np.ndarray, tile: int) -> np.ndarray:
-    """[tiles, tile]: each tile's share of what it covers; shares sum to one at every place.
+def blend_weights(starts: Int[np.ndarray, "n"], tile: int) -> Float[np.ndarray, "n tile"]:
+    """Return each tile's share of the positions that it covers.
 
-    A share rises linearly from a tile's edge to the end of its overlap with the neighbour.
+    A share rises linearly from a tile's edge to the end of its overlap with the neighbour. The
+    shares sum to one at every position.
     """
-    place = np.arange(tile) + 0.5
+    position = np.arange(tile) + 0.5
     overlaps = tile - np.diff(starts)
     left = np.array([1, *overlaps])[:, None]  # 1: no ramp at the border of the frame
     right = np.array([*overlaps, 1])[:, None]
-    ramps = np.minimum(place / np.maximum(left, 1), place[::-1] / np.maximum(right, 1))
+    ramps = np.minimum(position / np.maximum(left, 1), position[::-1] / np.maximum(right, 1))
     weights = np.minimum(ramps, 1)
+
     total = np.zeros(starts[-1] + tile)
     for start, row in zip(starts, weights, strict=True):
         total[start : start + tile] += row
-    return np.stack(
-        [row / total[start : start + tile] for start, row in zip(starts, weights, strict=True)]
-    ).astype(np.float32)
+    shares = [row / total[start : start + tile] for start, row in zip(starts, weights, strict=True)]
+    return np.stack(shares).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TilePlan:
+    """The places of tiles in the input and in the output.
+
+    Each array is over (height, width). A tile may start at multiples of `step` in the input, which
+    become multiples of `rise` in the output.
+    """
+
+    extent: Int[np.ndarray, "2"]  # size of a tile of the input
+    step: Int[np.ndarray, "2"]  # input pixels between places where a tile may start
+    rise: Int[np.ndarray, "2"]  # output pixels between the same places
+    starts: tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "columns"]]  # in steps
+    out_size: Int[np.ndarray, "2"]  # size of the whole output
+    out_extent: tuple[int, int]  # size of a tile of the output
+
+    def shares(self) -> tuple[Array, Array]:
+        """Return the blend weights along the height and along the width."""
+        rows, columns = (
+            jnp.asarray(blend_weights(starts * rise, extent))
+            for starts, rise, extent in zip(self.starts, self.rise, self.out_extent, strict=True)
+        )
+        return rows, columns
+
+    def corners(self) -> Int[Array, "n 2"]:
+        """Return the start of every tile, row by row, in steps."""
+        return jnp.stack(jnp.meshgrid(*self.starts, indexing="ij"), -1).reshape(-1, 2)
 
 
 def tiled(
-    fn: Callable[[Array], Any],
+    fn: Callable[[Array], Array],
     x: Float[Array, "... h w c"],
     tile: int | tuple[int, int],
     overlap: int,
 ) -> Float[Array, "... H W C"]:
-    """fn(x), computed on tiles of `tile` (height, width) that overlap by at least `overlap`.
+    """Compute fn(x) on overlapping tiles.
 
-    Sizes are in pixels of `x`. `fn` may enlarge or reduce frames (decode, encode) and change the
-    axes before them. Tiles are of one size, so that one program serves all, and run one after
-    another, so that one is in memory. An axis no longer than a tile is not cut. Beyond a tile's
-    edge `fn` sees its own padding: choose an overlap of about twice its reach.
-    Raises ValueError for sizes that cannot be.
+    Tiles are `tile` (height, width) large and overlap by at least `overlap`. Sizes are in pixels of
+    `x`. `fn` may enlarge or reduce frames (decode, encode) and change the axes before them. Tiles
+    have one size, so that one program serves all. They are computed one after another, so that one
+    is in memory. An axis no longer than a tile is not cut. Beyond a tile's edge `fn` reads its own
+    padding: choose an overlap of about twice its reach. Raises ValueError for sizes that do not
+    divide into such tiles.
     """
+    # Check the sizes.
     size = np.array(x.shape[-3:-1])
     extent = np.minimum(np.broadcast_to(tile, 2), size)
     cut = extent < size
@@ -59,39 +92,71 @@ def tiled(
             f"Tiles of {tile} with overlap {overlap}: tiles must be larger than "
             "their overlap, which is not negative."
         )
+
+    # One tile is the whole frame.
     if not cut.any():
         return fn(x)
-    shape = (*x.shape[:-3], *extent.tolist(), x.shape[-1])
-    piece = jax.eval_shape(fn, jax.ShapeDtypeStruct(shape, x.dtype))
-    # A tile may start at multiples of `step`, which become multiples of `rise` in the output.
-    common = np.gcd(extent, piece.shape[-3:-1])
-    step, rise = extent // common, np.array(piece.shape[-3:-1]) // common
+
+    # The shape of one output decides where tiles may start.
+    tile_shape = (*x.shape[:-3], *extent.tolist(), x.shape[-1])
+    piece = jax.eval_shape(fn, jax.ShapeDtypeStruct(tile_shape, x.dtype))
+    plan = _plan(size, extent, piece.shape[-3:-1], tile, overlap)
+    return _blend_tiles(fn, x, plan, piece)
+
+
+def _plan(
+    size: Int[np.ndarray, "2"],
+    extent: Int[np.ndarray, "2"],
+    out_extent: tuple[int, int],
+    tile: int | tuple[int, int],
+    overlap: int,
+) -> TilePlan:
+    """Place the tiles. Raises ValueError if none can start where the last one has to."""
+    common = np.gcd(extent, out_extent)
+    step = extent // common
+    rise = np.array(out_extent) // common
     if (size % step).any():
         raise ValueError(
             f"Frames of {tuple(size.tolist())} must be multiples of "
             f"{tuple(step.tolist())} to be cut into tiles of {tile}."
         )
-    starts = [
-        tile_starts(n, e, o)
-        for n, e, o in zip(size // step, common, -(-overlap // step), strict=True)
-    ]
-    shares = [
-        jnp.asarray(blend_weights(s * r, n))
-        for s, r, n in zip(starts, rise, piece.shape[-3:-1], strict=True)
-    ]
-    corners = jnp.stack(jnp.meshgrid(*starts, indexing="ij"), -1).reshape(-1, 2)
+    overlap_steps = -(-overlap // step)  # rounded up
+    axes = np.stack([size // step, common, overlap_steps], 1)  # [axis (size, tile, overlap)]
+    rows, columns = (tile_starts(*sizes) for sizes in axes.tolist())
+    return TilePlan(extent, step, rise, (rows, columns), size // step * rise, out_extent)
 
-    def add(i, out):
-        def at(ndim, unit):
+
+def _blend_tiles(
+    fn: Callable[[Array], Array],
+    x: Float[Array, "... h w c"],
+    plan: TilePlan,
+    piece: jax.ShapeDtypeStruct,
+) -> Float[Array, "... H W C"]:
+    """Add up the outputs of all tiles, each multiplied by its share.
+
+    piece: one output.
+    """
+    tile_shape = (*x.shape[:-3], *plan.extent.tolist(), x.shape[-1])
+    row_shares, column_shares = plan.shares()
+    corners = plan.corners()
+    columns = len(plan.starts[1])
+
+    def add_tile(i: Array, out: Array) -> Array:
+        def corner(ndim: int, unit: np.ndarray) -> tuple[int | Array, ...]:
             return (*[0] * (ndim - 3), *(corners[i] * unit), 0)
 
-        y = fn(jax.lax.dynamic_slice(x, at(x.ndim, step), shape))
-        row, column = i // len(starts[1]), i % len(starts[1])
-        y = y * (shares[0][row][:, None, None] * shares[1][column][:, None]).astype(y.dtype)
-        before = jax.lax.dynamic_slice(out, at(out.ndim, rise), y.shape)
-        return jax.lax.dynamic_update_slice(out, before + y, at(out.ndim, rise))
+        # One tile, multiplied by its share.
+        y = fn(jax.lax.dynamic_slice(x, corner(x.ndim, plan.step), tile_shape))
+        row_share = row_shares[i // columns][:, None, None]
+        column_share = column_shares[i % columns][None, :, None]
+        share = (row_share * column_share).astype(y.dtype)  # [h w 1]
+        y = y * jnp.broadcast_to(share, y.shape)
 
-    out = jnp.zeros(
-        (*piece.shape[:-3], *(size // step * rise).tolist(), piece.shape[-1]), piece.dtype
-    )
-    return jax.lax.fori_loop(0, len(corners), add, out)
+        # Add it to the output.
+        place = corner(out.ndim, plan.rise)
+        before = jax.lax.dynamic_slice(out, place, y.shape)
+        return jax.lax.dynamic_update_slice(out, before + y, place)
+
+    out_shape = (*piece.shape[:-3], *plan.out_size.tolist(), piece.shape[-1])
+    out = jnp.zeros(out_shape, piece.dtype)
+    return jax.lax.fori_loop(0, len(corners), add_tile, out)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
-from vdx.models.conditioning.signals import SIGNALS, Conditioning, merge
+from vdx.models.conditioning.conditioning import Conditioning, merge
+from vdx.models.conditioning.table import SIGNALS
 from vdx.models.denoiser import Denoiser
-from vdx.models.encoders.text import ENCODERS, ngram_hashes, word_index
+from vdx.models.encoders.text import ENCODERS
 from vdx.types import Ports
 
 WIDTH, LENGTH = 16, 16
@@ -206,70 +207,6 @@ def test_drop_rates_and_independence():
     assert (np.asarray(again) != drop["fps"]).any()
 
 
-@pytest.fixture(scope="module", params=ENCODERS)
-def encoder(request, randomise):
-    """(parameters, function of length -> encoder) for every trained encoder, made small."""
-    small = {"bytes": {k: v for k, v in BYTES.items() if k not in ("name", "length")}}
-    make = lambda length: ENCODERS[request.param](length=length, **small[request.param])
-    ids = jnp.zeros((1, LENGTH), jnp.int32)
-    return randomise(jax.eval_shape(make(LENGTH).init, jax.random.key(0), ids, ids == 0)), make
-
-
-def test_features_do_not_depend_on_padding(encoder):
-    params, make = encoder
-    run = jax.jit(lambda ids, mask: make(LENGTH).apply(params, ids, mask))
-    batch = captions("a red", "blue ball moves")
-    x, mask = run(batch["text"], batch["text_mask"])
-    spoilt = np.where(batch["text_mask"], batch["text"], 77)  # ids under the mask are unread
-    np.testing.assert_array_equal(run(spoilt, batch["text_mask"])[0], x)
-    got, short_mask = make(8).apply(
-        params, batch["text"][:1, :8], batch["text_mask"][:1, :8]
-    )  # 6 bytes fit into 8
-    np.testing.assert_array_equal(short_mask[0], mask[0])
-    np.testing.assert_allclose(got[0, :2], x[0, :2], atol=1e-5)
-    assert not mask[0, 2:].any()
-
-
-def test_every_byte_counts(encoder):
-    params, make = encoder
-    texts = ["a red ball", "b red ball", "a rad ball", "a red balk", "a red bal"]
-    batch = captions(*texts)
-    x, mask = make(LENGTH).apply(params, batch["text"], batch["text_mask"])
-    x = np.where(mask[..., None], x, 0)
-    assert all(np.abs(row - x[0]).max() > 1e-3 for row in x[1:])
-
-
-def test_words_end_at_spaces_and_after_twelve_bytes():
-    text = "a red " + "x" * 30 + " ball"
-    data = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None] + 3
-    got = np.asarray(word_index(data))[0]
-    parts = [
-        "".join(c for c, w in zip(text, got, strict=True) if w == i) for i in range(got.max() + 1)
-    ]
-    assert parts == ["a ", "red ", "x" * 12, "x" * 12, "x" * 6 + " ", "ball"]
-
-
-@pytest.mark.parametrize("n", [1, 3, 5])
-def test_equal_ngrams_have_equal_hashes_and_others_do_not(n):
-    ids = RNG.integers(3, 6, (4, 40)).astype(np.int32)  # few letters: many repeats
-    hashes = np.asarray(ngram_hashes(ids, n))
-    assert hashes.min() >= 0
-    padded = np.pad(ids, ((0, 0), (n - 1, 0)))
-    grams = np.lib.stride_tricks.sliding_window_view(padded, n, axis=1).reshape(-1, n)
-    same = (grams[:, None] == grams).all(-1)
-    np.testing.assert_array_equal(hashes.reshape(-1)[:, None] == hashes.reshape(-1), same)
-
-
-def test_bytes_are_cut_with_the_end_token_kept():
-    for text in ("", "abc", "x" * (LENGTH - 1), "x" * LENGTH, "é" * LENGTH):
-        data = text.encode()[: LENGTH - 1]
-        ids, mask = TOKENIZE(text)
-        assert ids.dtype == np.int32 and mask.dtype == bool and len(ids) == len(mask) == LENGTH
-        want = [b + 3 for b in data] + [1]  # ByT5: 0 padding, 1 end
-        assert ids.tolist() == want + [0] * (LENGTH - len(want))
-        assert mask.sum() == len(want)
-
-
 def test_merge():
     tokens, wide = np.ones((1, 2, 3)), np.zeros((1, 4, 3))
     one = Ports(
@@ -325,7 +262,7 @@ SMALL = {"name": "transformer", "width": WIDTH, "depth": 1, "heads": 2, "patch":
 def test_every_signal_changes_the_prediction(randomise):
     # Text, computed before, and what also reads `fps` (seen in test_wan).
     names = [name for name in SIGNALS if name not in ("embeddings", "fps_class")]
-    fields = FIELDS | {"depth": {}}  # beside the others; `control` has its blocks
+    fields = FIELDS | {"depth": {}}  # a port of its own; `control` has the control blocks
     model = Denoiser(SMALL, {name: fields.get(name, {}) for name in names})
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
     x = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
