@@ -152,7 +152,7 @@ def measure_wait() -> float:
             config(
                 "--config.train.steps=60",
                 "--config.train.log_every=10",
-                "--config.train.eval_every=0",
+                "--config.eval={'loss': None}",
                 "--config.train.sample_every=0",
                 "--config.train.save_every=0",
             ),

@@ -31,7 +31,7 @@ from absl import app, flags
 from side_by_side import Way, compare, report, torch_threads, where
 
 from vdx.diffusion.process import RectifiedFlow
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.interop.components import open_component
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec

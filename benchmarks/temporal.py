@@ -6,7 +6,7 @@
 growth: forward and backward pass of one clip as its frames grow: FLOPs and temporary memory by
 XLA's cost analysis of the compiled program, and the median time of five runs; with the exponents
 of the fits. train: the patterns trained side by side on scenes, each for as many steps as the
-same number of FLOPs pays for, and judged: prompts, flicker, drift of the subject, motion.
+same number of FLOPs pays for, and evaluated: prompts, flicker, drift of the subject, motion.
 """
 
 import functools
@@ -23,18 +23,19 @@ from absl import app, flags
 
 from vdx.config.loader import resolve
 from vdx.data.motion import motion_score
-from vdx.evaluate import prompt_following
-from vdx.experiment import Experiment, load, open_params
+from vdx.evaluation.run import evaluate_run
+from vdx.experiment import Experiment, load
 from vdx.files import read_json, write_json
 from vdx.generate.sample_grid import write_sheet
 from vdx.generate.video_io import to_uint8
 from vdx.main import run
-from vdx.metrics.prompt_following import track_object
 from vdx.metrics.temporal_consistency import flicker, identity_drift
+from vdx.metrics.tracking import track_object
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
+from vdx.weights import open_params
 
 FLAGS = flags.FLAGS
 # Name -> pattern; two blocks each, so that all have the same depth.
@@ -49,8 +50,8 @@ PATTERNS = {
     "independent frames": ("space", "none"),
 }
 FRAMES, SIDE, WIDTH, DEPTH, HEADS = (4, 8, 16, 32, 64), 12, 128, 2, 4
-CLIPS = 24  # of held-out prompts that are looked at for flicker and drift
-SHOWN = 3  # of these in the picture, under one another
+CLIPS = 24  # clips of validation prompts that are measured for flicker and drift
+SHEET_ROWS = 3  # of these in the contact sheet, under one another
 
 
 def loss(model: Transformer, params, x):
@@ -135,10 +136,9 @@ def config_of(pattern, steps: int) -> dict:
             "--config.model.backbone.depth=4",
             f"--config.model.backbone.pattern={pattern!r}",
             f"--config.train.steps={steps}",
-            "--config.train.eval_every=0",
+            "--config.eval={'loss': None}",
             "--config.train.sample_every=0",
             f"--config.train.save_every={steps}",
-            "--config.eval.prompts=0",
         ],
     )
     for name in ("fps", "num_frames"):
@@ -147,8 +147,9 @@ def config_of(pattern, steps: int) -> dict:
 
 
 def train(out: Path) -> None:
-    """What is trained already is judged again."""
-    rows, shown = [], []
+    """Train every pattern, or continue where it stopped, and evaluate it."""
+    rows = []
+    sheet = []
     for name, pattern in PATTERNS.items():
         flops = model_flops(pattern)
         steps = round(FLAGS.flops / flops / 50) * 50
@@ -157,23 +158,23 @@ def train(out: Path) -> None:
         with PreemptionHandler() as stop:
             run(config_of(pattern, steps), workdir, stop)
         seconds = time.perf_counter() - begin
-        judged, clips = evaluate_run(workdir)
+        scores, clips = evaluate(workdir)
         rows.append(
             {
                 "method": name,
                 "gflop_a_step": flops / 1e9,
                 "steps": steps,
                 "seconds": seconds,
-                **judged,
+                **scores,
             }
         )
-        shown.append(clips[:SHOWN])
+        sheet.append(clips[:SHEET_ROWS])
         print(json.dumps(rows[-1]), flush=True)
         write_json(out / "temporal_train.json", rows)
     write_sheet(
         out / "sample_grid.webp",
-        np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]),
-        [*PATTERNS] * SHOWN,
+        np.stack(sheet, 1).reshape(-1, *sheet[0].shape[1:]),
+        [*PATTERNS] * SHEET_ROWS,
         8.0,
         columns=len(PATTERNS),
         side=96,
@@ -187,49 +188,61 @@ def model_flops(pattern) -> float:
     return 3 * 24 * Denoiser(model["backbone"], model["signals"]).flops((8, 32, 32, 3))
 
 
-def evaluate_run(workdir: Path) -> tuple[dict, np.ndarray]:
-    """Prompt following of 96 held-out prompts, the steadiness of the first clips of them, and
-    these."""
-    experiment = load(workdir)
-    config = {**experiment.config, "judge": {"prompts": 96}}
-    experiment = Experiment(config)
+def evaluate(workdir: Path) -> tuple[dict, np.ndarray]:
+    """Return scores of 96 validation prompts, and the first clips of them."""
+    rows = {"loss": None, "prompt_following": {"prompts": 96}}
+    experiment = Experiment({**load(workdir).config, "eval": rows})
     mesh = experiment.mesh_spec.make()
-    source, (frames, fps) = experiment.source(validation=True), experiment.clip_default()
+    source = experiment.source(validation=True)
+    frames, fps = experiment.clip_default()
     records = [source[i] for i in range(CLIPS)]
     with jax.set_mesh(mesh):
-        params, *_ = open_params(experiment, workdir, mesh)
-        followed = prompt_following(experiment, params, workdir)
+        params, step, _ = open_params(experiment, workdir, mesh)
+        following = evaluate_run(experiment, params, workdir, step)["prompt_following"]
         clips = to_uint8(
             experiment.generator()(
-                params, [r.caption for r in records], list(range(CLIPS)), num_frames=frames, fps=fps
+                params,
+                [record.caption for record in records],
+                list(range(CLIPS)),
+                num_frames=frames,
+                fps=fps,
             )
         )
     true = [record.read(np.arange(frames) / fps) for record in records]
-    scores = {f"prompts_{k}": v for k, v in followed["scores"].items()}
-    truth = {f"true_{k}": v for k, v in steady(true, fps).items()}
-    return {**scores, **steady(list(clips), fps), **truth}, clips
+    scores = {f"prompts_{name}": share for name, share in following["scores"].items()}
+    scores |= consistency(list(clips), fps)
+    scores |= {f"true_{name}": value for name, value in consistency(true, fps).items()}
+    return scores, clips
 
 
-def steady(clips: list[np.ndarray], fps: float) -> dict[str, float]:
-    """jumps: pixels by which the object's centre leaves the middle of where the frames before and
-    after have it."""
-    drifts, jumps = [], []
+def consistency(clips: list[np.ndarray], fps: float) -> dict[str, float]:
+    """Return flicker, drift, jumps, the share of clips with a subject, and motion.
+
+    Jumps are the pixels by which the object's centre leaves the middle of its places in the
+    frames before and after.
+    """
+    drifts = []
+    jumps = []
     for clip in clips:
-        if (track := track_object(clip)) is not None:
-            drifts.append(identity_drift(clip, track.amount > 0.5)[0])
-            with np.errstate(invalid="ignore"):
-                centre = np.stack(
-                    [np.argwhere(a > 0.5).mean(0) for a in track.amount if (a > 0.5).any()]
-                )
-            jumps.append(np.linalg.norm(np.diff(centre, 2, axis=0), axis=-1).mean() / 2)
-    mean = lambda values: float(np.nanmean(values)) if len(values) else float("nan")
+        track = track_object(clip)
+        if track is None:
+            continue
+        masks = track.amount > 0.5
+        drifts.append(identity_drift(clip, masks).value)
+        path = np.stack([np.argwhere(mask).mean(0) for mask in masks if mask.any()])
+        with np.errstate(invalid="ignore"):
+            jumps.append(np.linalg.norm(np.diff(path, 2, axis=0), axis=-1).mean() / 2)
     return {
-        "flicker": mean([flicker(clip)[0] for clip in clips]),
+        "flicker": mean([flicker(clip).value for clip in clips]),
         "drift": mean(drifts),
         "jumps": mean(jumps),
         "subject_found": len(drifts) / len(clips),
         "motion": mean([motion_score(clip, fps) for clip in clips]),
     }
+
+
+def mean(values: list[float]) -> float:
+    return float(np.nanmean(values)) if values else float("nan")
 
 
 def train_table(rows: list[dict]) -> str:

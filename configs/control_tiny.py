@@ -35,5 +35,5 @@ def get_config(variant: str = "depth") -> ConfigDict:
         )
     elif variant == "actions":
         config.data.source.motions = ("steered",)
-    config.eval = ConfigDict({"steering": 64})
+    config.eval = ConfigDict({"loss": {"every": 500, "clips": 64}, "control": {"clips": 64}})
     return config

@@ -36,5 +36,5 @@ def get_config(variant: str = "") -> ConfigDict:
             }
         )
         config.sample.signal_guidance = ConfigDict({"motion": 2.0})
-    config.eval.steering = 64
+    config.eval.control = ConfigDict({"clips": 64})
     return config

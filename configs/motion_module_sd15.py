@@ -71,8 +71,10 @@ def get_config(variant: str = "") -> ConfigDict:
             {"widths": (16, 32), "layers": 1, "attention": (True, False), "heads": 2, "groups": 8}
         )
         config.model.signals.embeddings.features = 16
-        config.train.update({"steps": 4, "eval_every": 4, "save_every": 2})
+        config.train.update({"steps": 4, "save_every": 2})
+        config.eval.loss.every = 4
     else:
         config.data.loader.global_batch = 256
-        config.train.update({"steps": 30_000, "eval_every": 1000, "eval_clips": 256})
+        config.train.steps = 30_000
+        config.eval.loss.update({"every": 1000, "clips": 256})
     return config

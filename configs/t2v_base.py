@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "process": {"name": "rectified_flow", "prediction": "velocity"},
             "time_sampler": {"name": "logit_normal", "base_tokens": 1024},
-            "loss": {"name": "none"},
+            "loss": {"denoising": {"weighting": {"name": "none"}}},
             "optim": {
                 "learning_rate": 1e-4,
                 "warmup_steps": 1000,
@@ -54,12 +54,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 "steps": 400_000,
                 "ema": 0.9999,
                 "log_every": 50,
-                "eval_every": 5000,
                 "sample_every": 0,
                 "save_every": 1000,
-                "eval_clips": 512,
             },
             "sample": {"sampler": "unipc", "steps": 50, "guidance": 6.0, "shift": 2.0},
+            "eval": {"loss": {"every": 5000, "clips": 512}},
         }
     )
     config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
@@ -67,9 +66,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.loader.update({"global_batch": 8, "workers": 0})
         config.model.backbone.update({"width": 64, "depth": 4, "heads": 4})
         config.model.signals.embeddings.features = 32
-        config.train.update(
-            {"steps": 3, "log_every": 1, "eval_every": 3, "save_every": 3, "eval_clips": 8}
-        )
+        config.train.update({"steps": 3, "log_every": 1, "save_every": 3})
+        config.eval.loss.update({"every": 3, "clips": 8})
     elif variant:
         raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")
     return config

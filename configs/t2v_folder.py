@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             },
             "process": {"name": "rectified_flow", "prediction": "x0"},
             "time_sampler": {"name": "logit_normal", "shift": 4.0},
-            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "loss": {"denoising": {"weighting": {"name": "velocity", "min_sigma": 0.3}}},
             "optim": {
                 "name": "muon",
                 "learning_rate": 4e-3,
@@ -56,7 +56,6 @@ def get_config() -> ConfigDict:
             "train": {
                 "steps": 2500,
                 "ema": 0.998,
-                "eval_every": 500,
                 "sample_every": 500,
                 "save_every": 500,
                 "sample_prompts": (),
@@ -68,6 +67,7 @@ def get_config() -> ConfigDict:
                 "shift": 4.0,
                 "batch": 16,
             },
+            "eval": {"loss": {"every": 500, "clips": 64}, "flicker": {"clips": 8}},
         }
     )
     config.data.source = ConfigDict(

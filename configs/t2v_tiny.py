@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "process": {"name": "rectified_flow", "prediction": "x0"},
             # Samples are decided between noise levels 0.3 and 0.97: train most there.
             "time_sampler": {"name": "logit_normal", "shift": 4.0},
-            "loss": {"name": "velocity", "min_sigma": 0.3},
+            "loss": {"denoising": {"weighting": {"name": "velocity", "min_sigma": 0.3}}},
             "optim": {
                 "name": "muon",
                 "learning_rate": 4e-3,
@@ -66,7 +66,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "train": {
                 "steps": 1500,
                 "ema": 0.998,
-                "eval_every": 500,
                 "sample_every": 500,
                 "save_every": 500,
                 "log_every": 50,
@@ -88,7 +87,12 @@ def get_config(variant: str = "") -> ConfigDict:
                 "shift": 4.0,
                 "batch": 32,
             },
-            "eval": {"prompts": 128},
+            "eval": {
+                "loss": {"every": 500, "clips": 64},
+                "prompt_following": {"prompts": 128},
+                "flicker": {"clips": 8},
+                "identity_drift": {"clips": 24},
+            },
         }
     )
     if variant == "minilm":  # a pretrained, frozen encoder instead of the byte-level one

@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "process": {"name": "rectified_flow", "prediction": "velocity"},
             "time_sampler": {"name": "uniform", "shift": 5.0},
-            "loss": {"name": "none"},
+            "loss": {"denoising": {"weighting": {"name": "none"}}},
             "optim": {
                 "learning_rate": 1e-5,
                 "warmup_steps": 200,
@@ -53,12 +53,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 "steps": 5000,
                 "ema": 0.999,
                 "log_every": 20,
-                "eval_every": 500,
                 "sample_every": 0,
                 "save_every": 500,
-                "eval_clips": 64,
             },
             "sample": {"sampler": "unipc", "steps": 50, "guidance": 5.0, "shift": 5.0, "batch": 1},
+            "eval": {"loss": {"every": 500, "clips": 64}},
         }
     )
     config.data.source = ConfigDict({"name": "records", "path": config.data.get_ref("path")})
@@ -68,9 +67,8 @@ def get_config(variant: str = "") -> ConfigDict:
             {"channels": 4, "width": 48, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
         )
         config.model.signals.embeddings.features = 16
-        config.train.update(
-            {"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "eval_clips": 8}
-        )
+        config.train.update({"steps": 4, "log_every": 1, "save_every": 2})
+        config.eval.loss.update({"every": 4, "clips": 8})
     elif variant:
         raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")
     return config

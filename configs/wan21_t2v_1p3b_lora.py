@@ -27,5 +27,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.lora.rank = 4
     else:
         config.data.loader.update({"global_batch": 8, "workers": 4})
-        config.train.update({"steps": 2000, "eval_every": 250, "save_every": 250, "eval_clips": 16})
+        config.train.update({"steps": 2000, "save_every": 250})
+        config.eval.loss.update({"every": 250, "clips": 16})
     return config

@@ -22,6 +22,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+# [b] + [b t] must be written out. Set here and not in the environment: a test's commands run as
+# a user runs them.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every annotation of these two packages is checked at each call, shapes and axis letters too.
 jaxtyping.install_import_hook(["vdx.diffusion", "vdx.models"], "beartype.beartype")
 
@@ -98,6 +101,19 @@ def public_file(tmp_path_factory):
         return load_file(folder / "model.safetensors")
 
     return save
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """The workdir of a finished micro run, made by the real command in its own process.
+
+    Tests copy it before they change it.
+    """
+    from tests.micro_run import MICRO, command
+
+    path = tmp_path_factory.mktemp("run") / "micro"
+    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={path}", *MICRO)
+    return path
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
     python tests/kill_training.py --kills=40 --inside_saves=25
 
 Every kill is SIGKILL to the whole process group, at a random instant or inside a save (proved by
-the half-written step that is left). Every restart must go on from a step that verifies, never an
+the half-written step that is left). Every restart must resume from a step that verifies, never an
 earlier one than before, and every run that reaches its end must have the very arrays of a run
 that was never killed. Ends with exit code 1 and says where if one of these does not hold.
 """
@@ -33,9 +33,8 @@ TINY = [
     "--config=configs/t2v_tiny.py",
     f"--config.train.steps={STEPS}",
     "--config.train.save_every=3",
-    "--config.train.eval_every=0",
+    "--config.eval={'loss': None}",
     "--config.train.sample_every=0",
-    "--config.eval.prompts=0",
     "--config.data.loader.global_batch=8",
     "--config.data.clip.num_frames=(8,)",
     "--config.data.mean=-0.8",
@@ -135,12 +134,12 @@ def campaign(
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
-        begun = re.search(r"Goes on from step (\d+)|(Starts with new)", log.read_text())
+        begun = re.search(r"Resumes from step (\d+)|(Starts with new)", log.read_text())
         if child.returncode == 0:
             assert begun, log.read_text()[-3000:]
         if begun:
             came_from = int(begun[1] or 0)
-            assert came_from == newest, f"went on from {came_from}, {newest} was whole"
+            assert came_from == newest, f"resumed from {came_from}, {newest} was whole"
             tally.resumed_from[came_from] += 1
         assert "damaged" not in log.read_text(), log.read_text()[-3000:]
         assert not orphans(child.pid), f"orphans: {orphans(child.pid)}"

@@ -10,8 +10,10 @@ ROOT = Path(__file__).parents[1]
 # From the top to the ground; a module may import its own level and lower ones.
 LEVELS = [
     {"main", "sample", "evaluate", "convert", "plan"},
+    {"cli"},
     {"evaluation", "planning"},
-    {"experiment"},
+    {"load_pipeline"},
+    {"experiment", "weights"},
     {"train", "generate"},
     {"interop", "metrics"},
     {"models", "diffusion", "data"},

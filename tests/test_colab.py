@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.test_run import MICRO
+from tests.micro_run import MICRO
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +23,6 @@ def test_notebook(path, tmp_path, monkeypatch):
     ).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     text = "".join(o.get("text", "") for o in outputs)
-    assert "Open" in text and "chance" in text  # trained, judged
+    assert "Open" in text and "chance" in text  # trained, evaluated
     videos = sum(o["data"].get("text/html", "").count("<video") for o in outputs if "data" in o)
-    assert videos == 4  # two of the wall, two that were asked for
+    assert videos == 4  # two of the sample grid, two that the last cell generates

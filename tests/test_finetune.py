@@ -1,5 +1,5 @@
 """Fine-tuning from files of weights: every config of Wan at a tiny size, what its checkpoints hold,
-what stays frozen, and where a run begins and goes on."""
+what stays frozen, and where a run starts and resumes."""
 
 import shutil
 from pathlib import Path
@@ -12,9 +12,10 @@ import pytest
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
-from vdx.experiment import Experiment, load, open_params, open_trained
+from vdx.diffusion.losses import shared_times
+from vdx.experiment import Experiment, load
 from vdx.files import read_rows
-from vdx.generate.pipeline import Sampling
+from vdx.generate.generator import Sampling
 from vdx.interop.keymap import WeightsError
 from vdx.interop.lora import open_lora, write_lora
 from vdx.interop.save import export_plan, save_folder
@@ -22,11 +23,15 @@ from vdx.interop.wan import load_wan
 from vdx.interop.wan_config import wan_config
 from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.adapters.lora import Adapted, adapt
-from vdx.train.checkpoint import CheckpointError, Checkpoints
+from vdx.train.checkpoint import Checkpoints
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.checksum import fingerprints
-from vdx.train.loop import Run, train
+from vdx.train.loop import TrainedRun, train
+from vdx.train.objectives import Objective
+from vdx.train.objectives.denoising import Draws
+from vdx.train.objectives.times import give_first_frame
 from vdx.train.preemption import PreemptionHandler
-from vdx.train.step import Objective
+from vdx.weights import open_params, open_trained
 
 pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]
@@ -87,24 +92,24 @@ def save_weights(folder: Path, model, params) -> None:
     save_folder(params, rows, wan_config(shapes, head_width=24), folder)
 
 
-SHORT = ["--config.train.eval_every=0", "--config.optim.warmup_steps=1"]
+SHORT = ["--config.eval.loss=null", "--config.optim.warmup_steps=1"]
 
 
 def experiment(name: str, *args: str) -> Experiment:
     return Experiment(resolve(f"{ROOT}/configs/{name}.py:smoke", [*SHORT, *args]))
 
 
-def trained(made: Experiment, workdir: Path, mesh) -> Run:
+def trained(made: Experiment, workdir: Path, mesh) -> TrainedRun:
     with jax.set_mesh(mesh):
-        return train(made, workdir, mesh, lambda *_: None, PreemptionHandler())
+        return train(made.job(), workdir, mesh, PreemptionHandler())
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, place, mesh):
-    """runs(config) -> (workdir, Run) of four steps, each made once."""
-    made: dict[str, tuple[Path, Run]] = {}
+    """runs(config) -> (workdir, TrainedRun) of four steps, each made once."""
+    made: dict[str, tuple[Path, TrainedRun]] = {}
 
-    def get(name: str) -> tuple[Path, Run]:
+    def get(name: str) -> tuple[Path, TrainedRun]:
         if name not in made:
             workdir = tmp_path_factory.mktemp(name)
             made[name] = workdir, trained(experiment(name, *place(name)), workdir, mesh)
@@ -138,7 +143,7 @@ def test_it_trains_from_files_of_weights(name, runs, place, mesh):
     assert sorted(losses(workdir)) == [1, 2, 3, 4]
     assert np.isfinite(list(losses(workdir).values())).all()
     made = experiment(name, *place(name))
-    read = load_wan(made.weights, made.model, mesh)
+    read = load_wan(made.weights.path, made.model, mesh)
     if made.lora is None:  # all of it has moved from where it began, a little
         far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.state.params, read)
         far["conditioning"]["embeddings"]["null"] = np.abs(
@@ -148,7 +153,7 @@ def test_it_trains_from_files_of_weights(name, runs, place, mesh):
         assert {str(x.dtype) for x in jax.tree.leaves(run.state.params)} == {"float32"}
         return
     with jax.set_mesh(mesh):  # none of it has, in any bit
-        frozen = made.read_weights(mesh)
+        frozen = made.weights.read_weights(mesh)
         before, after = fingerprints(frozen), fingerprints(run.params.base)
     assert {k for k in before if before[k] != after[k]} == {"conditioning/embeddings/null"}
     np.testing.assert_array_equal(run.params.base["conditioning"]["embeddings"]["null"], NULL)
@@ -176,7 +181,7 @@ def test_a_checkpoint_of_adapters_holds_nothing_else(runs):
     assert data < 2 * 4 * adapters + 40_000 < 4 * network
 
 
-def test_it_goes_on_exactly(runs, place, mesh, tmp_path):
+def test_it_resumes_exactly(runs, place, mesh, tmp_path):
     """4 steps = 2 steps + the same command again, and other frozen weights are refused."""
     whole, _ = runs(LORA)
     halved = tmp_path / "halved"
@@ -186,11 +191,11 @@ def test_it_goes_on_exactly(runs, place, mesh, tmp_path):
     trained(experiment(LORA, *place(LORA)), halved, mesh)
     assert leaves(halved) == leaves(whole) and losses(halved) == losses(whole)
 
-    other = load_wan(experiment(LORA, *place(LORA)).weights, experiment(LORA).model, mesh)
+    other = load_wan(experiment(LORA, *place(LORA)).weights.path, experiment(LORA).model, mesh)
     other["network"]["table"] = other["network"]["table"].at[0, 0].add(1e-3)
     save_weights(tmp_path / "weights", experiment(LORA).model, other)
     changed = experiment(LORA, *place(LORA), f"--config.weights={tmp_path / 'weights'}")
-    with pytest.raises(CheckpointError, match="step 2 were trained beside other weights"):
+    with pytest.raises(CheckpointError, match="step 2 were trained with other frozen weights"):
         trained(changed, tmp_path / "other", mesh)
 
 
@@ -238,13 +243,13 @@ def test_the_averaged_weights_of_a_run_are_a_network_for_adapters(runs, place, m
     workdir, run = runs("wan21_t2v_1p3b")
     made = experiment(LORA, *place(LORA), f"--config.weights={workdir}")
     with jax.set_mesh(mesh):
-        frozen = made.with_null(made.read_weights(mesh))
+        frozen = made.weights.with_null(made.weights.read_weights(mesh))
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), frozen, run.state.ema
     )
 
 
-# What is said when it cannot be.
+# Errors
 
 
 def test_no_weights(place, mesh, tmp_path):
@@ -258,7 +263,7 @@ def test_captions_are_not_dropped_for_nothing(place, mesh, tmp_path):
     with pytest.raises(ConfigError, match=r"dropout = 0\.1 drops captions"):
         trained(experiment(LORA, *options), tmp_path / "run", mesh)
     made = experiment(LORA, *options, "--config.model.signals.embeddings.dropout=0")
-    made.with_null(made.read_weights(mesh))
+    made.weights.with_null(made.weights.read_weights(mesh))
 
 
 @pytest.mark.parametrize(
@@ -274,14 +279,14 @@ def test_captions_are_not_dropped_for_nothing(place, mesh, tmp_path):
 def test_a_model_that_is_not_that_of_the_weights(option, message, place, mesh):
     made = experiment(LORA, *place(LORA), f"--config.{option}")
     with pytest.raises(WeightsError, match=message):
-        made.read_weights(mesh)
+        made.weights.read_weights(mesh)
 
 
 # A given first frame (Wan 2.2 TI2V).
 
 
 class Echo:
-    """A network that answers with what it was given, and notes its times."""
+    """A network that predicts zero, and keeps its input and its times."""
 
     patch = (1, 1, 1)
 
@@ -295,23 +300,28 @@ class Echo:
     def random_drop(self, key, batch):
         return {}
 
-    def derived(self, key, x0):
+    def from_clip(self, key, x0):
         return {}
 
 
 def test_a_given_first_frame_is_clean_at_time_zero_and_not_learned():
     made = experiment("wan22_ti2v_5b_lora").objective
     network, rng = Echo(), np.random.default_rng(0)
-    objective = Objective(network, made.process, made.times, made.weight)
+    objective = Objective(network, made.process, made.time_sampler, made.loss_terms)
     x0, noise = (rng.normal(size=(2, 3, 2, 2, 4)).astype(np.float32) for _ in "ab")
     t, known = jnp.array([0.25, 0.5]), jnp.array([True, False])
-    loss = objective.losses({}, {"latents": x0}, t, noise, {}, known)
+
+    def losses(x0, noise):
+        times = give_first_frame(shared_times(t, x0.shape[1]), known)
+        return objective.term_losses({}, {}, x0, Draws(times, noise, {}))["denoising"]
+
+    loss = losses(x0, noise)
     np.testing.assert_allclose(network.time, [[0, 250, 250], [500, 500, 500]])
     np.testing.assert_array_equal(network.x[0, 0], x0[0, 0])
     np.testing.assert_allclose(network.x[0, 1], 0.75 * x0[0, 1] + 0.25 * noise[0, 1], rtol=1e-6)
     square = (noise - x0) ** 2
     np.testing.assert_allclose(loss, [square[0, 1:].mean(), square[1].mean()], rtol=1e-5)
-    image = objective.losses({}, {"latents": x0[:, :1]}, t, noise[:, :1], {}, known)
+    image = losses(x0[:, :1], noise[:, :1])
     np.testing.assert_allclose(image, square[:, 0].mean((1, 2, 3)), rtol=1e-5)
 
 
@@ -319,7 +329,7 @@ def test_its_share_of_the_clips():
     made = experiment("wan22_ti2v_5b_lora").objective
     assert made.first_frame == 0.5
     network = Echo()
-    objective = Objective(network, made.process, made.times, made.weight, first_frame=0.25)
-    objective.loss({}, {"latents": np.zeros((400, 2, 1, 1, 4), np.float32)}, jax.random.key(0))
+    objective = Objective(network, made.process, made.time_sampler, first_frame=0.25)
+    objective.losses({}, {"latents": np.zeros((400, 2, 1, 1, 4), np.float32)}, jax.random.key(0))
     share = np.mean(np.asarray(network.time)[:, 0] == 0)
     assert 0.18 < share < 0.32 and (np.asarray(network.time)[:, 1] > 0).all()

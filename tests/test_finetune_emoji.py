@@ -1,4 +1,4 @@
-"""A LoRA fine-tune of real clips by the real command: stopped, gone on with, and learning."""
+"""A LoRA fine-tune of real clips by the real command: stopped, resumed, and learning."""
 
 import os
 import signal
@@ -32,8 +32,8 @@ FRAMES, STEPS = 9, 200
 SETTINGS = [
     f"--config.train.steps={STEPS}",
     "--config.train.save_every=25",
-    "--config.train.eval_every=50",
-    "--config.train.eval_clips=16",
+    "--config.eval.loss.every=50",
+    "--config.eval.loss.clips=16",
     "--config.train.ema=0.9",
     "--config.lora.rank=8",
     "--config.lora.dropout=0.05",
@@ -152,6 +152,6 @@ def test_it_learns_and_goes_on_exactly(files):
     assert child.wait(120) == PREEMPTED, (files / "parts.log").read_text()[-3000:]
     assert 25 <= max(whole_steps(parts)) < STEPS
     assert start(files, parts).wait(600) == 0, (files / "parts.log").read_text()[-3000:]
-    assert "Goes on from step" in (files / "parts.log").read_text()
+    assert "Resumes from step" in (files / "parts.log").read_text()
     assert arrays(parts, STEPS) == arrays(whole, STEPS)
     assert logged(parts) == losses

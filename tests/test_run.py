@@ -1,10 +1,7 @@
-"""The whole path at a very small size: train, resume, sample, judge, report."""
+"""The whole path at a very small size: train, resume, sample, evaluate, report."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,74 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.micro_run import MICRO, ROOT, command, config
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
-from vdx.experiment import load, open_params
+from vdx.experiment import load
 from vdx.files import read_json, read_rows
 from vdx.main import run
-from vdx.train import program
+from vdx.train import compile as compile_module
 from vdx.train.preemption import PreemptionHandler
-
-ROOT = Path(__file__).parents[1]
-MICRO = [
-    "--config.train.steps=6",
-    "--config.train.log_every=2",
-    "--config.train.eval_every=3",
-    "--config.train.sample_every=6",
-    "--config.train.save_every=2",
-    "--config.train.eval_clips=8",
-    "--config.data.loader.global_batch=8",
-    "--config.data.clip.num_frames=(8,)",
-    "--config.eval.prompts=4",
-    "--config.model.backbone.width=32",
-    "--config.model.backbone.depth=2",
-    "--config.model.backbone.heads=2",
-    "--config.sample.steps=3",
-    "--config.train.sample_prompts=('a red circle moves right', 'a blue square turns')",
-]
-# Python in which the core path's strangers are not installed.
-BLOCK = """
-import sys
-class Hide:
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, *args):
-        if name.split(".")[0] not in ("torch", "tensorflow"):
-            return self.finder.find_spec(name, *args)
-sys.meta_path[:] = map(Hide, sys.meta_path)
-import runpy
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-
-
-def config(*extra: str) -> dict:
-    return resolve(str(ROOT / "configs" / "t2v_tiny.py"), [*MICRO, *extra])
-
-
-def command(module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
-    """A vdx command as a user runs it, on one device, with torch and TensorFlow blocked."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCK, module, *args],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory) -> Path:
-    """A finished run, made by the real command in its own process."""
-    out = tmp_path_factory.mktemp("run") / "micro"
-    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={out}", *MICRO)
-    return out
+from vdx.weights import open_params
 
 
 def test_a_run_leaves_what_it_promises(workdir):
@@ -97,11 +35,15 @@ def test_a_run_leaves_what_it_promises(workdir):
     source = load(workdir).source()  # the mean of the pixels was measured, not given
     renders = np.stack([source[i].read(np.arange(8) / 8) for i in range(200)])
     assert abs(made["data"]["mean"] - (renders.mean() / 127.5 - 1)) < 0.05
-    result = read_json(workdir / "eval.json")
+    scores = read_json(workdir / "eval.json")
+    assert set(scores) == {"loss", "prompt_following", "flicker", "identity_drift"}
+    assert all(row["step"] == 6 for row in scores.values())
+    assert scores["flicker"]["clips"] == 2 and scores["identity_drift"]["true"]["conclusive"] == 1
+    result = scores["prompt_following"]
     assert result["prompts"] == 4 and len(list((workdir / "eval").glob("*.mp4"))) == 4
     assert result["true_renders"]["all"] == 1.0
-    with Image.open(workdir / "eval" / "sample_grid.webp") as wall:
-        assert wall.size == (6 * 160, 160) and wall.n_frames == 8
+    with Image.open(workdir / "eval" / "sample_grid.webp") as grid:
+        assert grid.size == (6 * 160, 160) and grid.n_frames == 8
     assert len(list((workdir / "samples" / "00000006").glob("*.mp4"))) == 2
     page = (workdir / "report.html").read_text()
     assert "a red circle moves right" in page and "samples/00000006/000.mp4" in page
@@ -244,7 +186,7 @@ def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
 def test_one_compile_for_the_run(tmp_path, monkeypatch):
     """Three batches, one program: nothing about a batch may reach the compiler."""
     made = []
-    real = program.make_train_step
+    real = compile_module.make_train_step
 
     def counting(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -255,15 +197,14 @@ def test_one_compile_for_the_run(tmp_path, monkeypatch):
 
         return traced
 
-    monkeypatch.setattr(program, "make_train_step", counting)
+    monkeypatch.setattr(compile_module, "make_train_step", counting)
     run(
         config(
             "--config.train.steps=3",
-            "--config.train.eval_every=0",
+            "--config.eval={'loss': None}",
             "--config.mesh.data=1",
             "--config.mesh.fsdp=8",
             "--config.train.sample_every=0",
-            "--config.eval.prompts=0",
             "--config.train.save_every=0",
         ),
         tmp_path / "once",
@@ -277,11 +218,10 @@ def test_buckets_train_and_resume_exactly(tmp_path):
     """Three shapes, three programs; 5 steps = 3 steps and the rest, in every bit."""
     made = config(
         "--config.train.steps=5",
-        "--config.train.eval_every=5",
+        "--config.eval={'loss': {'every': 5, 'clips': 8}}",
         "--config.train.sample_every=0",
         "--config.train.save_every=1",
         "--config.train.log_every=1",
-        "--config.eval.prompts=0",
         "--config.train.max_to_keep=9",
         "--config.model.backbone.depth=1",
         "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))",
@@ -344,17 +284,16 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
     "name", ["i2v_tiny", "i2v_tiny:reference", "control_tiny:actions", "unet3d_tiny"]
 )
 def test_the_tiny_configs_run(name, tmp_path):
-    """Shortened: they train, and are judged by what they read."""
+    """Shortened: they train, and are evaluated by the signals that they read."""
     file, _, variant = name.partition(":")
     micro = [one for one in MICRO if "backbone" not in one or file != "unet3d_tiny"]
+    rows = {"loss": None, "control": None if file == "unet3d_tiny" else {"clips": 4}}
     made = resolve(
         str(ROOT / "configs" / f"{file}.py") + (f":{variant}" if variant else ""),
         [
             *micro,
-            "--config.eval.prompts=0",
             "--config.train.sample_every=0",
-            "--config.train.eval_every=0",
-            f"--config.eval.steering={0 if file == 'unet3d_tiny' else 4}",
+            f"--config.eval={rows}",
         ],
     )
     run(made, tmp_path, PreemptionHandler())
@@ -367,7 +306,7 @@ def test_the_tiny_configs_run(name, tmp_path):
         "unet3d_tiny": set(),
     }[name]
     if expected:
-        rows = read_json(tmp_path / "eval.json")["steering"]
+        rows = read_json(tmp_path / "eval.json")["control"]["signals"]
         assert {row["signal"] for row in rows} == expected
-        assert all(key in row for row in rows for key in ("model", "without", "control", "true"))
-        assert "Steering" in (tmp_path / "report.html").read_text()
+        assert all(key in row for row in rows for key in ("model", "without", "shuffled", "true"))
+        assert "<h2>Control</h2>" in (tmp_path / "report.html").read_text()

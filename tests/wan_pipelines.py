@@ -69,7 +69,7 @@ PICTURE = NETWORK | dict(in_channels=4 + 4 + 4)
 CLIP = PICTURE | dict(image_dim=20, added_kv_proj_dim=48)
 VACE = NETWORK | dict(vace_layers=[0, 1], vace_in_channels=4 + 4 + 64)
 UNIPC = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-# kind: (network, experts' boundary, scheduler, what it is shown, guidance)
+# kind: (network, experts' boundary, scheduler, its image inputs, guidance)
 KINDS: dict[str, tuple[dict, float | None, str, tuple[str, ...], tuple[float, ...]]] = {
     "t2v": (NETWORK, None, "unipc", (), (5.0,)),
     "t2v euler": (NETWORK, None, "euler", (), (5.0,)),
@@ -102,7 +102,7 @@ def randomised(model, seed: int):
             if name == "decoder.conv_out.weight":  # pixels within [-1, 1]
                 p.mul_(0.3)
             elif "attn2.norm" in name or "time_proj.weight" in name or "patch_emb" in name:
-                p.mul_(2.5)  # prompts, times, pictures are heard: attention is sharp
+                p.mul_(2.5)  # prompts, times and pictures matter: attention is sharp
     return model.eval()
 
 
@@ -148,7 +148,7 @@ def assembled(
     vision: dict = VISION,
     text: dict = TEXT,
 ):
-    """The pipeline of parts of these sizes, which begins with a picture, or not."""
+    """The pipeline of parts of these sizes; pictures: it begins with one."""
     transformer = (
         diffusers.WanVACETransformer3DModel
         if "vace_layers" in network
@@ -188,7 +188,7 @@ def coarse(rng, width: int, height: int) -> Image.Image:
 
 
 def shown(name: str, folder: Path, rng) -> tuple[str | tuple[str, ...], dict[str, Any]]:
-    """(file or files that ours is given, what diffusers is)."""
+    """(file or files for ours, the same inputs for diffusers)."""
     if name == "reference":
         pictures, files = [coarse(rng, 70, 50), coarse(rng, 20, 17)], []
         assert len(pictures) == REFERENCES
@@ -212,7 +212,7 @@ def shown(name: str, folder: Path, rng) -> tuple[str | tuple[str, ...], dict[str
 
 
 class Case:
-    """A pipeline in a folder, its clip float32 [1 t h w 3] in [-1, 1], and how ours is asked."""
+    """A pipeline in a folder, its clip float32 [1 t h w 3] in [-1, 1], and the request to ours."""
 
     def __init__(self, kind: str, folder: Path):
         names, self.guidance = KINDS[kind][3:]
@@ -231,7 +231,7 @@ class Case:
             self.files[name], theirs = shown(name, folder, rng)
             self.given |= theirs
         self.pipeline.set_progress_bar_config(disable=True)
-        # These ask for ftfy, which need not be installed; the first goes on without.
+        # These import ftfy, which need not be installed; the first works without.
         for module in (pipeline_wan_i2v, pipeline_wan_vace):
             module.prompt_clean = pipeline_wan.prompt_clean
         with torch.no_grad():
@@ -251,8 +251,8 @@ class Case:
         self.want = np.asarray(frames) * 2 - 1
         assert np.mean(np.abs(self.want) > 0.999) < 0.1 and self.want.std() > 0.1
 
-    def asked(self) -> dict[str, Any]:
-        """What the command line would say."""
+    def settings(self) -> dict[str, Any]:
+        """The settings of the same request to ours."""
         return dict(
             prompts=(PROMPT,),
             negative_prompt=NEGATIVE,

@@ -27,6 +27,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """Return text that every stream can encode, with half surrogates as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_write(path) as part:

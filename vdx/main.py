@@ -1,4 +1,6 @@
-"""Train: python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
+"""Train a model, evaluate it and write its report.
+
+    python -m vdx.main --config=configs/t2v_tiny.py --workdir=runs/tiny
 
 The same command resumes an interrupted run. At the end the workdir holds checkpoints, samples,
 `eval.json` where the data's truth is known, and `report.html`, the page to open.
@@ -11,8 +13,10 @@ import sys
 
 
 def use_huge_pages() -> None:
-    """Starts this command again with glibc's memory in huge pages that it keeps, which only its
-    start can ask for: on a CPU a quarter of a training step goes into page faults."""
+    """Restart this command with glibc's memory in huge pages that it keeps.
+
+    Only the start of a process can set this. On a CPU a quarter of a training step is page faults.
+    """
     accelerators = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*")
     if (
         "GLIBC_TUNABLES" not in os.environ
@@ -33,41 +37,33 @@ import contextlib
 import datetime
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 import vdx
-from vdx.compilation_cache import enable_compilation_cache
-from vdx.config.build import ConfigError
+from vdx.cli import exit_on_user_error, start
 from vdx.config.loader import is_override, resolve
-from vdx.data.pipeline import DataError
-from vdx.data.workers import WorkerDied
-from vdx.evaluate import evaluate_run
 from vdx.evaluation.report import write_report
+from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
-from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
-from vdx.train.loop import BadNumbers, Run, train
-from vdx.train.preemption import (
-    STUCK,
-    PreemptionHandler,
-    WorkdirInUse,
-    exit_if_peer_lost,
-    exit_now,
-    lock_workdir,
-)
+from vdx.load_pipeline import params_pipeline
+from vdx.train.loop import PeriodicTask, TrainedRun, train
+from vdx.train.preemption import PreemptionHandler, exit_if_peer_lost, lock_workdir
+from vdx.types import Params
 
 FLAGS = flags.FLAGS
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    enable_compilation_cache()
+def main(argv: Sequence[str]) -> None:
+    """Train as the flags say."""
+    start(argv)
     if FLAGS.coordinator:
         jax.distributed.initialize(
             FLAGS.coordinator,
@@ -77,127 +73,109 @@ def main(argv):
         )
     elif FLAGS.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
-    with exit_on_user_error(), exit_if_peer_lost(), PreemptionHandler() as stop:
-        run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), stop)
+    with exit_on_user_error(), exit_if_peer_lost(), PreemptionHandler() as preemption:
+        run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), preemption)
 
 
-@contextlib.contextmanager
-def exit_on_user_error():
-    """Ends the program with a message instead of a stack trace where the message says it all."""
-    try:
-        yield
-    except (
-        ConfigError,
-        DataError,
-        WorkerDied,
-        WeightsError,
-        CheckpointError,
-        BadNumbers,
-        WorkdirInUse,
-        OSError,
-    ) as error:
-        code = STUCK if isinstance(error, WorkerDied) else 1
-        hint = (
-            ["What was saved before is whole: once this is mended, the same command goes on."]
-            if isinstance(error, OSError)
-            else []
-        )
-        exit_now(code, "\n".join([str(error), *getattr(error, "__notes__", []), *hint]))
-
-
-def run(config: Spec, workdir: Path, stop: PreemptionHandler) -> None:
-    """Everything that the command does, from a resolved config."""
+def run(config: Spec, workdir: Path, preemption: PreemptionHandler) -> None:
+    """Train a resolved config, evaluate the result and write the report."""
     primary = jax.process_index() == 0
     with lock_workdir(workdir) if primary else contextlib.nullcontext():
         experiment = with_pixel_mean(config, workdir)
         mesh = experiment.mesh_spec.make()
         with jax.set_mesh(mesh):
-            done = train_and_judge(experiment, workdir, mesh, stop)
+            done = train_and_evaluate(experiment, workdir, mesh, preemption)
         if primary:
             page = write_report(workdir)
             print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
 
 
-def train_and_judge(experiment: Experiment, workdir: Path, mesh, stop: PreemptionHandler) -> Run:
-    primary, generator = jax.process_index() == 0, experiment.generator()
-
-    def on_sample(step, params):
-        frames, fps = experiment.clip_default()
-        draw_sample_grid(
-            generator,
-            params,
-            experiment.wall,
-            workdir / "samples" / f"{step:08d}",
-            num_frames=frames,
-            fps=fps,
-        )
-        if primary:
-            write_report(workdir)
-
-    if primary:
+def train_and_evaluate(
+    experiment: Experiment, workdir: Path, mesh: Mesh, preemption: PreemptionHandler
+) -> TrainedRun:
+    """Train, with the evaluations and samples of the config, and evaluate the result."""
+    if jax.process_index() == 0:
         write_json(workdir / "run.json", run_facts(experiment, mesh))
-    done = train(experiment, workdir, mesh, on_sample, stop)
-    if experiment.eval.prompts or experiment.eval.steering:
-        evaluate_run(experiment, done.params, workdir, step=int(done.state.step))
+    done = train(
+        experiment.job(),
+        workdir,
+        mesh,
+        preemption,
+        evaluations=periodic_tasks(experiment, workdir, mesh),
+        samples=[sample_task(experiment, workdir, mesh)],
+    )
+    rows = rows_at_end(experiment)
+    if rows:
+        evaluate_run(experiment, done.params, workdir, int(done.state.step), rows)
     return done
 
 
-def run_facts(experiment: Experiment, mesh) -> dict:
-    """What the report says about where a run came from."""
+def sample_task(experiment: Experiment, workdir: Path, mesh: Mesh) -> PeriodicTask:
+    """Return the task that draws the sample grid and writes the report."""
+    pipeline = params_pipeline(experiment, mesh)
+
+    def draw(step: int, params: Params) -> dict[str, float]:
+        folder = workdir / "samples" / f"{step:08d}"
+        draw_sample_grid(pipeline.with_params(params), experiment.sample_prompts, folder)
+        if jax.process_index() == 0:
+            write_report(workdir)
+        return {}
+
+    return PeriodicTask("samples", experiment.training.sample_every, draw)
+
+
+def run_facts(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """Return what the report says about the origin of a run."""
     import flax
     import grain
     import numpy
     import optax
     import orbax.checkpoint
 
-    commit = None
-    with contextlib.suppress(OSError):  # git may not be there
-        commit = (
-            subprocess.run(
-                ["git", "rev-parse", "HEAD"],
-                cwd=Path(__file__).parent,
-                text=True,
-                capture_output=True,
-                check=False,
-            ).stdout.strip()
-            or None
-        )
+    modules = (jax, flax, optax, grain, orbax.checkpoint, numpy)
+    versions = {"vdx": vdx.__version__, "python": platform.python_version()}
+    versions |= {module.__name__: getattr(module, "__version__", "?") for module in modules}
     return {
         "command": " ".join(["python -m vdx.main", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit_of_code(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
-        "mesh": {k: v for k, v in mesh.shape.items()},
-        "versions": {"vdx": vdx.__version__, "python": platform.python_version()}
-        | {
-            m.__name__: getattr(m, "__version__", "?")
-            for m in (jax, flax, optax, grain, orbax.checkpoint, numpy)
-        },
+        "mesh": dict(mesh.shape),
+        "versions": versions,
     }
+
+
+def commit_of_code() -> str | None:
+    """Return the commit of the code that runs; None without git or a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, text=True, capture_output=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":
     flags.DEFINE_string(
         "config",
         None,
-        "The experiment, e.g. configs/t2v_tiny.py. Any value in "
-        "it can be set: --config.train.steps=100",
+        "The experiment, e.g. configs/t2v_tiny.py. Set any of its values: --config.train.steps=100",
         required=True,
     )
     flags.DEFINE_string(
-        "workdir", None, "Where checkpoints, logs and the report go.", required=True
+        "workdir", None, "The folder of checkpoints, logs and the report.", required=True
     )
     flags.DEFINE_bool(
         "distributed",
         False,
-        "This is one of several processes (hosts) of a run; "
-        "its place among them is found by jax.distributed.initialize().",
+        "One of several processes (hosts) of a run, which jax.distributed.initialize() finds.",
     )
     flags.DEFINE_string(
-        "coordinator", None, "Where JAX cannot find them by itself: host:port of the first process,"
+        "coordinator", None, "host:port of the first process, where JAX cannot find it by itself."
     )
-    flags.DEFINE_integer("num_processes", None, "how many processes there are,")
-    flags.DEFINE_integer("process_id", None, "and which of them this is.")
+    flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "The number of this process, with --coordinator.")
     flags.DEFINE_integer(
         "heartbeat",
         100,

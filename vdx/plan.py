@@ -39,17 +39,16 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from vdx.cli import exit_on_user_error, parse_mesh, refuse_arguments
 from vdx.config.build import lookup
 from vdx.config.loader import is_override, resolve
 from vdx.experiment import Experiment
 from vdx.files import write_json
-from vdx.main import exit_on_user_error
 from vdx.planning.job import Job, Slice, complete_shapes
 from vdx.planning.planner import plan_job
 from vdx.planning.programs import PROGRAMS
 from vdx.planning.search import search
 from vdx.planning.table import ranking, table
-from vdx.sample import mesh_spec
 
 FLAGS = flags.FLAGS
 
@@ -68,7 +67,7 @@ def job_from_flags() -> Job:
     """Return the job that the command line describes."""
     lookup(FLAGS.what, PROGRAMS, "--what")
     config = resolve(FLAGS.config, sys.argv[1:])
-    mesh = mesh_spec()
+    mesh = parse_mesh(FLAGS.mesh)
     if mesh:
         config["mesh"] = {"data": 1, **mesh}
     experiment = Experiment(config)
@@ -78,8 +77,7 @@ def job_from_flags() -> Job:
 
 def main(argv: Sequence[str]) -> None:
     """Plan, print, and write the plan if --out is given."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
+    refuse_arguments(argv)
     with exit_on_user_error():
         job = job_from_flags()
         slice_ = Slice(FLAGS.topology)

@@ -9,6 +9,7 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import is_override, parse_value, resolve
+from vdx.evaluation.table import make_rows
 from vdx.experiment import Experiment
 
 CONFIGS = sorted(str(p) for p in (Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -150,13 +151,15 @@ TYPOS = [
     ("process.predicton", "x0", "prediction"),
     ("process.name", "rectified_flo", "rectified_flow"),
     ("time_sampler.shfit", 3.0, "shift"),
-    ("loss.name", "min_snrr", "min_snr"),
+    ("loss.denoising.weighting.name", "min_snrr", "min_snr"),
+    ("loss.denoisin", {}, "denoising"),
     ("optim.learning_rat", 1e-3, "learning_rate"),
     ("mesh.tensr", 2, "tensor"),
     ("train.stepz", 3, "steps"),
     ("sample.guidence", 3.0, "guidance"),
     ("sample.sampler", "unipcc", "unipc"),
-    ("eval.promts", 3, "prompts"),
+    ("eval.prompt_folowing", {}, "prompt_following"),
+    ("eval.loss.evry", 3, "every"),
 ]
 
 
@@ -180,4 +183,4 @@ def test_a_typo_anywhere_names_what_was_meant(config, key, value, nearest):
         place = place.setdefault(section, {})
     place[last] = value
     with pytest.raises(ConfigError, match=rf"Did you mean '{nearest}'\?"):
-        Experiment(config)
+        make_rows(Experiment(config).eval)

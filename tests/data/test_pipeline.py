@@ -289,7 +289,7 @@ def test_half_a_row_of_a_killed_run_costs_no_other(tmp_path):
     assert len(read_bad_records(log)) == batches.bad > 1
 
 
-def test_a_name_that_no_encoding_has_is_logged(tmp_path):
+def test_a_name_that_no_encoding_has_is_logged(tmp_path, caplog):
     class Odd(Toy):
         def __getitem__(self, index):
             if index == 2:
@@ -298,6 +298,7 @@ def test_a_name_that_no_encoding_has_is_logged(tmp_path):
 
     take(loader(Odd(), bad_log=tmp_path / "bad.jsonl"), 6)
     assert {row["key"] for row in read_bad_records(tmp_path / "bad.jsonl")} == {"clip \ud800"}
+    assert "clip \\ud800" in caplog.text and caplog.text.encode("utf-8")
 
 
 def test_the_latest_batch_is_named():

@@ -7,14 +7,14 @@ from urllib.parse import unquote
 import plotly.graph_objects as go
 import pytest
 
-from vdx.evaluation.report import _chart, write_report
+from vdx.evaluation.html import chart
+from vdx.evaluation.report import write_report
+from vdx.evaluation.table import EVALUATORS
 
 HOSTILE = '</script><script>alert("x")</script><img src=https://evil.example/a.png>'
 SECTIONS = (
     "samples",
-    "following",
-    "loss",
-    "noise",
+    *EVALUATORS,
     "optimization",
     "throughput",
     "bad",
@@ -60,7 +60,13 @@ def rows(steps, loss=1.0):
 def workdir(tmp_path):
     """A finished run; its clips are empty files, since the page only names them."""
     root = tmp_path / "tiny run"
-    dump(root / "config.json", {"data": {"name": "scenes", "note": HOSTILE}})
+    dump(
+        root / "config.json",
+        {
+            "data": {"name": "scenes", "note": HOSTILE},
+            "eval": {**{name: {} for name in EVALUATORS}, HOSTILE: {}},
+        },
+    )
     dump(
         root / "run.json",
         {
@@ -99,20 +105,37 @@ def workdir(tmp_path):
         (root / example["file"]).parent.mkdir(exist_ok=True)
         (root / example["file"]).touch()
     scores = {"colour": 0.975, "all": 0.9}
+    following = {
+        "step": 190,
+        "sampler": "heun",
+        "steps": 20,
+        "guidance": 2.0,
+        "prompts": 40,
+        "scores": scores,
+        "chance": dict.fromkeys(scores, 0.1),
+        "true_renders": dict.fromkeys(scores, 1.0),
+        "examples": examples,
+        "confusion": {"colour": {"red": {"red": 39, HOSTILE: 1}}},
+    }
+    depth = {
+        "signal": "depth",
+        "measure": "position error",
+        "unit": "px",
+        "model": 0.5,
+        "without": 3.0,
+        "shuffled": None,
+        "true": 0.1,
+        "goal": 1.0,
+        "reached": True,
+    }
+    steady = {"step": 200, "clips": 8, "motion": 9.0, "conclusive": 1.0}
     dump(
         root / "eval.json",
         {
-            "step": 190,
-            "sampler": "heun",
-            "steps": 20,
-            "guidance": 2.0,
-            "prompts": 40,
-            "scores": scores,
-            "chance": dict.fromkeys(scores, 0.1),
-            "passed": True,
-            "true_renders": dict.fromkeys(scores, 1.0),
-            "examples": examples,
-            "confusion": {"colour": {"red": {"red": 39, HOSTILE: 1}}},
+            "prompt_following": following,
+            "control": {"step": 190, "clips": 4, "signals": [depth]},
+            "flicker": {**steady, "flicker": 0.4, "true": {"flicker": 0.2, "motion": 10.0}},
+            "identity_drift": {**steady, "drift": None, "true": {"drift": 0.02}},
         },
     )
     (root / "bad_records.jsonl").write_text(
@@ -144,7 +167,7 @@ def test_page_of_a_whole_run(workdir):
     for number in ("90.0%", "0.5", "100.0", "25.0%", "0.111", "12.3 M"):
         assert f"<b>{number}</b>" in page
     assert "30 skipped. The first 20" in page and "clip19<" in page and "clip20<" not in page
-    assert len(figures(page)) == 10  # loss, 3 of noise levels, 2 + 2, bars, a confusion
+    assert len(figures(page)) == 10  # loss, 3 by time, 2 + 2, bars, a confusion
     assert all(
         axis["title"]["text"]
         for f in figures(page)
@@ -264,21 +287,23 @@ def harmless(workdir):
 def test_hostile_names_and_texts_are_shown_as_text(workdir, harmless):
     result = json.loads((workdir / "eval.json").read_text())
     scores = {HOSTILE: 0.5, "all": 0.5}
+    following = {
+        **result["prompt_following"],
+        "sampler": HOSTILE,
+        "step": HOSTILE,
+        "scores": scores,
+        "chance": scores,
+        "true_renders": scores,
+        "confusion": {HOSTILE: {HOSTILE: {HOSTILE: 3}}},
+        "examples": [
+            {"file": name, "prompt": HOSTILE, "truth": {HOSTILE: HOSTILE}, "read": {}}
+            for name in FILES
+        ],
+    }
+    control = {"signals": [{"signal": HOSTILE, "measure": HOSTILE, "unit": HOSTILE, "goal": 1.0}]}
     dump(
         workdir / "eval.json",
-        {
-            **result,
-            "sampler": HOSTILE,
-            "step": HOSTILE,
-            "scores": scores,
-            "chance": scores,
-            "true_renders": scores,
-            "confusion": {HOSTILE: {HOSTILE: {HOSTILE: 3}}},
-            "examples": [
-                {"file": name, "prompt": HOSTILE, "truth": {HOSTILE: HOSTILE}, "read": {}}
-                for name in FILES
-            ],
-        },
+        {**result, "prompt_following": following, "control": control, HOSTILE: {HOSTILE: 1}},
     )
     dump(
         workdir / "samples/00000180/samples.json",
@@ -293,22 +318,27 @@ def test_hostile_names_and_texts_are_shown_as_text(workdir, harmless):
     ]
 
 
+def changed(row, place, value):
+    """Return the row with another value at one of its places, counted round and round."""
+    key = list(row)[place % len(row)]
+    return {**row, key: value}
+
+
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:20])
 def test_values_of_another_kind_stop_no_run(workdir, harmless, value):
     result = json.loads((workdir / "eval.json").read_text())
-    for key in result:
-        dump(workdir / "eval.json", {**result, key: value})
+    dump(workdir / "eval.json", dict.fromkeys(result, value))
+    harmless()
+    # Sections do not depend on one another: the i-th value of all rows at once.
+    for i in range(max(map(len, result.values()))):
+        dump(workdir / "eval.json", {k: changed(row, i, value) for k, row in result.items()})
         harmless()
-    for key in ("truth", "read", "prompt", "file"):
-        dump(
-            workdir / "eval.json",
-            {
-                **result,
-                "examples": [
-                    {"truth": {"a": "b"}, "read": {}, "prompt": "p", "file": "f", key: value}
-                ],
-            },
-        )
+    example = {"truth": {"a": "b"}, "read": {}, "prompt": "p", "file": "f"}
+    (signal,) = result["control"]["signals"]
+    for i in range(len(signal)):
+        following = {**result["prompt_following"], "examples": [changed(example, i, value)]}
+        control = {"signals": [changed(signal, i, value)]}
+        dump(workdir / "eval.json", {"prompt_following": following, "control": control})
         harmless()
     for key in ("prompt", "seed", "file"):
         dump(
@@ -324,7 +354,7 @@ def test_values_of_another_kind_stop_no_run(workdir, harmless, value):
 
 
 def test_a_chart_cannot_end_its_script():
-    assert _chart("", [go.Scatter(name=HOSTILE)], "y").count("</script>") == 1
+    assert chart("", [go.Scatter(name=HOSTILE)], "y").count("</script>") == 1
 
 
 def test_a_script_of_somebody_else_is_replaced(workdir):
@@ -363,17 +393,25 @@ def test_bad_records_of_all_hosts_are_listed_once(workdir):
     ]
 
 
-def test_wall_takes_the_first_the_last_and_steps_between(workdir):
+def test_the_sample_grid_takes_the_first_the_last_and_steps_between(workdir):
     page = write_report(workdir).read_text()
     steps = [int(s) for s in re.findall(r"<th>step ([\d,]+)</th>", page)]
     assert steps[0] == 0 and steps[-1] == 180 and len(steps) == 6 and steps == sorted(steps)
 
 
 def test_what_is_not_there_is_not_yet(tmp_path):
-    dump(tmp_path / "config.json", {})
+    dump(tmp_path / "config.json", {"eval": {name: {} for name in EVALUATORS}})
     page = write_report(tmp_path).read_text()
     assert all(f'<section id="{name}">' in page for name in SECTIONS)
-    assert page.count("Not yet") == 7 and page.count("not yet") == 6 and not figures(page)
+    assert page.count("Not yet") == 9 and page.count("not yet") == 6 and not figures(page)
+
+
+@pytest.mark.parametrize("section", [{}, None, {"flicker": None}, [HOSTILE], HOSTILE, 7])
+def test_rows_that_are_off_have_no_section(tmp_path, section):
+    dump(tmp_path / "config.json", {"eval": section})
+    page = write_report(tmp_path).read_text()
+    found = re.findall(r'<section id="(\w+)">', page)
+    assert found == [name for name in SECTIONS if name == "loss" or name not in EVALUATORS]
 
 
 @pytest.mark.parametrize("gone", ["run.json", "eval.json", "metrics.jsonl", "bad_records.jsonl"])
@@ -402,7 +440,7 @@ def test_resumed_and_killed_run(workdir):
     assert raw["y"][150] == pytest.approx(2.0) and raw["y"][149] == pytest.approx(1 / 150, 1e-3)
     assert raw["y"][151] == pytest.approx(302 / 152, 1e-3)
     # The training row of step 0 did not displace its evaluation row, nor the other way round.
-    assert curve(page, "held out, captions dropped")[0] == 0.6
+    assert curve(page, "validation, captions dropped")[0] == 0.6
 
 
 def test_smoothing_keeps_a_constant_and_skips_what_is_not_finite(workdir):

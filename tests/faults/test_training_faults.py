@@ -1,4 +1,4 @@
-"""What the real command survives. Minutes long: `pytest -m faults`; CI runs it.
+"""Faults that the real command recovers from. Minutes long: `pytest -m faults`; CI runs it.
 
 Figures of a longer run, with 40 kills: `python tests/kill_training.py`.
 """
@@ -27,8 +27,8 @@ SHORT = [
     f"--config.train.steps={STEPS}",
     "--config.train.log_every=5",
     "--config.train.save_every=10",
-    "--config.train.eval_every=10",
-    "--config.train.eval_clips=8",
+    "--config.eval.loss.every=10",
+    "--config.eval.loss.clips=8",
 ]
 FIRST_STEP = re.compile(r"\d+/\d+ \[\d\d:\d\d<\d")
 PLACES = {
@@ -69,9 +69,9 @@ def launch(workdir: Path, *args: str, place: str = "one") -> list[subprocess.Pop
             )
             for i in range(2)
         ]
-        while not FIRST_STEP.search(said(workdir)) and all(c.poll() is None for c in children):
+        while not FIRST_STEP.search(log_of(workdir)) and all(c.poll() is None for c in children):
             time.sleep(0.1)
-        if "Gloo context initialization failed" not in said(workdir):
+        if "Gloo context initialization failed" not in log_of(workdir):
             break
         for i, child in enumerate(children):
             child.wait(60)
@@ -79,7 +79,7 @@ def launch(workdir: Path, *args: str, place: str = "one") -> list[subprocess.Pop
     return children
 
 
-def said(workdir: Path) -> str:
+def log_of(workdir: Path) -> str:
     return "\n".join(
         p.read_text(errors="replace") for p in sorted(workdir.parent.glob(f"{workdir.name}.*log"))
     )
@@ -94,7 +94,7 @@ def ends(workdir: Path, children: list[subprocess.Popen], *codes: int, seconds: 
         for child in children:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
-    assert all(code in codes for code in found), f"{found}: {said(workdir)[-4000:]}"
+    assert all(code in codes for code in found), f"{found}: {log_of(workdir)[-4000:]}"
     deadline = time.monotonic() + 5  # multiprocessing's tracker tidies up and ends
     while left := [p for c in children for p in orphans(c.pid)]:
         assert time.monotonic() < deadline, left
@@ -144,21 +144,21 @@ def progress(workdir: Path, step: int = STEPS) -> dict:
     ],
 )
 def test_preempted_and_resumed_is_the_same_run(folder, place, number, resumed_with):
-    """Stopped by a signal at any step, saved, and gone on with other readers of data: every bit
+    """Stopped by a signal at any step, saved, and resumed with other readers of data: every bit
     of the arrays, the place in the data and the logged losses are those of the whole run."""
     whole, parts = finished(folder, f"whole_{place}", place), folder / f"parts_{place}"
-    slow = "--config.train.save_every=1"  # so that the test can tell where the run is
+    slow = "--config.train.save_every=1"  # so that the test sees where the run is
     children = launch(parts, *SHORT, slow, place=place)
     until(lambda: max(whole_steps(parts), default=0) >= 6, children)
     begin = time.monotonic()
-    children[-1].send_signal(number)  # of several, one alone is told
+    children[-1].send_signal(number)  # to one process of several
     ends(parts, children, PREEMPTED, seconds=60)
     seconds, (stopped, *_) = time.monotonic() - begin, whole_steps(parts)[::-1]
-    assert 6 <= stopped < STEPS and f"Stopped at step {stopped};" in said(parts)
+    assert 6 <= stopped < STEPS and f"Stopped at step {stopped};" in log_of(parts)
     print(f"\n{place}: stopped at step {stopped} in {seconds:.1f} s")
     assert seconds < 30
     ends(parts, launch(parts, *SHORT, *resumed_with, place=place), 0)
-    assert f"Goes on from step {stopped} of" in said(parts)
+    assert f"Resumes from step {stopped} of" in log_of(parts)
     assert arrays(parts, STEPS) == arrays(whole, STEPS)
     assert progress(parts) == progress(whole)
     assert losses(parts) == losses(whole) and len(losses(whole)) > 40
@@ -171,7 +171,7 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     """From step 10 of another mesh: the same batches, and losses within 1e-6 at every step."""
     each = [
         "--config.train.log_every=1",
-        "--config.train.eval_every=0",
+        "--config.eval.loss=null",
         "--config.mesh.data=1",
         "--config.mesh.fsdp=-1",
         "--config.optim.name=adamw",
@@ -183,7 +183,7 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     shutil.rmtree(moved / "checkpoints" / str(STEPS))
     (moved / "metrics.jsonl").unlink()
     ends(moved, launch(moved, *SHORT, *each, place=after), 0)
-    assert "Goes on from step 10" in said(moved)
+    assert "Resumes from step 10" in log_of(moved)
     want, got = (
         {s: v for (s, k), v in losses(w).items() if k == "train/loss"} for w in (whole, moved)
     )
@@ -213,19 +213,19 @@ def test_what_wins_when_several_checkpoints_exist(folder, tmp_path):
     given = [f"--config.resume={first}/checkpoints/10", f"--config.init={first}"]
     resumed = tmp_path / "resumed"
     ends(resumed, launch(resumed, *SHORT, *given), 0)
-    assert f"Goes on from step 10 of {first}/checkpoints/10." in said(resumed)
+    assert f"Resumes from step 10 of {first}/checkpoints/10." in log_of(resumed)
     assert arrays(resumed, STEPS) == arrays(first, STEPS)
     ends(resumed, launch(resumed, *SHORT, *given), 0)
-    assert f"Goes on from step {STEPS} of {resumed}." in said(resumed)
+    assert f"Resumes from step {STEPS} of {resumed}." in log_of(resumed)
 
     tuned = tmp_path / "tuned"
     ends(tuned, launch(tuned, *SHORT, *given[1:], "--config.train.steps=10"), 0)
-    assert f"Starts with the averaged weights of {first}, step {STEPS}." in said(tuned)
+    assert f"Starts with the averaged weights of {first}, step {STEPS}." in log_of(tuned)
     assert losses(tuned)[5, "train/loss"] < losses(first)[5, "train/loss"]
 
     ends(tmp_path / "lost", launch(tmp_path / "lost", *SHORT, "--config.resume=/no/where"), 1)
-    assert "vdx: No checkpoint in /no/where/checkpoints." in said(tmp_path / "lost")
-    assert "Traceback" not in said(tmp_path / "lost")
+    assert "vdx: No checkpoint in /no/where/checkpoints." in log_of(tmp_path / "lost")
+    assert "Traceback" not in log_of(tmp_path / "lost")
 
 
 def test_another_model_is_refused_and_nothing_is_lost(folder, tmp_path):
@@ -233,7 +233,9 @@ def test_another_model_is_refused_and_nothing_is_lost(folder, tmp_path):
     shutil.copytree(finished(folder, "whole_one", "one"), workdir)
     before = read_json(workdir / "config.json")
     ends(workdir, launch(workdir, *SHORT, "--config.model.backbone.width=64"), 1)
-    assert "is of another model or optimizer" in said(workdir) and "Traceback" not in said(workdir)
+    assert "belongs to another model or optimizer" in log_of(workdir) and "Traceback" not in log_of(
+        workdir
+    )
     assert read_json(workdir / "config.json") == before and whole_steps(workdir) == [10, STEPS]
 
 
@@ -243,7 +245,7 @@ def test_the_best_step_is_kept_and_sampled(tmp_path):
         "--config.train.best_metric=validation/loss",
         "--config.train.max_to_keep=1",
         "--config.train.save_every=5",
-        "--config.train.eval_every=5",
+        "--config.eval.loss.every=5",
         "--config.optim.learning_rate=0.05",
         "--config.optim.schedule=constant",
     ]
@@ -330,7 +332,7 @@ def test_a_full_and_a_read_only_disk(folder, disk):
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
 
     assert trains().wait(240) == 0
-    assert f"Goes on from step {whole[-1]} of" in log.read_text()
+    assert f"Resumes from step {whole[-1]} of" in log.read_text()
     assert arrays(workdir, STEPS) == arrays(finished(folder, "whole_one", "one"), STEPS)
 
 
@@ -351,7 +353,7 @@ def test_a_worker_that_hangs_ends_the_program(tmp_path):
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGSTOP)
     ends(workdir, children, STUCK, seconds=120)
-    text = said(workdir)
+    text = log_of(workdir)
     assert "No step for 20 s" in text and "most recent call first" in text
 
 
@@ -395,7 +397,7 @@ def test_the_local_launcher(tmp_path):
     child = run("--config.train.sample_every=20", "--config.sample.steps=2")
     out, _ = child.communicate(timeout=240)
     assert child.returncode == 0, out[-3000:]
-    assert out.count("Goes on from step") == 1  # the first process alone speaks
+    assert out.count("Resumes from step") == 1  # only the first process logs
     assert whole_steps(workdir)[-1] == STEPS
     assert len(list((workdir / "samples" / f"{STEPS:08d}").glob("*.mp4"))) == 8
     rows = [r["step"] for r in read_rows(workdir / "metrics.jsonl") if "train/loss" in r]

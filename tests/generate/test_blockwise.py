@@ -16,7 +16,7 @@ from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import SAMPLERS, sample
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.cache_calibration import calibrate
-from vdx.generate.pipeline import Sampling
+from vdx.generate.generator import Sampling
 from vdx.models import transformer
 from vdx.models.denoiser import Denoiser
 from vdx.models.mixers.context import CachePosition, MixContext
@@ -37,7 +37,7 @@ BLOCKS = {
 
 
 def sees(spec, query: int, key: int) -> bool:
-    """Whether a frame sees another, said once more."""
+    """Whether a frame sees another: the definition, written independently."""
     a, b = query // spec["block"], key // spec["block"]
     return b <= a and (b >= a - spec.get("window", 99) or b < spec.get("sink", 0))
 
@@ -58,7 +58,7 @@ def test_a_token_sees_its_block_and_those_before(spec, mixer, randomise):
         assert touched[t, 0, w, s, 0, v] == (place and sees(spec, t, s)), (t, w, s, v)
 
 
-def test_rotary_positions_move_on_exactly():
+def test_rotary_positions_shift_exactly():
     for width, start in itertools.product((24, 128), (0, 7, 1000, 2**20)):
         rope = rope_table((3, 2, 2), width)
         features = width - 4 * (width // 6)
@@ -72,7 +72,7 @@ def test_rotary_positions_move_on_exactly():
             np.testing.assert_allclose(got[..., features // 2 :], old[..., features // 2 :])
 
 
-# A network, block by block with a cache, and all at once.
+# A network, block by block with a cache, and on the whole clip.
 
 PORTS = Ports(
     tokens=RNG.normal(size=(2, 3, 24)).astype(np.float32),
@@ -158,7 +158,7 @@ def test_with_mixers_of_one_frame_and_of_one_place(randomise):
     assert case.error() < 1e-5
 
 
-def test_positions_that_do_not_move_on_are_seen(cached, monkeypatch):
+def test_positions_that_do_not_shift_are_detected(cached, monkeypatch):
     monkeypatch.setattr(transformer, "shift_rope", lambda rope, *_: rope)
     case = copy.copy(cached("all", 2))
     vars(case).pop("step", None)
@@ -221,7 +221,7 @@ def model_of(spec, **backbone):
     )
 
 
-def streamer_of(spec, cls=BlockwiseGenerator, guidance=2.0, sampler="euler", **backbone):
+def generator_of(spec, cls=BlockwiseGenerator, guidance=2.0, sampler="euler", **backbone):
     return cls(
         model_of(spec, **backbone), RectifiedFlow(), Sampling(sampler, 3, guidance), SHAPE, mean=0.1
     )
@@ -229,28 +229,29 @@ def streamer_of(spec, cls=BlockwiseGenerator, guidance=2.0, sampler="euler", **b
 
 @pytest.fixture(scope="module")
 def weights(randomise):
-    """Of every model here: blocks are no parameters."""
+    """Parameters of every model here: blocks have none."""
     return randomise(jax.eval_shape(model_of({"block": 2}).new_params, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def drawn(weights):
-    """spec -> (streamer, the clips of three blocks)."""
+    """spec -> (generator, its clips of three blocks)."""
 
     @functools.cache
     def make(spec):
-        streamer = streamer_of(BLOCKS[spec])
-        return streamer, streamer(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
+        generator = generator_of(BLOCKS[spec])
+        return generator, generator(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
 
     return make
 
 
-def by_definition(streamer, params, noise, **controls):
-    """Block i is what the sampler makes of its noise, the network being asked with the whole clip:
-    the blocks before it clean and at time 0, itself at the sampler's time, and what comes later,
-    which it must not see, as noise."""
-    g, b, t = streamer, len(noise), noise.shape[1]
-    batch = {**g.batch(PROMPTS, t, 8.0), **controls}
+def by_definition(generator, params, noise, **controls):
+    """Draw each block with a network that reads the whole clip.
+
+    The blocks before it are clean and at time 0, itself is at the sampler's time, and the later
+    blocks, which it must not see, are noise."""
+    g, b, t = generator, len(noise), noise.shape[1]
+    batch = {**g.text_batch(PROMPTS, t, 8.0), **controls}
 
     def one(clip, first):
         def network(x, time, ports):
@@ -271,39 +272,40 @@ def by_definition(streamer, params, noise, **controls):
     return functools.reduce(one, range(0, t, 2), noise) + g.mean
 
 
-def noise_of(streamer):
-    return np.stack([streamer.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS])
+def noise_of(generator):
+    return np.stack([generator.noise(jax.random.key(s), (6, *SHAPE)) for s in SEEDS])
 
 
 @pytest.fixture(scope="module")
 def defined(weights):
-    streamer = streamer_of(BLOCKS["window"])
-    return by_definition(streamer, weights, noise_of(streamer))
+    generator = generator_of(BLOCKS["window"])
+    return by_definition(generator, weights, noise_of(generator))
 
 
 def test_clips_are_their_definition(drawn, defined):
-    streamer, clips = drawn("window")
-    noise = noise_of(streamer)
+    generator, clips = drawn("window")
+    noise = noise_of(generator)
     assert abs(np.corrcoef(noise[:, :2].ravel(), noise[:, 2:4].ravel())[0, 1]) < 0.3
     np.testing.assert_allclose(clips, defined, atol=2e-5)
     assert np.abs(clips).std() > 0.3
 
 
 class Noisy(BlockwiseGenerator):
-    def remember(self, *args):
+    def append_block(self, *args):
         *others, x0 = args
-        return super().remember(*others, x0 + 0.1)
+        return super().append_block(*others, x0 + 0.1)
 
 
 class Late(BlockwiseGenerator):
-    def tell(self, t):
-        return super().network_time(jnp.where(t == 0, 0.1, t))  # no sampler asks at 0
+    def network_time(self, t):
+        # No sampler evaluates the network at time 0.
+        return super().network_time(jnp.where(t == 0, 0.1, t))
 
 
 def test_there_is_nothing_to_calibrate(weights):
     with pytest.raises(ConfigError, match="nothing to calibrate"):
         calibrate(
-            streamer_of(BLOCKS["window"]),
+            generator_of(BLOCKS["window"]),
             weights,
             PROMPTS,
             seed=0,
@@ -311,61 +313,61 @@ def test_there_is_nothing_to_calibrate(weights):
             fps=8.0,
             floor=0.9,
             weights="abc",
-            say=lambda _: None,
+            log=lambda _: None,
         )
 
 
 @pytest.mark.parametrize("fault", [Noisy, pytest.param(Late, marks=pytest.mark.slow)])
-def test_a_cache_of_blocks_that_are_not_clean_is_seen(fault, weights, defined):
-    clips = streamer_of(BLOCKS["window"], fault)(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
+def test_a_cache_of_blocks_that_are_not_clean_is_detected(fault, weights, defined):
+    clips = generator_of(BLOCKS["window"], fault)(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
     np.testing.assert_allclose(clips[:, :2], defined[:, :2], atol=2e-5)  # it has no past
     assert np.abs(clips - defined)[:, 2:].max() > 1e-3
 
 
 @pytest.mark.parametrize("spec", ["window", pytest.param("all", marks=pytest.mark.slow)])
 def test_streamed_blocks_are_those_of_the_clip_by_one_program(spec, drawn, weights):
-    streamer, clips = drawn(spec)
-    ask = lambda frames: streamer.stream(weights, PROMPTS, SEEDS, num_frames=frames, fps=8.0)
-    blocks = list(ask(6))
+    generator, clips = drawn(spec)
+    stream = lambda frames: generator.stream(weights, PROMPTS, SEEDS, num_frames=frames, fps=8.0)
+    blocks = list(stream(6))
     assert [b.shape for b in blocks] == [(2, 2, *SHAPE)] * 3
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
-    again = list(ask(6))
+    again = list(stream(6))
     np.testing.assert_array_equal(again, blocks)
-    assert streamer._next._cache_size() == 1
+    assert generator._next_block._cache_size() == 1
     if spec == "window":  # and of a clip without end
-        longer = list(itertools.islice(ask(None), 5))
+        longer = list(itertools.islice(stream(None), 5))
         np.testing.assert_array_equal(longer[:3], blocks)
-        assert streamer._next._cache_size() == 1
+        assert generator._next_block._cache_size() == 1
     else:
         with pytest.raises(ConfigError, match="needs a window"):
-            ask(None)
+            stream(None)
 
 
 @pytest.mark.slow
 def test_a_clip_begins_as_a_shorter_one(drawn, weights):
-    streamer, clips = drawn("window")
-    short = streamer(weights, PROMPTS[:1], SEEDS[:1], num_frames=2, fps=8.0)
+    generator, clips = drawn("window")
+    short = generator(weights, PROMPTS[:1], SEEDS[:1], num_frames=2, fps=8.0)
     np.testing.assert_allclose(short, clips[:1, :2], atol=1e-5)
 
 
 @pytest.mark.slow
-def test_what_is_told_of_frames_reaches_their_block(randomise):
+def test_conditions_of_frames_reach_their_block(randomise):
     model = Denoiser(
         model_of(BLOCKS["all"]).backbone_config,
         {**TEXT, "actions": {}, "known_frames": {}, "depth": {"port": "control"}},
     )
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
-    streamer = BlockwiseGenerator(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
+    generator = BlockwiseGenerator(model, RectifiedFlow(), Sampling("euler", 3, 2.0), SHAPE)
     controls = {
         "actions": RNG.integers(0, 5, (2, 6)).astype(np.int32),
         "known": RNG.normal(size=(2, 6, *SHAPE)).astype(np.float32),
         "known_mask": RNG.integers(0, 2, (2, 6)).astype(np.float32),
         "depth": RNG.uniform(size=(2, 6, *SHAPE[:2], 1)).astype(np.float32),
     }
-    asked = dict(num_frames=6, fps=8.0, controls=controls)
-    clips = streamer(params, PROMPTS, SEEDS, **asked)
-    blocks = list(streamer.stream(params, PROMPTS, SEEDS, **asked))
-    want = by_definition(streamer, params, noise_of(streamer), **controls)
+    request = dict(num_frames=6, fps=8.0, controls=controls)
+    clips = generator(params, PROMPTS, SEEDS, **request)
+    blocks = list(generator.stream(params, PROMPTS, SEEDS, **request))
+    want = by_definition(generator, params, noise_of(generator), **controls)
     np.testing.assert_allclose(clips, want, atol=2e-5)
     np.testing.assert_allclose(np.concatenate(blocks, 1), want, atol=2e-5)
 
@@ -373,32 +375,32 @@ def test_what_is_told_of_frames_reaches_their_block(randomise):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_streams(sampler, weights):
-    streamer = streamer_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
-    clips = streamer(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0)
-    blocks = list(streamer.stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0))
+    generator = generator_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
+    clips = generator(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0)
+    blocks = list(generator.stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0))
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_clips_of_four_devices_are_those_of_one(drawn, weights):
-    streamer, clips = drawn("window")
-    fresh = dataclasses.replace(streamer)
+    generator, clips = drawn("window")
+    fresh = dataclasses.replace(generator)
     with jax.set_mesh(MeshSpec(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])):
         blocks = list(fresh.stream(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0))
         whole = fresh(weights, PROMPTS, SEEDS, num_frames=6, fps=8.0)
-        assert fresh._next._cache_size() == 1
+        assert fresh._next_block._cache_size() == 1
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
     np.testing.assert_allclose(whole, clips, atol=1e-5)
 
 
 def test_what_cannot_be_streamed(weights):
     with pytest.raises(ConfigError, match=r"mixers in .* all have the same block"):
-        streamer_of({})
+        generator_of({})
     with pytest.raises(ConfigError, match="have the same block"):
-        streamer_of({}, pattern=({"name": "full", "block": 2}, "time"))
+        generator_of({}, pattern=({"name": "full", "block": 2}, "time"))
     with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
-        streamer_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
+        generator_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
     with pytest.raises(ConfigError, match="This model's signals"):
-        streamer_of({"block": 2}).stream(
+        generator_of({"block": 2}).stream(
             weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, controls={"actions": np.zeros((2, 4))}
         )

@@ -1,4 +1,4 @@
-"""What may be reused: the search, its proof, and what the proof does not hold for."""
+"""Calibration of the step cache: the search, its measurements, and when they are refused."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import RectifiedFlow
-from vdx.generate import cache_calibration as search
+from vdx.generate import cache_calibration
 from vdx.generate.cache_calibration import (
     FILE,
     CacheCalibration,
@@ -16,7 +16,7 @@ from vdx.generate.cache_calibration import (
     check_calibration,
     read_calibration,
 )
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.models.denoiser import Denoiser
@@ -41,37 +41,37 @@ def generator(randomise):
 
 @pytest.fixture(scope="module")
 def calibration(generator):
-    said = []
+    lines = []
     found = calibrate(
-        *generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", say=said.append, **CLIP
+        *generator, PROMPTS, seed=3, floor=FLOOR, weights="abc", log=lines.append, **CLIP
     )
-    assert any("below the floor" in line for line in said), said
+    assert any("below the floor" in line for line in lines), lines
     return found
 
 
-def test_the_proof_is_of_the_clips_that_are_drawn(generator, calibration):
+def test_measurements_are_of_the_clips_that_are_drawn(generator, calibration):
     plain, params = generator
-    reusing = dataclasses.replace(
+    cached = dataclasses.replace(
         plain, sampling=dataclasses.replace(plain.sampling, cache_threshold=calibration.threshold)
     )
-    assert calibration.threshold > 0 and 3 <= min(calibration.step_table) < calibration.full == 10
+    assert calibration.threshold > 0 and 3 <= min(calibration.evaluations) < calibration.full == 10
     for i, prompt in enumerate(PROMPTS):
-        one, two = (to_uint8(g(params, [prompt], [3 + i], **CLIP)[0]) for g in (plain, reusing))
+        one, two = (to_uint8(g(params, [prompt], [3 + i], **CLIP)[0]) for g in (plain, cached))
         assert ssim(one, two) == pytest.approx(calibration.ssim[i], abs=2e-3)
         assert calibration.ssim[i] >= FLOOR
 
 
-def test_a_floor_of_one_skips_nothing_that_is_seen(generator, monkeypatch):
-    monkeypatch.setattr(search, "ssim", lambda one, two: 0.5)
+def test_without_a_good_threshold_nothing_is_skipped(generator, monkeypatch):
+    monkeypatch.setattr(cache_calibration, "ssim", lambda one, two: 0.5)
     found = calibrate(
-        *generator, PROMPTS[:1], seed=0, floor=0.9, weights="abc", say=lambda line: None, **CLIP
+        *generator, PROMPTS[:1], seed=0, floor=0.9, weights="abc", log=lambda line: None, **CLIP
     )
-    assert found.threshold == 0 and found.step_table == (10,) and found.ssim == (1.0,)
+    assert found.threshold == 0 and found.evaluations == (10,) and found.ssim == (1.0,)
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         calibrate(*generator, PROMPTS, seed=0, floor=1.5, weights="abc", **CLIP)
 
 
-def test_a_proof_holds_for_what_it_was_found_with(calibration, generator, tmp_path):
+def test_a_calibration_is_of_one_sampling_and_weights(calibration, generator, tmp_path):
     with pytest.raises(ConfigError, match=r"--calibrate_cache=0\.95"):
         read_calibration(tmp_path)
     calibration.save(tmp_path)
@@ -82,14 +82,14 @@ def test_a_proof_holds_for_what_it_was_found_with(calibration, generator, tmp_pa
         calibration.ssim,
         (3, 4),
     )
-    asked = dataclasses.asdict(generator[0].sampling) | {"batch": 2, "reuse": 0.7}
-    check_calibration(again, "abc", asked, 1, 8.0, "x")
+    sampling = dataclasses.asdict(generator[0].sampling) | {"batch": 2, "cache_threshold": 0.7}
+    check_calibration(again, "abc", sampling, 1, 8.0, "x")
     for change, wrong in (
         ({"weights": "abd"}, "weights = 'abd', not 'abc'"),
         ({"num_frames": 2}, "num_frames = 2, not 1"),
-        ({"sampling": asked | {"steps": 9}}, "steps = 9, not 10"),
+        ({"sampling": sampling | {"steps": 9}}, "steps = 9, not 10"),
     ):
-        given = {"weights": "abc", "sampling": asked, "num_frames": 1, "fps": 8.0} | change
+        given = {"weights": "abc", "sampling": sampling, "num_frames": 1, "fps": 8.0} | change
         with pytest.raises(ConfigError, match=f"^x was found for something else: {wrong}"):
             check_calibration(again, where="x", **given)
 
@@ -99,7 +99,7 @@ def test_threshold_0_is_the_plain_program(generator):
     plain, params = generator
     text = [
         jax.jit(lambda p, b, n, g=g: g.draw(p, b, n, jax.random.key(0)))
-        .lower(params, g.batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32))
+        .lower(params, g.text_batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32))
         .as_text()
         for g in (
             plain,

@@ -1,4 +1,4 @@
-"""What a request asks besides the words: files become entries of a batch, and reach the clip."""
+"""Controls of a request: files become entries of a batch, and reach the clip."""
 
 import json
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_run import MICRO, ROOT, command
+from tests.micro_run import MICRO, ROOT, command
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.camera import plucker, write_camera
 from vdx.experiment import Experiment
 from vdx.files import read_json
 from vdx.generate.control_inputs import read_controls
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.generate.video_io import write_video
 
 SHAPE, FPS = (8, 32, 32, 3), 8.0
@@ -23,9 +23,9 @@ ACTIONS = "right,right,up,up,stay,left,left,down"
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    """{flag of vdx.sample: its value}, files of everything that steers."""
-    place = tmp_path_factory.mktemp("asked")
+def controls(tmp_path_factory):
+    """{flag of vdx.sample: its value}, with a file for every control."""
+    place = tmp_path_factory.mktemp("controls")
     for name in ("image", "last_image", "reference"):
         Image.fromarray(RNG.integers(0, 256, (32, 32, 3), np.uint8)).save(place / f"{name}.png")
     np.save(place / "depth.npy", RNG.random((8, 32, 32), np.float32))
@@ -54,8 +54,8 @@ def asked(tmp_path_factory):
     }
 
 
-def test_files_become_what_training_reads(asked):
-    got = read_controls(asked, ALL, SHAPE, FPS, mean=-0.5, flow_points=0)
+def test_files_become_what_training_reads(controls):
+    got = read_controls(controls, ALL, SHAPE, FPS, mean=-0.5, flow_points=0)
     assert {k: v.shape for k, v in got.items()} == {
         "known": (1, *SHAPE),
         "known_mask": (1, 8),
@@ -67,12 +67,12 @@ def test_files_become_what_training_reads(asked):
         "actions": (1, 8),
         "motion": (1,),
     }
-    first = np.asarray(Image.open(asked["image"]), np.float32) / 127.5 - 1 + 0.5
+    first = np.asarray(Image.open(controls["image"]), np.float32) / 127.5 - 1 + 0.5
     np.testing.assert_allclose(got["known"][0, 0], first, atol=1e-6)
     np.testing.assert_array_equal(got["known_mask"], [[1, 0, 0, 0, 0, 0, 0, 1]])
     assert not got["known"][0, 1:-1].any() and got["known"][0, -1].any()
-    np.testing.assert_array_equal(got["depth"][0, ..., 0], np.load(asked["depth"]))
-    np.testing.assert_array_equal(got["flow"][0, :-1, ..., :2], np.load(asked["flow"])[:-1])
+    np.testing.assert_array_equal(got["depth"][0, ..., 0], np.load(controls["depth"]))
+    np.testing.assert_array_equal(got["flow"][0, :-1, ..., :2], np.load(controls["flow"])[:-1])
     assert got["flow"][0, :-1, ..., 2].all() and not got["flow"][0, -1].any()
     np.testing.assert_allclose(got["pose"], 200 / 255, atol=0.02)
     np.testing.assert_array_equal(got["actions"], [[2, 2, 3, 3, 0, 1, 1, 4]])
@@ -82,13 +82,13 @@ def test_files_become_what_training_reads(asked):
     np.testing.assert_allclose(got["camera"][0], plucker(matrix, moves, 32, 32), atol=1e-6)
 
 
-def test_sparse_flow_is_told_at_a_few_points(asked):
-    got = read_controls({"flow": asked["flow"]}, ALL, SHAPE, FPS, 0.0, flow_points=5)["flow"]
+def test_sparse_flow_has_a_few_points(controls):
+    got = read_controls({"flow": controls["flow"]}, ALL, SHAPE, FPS, 0.0, flow_points=5)["flow"]
     assert 0 < got[0, 0, ..., 2].sum() <= 5 and not got[got[..., 2] == 0].any()
 
 
 @pytest.mark.parametrize(
-    ("asked_for", "shape", "message"),
+    ("given", "shape", "message"),
     [
         ({"depth": "no.npy"}, SHAPE, r"--depth=no\.npy"),
         ({"image": "no.png"}, SHAPE, r"--image=no\.png is not a picture"),
@@ -101,18 +101,18 @@ def test_sparse_flow_is_told_at_a_few_points(asked):
         ({"flow": "{depth}"}, SHAPE, r"depth\.npy.*holds \[8, 32, 32\], expected"),
     ],
 )
-def test_what_cannot_be_read_is_named(asked, asked_for, shape, message):
+def test_what_cannot_be_read_is_named(controls, given, shape, message):
     with pytest.raises(ConfigError, match=message):
-        read_controls({k: v.format(**asked) for k, v in asked_for.items()}, ALL, shape, FPS, 0.0, 0)
+        read_controls({k: v.format(**controls) for k, v in given.items()}, ALL, shape, FPS, 0.0, 0)
 
 
-def test_what_a_model_was_not_trained_with(asked):
-    for name in asked:
+def test_what_a_model_was_not_trained_with(controls):
+    for name in controls:
         with pytest.raises(ConfigError, match=f"--{name}: .*not trained with.*it reads: text, fps"):
-            read_controls({name: asked[name]}, ("text", "fps"), SHAPE, FPS, 0.0, 0)
+            read_controls({name: controls[name]}, ("text", "fps"), SHAPE, FPS, 0.0, 0)
 
 
-def test_a_generator_says_what_it_does_not_read():
+def test_signals_that_a_generator_does_not_read_are_refused():
     made = Experiment(resolve(str(ROOT / "configs" / "control_tiny.py:depth"), MICRO))
     with pytest.raises(ConfigError, match=r"config.sample.signal_guidance: unknown name 'flow'"):
         made.generator(Sampling(signal_guidance={"flow": 2.0}))
@@ -121,8 +121,8 @@ def test_a_generator_says_what_it_does_not_read():
         generator({}, ["a"], [0], num_frames=8, fps=8.0, controls={"flow": np.zeros(1)})
 
 
-def test_a_first_frame_at_time_zero_is_held(asked, randomise):
-    """A model that was trained with `first_frame` begins with the picture, and goes on from it."""
+def test_a_first_frame_at_time_zero_is_clamped(controls, randomise):
+    """A model that was trained with `first_frame` begins with the picture, and continues it."""
     made = Experiment(
         resolve(
             str(ROOT / "configs" / "t2v_tiny.py"),
@@ -135,12 +135,12 @@ def test_a_first_frame_at_time_zero_is_held(asked, randomise):
         )
     )
     params, generator = randomise(made.shapes), made.generator()
-    controls = read_controls(
-        {"image": asked["image"]}, made.model.signals, SHAPE, FPS, -0.5, 0, first_frame=True
+    entries = read_controls(
+        {"image": controls["image"]}, made.model.signals, SHAPE, FPS, -0.5, 0, first_frame=True
     )
-    draw = lambda controls: generator(params, ["a"], [0], num_frames=8, fps=FPS, controls=controls)
-    got, plain = draw(controls), draw({})
-    first = np.asarray(Image.open(asked["image"]), np.float32) / 127.5 - 1
+    draw = lambda entries: generator(params, ["a"], [0], num_frames=8, fps=FPS, controls=entries)
+    got, plain = draw(entries), draw({})
+    first = np.asarray(Image.open(controls["image"]), np.float32) / 127.5 - 1
     np.testing.assert_allclose(got[0, 0], first, atol=1e-6)
     assert np.abs(got[0, 1:] - plain[0, 1:]).max() > 1e-3
     with pytest.raises(ConfigError, match="a token of this model is 8 frames long"):
@@ -148,7 +148,7 @@ def test_a_first_frame_at_time_zero_is_held(asked, randomise):
 
 
 @pytest.mark.slow
-def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
+def test_every_control_reaches_the_clip(controls, tmp_path):
     """A model of all signals, from its config through training to vdx.sample and its manifest."""
     out = tmp_path / "run"
     signals = {
@@ -166,7 +166,7 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
         f"--workdir={out}",
         *MICRO,
         "--config.data.source.motions=('steered',)",
-        "--config.eval.prompts=0",
+        "--config.eval={'loss': None}",
         "--config.train.sample_prompts=('a red circle is steered',)",
         *(f"--config.model.signals.{k}={v}" for k, v in signals.items()),
     )
@@ -183,11 +183,11 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
         )
         return np.load(array)
 
-    flags = {k: f"--{k}={v}" for k, v in asked.items() if k not in ("depth", "pose")}
-    maps = f"--control=depth={asked['depth']},pose={asked['pose']}"
+    flags = {k: f"--{k}={v}" for k, v in controls.items() if k not in ("depth", "pose")}
+    maps = f"--control=depth={controls['depth']},pose={controls['pose']}"
     prompt = "--prompt=a red circle is steered"
     plain = sample("plain", prompt)
-    both = sample("all", prompt, *flags.values(), maps, "--guide=depth=2,flow=3")
+    both = sample("all", prompt, *flags.values(), maps, "--signal_guidance=depth=2,flow=3")
     assert np.abs(both - plain).max() > 1e-3
     again = tmp_path / "again.npy"
     command(
@@ -201,9 +201,9 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
     for name in ("image", "camera", "actions"):  # others by their entries, above
         assert np.abs(sample(name, prompt, flags[name]) - plain).max() > 1e-4, name
     request = read_json(tmp_path / "all.json")["request"]
-    assert set(request["digests"]) == set(asked) - {"actions", "motion"}
+    assert set(request["digests"]) == set(controls) - {"actions", "motion"}
     json.dumps(request)
-    np.save(asked["depth"], np.zeros((8, 32, 32), np.float32))
+    np.save(controls["depth"], np.zeros((8, 32, 32), np.float32))
     done = command(
         "vdx.sample",
         f"--workdir={out}",
@@ -211,7 +211,7 @@ def test_everything_that_steers_reaches_the_clip(asked, tmp_path):
         f"--out={tmp_path / 'c.mp4'}",
         check=False,
     )
-    assert done.returncode and "is not the file of the request any more" in done.stderr
+    assert done.returncode and "is not the file of the request" in done.stderr
     done = command(
         "vdx.sample",
         f"--workdir={out}",

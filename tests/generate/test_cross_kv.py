@@ -1,4 +1,4 @@
-"""Keys and values of the text, once a clip: the same clips, and nothing of them in the loop."""
+"""Keys and values of the text, computed once a clip: the same clips, outside the loop."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 
 from vdx.diffusion.process import RectifiedFlow
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator, Sampling
+from vdx.generate.generator import Generator, Sampling
 from vdx.models.adapters.lora import Lora, WeightDelta, adapt, dense_kernels
 from vdx.models.denoiser import Denoiser
 
@@ -36,7 +36,7 @@ def programs(randomise, quick):
     """(kind) -> the compiled draw and its arguments."""
 
     def make(kind):
-        pattern = ({"name": "full", "block": 2},) if kind == "stream" else ("full", "time")
+        pattern = ({"name": "full", "block": 2},) if kind == "blocks" else ("full", "time")
         model = Denoiser({**BACKBONE, "pattern": pattern}, SIGNALS)
         params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
         if kind == "adapted":
@@ -49,7 +49,7 @@ def programs(randomise, quick):
                 )
             )
             params = adapt(params, WeightDelta(factors))
-        generator = (BlockwiseGenerator if kind == "stream" else Generator)(
+        generator = (BlockwiseGenerator if kind == "blocks" else Generator)(
             model, RectifiedFlow(), SAMPLING, (4, 4, 2)
         )
         args = params, BATCH, NOISE, jax.random.key(0)
@@ -69,9 +69,9 @@ def depth(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "adapted", pytest.param("stream", marks=pytest.mark.slow)]
+    "kind", ["plain", "adapted", pytest.param("blocks", marks=pytest.mark.slow)]
 )
-def test_clips_are_the_same_and_the_loop_knows_no_text(kind, programs, monkeypatch):
+def test_clips_are_the_same_and_the_loop_computes_no_text(kind, programs, monkeypatch):
     program, args = programs(kind)
     with monkeypatch.context() as patch:
         patch.setattr(Denoiser, "precompute_cross_kv", lambda self, *args, **more: {})
@@ -81,7 +81,7 @@ def test_clips_are_the_same_and_the_loop_knows_no_text(kind, programs, monkeypat
     np.testing.assert_allclose(got, want, atol=1e-6, rtol=0)
     for name in ("cross/k", "cross/v", "cross/image_k", "cross/image_v"):
         # Loops over blocks, steps and layers. The compiler leaves it in them.
-        assert max(map(depth, names(plain, name))) == (3 if kind == "stream" else 2)
+        assert max(map(depth, names(plain, name))) == (3 if kind == "blocks" else 2)
         assert set(map(depth, names(program, name))) == {1}
     # And nothing else is computed for them.
     for name in ("cross/q", "mlp/up"):

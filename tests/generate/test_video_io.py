@@ -1,4 +1,4 @@
-"""Clips written are the clips read: rate, colours, sizes, and no half-written files."""
+"""Clips are read as they were written: rate, colours, sizes, no half-written files."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from vdx.files import read_json, write_json
 from vdx.generate.video_io import (
     read_video,
     to_uint8,
-    to_uint8_there,
+    to_uint8_on_device,
     write_video,
     write_webp,
 )
@@ -46,7 +46,7 @@ def test_the_rate_is_exact(tmp_path, fps, rate):
     assert len(frames) == 6
 
 
-def test_colours_survive_and_the_file_says_which_matrix(tmp_path):
+def test_colours_survive_and_the_file_names_the_matrix(tmp_path):
     write_video(tmp_path / "a.mp4", clip(), 12)
     frames, _ = read_video(tmp_path / "a.mp4")
     assert np.abs(frames[:, ::4, ::4].astype(int) - clip()).max() <= 4
@@ -121,12 +121,12 @@ def test_to_uint8_rounds_and_clips():
 
 
 def test_to_uint8_inside_a_program_has_the_same_bits():
-    """Also beside the places where rounding turns, where one rounding less would be seen."""
+    """Also next to the values where rounding changes: one rounding less would show."""
     middle = ((np.arange(255) + 0.5) / 127.5 - 1).astype(np.float32)
     x = np.concatenate([middle, np.random.default_rng(0).uniform(-1.1, 1.1, 10**6)])
     x = x.astype(np.float32)
     x = np.concatenate([x, *(np.nextafter(x[:255], np.float32(to)) for to in (-2, 2))])
-    np.testing.assert_array_equal(jax.jit(to_uint8_there)(x), to_uint8(x))
+    np.testing.assert_array_equal(jax.jit(to_uint8_on_device)(x), to_uint8(x))
 
 
 def test_frames_may_come_one_by_one(tmp_path):
@@ -151,12 +151,12 @@ def test_importing_the_data_side_brings_no_heavy_library():
         "vdx.generate.video_io; "
         "print({'torch', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))"
     )
-    said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
-    assert said.stdout.strip() == "set()"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_the_same_frames_are_the_same_bytes(tmp_path):
-    """Of a size at which x264 by itself differs from one time to the next."""
+    """At a size at which x264 with its defaults differs from one time to the next."""
     frames = np.random.default_rng(0).integers(0, 255, (17, 40, 72, 3)).astype(np.uint8)
     made = set()
     for number in range(8):

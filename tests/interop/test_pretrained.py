@@ -1,4 +1,4 @@
-"""Folders of public models: opened, refused, asked for what they can do, rewritten, read back."""
+"""Folders of pretrained models: opened, refused, checked against requests, converted and back."""
 
 import functools
 import shutil
@@ -12,7 +12,9 @@ from PIL import Image
 from vdx.config.build import ConfigError
 from vdx.convert import open_source
 from vdx.files import read_json, write_json
-from vdx.generate.pretrained_request import check, complete, recommended, shape_for
+from vdx.generate.pretrained_checks import check
+from vdx.generate.pretrained_request import complete, shape_for
+from vdx.interop.family_defaults import family_defaults
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import open_pretrained
 from vdx.interop.safetensors import read_header, write
@@ -22,11 +24,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 import diffusers  # noqa: E402
 
+from tests.micro_run import command  # noqa: E402
 from tests.parity.test_wan import original_names  # noqa: E402
-from tests.test_run import command  # noqa: E402
 from tests.wan_pipelines import CLIP, NETWORK, pipeline, randomised  # noqa: E402
 
-ASKED = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
+SETTINGS = {"prompts": ("a cat",), "num_frames": 9, "height": 32, "width": 48}
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +199,12 @@ def test_what_a_model_cannot_draw_is_explained(
     change = {k: files.get(v, v) if isinstance(v, str) else v for k, v in change.items()}
     model = opened(kind)
     with pytest.raises(ConfigError, match=message):
-        check(complete(model, {**ASKED, "mesh": {}} | change), model, mesh)
+        check(complete(model, {**SETTINGS, "mesh": {}} | change), model, mesh)
 
 
 def test_a_picture_that_changed_is_not_that_of_the_manifest(opened, picture, mesh):
     model = opened("i2v")
-    request = complete(model, {**ASKED, "mesh": {}, "image": picture})
+    request = complete(model, {**SETTINGS, "mesh": {}, "image": picture})
     check(request, model, mesh)
     Image.new("RGB", (160, 91)).save(picture)
     with pytest.raises(ConfigError, match="is not the file of the request; give the right one by"):
@@ -210,18 +212,19 @@ def test_a_picture_that_changed_is_not_that_of_the_manifest(opened, picture, mes
 
 
 def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
-    def asked(kind, **given):
-        r = complete(opened(kind), {"prompts": ("a",), "mesh": {}, **given})
-        return r.sampler, r.timesteps, r.steps, r.shift, r.guidance, r.fps, r.num_frames
+    def defaults(kind, **given):
+        request = complete(opened(kind), {"prompts": ("a",), "mesh": {}, **given})
+        sampling = [request.sampling[k] for k in ("sampler", "timesteps", "steps", "shift")]
+        return (*sampling, request.guidance, request.fps, request.num_frames)
 
-    assert asked("t2v") == ("unipc", "diffusers_unipc", 50, 3.0, (5.0,), 16.0, 81)
-    assert asked("t2v euler")[:2] == ("euler", "diffusers_euler")
-    assert asked("i2v", image=picture)[2] == 40 and asked("flf2v", image=picture)[2] == 50
-    assert asked("a14b t2v")[2:5] == (40, 3.0, (4.0, 3.0))
-    assert asked("a14b i2v", image=picture)[4] == (3.5, 3.5)
-    assert asked("5b")[2:] == (50, 3.0, (5.0,), 24.0, 121)
+    assert defaults("t2v") == ("unipc", "diffusers_unipc", 50, 3.0, (5.0,), 16.0, 81)
+    assert defaults("t2v euler")[:2] == ("euler", "diffusers_euler")
+    assert defaults("i2v", image=picture)[2] == 40 and defaults("flf2v", image=picture)[2] == 50
+    assert defaults("a14b t2v")[2:5] == (40, 3.0, (4.0, 3.0))
+    assert defaults("a14b i2v", image=picture)[4] == (3.5, 3.5)
+    assert defaults("5b")[2:] == (50, 3.0, (5.0,), 24.0, 121)
     model = opened("5b")
-    assert (recommended(model)["height"], recommended(model)["width"]) == (704, 1280)
+    assert (family_defaults(model).height, family_defaults(model).width) == (704, 1280)
     assert complete(model, {"prompts": ("a",), "mesh": {}}).negative_prompt == ""
 
     path = copy("t2v")

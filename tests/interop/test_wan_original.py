@@ -23,11 +23,11 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v  # noqa: E402
 
+from tests.micro_run import command  # noqa: E402
 from tests.parity.test_clip import save_pth, wan_clip  # noqa: E402
 from tests.parity.test_t5 import wan_keys  # noqa: E402
 from tests.parity.test_video_vae import original_key  # noqa: E402
 from tests.parity.test_wan import original_names  # noqa: E402
-from tests.test_run import command  # noqa: E402
 from tests.wan_pipelines import (  # noqa: E402
     CLIP,
     NETWORK,

@@ -9,12 +9,12 @@ from vdx.config.build import ConfigError
 from vdx.data.scenes.source import Scenes
 from vdx.data.scenes.world import COMMANDED, MOTIONS, SPEEDS, Object, Scene
 from vdx.data.signals import sparse_flow_hints
+from vdx.evaluation.scene_truth import scene_truth
 from vdx.metrics.control import (
     CONTROL_METRICS,
     control_scores,
     psnr,
     rank_correlation,
-    scene_truth,
 )
 from vdx.metrics.optical_flow import lucas_kanade, pan_speed
 
@@ -96,7 +96,7 @@ def test_true_renders_reach_the_goal_and_what_others_asked_for_does_not(kind):
     row = scored(kind, lambda video: video)
     assert row["model"] == row["true"] and no_worse(kind, row["true"], READER[kind][0]), row
     assert row["reached"] and row["valid"] == 1.0
-    assert not no_worse(kind, row["control"], row["goal"]), row
+    assert not no_worse(kind, row["shuffled"], row["goal"]), row
     assert set(row) == {
         "signal",
         "measure",
@@ -105,7 +105,7 @@ def test_true_renders_reach_the_goal_and_what_others_asked_for_does_not(kind):
         "goal",
         "model",
         "true",
-        "control",
+        "shuffled",
         "valid",
         "reached",
     }
@@ -330,13 +330,13 @@ def test_the_flow_of_an_object_is_what_was_asked_for(motion, most):
     assert np.mean(errors) < most < np.mean(sizes)
 
 
-def test_goals_in_pixels_grow_with_the_frame_and_a_lone_clip_has_no_control():
+def test_goals_in_pixels_grow_with_the_frame_and_a_lone_clip_has_no_shuffle():
     truths = truths_of(scenes_of("depth", 1), size=64)
     row = control_scores("depth", [t["video"] for t in truths], truths, FPS)
-    assert row["goal"] == 2.0 and np.isnan(row["control"]) and row["reached"]
+    assert row["goal"] == 2.0 and np.isnan(row["shuffled"]) and row["reached"]
 
 
-def test_flow_that_is_told_at_a_few_points_is_judged_there():
+def test_flow_that_is_given_at_a_few_points_is_measured_there():
     truths, _ = asked("flow")
     few = [
         {**t, "flow": sparse_flow_hints(t["flow"][..., :2], 4, np.random.default_rng(0))}
@@ -353,5 +353,7 @@ def test_what_cannot_be_compared_is_refused():
         control_scores("dept", videos, truths, FPS)
     with pytest.raises(ValueError, match="got 7 clips and 8 truths"):
         control_scores("depth", videos[1:], truths, FPS)
-    with pytest.raises(ValueError, match=r"Clip 0 is uint8 \[7, 32, 32, 3\].*must be alike"):
+    with pytest.raises(
+        ValueError, match=r"Clip 0 is uint8 \[7, 32, 32, 3\].*must have the same type and shape"
+    ):
         control_scores("depth", [v[1:] for v in videos], truths, FPS)

@@ -191,7 +191,7 @@ def test_the_vocabulary_can_be_restricted():
 
 
 def test_errors_say_what_was_given():
-    with pytest.raises(ValueError, match=r"not float64 \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"is float64 \[2, 3\], expected uint8"):
         read_attributes(np.zeros((2, 3)))
     with pytest.raises(ValueError, match="1 clips and 2 prompts"):
         score([np.zeros((8, 32, 32, 3), np.uint8)], [{}, {}])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vdx.data.scenes.world import COLOURS, Object, Scene
-from vdx.metrics.prompt_following import track_object
 from vdx.metrics.temporal_consistency import flicker, identity_drift, lab
+from vdx.metrics.tracking import track_object
 
 RNG = np.random.default_rng(0)
 TIMES = np.arange(8) / 8

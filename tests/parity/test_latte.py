@@ -210,7 +210,7 @@ def test_a_run_begins_from_its_files(dtype, case):
     if dtype == "bfloat16":
         config["lora"] = {"rank": 2}
     made = Experiment(config)
-    params = made.read_weights(MeshSpec().make(jax.devices()[:1]))
+    params = made.weights.read_weights(MeshSpec().make(jax.devices()[:1]))
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), params, case.params
     )

@@ -1,4 +1,4 @@
-"""Clips from public weights against the pipelines of diffusers, through the folders they save."""
+"""Clips from pretrained weights against the pipelines of diffusers, through their own folders."""
 
 import functools
 import hashlib
@@ -9,25 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.app import UsageError
 from safetensors.numpy import load_file, save_file
 
 from vdx.config.build import ConfigError
 from vdx.files import read_json
-from vdx.generate import pipeline as steps
+from vdx.generate import generator as generator_module
 from vdx.generate import pretrained
+from vdx.generate.manifest import PretrainedWeights, check_weights
 from vdx.generate.pretrained import PretrainedGenerator
-from vdx.generate.pretrained_request import check, complete
+from vdx.generate.pretrained_checks import check
+from vdx.generate.pretrained_request import complete
 from vdx.generate.video_io import to_uint8
 from vdx.interop.components import Component
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import open_pretrained
 from vdx.parallel import MeshSpec
-from vdx.sample import PretrainedWeights, same_weights
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-from tests.test_run import command
+from tests.micro_run import command
 from tests.wan_pipelines import KINDS, PROMPT, Case
 
 
@@ -51,9 +51,9 @@ def draw(quick, monkeypatch):
     monkeypatch.setattr(pretrained.jax, "jit", functools.partial(jax.jit, compiler_options=quick))
     mesh = MeshSpec().make(jax.devices()[:1])
 
-    def draw(folder, asked, mesh=mesh):
-        model = open_pretrained(folder, asked.get("dtype", "float32"))
-        request = complete(model, asked)
+    def draw(folder, settings, mesh=mesh):
+        model = open_pretrained(folder, settings.get("dtype", "float32"))
+        request = complete(model, settings)
         check(request, model, mesh)
         model.check(mesh)
         return PretrainedGenerator(model, request, mesh)()
@@ -72,14 +72,14 @@ DEFAULT = ("t2v", "i2v", "5b image")
 
 
 def marked(name: str, kind: str):
-    """By default one of each way in. What VACE's control blocks are told is in test_control.py."""
+    """By default one of each way in. What VACE's control blocks read is in test_vace.py."""
     return pytest.param(name, marks=[] if kind in DEFAULT else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("kind", [marked(kind, kind) for kind in KINDS])
 def test_clips_are_those_of_diffusers(kind, case, draw):
     c = case(kind)
-    assert close(draw(c.folder, c.asked()), c.want)
+    assert close(draw(c.folder, c.settings()), c.want)
 
 
 def close(got: np.ndarray, want: np.ndarray) -> bool:
@@ -89,17 +89,17 @@ def close(got: np.ndarray, want: np.ndarray) -> bool:
 
 
 def reversed_channels(monkeypatch):
-    mask = pretrained.shown_mask
-    monkeypatch.setattr(public, "shown_mask", lambda *args: mask(*args)[..., ::-1])
+    mask = pretrained.given_mask
+    monkeypatch.setattr(pretrained, "given_mask", lambda *args: mask(*args)[..., ::-1])
 
 
 def mask_last(monkeypatch):
-    pictures = PretrainedGenerator.pictures
+    conditions = PretrainedGenerator.image_conditions
     monkeypatch.setattr(
         PretrainedGenerator,
-        "pictures",
+        "image_conditions",
         lambda self: {
-            k: np.roll(v, -4, -1) if k == "concat" else v for k, v in pictures(self).items()
+            k: np.roll(v, -4, -1) if k == "concat" else v for k, v in conditions(self).items()
         },
     )
 
@@ -112,25 +112,25 @@ def tokens_swapped(monkeypatch):
 
 
 def references_at_the_end(monkeypatch):
-    control = PretrainedGenerator.control
+    control = PretrainedGenerator.control_conditions
     monkeypatch.setattr(
         PretrainedGenerator,
-        "control",
+        "control_conditions",
         lambda self: {k: np.roll(v, -2, 1) for k, v in control(self).items()},
     )
 
 
 def known_frame_at_time_t(monkeypatch):
-    clamp_known_frames = steps.clamp_known_frames
+    clamp_known_frames = generator_module.clamp_known_frames
 
-    def held(denoise, known, is_generated):
+    def clamp(denoise, known, is_generated):
         return clamp_known_frames(
             lambda x, t: denoise(x, jnp.broadcast_to(t.max(1, keepdims=True), t.shape)),
             known,
             is_generated,
         )
 
-    monkeypatch.setattr(steps, "hold", held)
+    monkeypatch.setattr(generator_module, "clamp_known_frames", clamp)
 
 
 MUTATIONS: dict[str, tuple[str, dict, Any]] = {
@@ -153,7 +153,7 @@ def test_what_would_be_wrong_is_seen(name, case, draw, monkeypatch):
     if mutate:
         mutate(monkeypatch)
     c = case(kind)
-    wrong = far(draw(c.folder, c.asked() | change), c.want)
+    wrong = far(draw(c.folder, c.settings() | change), c.want)
     assert wrong[0] > 0.5 or wrong[1] > 3
 
 
@@ -177,16 +177,16 @@ def test_a_lora_draws_what_merged_weights_draw(case, draw, tmp_path):
     for key, change in write_lora_file(weights, lora).items():
         weights[key] = weights[key] + np.float32(0.5) * change
     save_file(weights, file)
-    got = draw(c.folder, c.asked() | {"lora": (f"{lora}:0.5",)})
-    assert close(got, draw(merged, c.asked()))
+    got = draw(c.folder, c.settings() | {"lora": (f"{lora}:0.5",)})
+    assert close(got, draw(merged, c.settings()))
     assert far(got, c.want)[0] > 1
-    twice = draw(c.folder, c.asked() | {"lora": (f"{lora}:0.2", f"{lora}:0.3")})
+    twice = draw(c.folder, c.settings() | {"lora": (f"{lora}:0.2", f"{lora}:0.3")})
     assert close(twice, got)
     with pytest.raises(ConfigError, match="two experts"):
-        draw(c.folder, c.asked() | {"lora_2": (str(lora),)})
+        draw(c.folder, c.settings() | {"lora_2": (str(lora),)})
     save_file({"transformer.other.lora_A.weight": np.zeros((2, 2), np.float32)}, lora)
     with pytest.raises(WeightsError, match="is not a LoRA of the transformer of this model"):
-        draw(c.folder, c.asked() | {"lora": (str(lora),)})
+        draw(c.folder, c.settings() | {"lora": (str(lora),)})
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_the_command_and_its_manifest(case, tmp_path):
     c, out = case("a14b i2v"), tmp_path / "out.mp4"
     flags = [
         f"--{name}={value}"
-        for name, value in c.asked().items()
+        for name, value in c.settings().items()
         if name not in ("prompts", "guidance", "mesh")
     ]
     command(
@@ -210,7 +210,7 @@ def test_the_command_and_its_manifest(case, tmp_path):
     made = np.load(tmp_path / "x.npy")
     assert close(made, c.want) and out.stat().st_size > 0
     manifest = read_json(out.with_suffix(".json"))
-    assert manifest["request"]["fps"] == 16.0 and manifest["request"]["shift"] == 3.0
+    assert manifest["request"]["fps"] == 16.0 and manifest["request"]["sampling"]["shift"] == 3.0
     # Without the array frames come as bytes from the device, and are the same.
     done = command(
         "vdx.sample",
@@ -225,8 +225,8 @@ def test_the_command_and_its_manifest(case, tmp_path):
         == manifest["pixels_sha256"]
         == hashlib.sha256(to_uint8(made).tobytes()).hexdigest()
     )
-    said = [line.split(":")[0].split(" (")[0] for line in done.stdout.splitlines()]
-    assert said == [
+    lines = [line.split(":")[0].split(" (")[0] for line in done.stdout.splitlines()]
+    assert lines == [
         "text_encoder",
         "2 prompts encoded",
         "vae",
@@ -240,13 +240,13 @@ def test_the_command_and_its_manifest(case, tmp_path):
         f"Wrote {tmp_path / 'again.mp4'}",
     ]
 
-    same_weights(
-        PretrainedWeights(**manifest["weights"]), open_pretrained(c.folder).identity(), "x"
-    )
-    with pytest.raises(UsageError, match="are not those of the manifest"):
-        same_weights(PretrainedWeights(**manifest["weights"]), "0" * 64, "x")
+    made = PretrainedWeights(**manifest["weights"])
+    opened = PretrainedWeights(str(c.folder), open_pretrained(c.folder).identity())
+    check_weights(made, opened, "x")
+    with pytest.raises(ConfigError, match="are not those of the manifest"):
+        check_weights(made, PretrainedWeights("x", "0" * 64), "x")
     done = command("vdx.sample", "--weights=/nowhere", f"--prompt={PROMPT}", check=False)
-    assert done.returncode == 1 and "vdx.sample: /nowhere is not a folder" in done.stderr
+    assert done.returncode == 1 and "vdx: /nowhere is not a folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -255,7 +255,7 @@ def test_the_command_with_a_control_a_mask_and_references(case, tmp_path):
     c, out = case("vace"), tmp_path / "out.mp4"
     flags = [
         f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for name, value in c.asked().items()
+        for name, value in c.settings().items()
         if name not in ("prompts", "mesh")
     ]
     command(
@@ -293,12 +293,12 @@ def test_clips_at_once_and_one_network_at_a_time_on_a_mesh(case, draw, tmp_path,
     noise = np.random.default_rng(0).normal(size=(3, *c.noise.shape[1:])).astype(np.float32)
     noise[1] = c.noise[0]
     np.save(tmp_path / "noise.npy", noise)
-    asked = c.asked() | {
+    settings = c.settings() | {
         "prompts": ("the grey cat", PROMPT, "a street"),
         "init_noise": str(tmp_path / "noise.npy"),
     }
     mesh = MeshSpec(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])
-    got = draw(c.folder, asked, mesh)
+    got = draw(c.folder, settings, mesh)
     assert got.shape[0] == 3 and close(got[1:2], c.want)
     assert far(got[:1], c.want)[0] > 1 and far(got[2:], c.want)[0] > 1
     assert len(left) == 4 and max(left) < 0.4  # bytes a parameter, of which each has four
@@ -307,5 +307,5 @@ def test_clips_at_once_and_one_network_at_a_time_on_a_mesh(case, draw, tmp_path,
 @pytest.mark.slow
 def test_in_bfloat16_it_is_near(case, draw):
     c = case("t2v")
-    mean, _ = far(draw(c.folder, c.asked() | {"dtype": "bfloat16"}), c.want)
+    mean, _ = far(draw(c.folder, c.settings() | {"dtype": "bfloat16"}), c.want)
     assert 0.1 < mean < 4

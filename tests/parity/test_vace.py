@@ -1,4 +1,4 @@
-"""What leads a clip of VACE (a video, a mask, references) against WanVACEPipeline of diffusers."""
+"""Controls of VACE (a video, a mask, references) against WanVACEPipeline of diffusers."""
 
 import dataclasses
 import functools
@@ -15,7 +15,8 @@ from vdx.config.build import ConfigError
 from vdx.generate import image_inputs, pretrained
 from vdx.generate.image_inputs import letterbox, mask_channels
 from vdx.generate.pretrained import PretrainedGenerator
-from vdx.generate.pretrained_request import check, complete, remake
+from vdx.generate.pretrained_checks import check
+from vdx.generate.pretrained_request import complete, remake
 from vdx.generate.video_io import frames_at, write_video
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import check_consistency, open_pretrained
@@ -34,7 +35,7 @@ from tests.wan_pipelines import (  # noqa: E402
     shown,
 )
 
-ASKED = {
+SETTINGS = {
     "prompts": ("a",),
     "mesh": {},
     "steps": 2,
@@ -67,7 +68,7 @@ def files(tmp_path_factory):
 
 
 def once(method):
-    """A method that keeps what it answered to its first argument."""
+    """A method that keeps its result for each first argument."""
     kept = {}
 
     def call(self, name, *args):
@@ -79,27 +80,28 @@ def once(method):
 
 
 @pytest.fixture(scope="module")
-def told(model, files, mesh, quick):
-    """told(names, **change): what ours tells the control blocks [1 t h w c]. The encoder is read
-    and made a program once."""
+def control(model, files, mesh, quick):
+    """control(names, **change): what our control blocks read [1 t h w c].
+
+    The encoder is read and compiled once.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained.jax, "jit", functools.partial(jax.jit, compiler_options=quick))
-        for name in ("load", "compiled"):
+        for name in ("load", "compile_call"):
             patch.setattr(PretrainedGenerator, name, once(getattr(PretrainedGenerator, name)))
 
-        def told(names, **change):
-            request = complete(model, ASKED | {name: files[name][0] for name in names} | change)
+        def control(names, **change):
+            request = complete(model, SETTINGS | {name: files[name][0] for name in names} | change)
             check(request, model, mesh)
             with jax.set_mesh(mesh):
-                return PretrainedGenerator(model, request, mesh, lambda line: None).control()[
-                    "control"
-                ]
+                generator = PretrainedGenerator(model, request, mesh, lambda line: None)
+                return generator.control_conditions()["control"]
 
-        yield told
+        yield control
 
 
 def theirs(pipe, given) -> np.ndarray:
-    """What WanVACEPipeline tells them."""
+    """What the control blocks of WanVACEPipeline read."""
     with torch.no_grad():
         video, mask, references = pipe.preprocess_conditions(
             given.get("video"),
@@ -119,20 +121,20 @@ def theirs(pipe, given) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def want(pipe, files):
-    """Theirs of all that can be shown: 2 references, 3 frames of 4 + 4 latents and 64 of mask."""
+    """Theirs of every control: 2 references, 3 frames of 4 + 4 latents and 64 of mask."""
     out = theirs(pipe, {k: v for _, given in files.values() for k, v in given.items()})
     assert out.shape == (1, 5, HEIGHT // 8, WIDTH // 8, 72)
     return out
 
 
 @pytest.mark.parametrize("names", [(), ("control",), ("control", "control_mask"), ("reference",)])
-def test_parts_of_it_are_theirs(names, pipe, told, files):
+def test_parts_of_it_are_theirs(names, pipe, control, files):
     want = theirs(pipe, {k: v for name in names for k, v in files[name][1].items()})
-    np.testing.assert_allclose(told(names), want, atol=1e-5)
+    np.testing.assert_allclose(control(names), want, atol=1e-5)
 
 
-def test_all_of_it_is_theirs(told, files, want):
-    np.testing.assert_allclose(told(files), want, atol=1e-5)
+def test_all_of_it_is_theirs(control, files, want):
+    np.testing.assert_allclose(control(files), want, atol=1e-5)
 
 
 FAULTS = {
@@ -145,18 +147,18 @@ FAULTS = {
         "mask_channels",
         lambda f, m, *args: f(m[[0, 0, 1, 1, 1, 5, 5, 5, 5]], *args),
     ),
-    "references squeezed": ("on_white", lambda f, *args: image_inputs.fitted(*args)),
-    "references on black": ("on_white", lambda f, *args: np.where(f(*args) == 1, -1, f(*args))),
+    "references squeezed": ("letterbox", lambda f, *args: image_inputs.resize_image(*args)),
+    "references on black": ("letterbox", lambda f, *args: np.where(f(*args) == 1, -1, f(*args))),
     "references in order": ("reversed", lambda f, paths: paths),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_seen(name, told, files, want, monkeypatch):
+def test_a_fault_is_seen(name, control, files, want, monkeypatch):
     where, change = FAULTS[name]
-    real = getattr(public, where, reversed)
-    monkeypatch.setattr(public, where, functools.partial(change, real), raising=False)
-    assert np.abs(told(files) - want).max() > 0.05
+    real = getattr(pretrained, where, reversed)
+    monkeypatch.setattr(pretrained, where, functools.partial(change, real), raising=False)
+    assert np.abs(control(files) - want).max() > 0.05
 
 
 @pytest.mark.parametrize("size", [(70, 50), (20, 17), (16, 300), (9, 5), (48, 32)])
@@ -167,7 +169,7 @@ def test_a_reference_of_any_size_is_whole_on_white(size):
     scale = min(32 / h, 48 / w)
     inner = int(h * scale), int(w * scale)
     with torch.no_grad():
-        small = torch.from_numpy(image_inputs.fitted(picture, h, w)).movedim(-1, 0)[None]
+        small = torch.from_numpy(image_inputs.resize_image(picture, h, w)).movedim(-1, 0)[None]
         want = torch.nn.functional.interpolate(small, inner, mode="bilinear", align_corners=False)
     top, left = (32 - inner[0]) // 2, (48 - inner[1]) // 2
     spot = slice(top, top + inner[0]), slice(left, left + inner[1])
@@ -217,11 +219,11 @@ def test_frames_are_those_nearest_in_time(fps, want, tmp_path):
         next(frames_at(tmp_path / "b.mp4", fps))
 
 
-def test_a_picture_as_a_mask_holds_for_every_frame(told, tmp_path):
+def test_a_picture_as_a_mask_masks_every_frame(control, tmp_path):
     grey = np.zeros((HEIGHT, WIDTH), np.uint8)
     grey[8:20, 16:40] = 255
     Image.fromarray(grey).save(tmp_path / "mask.png")
-    got = told(("control",), control_mask=str(tmp_path / "mask.png"))
+    got = control(("control",), control_mask=str(tmp_path / "mask.png"))
     want = mask_channels(np.repeat(grey[None] / np.float32(255), FRAMES, 0), 3, 8)
     np.testing.assert_allclose(got[0, ..., 8:], want, atol=1e-6)
 
@@ -229,14 +231,14 @@ def test_a_picture_as_a_mask_holds_for_every_frame(told, tmp_path):
 def test_size_and_length_are_those_of_the_control(model, tmp_path):
     control = numbered(tmp_path / "a.mp4", 30, 30, (128, 192))  # 1 s
 
-    def asked(**given):
-        r = complete(model, ASKED | FREE | given)
+    def defaults(**given):
+        r = complete(model, SETTINGS | FREE | given)
         return r.height, r.width, r.num_frames, r.guidance
 
-    assert asked(control=control) == (512, 768, 13, (5.0,))  # 16 of them at 16 fps
-    assert asked(control=control, fps=30.0)[2] == 29
-    assert asked(control=control, num_frames=5, height=32, width=48)[:3] == (32, 48, 5)
-    assert asked()[:3] == (480, 832, 81)
+    assert defaults(control=control) == (512, 768, 13, (5.0,))  # 16 of them at 16 fps
+    assert defaults(control=control, fps=30.0)[2] == 29
+    assert defaults(control=control, num_frames=5, height=32, width=48)[:3] == (32, 48, 5)
+    assert defaults()[:3] == (480, 832, 81)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_what_cannot_be_read_is_explained(change, message, model, files, mesh, t
         for k, v in change.items()
     }
     with pytest.raises(ConfigError, match=message):
-        check(complete(model, ASKED | asked | change), model, mesh)
+        check(complete(model, SETTINGS | asked | change), model, mesh)
 
 
 def test_another_model_reads_no_control(tmp_path, files, mesh):
@@ -281,15 +283,15 @@ def test_another_model_reads_no_control(tmp_path, files, mesh):
     model = open_pretrained(tmp_path)
     for name, (file, _) in files.items():
         with pytest.raises(ConfigError, match="this model has no control blocks"):
-            check(complete(model, ASKED | {name: file}), model, mesh)
+            check(complete(model, SETTINGS | {name: file}), model, mesh)
 
 
-def test_a_manifest_knows_its_files(model, files, mesh):
-    request = complete(model, ASKED | {name: file for name, (file, _) in files.items()})
+def test_a_manifest_identifies_its_files(model, files, mesh):
+    request = complete(model, SETTINGS | {name: file for name, (file, _) in files.items()})
     made = json.loads(json.dumps(dataclasses.asdict(request)))
     assert set(made["digests"]) == {"control", "control_mask", "reference 0", "reference 1"}
     assert remake(made, {}) == request
-    swapped = remake(made, {"reference": request.reference[::-1]})
+    swapped = remake(made, {"reference": request.references[::-1]})
     with pytest.raises(
         ConfigError,
         match=r"reference 0 = .* is not the file of the request; give "

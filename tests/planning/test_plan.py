@@ -26,7 +26,7 @@ from vdx.planning.planner import plan_job
 from vdx.planning.programs import model_flops, stated_flops
 from vdx.planning.search import meshes, search
 from vdx.planning.table import ranking, table
-from vdx.train.program import abstract_batch
+from vdx.train.compile import abstract_train_batch
 
 ROOT = Path(__file__).parents[2]
 SHAPE = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -82,7 +82,8 @@ def test_a_batch_without_data_has_the_shapes_of_one_with_data(mesh, at_root):
         batches.close()
         clip = (*real["video"].shape[1:4], e.model.channels)
         assert clip == complete_shapes(e, None, None)[0]
-        assert facts(abstract_batch(e, mesh, clip)) == facts(real), name
+        abstract = abstract_train_batch(e.model, mesh, clip, global_batch=2, cached=False)
+        assert facts(abstract) == facts(real), name
 
 
 def facts(batch):
@@ -99,7 +100,9 @@ def test_a_cached_batch_has_the_shapes_of_the_cache(base, mesh):
     example = ready_example(row, "a", {"text": [256, 4096]})
     del example["key"]
     real = put_batch(mesh, {k: np.stack([v] * 32) for k, v in example.items()})
-    assert facts(abstract_batch(base.experiment, mesh, base.clip, 256)) == facts(real)
+    model = base.experiment.model
+    abstract = abstract_train_batch(model, mesh, base.clip, global_batch=32, cached=True, text=256)
+    assert facts(abstract) == facts(real)
 
 
 def test_out_of_memory_is_a_result(base):

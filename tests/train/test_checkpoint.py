@@ -1,4 +1,4 @@
-"""Checkpoints give back the very bits, on any mesh, or say why not. On eight simulated devices."""
+"""Checkpoints give back the bits that were saved, on any mesh, or an error with the reason."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from vdx.parallel import MeshSpec
-from vdx.train.checkpoint import CheckpointError, Checkpoints, locate
+from vdx.train.checkpoint import Checkpoints, locate
+from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.checksum import fingerprint, fingerprints
 from vdx.train.state import TrainState, state_shardings
 
@@ -83,7 +84,7 @@ def one():
 def saved(mesh, tmp_path_factory) -> Path:
     """Steps 1, 2 and 3, of states with those seeds, saved from eight devices."""
     workdir = tmp_path_factory.mktemp("saved")
-    with jax.set_mesh(mesh), Checkpoints(workdir, keep=3) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(workdir, max_to_keep=3) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, on(mesh, new_state(step)), PROGRESS)
     return workdir
@@ -211,7 +212,7 @@ def test_flipped_bits_are_found_and_answered(saved, one, tmp_path, caplog):
 
 
 def test_the_damaged_array_is_named(copy, one, caplog):
-    """The values of one array, altered with care for every checksum that Orbax knows of."""
+    """The values of one array, altered so that every checksum of Orbax still fits."""
     with jax.set_mesh(one), Checkpoints(copy) as checkpoints:
         facts = checkpoints.facts(3)
     path = copy / "checkpoints/3/facts/metadata"
@@ -308,7 +309,7 @@ def test_every_array_that_differs_is_named(saved, one):
 
 def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
     scores = {1: 0.9, 2: 0.1, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
-    options = dict(keep=1, keep_every=3, best="validation/loss")
+    options = dict(max_to_keep=1, keep_period=3, best_metric="validation/loss")
     with jax.set_mesh(one):
         for steps in ((1, 2, 3), (4, 5), (6, 7)):  # three programs
             with Checkpoints(tmp_path, **options) as checkpoints:
@@ -318,7 +319,7 @@ def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
                     )
         with Checkpoints(tmp_path, **options) as checkpoints:
             assert checkpoints.steps() == [2, 3, 6, 7] and checkpoints.best_step() == 2
-        with Checkpoints(tmp_path, best="validation/loss", read_only=True) as checkpoints:
+        with Checkpoints(tmp_path, best_metric="validation/loss", read_only=True) as checkpoints:
             assert checkpoints.best_step() == 2
         with (
             Checkpoints(tmp_path, read_only=True) as checkpoints,
@@ -328,7 +329,7 @@ def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
 
 
 def test_a_step_without_a_score_is_not_best_and_not_kept_for_it(tmp_path, one):
-    with jax.set_mesh(one), Checkpoints(tmp_path, keep=1, best="m") as checkpoints:
+    with jax.set_mesh(one), Checkpoints(tmp_path, max_to_keep=1, best_metric="m") as checkpoints:
         for step, metrics in ((1, {"m": 2.0}), (2, None), (3, {"m": 3.0}), (4, None)):
             checkpoints.save(step, on(one, new_state(step)), PROGRESS, metrics)
         checkpoints.wait()
@@ -336,7 +337,7 @@ def test_a_step_without_a_score_is_not_best_and_not_kept_for_it(tmp_path, one):
 
 
 def test_a_save_that_does_not_happen_is_an_error(saved, copy, one):
-    with jax.set_mesh(one), Checkpoints(copy, keep=3) as checkpoints:
+    with jax.set_mesh(one), Checkpoints(copy, max_to_keep=3) as checkpoints:
         with pytest.raises(CheckpointError, match=r"Step 2 was not saved: .* already holds step 3"):
             checkpoints.save(2, on(one, new_state(2)), PROGRESS)
         checkpoints.delete_after(1)
@@ -379,19 +380,19 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_explained_and_older_steps_stay(small_disk, one):
     with jax.set_mesh(one):
-        with Checkpoints(small_disk, keep=3) as checkpoints:
+        with Checkpoints(small_disk, max_to_keep=3) as checkpoints:
             checkpoints.save(1, on(one, new_state(1)), PROGRESS)
         free = shutil.disk_usage(small_disk).free
         (small_disk / "filler").write_bytes(b"x" * (free - 4096))
         with (
             pytest.raises(CheckpointError) as error,
-            Checkpoints(small_disk, keep=3) as checkpoints,
+            Checkpoints(small_disk, max_to_keep=3) as checkpoints,
         ):
             checkpoints.save(2, on(one, new_state(2)), PROGRESS)
         assert "No space left" in str(error.value) and "whole there: 1." in str(error.value)
         (small_disk / "filler").unlink()
         same(restored(one, small_disk)[0], new_state(1))
-        with Checkpoints(small_disk, keep=3) as checkpoints:
+        with Checkpoints(small_disk, max_to_keep=3) as checkpoints:
             checkpoints.save(2, on(one, new_state(2)), PROGRESS)
         same(restored(one, small_disk)[0], new_state(2))
 

@@ -10,11 +10,12 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
+from vdx.data.pipeline import Loader
 from vdx.experiment import Experiment
 from vdx.hardware import CHIPS
 from vdx.parallel import MeshSpec, abstract_batch, put_batch
 from vdx.train import compile as compile_module
-from vdx.train.compile import StepCompiler
+from vdx.train.compile import StepCompiler, TrainProgram
 
 
 def clips(n, frames, height=8, width=8):
@@ -28,7 +29,7 @@ def clips(n, frames, height=8, width=8):
 
 @pytest.fixture
 def world():
-    """(what makes Programs of a step, shapes that were traced, mesh of two devices, what all
+    """(makes a StepCompiler, shapes that were traced, mesh of two devices, an event that all
     programs but the first wait for)."""
     mesh, traced, go = MeshSpec().make(jax.devices()[:2]), [], threading.Event()
 
@@ -39,13 +40,10 @@ def world():
 
     def make(loader=None, samples=(), model=None):
         return StepCompiler(
-            jax.jit(step, donate_argnums=0),
-            jax.ShapeDtypeStruct((), jnp.float32),
+            TrainProgram(jax.jit(step, donate_argnums=0), jax.ShapeDtypeStruct((), jnp.float32)),
             jnp.float32(2),
-            SimpleNamespace(
-                model=model or SimpleNamespace(channels=3, num_tokens=lambda shape: 10 * shape[1]),
-                data=SimpleNamespace(loader=loader or {"global_batch": 4}),
-            ),
+            model or SimpleNamespace(channels=3, num_tokens=lambda shape: 10 * shape[1]),
+            loader or Loader(global_batch=4),
             mesh,
             lambda: samples,
         )
@@ -57,40 +55,40 @@ def test_others_are_compiled_while_the_first_runs(world):
     make, traced, mesh, go = world
     batches = [clips(8, 2), clips(4, 4), clips(2, 8)]
     samples = [(len(b["place"]), {k: v[0] for k, v in b.items()}) for b in batches]
-    programs, state, total = make(samples=samples), jnp.float32(0), 0.0
+    compiler, state, total = make(samples=samples), jnp.float32(0), 0.0
     for i, batch in enumerate(3 * batches):
         if i == 1:  # the first step did not wait for the others, nor do they for a batch
-            assert len(traced) == 1 and len(programs.known) == 3
+            assert len(traced) == 1 and len(compiler.programs) == 3
             go.set()
-            for made in programs.known.values():
+            for made in compiler.programs.values():
                 made.result()
             assert len(traced) == 3
-        run, work = programs(put_batch(mesh, batch))
-        state, places = run(state, put_batch(mesh, batch), programs.frozen)
+        run, work = compiler(put_batch(mesh, batch))
+        state, places = run(state, put_batch(mesh, batch), compiler.frozen)
         total += 2 * batch["video"].mean()
         assert work == (len(batch["place"]), 10 * batch["video"].shape[1] * len(batch["place"]), 0)
         assert places == batch["place"].sum()
     assert traced == [b["video"].shape for b in batches]  # each once, in order
     np.testing.assert_allclose(state, total, rtol=1e-5)
-    programs.close()
+    compiler.close()
 
 
-def test_a_shape_that_nobody_told_of_is_compiled_when_it_comes(world):
+def test_an_unlisted_shape_is_compiled_when_it_comes(world):
     make, traced, mesh, go = world
     go.set()
-    programs = make(samples=[(4, {k: v[0] for k, v in clips(1, 3).items()})])
+    compiler = make(samples=[(4, {k: v[0] for k, v in clips(1, 3).items()})])
     for frames in (2, 5, 2, 3):
-        programs(put_batch(mesh, clips(4, frames)))
+        compiler(put_batch(mesh, clips(4, frames)))
     assert sorted(shape[1] for shape in traced) == [2, 3, 5]
-    programs.close()
+    compiler.close()
 
 
-def test_what_does_not_divide_is_said_at_once(world):
+def test_a_batch_that_does_not_divide_fails_at_once(world):
     make = world[0]
     with pytest.raises(ConfigError, match=r"batch of 3 clips .* data and fsdp, 2 parts"):
-        make({"global_batch": 2, "buckets": [[8, 8, 8, 4], [16, 8, 8, 3]]})
+        make(Loader(global_batch=2, buckets=((8, 8, 8, 4), (16, 8, 8, 3))))
     with pytest.raises(ConfigError, match="batch of 5 clips"):
-        make({"global_batch": 5})
+        make(Loader(global_batch=5))
 
 
 def test_a_bucket_that_is_no_number_of_patches(at_root):
@@ -100,16 +98,23 @@ def test_a_bucket_that_is_no_number_of_patches(at_root):
         )
     )
     with pytest.raises(ValueError, match=r"\(8, 30, 32\).*does not divide into patches"):
-        StepCompiler(None, None, None, made, MeshSpec().make(jax.devices()[:1]), list)
+        StepCompiler(
+            TrainProgram(None, None),
+            None,
+            made.model,
+            made.loader,
+            MeshSpec().make(jax.devices()[:1]),
+            list,
+        )
 
 
-def test_abstract_batches_are_like_those_that_come(world):
+def test_abstract_batches_match_real_ones(world):
     batch = clips(4, 2)
-    told = abstract_batch(world[2], {k: v[0] for k, v in batch.items()}, 4)
+    abstract = abstract_batch(world[2], {k: v[0] for k, v in batch.items()}, 4)
     real = put_batch(world[2], batch)
-    assert told.keys() == real.keys() == {"video", "place"}
+    assert abstract.keys() == real.keys() == {"video", "place"}
     for name, x in real.items():
-        assert (told[name].shape, told[name].dtype, told[name].sharding) == (
+        assert (abstract[name].shape, abstract[name].dtype, abstract[name].sharding) == (
             x.shape,
             x.dtype,
             x.sharding,
@@ -119,7 +124,7 @@ def test_abstract_batches_are_like_those_that_come(world):
 def test_operations_of_a_step_are_counted_where_a_peak_is_known(world, monkeypatch):
     make, _, mesh, _ = world
     assert compile_module.peak_flops(mesh) == 0
-    monkeypatch.setattr(ahead, "chip_of", lambda kind: CHIPS["v5e"])
+    monkeypatch.setattr(compile_module, "chip_of", lambda kind: CHIPS["v5e"])
     assert compile_module.peak_flops(mesh) == 2 * 197e12
     model = SimpleNamespace(
         channels=3, num_tokens=lambda shape: 1, flops=lambda shape, text: 1e6 * np.prod(shape)

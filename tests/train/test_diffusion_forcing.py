@@ -10,17 +10,18 @@ import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
-from vdx.diffusion.losses import WEIGHTINGS
+from vdx.diffusion.losses import DenoisingLoss
 from vdx.diffusion.process import PROCESSES
 from vdx.diffusion.time_sampling import TIME_SAMPLERS
-from vdx.experiment import Experiment, load, open_params
+from vdx.experiment import Experiment, load
 from vdx.files import read_rows
 from vdx.generate.blockwise import BlockwiseGenerator
-from vdx.generate.pipeline import Generator
+from vdx.generate.generator import Generator
 from vdx.main import run
 from vdx.models.denoiser import Denoiser
+from vdx.train.objectives import Objective
 from vdx.train.preemption import PreemptionHandler
-from vdx.train.step import Objective
+from vdx.weights import open_params
 
 RNG = np.random.default_rng(0)
 SHAPE = (4, 4, 3)
@@ -42,8 +43,7 @@ def objective_of(spec, patch=(1, 2, 2), **fields):
         model,
         PROCESSES["rectified_flow"](),
         TIME_SAMPLERS["uniform"](),
-        WEIGHTINGS["none"](),
-        forcing=True,
+        diffusion_forcing=True,
         **fields,
     )
 
@@ -51,9 +51,11 @@ def objective_of(spec, patch=(1, 2, 2), **fields):
 @pytest.mark.parametrize(("spec", "pt", "size"), [({"block": 2}, 2, 4), ({}, 2, 2), ({}, 1, 1)])
 def test_every_block_has_its_own_time(spec, pt, size):
     objective = objective_of(spec, (pt, 2, 2))
-    batch = {"latents": np.zeros((3, 10, *SHAPE), np.float32)}
-    t, noise, _ = jax.jit(objective.draw)(batch, jax.random.key(0))
-    assert t.shape == (3, 10) and noise.shape == batch["latents"].shape
+    x0 = np.zeros((3, 10, *SHAPE), np.float32)
+    times, noise, _ = jax.jit(objective.draw)(x0, jax.random.key(0))
+    t = times.t
+    assert t.shape == times.compact_t.shape == times.report_t.shape == (3, 10)
+    assert noise.shape == x0.shape and times.loss_mask.all()
     for clip in np.asarray(t):
         parts = [clip[i : i + size] for i in range(0, 10, size)]
         assert all(len(set(part.tolist())) == 1 for part in parts)
@@ -61,11 +63,11 @@ def test_every_block_has_its_own_time(spec, pt, size):
     assert t.min() > 0 and t.max() < 1 and t.max() - t.min() > 0.7
 
 
-class Told:
-    """A model that predicts the time that it is told, in every pixel."""
+class TimeEcho:
+    """A model that predicts its own time, in every pixel."""
 
     def __init__(self, model):
-        for name in ("num_tokens", "parts", "random_drop", "derived", "block"):
+        for name in ("num_tokens", "backbone", "random_drop", "from_clip", "block"):
             setattr(self, name, getattr(model, name))
 
     def run(self, params, x, time, batch, drop, method):
@@ -74,34 +76,32 @@ class Told:
 
 def test_the_loss_of_a_frame_is_that_at_its_time():
     objective = objective_of({"block": 2})
-    told = dataclasses.replace(
+    echo = dataclasses.replace(
         objective,
-        model=Told(objective.model),
-        weight=WEIGHTINGS["velocity"](),
+        model=TimeEcho(objective.model),
+        loss_terms={"denoising": DenoisingLoss(weighting={"name": "velocity"})},
         process=PROCESSES["rectified_flow"](prediction="x0"),
     )
     x0 = RNG.normal(size=(3, 6, *SHAPE)).astype(np.float32)
-    t, *_ = jax.jit(told.draw)({"latents": x0}, jax.random.key(1))
+    t = jax.jit(echo.draw)(x0, jax.random.key(1)).times.t
     each = np.asarray(t)[:, :, None, None, None]
     errors = np.square((each - x0) / np.maximum(each, 0.05)).mean((2, 3, 4))
-    loss, about = jax.jit(told.loss)({}, {"latents": x0}, jax.random.key(1))
-    np.testing.assert_allclose(loss, errors.mean(), rtol=1e-5)
-    np.testing.assert_array_equal(about["bin_counts"], np.histogram(t, 5, (0, 1))[0])
+    losses = jax.jit(echo.losses)({}, {"latents": x0}, jax.random.key(1))
+    np.testing.assert_allclose(losses.terms["denoising"], errors.mean(), rtol=1e-5)
+    np.testing.assert_array_equal(losses.bin_counts, np.histogram(t, 5, (0, 1))[0])
     sums = np.histogram(t, 5, (0, 1), weights=errors)[0]
-    np.testing.assert_allclose(about["bin_sums"], sums, rtol=1e-5)
+    np.testing.assert_allclose(losses.bin_sums, sums, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"first_frame = 0\.5 sets times"):
         dataclasses.replace(objective, first_frame=0.5)
 
 
 MICRO = [
     "--config.train.steps=4",
-    "--config.train.eval_every=4",
+    "--config.eval={'loss': {'every': 4, 'clips': 8}}",
     "--config.train.sample_every=4",
     "--config.train.save_every=4",
     "--config.train.log_every=2",
-    "--config.train.eval_clips=8",
     "--config.data.loader.global_batch=8",
-    "--config.eval.prompts=0",
     "--config.sample.steps=2",
     "--config.model.backbone.width=32",
     "--config.model.backbone.depth=2",
@@ -113,7 +113,7 @@ MICRO = [
 def test_a_config_with_forcing_and_blocks_streams(at_root):
     config = resolve("configs/t2v_tiny.py:stream", MICRO)
     assert isinstance(Experiment(config).generator(), BlockwiseGenerator)
-    assert type(Experiment({**config, "forcing": False}).generator()) is Generator
+    assert type(Experiment({**config, "diffusion_forcing": False}).generator()) is Generator
     config["model"]["backbone"]["pattern"][0]["block"] = 3
     with pytest.raises(ConfigError, match=r"16 frames are no number of blocks.* of 12"):
         Experiment(config)
@@ -129,10 +129,10 @@ def test_it_trains_and_draws_clips_longer_than_those_of_training(at_root, tmp_pa
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         params, *_ = open_params(experiment, tmp_path, mesh)
-        asked = params, ["a red ball", "blue"], [5, 6]
-        clip = experiment.generator()(*asked, num_frames=64, fps=8.0)
+        request = params, ["a red ball", "blue"], [5, 6]
+        clip = experiment.generator()(*request, num_frames=64, fps=8.0)
         blocks = list(
-            itertools.islice(experiment.generator().stream(*asked, num_frames=None, fps=8.0), 3)
+            itertools.islice(experiment.generator().stream(*request, num_frames=None, fps=8.0), 3)
         )
     assert clip.shape == (2, 64, 32, 32, 3) and np.isfinite(clip).all()
     np.testing.assert_allclose(np.concatenate(blocks, 1), clip[:, :12], atol=1e-4)

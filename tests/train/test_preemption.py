@@ -28,8 +28,8 @@ def ready(child: subprocess.Popen) -> None:
 
 LOOP = """
     import time
-    from vdx.train.preemption import Preempted, Stop
-    with Stop() as stop:
+    from vdx.train.preemption import Preempted, PreemptionHandler
+    with PreemptionHandler() as stop:
         stop.polled = {polled}
         print("ready", flush=True)
         while True:
@@ -120,8 +120,8 @@ def test_the_watchdog_lets_live_what_moves():
 HOLD = """
     import sys, time
     from pathlib import Path
-    from vdx.train.preemption import own
-    with own(Path({path!r})):
+    from vdx.train.preemption import lock_workdir
+    with lock_workdir(Path({path!r})):
         print("ready", flush=True)
         time.sleep(600)
 """
@@ -135,8 +135,8 @@ def test_a_workdir_has_one_writer(tmp_path):
         lock_workdir(tmp_path / "run"),
     ):
         pass
-    child.send_signal(signal.SIGKILL)  # whatever becomes of the holder
-    child.wait()
+    child.send_signal(signal.SIGKILL)  # the lock ends with its process, however that ends
+    child.communicate()
     with lock_workdir(tmp_path / "run"):
         assert f"process {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
     with lock_workdir(tmp_path / "run"):

@@ -21,13 +21,13 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, known: Iterable[Any]) -> str:
-    """Returns " Did you mean 'x'?" for the closest known name, or an empty string."""
+    """Return " Did you mean 'x'?" for the closest known name, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def configurable_fields(cls: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass or flax module that a config may set, with their types."""
+    """Return the fields of a dataclass or flax module that a config may set, with their types."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     if "parent" in names:  # a flax module, whose `parent` and `name` flax itself sets
@@ -36,12 +36,12 @@ def configurable_fields(cls: Any) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """Returns how a type reads in a message, such as "int" or "tuple[float, ...]"."""
+    """Return how a type reads in a message, such as "int" or "tuple[float, ...]"."""
     return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Converts a value to the annotated type: int to float and list to tuple, nothing else."""
+    """Convert a value to the annotated type: int to float and list to tuple, nothing else."""
     if hint is Any:
         return value
     origin = typing.get_origin(hint)
@@ -68,7 +68,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given: Any) -> T:
-    """Builds the dataclass or module `cls` from a section of a config.
+    """Build the dataclass or module `cls` from a section of a config.
 
     where: the section's dotted name, for messages. given: fields that the program supplies and
     the config may not set. Raises ConfigError for an unknown key, a wrong type or a missing key.
@@ -97,7 +97,7 @@ def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given: An
 
 
 def lookup(name: str, table: Mapping[str, T], where: str) -> T:
-    """Returns the row `name` of a table. Raises ConfigError that lists the rows."""
+    """Return the row `name` of a table. Raises ConfigError that lists the rows."""
     if name not in table:
         raise ConfigError(
             f"{where}: unknown name {name!r}.{nearest(name, table)} "
@@ -109,7 +109,7 @@ def lookup(name: str, table: Mapping[str, T], where: str) -> T:
 def build(
     spec: Mapping[str, Any], table: Mapping[str, Callable[..., T]], where: str, **given: Any
 ) -> T:
-    """Builds the object that a spec `{"name": ..., **fields}` names in a table."""
+    """Build the object that a spec `{"name": ..., **fields}` names in a table."""
     if "name" not in spec:
         raise ConfigError(f"{where} lacks a name. Known: {', '.join(table)}.")
     row = lookup(spec["name"], table, where)

@@ -22,7 +22,7 @@ WORDS = {"true": True, "false": False, "null": None}  # "none" is a name in seve
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Returns the ConfigDict that `get_config(variant)` of a Python file returns.
+    """Return the ConfigDict that `get_config(variant)` of a Python file returns.
 
     spec: "configs/NAME.py" or "configs/NAME.py:variant". Raises ConfigError if there is no such
     file.
@@ -47,7 +47,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def parse_value(text: str) -> Any:
-    """Parses a Python literal, true, false or null; anything else is a string."""
+    """Parse a Python literal, true, false or null; anything else is a string."""
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:
@@ -57,7 +57,7 @@ def parse_value(text: str) -> Any:
 
 
 def override(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets `a.b.c` and makes sections on the way; references in the config follow.
+    """Set `a.b.c` and makes sections on the way; references in the config follow.
 
     Raises ConfigError where a section of the key is a value.
     """
@@ -73,12 +73,12 @@ def override(config: ConfigDict, key: str, value: Any) -> None:
 
 
 def is_override(arg: str) -> bool:
-    """Returns whether an argument sets a key of the config."""
+    """Return whether an argument sets a key of the config."""
     return arg.startswith("-") and arg.lstrip("-").startswith("config.")
 
 
 def resolve(spec: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Resolves a config file and the overrides among `argv` to plain JSON values.
+    """Resolve a config file and the overrides among `argv` to plain JSON values.
 
     Raises ConfigError for an override without a value, or a key that has a new name.
     """

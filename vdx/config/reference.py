@@ -26,7 +26,7 @@ class Section(NamedTuple):
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """Returns {field: its comment} of a class and its bases.
+    """Return {field: its comment} of a class and its bases.
 
     A comment is on the field's line, continued on comment lines below it, or on the lines above.
     """
@@ -38,7 +38,7 @@ def field_comments(cls: type) -> dict[str, str]:
 
 
 def _comments_of(source: str, fields: list[str]) -> dict[str, str]:
-    """Returns {field: comment} for annotated names of one class body."""
+    """Return {field: comment} for annotated names of one class body."""
     lines = source.splitlines()
     by_line = {}
     for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
@@ -58,7 +58,7 @@ def _comments_of(source: str, fields: list[str]) -> dict[str, str]:
 
 
 def _last_line(lines: list[str], first: int) -> int:
-    """Returns the index of the last line of a field whose value spans several lines."""
+    """Return the index of the last line of a field whose value spans several lines."""
     depth = 0
     for number in range(first, len(lines)):
         code = lines[number].partition("#")[0]
@@ -69,7 +69,7 @@ def _last_line(lines: list[str], first: int) -> int:
 
 
 def _above(lines: list[str], by_line: dict[int, str], number: int) -> list[str]:
-    """Returns the comment lines directly above a field that has none on its own line."""
+    """Return the comment lines directly above a field that has none on its own line."""
     parts: list[str] = []
     if number in by_line:
         return parts
@@ -81,7 +81,7 @@ def _above(lines: list[str], by_line: dict[int, str], number: int) -> list[str]:
 
 
 def _below(lines: list[str], by_line: dict[int, str], number: int) -> list[str]:
-    """Returns the comment lines that continue, further to the right, the comment of a field."""
+    """Return the comment lines that continue, further to the right, the comment of a field."""
     parts = []
     indent = len(lines[0]) - len(lines[0].lstrip()) + 4
     number += 1
@@ -94,7 +94,7 @@ def _below(lines: list[str], by_line: dict[int, str], number: int) -> list[str]:
 
 
 def render(title: str, sections: list[Section]) -> str:
-    """Returns the whole reference as Markdown."""
+    """Return the whole reference as Markdown."""
     blocks = [title.strip()]
     for section in sections:
         blocks.append(f"## `{section.key}`")
@@ -108,7 +108,7 @@ def render(title: str, sections: list[Section]) -> str:
 
 
 def _table_of_rows(section: Section) -> list[str]:
-    """Returns one block a row of a table: its name, its first sentence and its fields."""
+    """Return one block a row of a table: its name, its first sentence and its fields."""
     assert isinstance(section.contents, Mapping)
     blocks = []
     for name, row in section.contents.items():
@@ -120,17 +120,17 @@ def _table_of_rows(section: Section) -> list[str]:
 
 
 def _summary(row: Any) -> str:
-    """Returns the first line of a docstring."""
+    """Return the first line of a docstring."""
     return (inspect.getdoc(row) or "").partition("\n")[0]
 
 
 def _shown_fields(cls: Any, given: tuple[str, ...]) -> dict[str, Any]:
-    """Returns {field: type} of those that a config may set."""
+    """Return {field: type} of those that a config may set."""
     return {k: v for k, v in configurable_fields(cls).items() if k not in given}
 
 
 def _table_of_fields(cls: Any, given: tuple[str, ...]) -> str:
-    """Returns the Markdown table of a class: key, type, default, meaning."""
+    """Return the Markdown table of a class: key, type, default, meaning."""
     comments = field_comments(cls)
     defaults = {field.name: field for field in dataclasses.fields(cls)}
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -141,7 +141,7 @@ def _table_of_fields(cls: Any, given: tuple[str, ...]) -> str:
 
 
 def _short(hint: Any) -> str:
-    """Returns a type without the modules of its names."""
+    """Return a type without the modules of its names."""
     text = type_name(hint)
     for prefix in ("collections.abc.", "typing."):
         text = text.replace(prefix, "")
@@ -153,7 +153,7 @@ def _code(text: str) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    """Returns a field's default as code, or "required"."""
+    """Return a field's default as code, or "required"."""
     if field.default is not dataclasses.MISSING:
         return _code(repr(field.default))
     if field.default_factory is not dataclasses.MISSING:

@@ -52,7 +52,7 @@ def check_renamed_keys(
     where: str = "config",
     source: str = "",
 ) -> None:
-    """Raises ConfigError that lists every key of `config` that has a new name.
+    """Raise ConfigError that lists every key of `config` that has a new name.
 
     where: the prefix of the keys in the message. source: the file that holds them, if known.
     """
@@ -67,7 +67,7 @@ def check_renamed_keys(
 def renamed(
     config: Mapping[str, Any], table: Mapping[str, str], prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """Yields (old key, new key) for the keys of a nested mapping that the table holds."""
+    """Yield (old key, new key) for the keys of a nested mapping that the table holds."""
     for key, value in config.items():
         path = f"{prefix}{key}"
         if path in table:

@@ -27,7 +27,7 @@ from vdx.data.stream import (
     Source,
     StreamItem,
 )
-from vdx.files import append_rows, host_file
+from vdx.files import append_rows, host_file, printable
 
 __all__ = ["Batches", "DataError", "Loader", "make_loader"]
 
@@ -170,6 +170,7 @@ class Batches:
         self._check_bad_rate(
             seen=self.seen + len(examples) + len(refused), bad=self.bad + len(refused)
         )
+
         return _stack(examples), len(refused)
 
     def _check_bad_rate(self, seen: int, bad: int) -> None:
@@ -189,7 +190,9 @@ class Batches:
         """Warn once about each bad record, and append all refusals to the log."""
         for record in refused:
             if record.key not in self._reasons:
-                logging.warning("Bad record %s: %s", record.key, record.reason)
+                logging.warning(
+                    "Bad record %s: %s", printable(record.key), printable(record.reason)
+                )
             self._reasons[record.key] = record.reason
 
         if self._bad_log is not None and refused:

@@ -142,6 +142,7 @@ def check_latents(row: Row, key: str, metadata: Mapping[str, Any]) -> None:
         found = np.shape(row[name])
         if not _fits(found, expected):
             raise BadRecord(key, f"{name} have the shape {found}, expected {expected}")
+
     _check_text(np.shape(row["text"]), key, metadata)
 
     # Numbers.

@@ -60,6 +60,7 @@ class Clip:
         fits = found.ndim == len(expected) and all(
             want in (None, have) for want, have in zip(expected, found.shape, strict=True)
         )
+
         if found.dtype != dtype or not fits:
             raise BadRecord(
                 self.record.key,

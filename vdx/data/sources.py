@@ -80,6 +80,7 @@ class VideoFolder:
                 f"None of the {len(rows)} videos of {root} is in the split {self.split!r} "
                 f"with validation_fraction = {self.validation_fraction}."
             )
+
         object.__setattr__(self, "rows", kept)
 
     def __len__(self) -> int:
@@ -217,6 +218,7 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
             f'{where} has no "file_name": {line[:80]!r}. A row reads '
             '{"file_name": "clip.mp4", "caption": "what it shows"}.'
         )
+
     if not _stays_inside(name):
         raise ValueError(
             f"{where}: {name!r} leaves the folder; name files inside it, with / between folders."
@@ -285,6 +287,7 @@ class Records:
                 f"{self.path} has the features {', '.join(sorted(names))}; expected "
                 "video and caption, or latents and text (see vdx.data.records)."
             )
+
         object.__setattr__(self, "rows", builder.as_data_source(self.split))
         object.__setattr__(self, "metadata", dict(builder.info.metadata or {}))
 

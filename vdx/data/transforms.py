@@ -59,6 +59,7 @@ class ClipSampling:
             raise ValueError(f"num_frames = {self.num_frames}: give positive lengths.")
         if min(self.rates, default=1.0) <= 0 or (self.stride is not None and self.stride < 1):
             raise ValueError(f"fps = {self.fps} and stride = {self.stride} must be positive.")
+
         if self.flow_points < 0:
             raise ValueError(f"flow_points = {self.flow_points} cannot be negative.")
         if self.fps is not None and not self.rates:
@@ -123,6 +124,7 @@ class ClipSampling:
         room = max(record.duration - span, 0.0)
         if stamps is None:
             return times + room * self._start_fraction(rng), fps
+
         # Start on a frame: between two, the rounding of timestamps would make motion judder.
         starts = stamps[stamps <= room + ROUNDING]
         return times + starts[self._pick_start(len(starts), rng)], fps
@@ -148,6 +150,7 @@ class ClipSampling:
         longest = record.duration + ROUNDING
         filled = tuple(rate for rate in rates if num_frames / rate <= longest)
         rates = filled or rates
+
         return float(rates[rng.integers(len(rates))])
 
     def _times_by_stride(
@@ -174,6 +177,7 @@ class ClipSampling:
             index += self._pick_start(len(stamps) - needed + 1, rng)
             if num_frames > 1:
                 interval = float(np.mean(np.diff(stamps[index])))
+
         return stamps[index], float(1 / interval)
 
     def _check_short(self, record: Record, needs: str, has: str) -> None:

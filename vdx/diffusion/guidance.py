@@ -76,7 +76,7 @@ def stack_branches(conditions: Sequence[Any], guidance: Guidance) -> Any:
 def guided_denoiser(
     network: Callable[[Array, Array, Any], Array], conditions: Sequence[Any], guidance: Guidance
 ) -> Callable[[Array, Array], Array]:
-    """Returns denoise(x_t, t) -> guided float32 prediction.
+    """Return denoise(x_t, t) -> guided float32 prediction.
 
     network(x_t, t, ports) -> prediction is evaluated once, on all branches. For `conditions` see
     `stack_branches`.
@@ -95,7 +95,7 @@ def guided_denoiser(
 
 
 def combine(branches: Sequence[Array], t: Array, guidance: Guidance) -> Array:
-    """Combines branches [b t h w c] at times t, [b] or [b t], to the guided prediction."""
+    """Combine branches [b t h w c] at times t, [b] or [b t], to the guided prediction."""
     low, high = guidance.interval
     inside = (t >= low) & (t <= high)
 

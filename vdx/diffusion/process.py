@@ -40,7 +40,7 @@ def expand(t: Any, x: Array) -> Array:
 
 
 def shift_time(t: Any, s: float) -> Any:
-    """Returns s t / (1 + (s - 1) t), which for s > 1 moves times towards noise.
+    """Return s t / (1 + (s - 1) t), which for s > 1 moves times towards noise.
 
     Source: Esser et al. 2024, eq. 23.
     """
@@ -48,7 +48,7 @@ def shift_time(t: Any, s: float) -> Any:
 
 
 def _numpy_for(t: Any) -> tuple[Any, Any]:
-    """Returns (jnp, t in float32) for a jax array, (np, t in float64) for anything else."""
+    """Return (jnp, t in float32) for a jax array, (np, t in float64) for anything else."""
     if isinstance(t, jax.Array):
         return jnp, t.astype(jnp.float32)
     return np, np.asarray(t, np.float64)
@@ -58,17 +58,17 @@ class Prediction:
     """One kind of prediction, converted from and to the pair (x0, noise)."""
 
     def encode(self, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
-        """Returns the prediction of a perfect network for this pair."""
+        """Return the prediction of a perfect network for this pair."""
         raise NotImplementedError
 
     def decode(
         self, prediction: Array, x_t: Array, alpha: Array, sigma: Array
     ) -> tuple[Array, Array]:
-        """Returns the pair (x0, noise) that a prediction at x_t implies."""
+        """Return the pair (x0, noise) that a prediction at x_t implies."""
         raise NotImplementedError
 
     def determinant(self, alpha: Any, sigma: Any) -> Any:
-        """Returns |d (x_t, prediction) / d (x0, noise)|, by which `decode` divides."""
+        """Return |d (x_t, prediction) / d (x0, noise)|, by which `decode` divides."""
         raise NotImplementedError
 
 
@@ -158,29 +158,29 @@ class Process:
         lookup(self.prediction, PREDICTIONS, "process.prediction")
 
     def alpha(self, t: Any) -> Any:
-        """Returns the scale of the signal, in the shape of t."""
+        """Return the scale of the signal, in the shape of t."""
         raise NotImplementedError
 
     def sigma(self, t: Any) -> Any:
-        """Returns the scale of the noise, in the shape of t."""
+        """Return the scale of the noise, in the shape of t."""
         raise NotImplementedError
 
     def network_time(self, t: Any) -> Any:
-        """Returns the network's time input for t, of the order of 1000."""
+        """Return the network's time input for t, of the order of 1000."""
         raise NotImplementedError
 
     def nearest_time(self, t: np.ndarray) -> np.ndarray:
-        """Returns the nearest times that a sampler may visit with this prediction."""
+        """Return the nearest times that a sampler may visit with this prediction."""
         raise NotImplementedError
 
     def log_snr(self, t: Any) -> Any:
-        """Returns log(alpha^2 / sigma^2), infinite where one of them is 0."""
+        """Return log(alpha^2 / sigma^2), infinite where one of them is 0."""
         xp, t = _numpy_for(t)
         with np.errstate(divide="ignore"):
             return 2 * (xp.log(self.alpha(t)) - xp.log(self.sigma(t)))
 
     def determinant(self, t: Any, kind: str | None = None) -> Any:
-        """Returns |d (x_t, prediction) / d (x0, noise)|, in the shape of t.
+        """Return |d (x_t, prediction) / d (x0, noise)|, in the shape of t.
 
         At a fixed x_t, errors obey: x0 error = sigma / determinant * prediction error.
         """
@@ -188,11 +188,11 @@ class Process:
         return rule.determinant(self.alpha(t), self.sigma(t))
 
     def add_noise(self, x0: Array, noise: Array, t: Any) -> Array:
-        """Returns x_t [b t h w c], float32."""
+        """Return x_t [b t h w c], float32."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def from_x0_noise(self, x0: Array, noise: Array, t: Any, kind: str | None = None) -> Array:
-        """Returns the prediction of a perfect network, the training target: float32 like x0.
+        """Return the prediction of a perfect network, the training target: float32 like x0.
 
         kind: a row of PREDICTIONS, by default that of the process.
         """
@@ -202,7 +202,7 @@ class Process:
         return rule.encode(x0.astype(jnp.float32), noise.astype(jnp.float32), alpha, sigma)
 
     def to_x0_noise(self, prediction: Array, x_t: Array, t: Any) -> tuple[Array, Array]:
-        """Returns the (x0, noise) that a prediction at x_t implies: float32 like x_t.
+        """Return the (x0, noise) that a prediction at x_t implies: float32 like x_t.
 
         They satisfy x_t = alpha x0 + sigma noise, except within FLOOR of an impossible corner.
         There the result is finite and the missing half is arbitrary.
@@ -214,7 +214,7 @@ class Process:
 
 
 def _cosine_betas(start: float, end: float, steps: int) -> np.ndarray:
-    """Returns the betas of Nichol & Dhariwal 2021, eq. 17, clipped at 0.999.
+    """Return the betas of Nichol & Dhariwal 2021, eq. 17, clipped at 0.999.
 
     `start` and `end` are unused: every row of BETAS has the same signature.
     """

@@ -35,15 +35,15 @@ class Sampler(Protocol):
         ...
 
     def plan(self, process: Process, times: np.ndarray) -> StepTable:
-        """Returns the coefficients of the evaluations that lead through `times`."""
+        """Return the coefficients of the evaluations that lead through `times`."""
         ...
 
     def start(self, x: Array) -> Carry:
-        """Returns the state at times[0]."""
+        """Return the state at times[0]."""
         ...
 
     def step(self, carry: Carry, x0: Array, noise: Array, row: Row, fresh: Array | None) -> Carry:
-        """Returns the state after one evaluation, which gave the pair (x0, noise)."""
+        """Return the state after one evaluation, which gave the pair (x0, noise)."""
         ...
 
 
@@ -62,7 +62,7 @@ def sample(
     times: np.ndarray,
     key: PRNGKeyArray | None = None,
 ) -> Array:
-    """Returns the video at times[-1], float32 [b t h w c], from `x` at times[0].
+    """Return the video at times[-1], float32 [b t h w c], from `x` at times[0].
 
     denoise(x_t, t [b]) -> prediction of the process's kind. times: concrete floats [n + 1],
     decreasing, normally from 1 to 0. key: needed by stochastic samplers; evaluation i draws from
@@ -75,7 +75,7 @@ def sample(
 
 
 def step_table(process: Process, sampler: Sampler, times: np.ndarray) -> StepTable:
-    """Returns the sampler's plan over `times`, float32, with the `index` of each evaluation.
+    """Return the sampler's plan over `times`, float32, with the `index` of each evaluation.
 
     Raises ValueError as `sample` does.
     """
@@ -89,11 +89,11 @@ def run_steps(
     process: Process,
     sampler: Sampler,
     carry: Carry,
-    table: StepTable,
+    table: Mapping[str, np.ndarray | Array],  # a StepTable, or a part of one, traced
     key: PRNGKeyArray | None = None,
     step_cache: StepCache | None = None,
 ) -> Steps:
-    """Runs some consecutive rows of a step table, so that several networks can take turns.
+    """Run some consecutive rows of a step table, so that several networks can take turns.
 
     The carry starts as `sampler.start(x)`, and x is always its first array. Without `step_cache`
     every row evaluates the network.
@@ -133,7 +133,7 @@ def run_steps(
 def clamp_known_frames(
     denoise: Callable[[Array, Array], Array], known: Array, is_generated: Array
 ) -> Callable[[Array, Array], Array]:
-    """Returns a `denoise` whose network sees given frames as they are, at time 0.
+    """Return a `denoise` whose network sees given frames as they are, at time 0.
 
     known: the given frames, [b t h w c]. is_generated: [b t], 0 for given frames and 1 for the
     others. Source: Wan 2.2 TI2V, whose first frame is given.
@@ -147,7 +147,7 @@ def clamp_known_frames(
 
 
 def _checked(process: Process, times: np.ndarray) -> np.ndarray:
-    """Returns times as float64. Raises ValueError for times that no sampler can visit."""
+    """Return times as float64. Raises ValueError for times that no sampler can visit."""
     times = np.asarray(times, np.float64)
     decreasing = times.ndim == 1 and len(times) > 1 and not np.any(np.diff(times) >= 0)
     if not decreasing or times[0] > 1 or times[-1] < 0:
@@ -161,7 +161,7 @@ def _checked(process: Process, times: np.ndarray) -> np.ndarray:
 
 
 def _log_ratio(process: Process, times: np.ndarray) -> np.ndarray:
-    """Returns lambda = log(alpha / sigma)."""
+    """Return lambda = log(alpha / sigma)."""
     return process.log_snr(times) / 2
 
 
@@ -265,7 +265,7 @@ class Heun:
 
 
 def _exponential(process: Process, times: np.ndarray) -> StepTable:
-    """Returns the table of x_s = keep x + gain (x0 + trend (x0 - previous x0)).
+    """Return the table of x_s = keep x + gain (x0 + trend (x0 - previous x0)).
 
     `keep` and `gain` are exact for an x0 that is constant in lambda; `trend` makes it second
     order.
@@ -359,7 +359,7 @@ class UniPC:
 
 
 def _correction(h: np.ndarray, h_before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the weights of (x0 before last - last) and (new - last) in a corrected step.
+    """Return the weights of (x0 before last - last) and (new - last) in a corrected step.
 
     They match the exponential integral of 1 and of lambda; h is finite, h_before may not be.
     """

@@ -47,7 +47,7 @@ class StepCache:
     interval: tuple[float, float] = (0.0, 1.0)  # times where guidance is on (see Guidance)
 
     def required(self, times: Array | np.ndarray) -> Array:
-        """Returns bool [n]: which of the evaluations at these times are required."""
+        """Return bool [n]: which of the evaluations at these times are required."""
         low, high = self.interval
         place = np.arange(len(times))
         inside = (times >= low) & (times <= high)
@@ -55,7 +55,7 @@ class StepCache:
         return (place < 2) | (place == len(times) - 1) | turns
 
     def start(self, x: Array) -> StepCacheState:
-        """Returns the state before the first evaluation, of inputs like x."""
+        """Return the state before the first evaluation, of inputs like x."""
         return StepCacheState(jnp.zeros_like(x), jnp.zeros_like(x), jnp.full(len(x), jnp.inf))
 
     def __call__(
@@ -66,7 +66,7 @@ class StepCache:
         required: Array,
         state: StepCacheState,
     ) -> CachedStep:
-        """Evaluates the network at (x, t), or extrapolates its last prediction."""
+        """Evaluate the network at (x, t), or extrapolates its last prediction."""
         moved = x - state.x
         change = state.rate * _size(moved) / _size(state.prediction)
         # Negated, so that a change that is not a number evaluates the network too.
@@ -85,5 +85,5 @@ class StepCache:
 
 
 def _size(x: Array) -> Array:
-    """Returns the mean of |x| of each clip, [b]."""
+    """Return the mean of |x| of each clip, [b]."""
     return jnp.abs(x).reshape(len(x), -1).mean(1)

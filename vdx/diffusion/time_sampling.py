@@ -40,12 +40,12 @@ class Uniform:
             )
 
     def shift_for(self, num_tokens: int) -> float:
-        """Returns the s of `shift_time` for a video of this many tokens."""
+        """Return the s of `shift_time` for a video of this many tokens."""
         ratio = num_tokens / self.base_tokens if self.base_tokens else 1.0
         return self.shift * math.sqrt(ratio)
 
     def quantile(self, u: Array) -> Array:
-        """Returns the inverse cumulative distribution at u, before the shift."""
+        """Return the inverse cumulative distribution at u, before the shift."""
         return u
 
     def sample(self, key: PRNGKeyArray, batch: int, num_tokens: int) -> Array:

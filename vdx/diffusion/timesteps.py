@@ -32,7 +32,7 @@ from vdx.diffusion.process import Process, shift_time
 
 
 def uniform_timesteps(process: Process, steps: int, shift: float = 1.0) -> np.ndarray:
-    """Returns uniform and then shifted times, float64 [steps + 1] from 1 to 0.
+    """Return uniform and then shifted times, float64 [steps + 1] from 1 to 0.
 
     They are rounded to the nearest times of the process. For a variance preserving one these are
     its discrete steps ("trailing" spacing, Lin et al. 2023). Raises ConfigError when fewer than
@@ -61,7 +61,7 @@ class Timesteps:
     network: np.ndarray  # float64 [n], the network's times
 
     def network_time(self, t: Any) -> Any:
-        """Returns the network's time at t, linear between the timesteps, in the shape of t.
+        """Return the network's time at t, linear between the timesteps, in the shape of t.
 
         float32 jax for a jax array. Anything else gives float64 numpy, exact on the timesteps.
         """
@@ -101,7 +101,7 @@ def _diffusers_dpmpp(steps: int, shift: float) -> np.ndarray:
 def _timesteps(
     before_zero: Callable[[int, float], np.ndarray], whole: bool, steps: int, shift: float
 ) -> Timesteps:
-    """Builds one row: times before the final 0, and network times with or without fractions."""
+    """Build one row: times before the final 0, and network times with or without fractions."""
     if steps < 1 or shift <= 0:
         raise ConfigError(f"timesteps: steps = {steps} and shift = {shift} must be positive.")
     times = before_zero(steps, shift)

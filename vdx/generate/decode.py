@@ -1,28 +1,34 @@
-"""Latents to frames, a few at a time: while a piece is computed, the one before it is used."""
+"""Decoding of latents in pieces, so that memory does not grow with the clip."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from vdx.generate.video_io import to_uint8_there
+from vdx.generate.video_io import to_uint8_on_device
 from vdx.models.vae.chunks import first_piece_length
 from vdx.models.vae.video_vae import VideoVAE
-from vdx.types import Params
+from vdx.types import Array, Params
 
 
 class Decoder:
-    """Frames [t h w 3] of latents [t h w c] by a video VAE, piece by piece.
+    """Decodes latents [t h w c] with a video VAE into pieces of frames [t h w 3].
 
-    Gives uint8 as `to_uint8` does, or, `exact`, float32 in [-1, 1], whole on every device of the
-    current mesh. chunk: latent frames at a time. The memory does not grow with the clip: two
-    pieces, and what one leaves for the next.
+    Pieces are uint8 as `to_uint8` gives them, or float32 in [-1, 1] if `exact`, whole on every
+    device of the current mesh. Memory holds two pieces and the history between them: while one
+    piece is computed, the caller uses the one before.
     """
 
     def __init__(self, vae: VideoVAE, params: Params, chunk: int, exact: bool = False):
-        def piece(params, history, latents, first):
+        """Prepare the two programs. chunk: latent frames decoded at a time."""
+
+        def decode_piece(
+            params: Params, history: Any, latents: Array, first: bool
+        ) -> tuple[Array, Any]:
+            # The history holds what the causal convolutions need of the piece before.
             pixels, state = vae.apply(
                 {"params": params, "history": history},
                 latents,
@@ -30,27 +36,32 @@ class Decoder:
                 method="decode_piece",
                 mutable=["history"],
             )
-            pixels = jnp.clip(pixels, -1, 1) if exact else to_uint8_there(pixels)
+
+            # [1 t h w 3]
+            pixels = jnp.clip(pixels, -1, 1) if exact else to_uint8_on_device(pixels)
             return pixels, state["history"]
 
-        self.params, self.chunk, self.rate = params, chunk, vae.rates[0]
-        whole = None if jax.sharding.get_abstract_mesh().empty else (P(), None)
+        self.params = params
+        self.chunk = chunk
+
+        # Frames are replicated; the history stays as the compiler lays it out.
+        replicated = None if jax.sharding.get_abstract_mesh().empty else (P(), None)
         self.first = jax.jit(
-            lambda params, latents: piece(params, {}, latents, True), out_shardings=whole
+            lambda params, latents: decode_piece(params, {}, latents, True),
+            out_shardings=replicated,
         )
         self.later = jax.jit(
-            lambda params, history, latents: piece(params, history, latents, False),
-            out_shardings=whole,
+            lambda params, history, latents: decode_piece(params, history, latents, False),
+            out_shardings=replicated,
         )
 
     def __call__(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """The pieces. The next one is under way when one is given."""
+        """Yield the pieces; the next one is already dispatched when one is yielded."""
         head = first_piece_length(len(latents), self.chunk)
-        ahead, history = self.first(self.params, latents[None, :head])
+        pending, history = self.first(self.params, latents[None, :head])
         for start in range(head, len(latents), self.chunk):
-            done = ahead
-            ahead, history = self.later(
-                self.params, history, latents[None, start : start + self.chunk]
-            )
+            done = pending
+            piece = latents[None, start : start + self.chunk]
+            pending, history = self.later(self.params, history, piece)
             yield np.asarray(done)[0]
-        yield np.asarray(ahead)[0]
+        yield np.asarray(pending)[0]

@@ -1,4 +1,4 @@
-"""What a request shows to a model: pictures and videos from files, as the model is to see them."""
+"""Pictures, videos and masks from files, as pretrained models read them."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from vdx.config.build import ConfigError
 from vdx.data.video_files import VIDEOS
 from vdx.generate.video_io import frames_at
 
-CUT = 8  # a reference's sides are first made multiples of this
+REFERENCE_MULTIPLE = 8  # sides of a reference become multiples of this first, as in diffusers
 
 
-def open_picture(name: str, path: str) -> Image.Image:
-    """RGB, upright; `name` is the flag that an error names."""
+def open_image(name: str, path: str) -> Image.Image:
+    """Return a picture in RGB, upright. Raises ConfigError that names the flag `name`."""
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
@@ -24,44 +24,76 @@ def open_picture(name: str, path: str) -> Image.Image:
 
 
 def iter_frames(name: str, path: str, fps: float) -> Iterator[Image.Image]:
-    """A video's pictures nearest to 0, 1/fps, 2/fps, ... seconds, one at a time; of a file that
-    is one picture, that picture without end. Raises ConfigError."""
+    """Yield the frames of a video nearest to 0, 1/fps, 2/fps, ... seconds.
+
+    A file with one picture yields that picture without end. Raises ConfigError that names the
+    flag `name`.
+    """
     if Path(path).suffix.lower() not in VIDEOS:
-        yield from itertools.repeat(open_picture(name, path))
+        yield from itertools.repeat(open_image(name, path))
     try:
         yield from map(Image.fromarray, frames_at(path, fps))
     except ValueError as error:
         raise ConfigError(f"--{name}: {error}") from error
 
 
-def fitted(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """float32 [h w 3] in [-1, 1], or [h w] of a grey picture; proportions are not kept."""
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+def count_frames(name: str, path: str, fps: float, most: int) -> int:
+    """Return the frames of a file at this rate, at most `most`. Raises ConfigError."""
+    return sum(1 for _ in itertools.islice(iter_frames(name, path, fps), most))
+
+
+def resize_image(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Return float32 [h w 3] in [-1, 1], or [h w] of a grey image.
+
+    Proportions are not kept.
+    """
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(resized, np.float32) / 127.5 - 1
 
 
-def letterbox(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """float32 [h w 3] in [-1, 1]: the whole picture in the middle of a white one, as
-    `WanVACEPipeline` of diffusers shows a reference: first its sides become multiples of CUT,
-    then it is interpolated linearly, also where it shrinks."""
-    w, h = (max(CUT, side // CUT * CUT) for side in picture.size)
+def letterbox(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Return float32 [h w 3] in [-1, 1]: the whole image inside a white frame.
+
+    Follows the references of `WanVACEPipeline` of diffusers: the sides become multiples of
+    REFERENCE_MULTIPLE, then pixels are interpolated linearly, also where the image shrinks.
+    """
+    # The size of the image, of multiples.
+    w, h = (
+        max(REFERENCE_MULTIPLE, side // REFERENCE_MULTIPLE * REFERENCE_MULTIPLE)
+        for side in image.size
+    )
     scale = min(height / h, width / w)
-    inner = max(1, int(h * scale)), max(1, int(w * scale))
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    x = fitted(picture, h, w)
-    for axis, size in enumerate(inner):
-        at = np.clip((np.arange(size) + 0.5) * x.shape[axis] / size - 0.5, 0, x.shape[axis] - 1)
-        low = at.astype(int)
-        part = np.float32(at - low).reshape(-1, *[1] * (2 - axis))
-        x = x.take(low, axis) * (1 - part) + x.take(np.ceil(at).astype(int), axis) * part
-    out = np.ones((height, width, 3), np.float32)
-    out[top : top + inner[0], left : left + inner[1]] = x
-    return out
+    inner_height = max(1, int(h * scale))
+    inner_width = max(1, int(w * scale))
+
+    # [h w 3] -> [inner_height inner_width 3]
+    x = resize_image(image, h, w)
+    for axis, size in enumerate((inner_height, inner_width)):
+        x = _interpolate(x, axis, size)
+
+    frame = np.ones((height, width, 3), np.float32)
+    top = (height - inner_height) // 2
+    left = (width - inner_width) // 2
+    frame[top : top + inner_height, left : left + inner_width] = x
+    return frame
+
+
+def _interpolate(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Resample axis 0 or 1 of [h w c] linearly; pixel centres are half a pixel in."""
+    length = x.shape[axis]
+    positions = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
+    low = positions.astype(int)
+    high = np.ceil(positions).astype(int)
+    weight = np.float32(positions - low).reshape(-1, *[1] * (2 - axis))
+    return x.take(low, axis) * (1 - weight) + x.take(high, axis) * weight
 
 
 def mask_channels(mask: np.ndarray, frames: int, side: int) -> np.ndarray:
-    """A mask [t h w] in [0, 1] for latents of so many frames: [frames h/side w/side side*side],
-    the pixels behind a latent one as channels, of the frame in the middle of those behind it."""
+    """Return a mask [t h w] in [0, 1] at the resolution of `frames` latent frames.
+
+    The result is [frames h/side w/side side*side]: the pixels of a latent pixel are channels. Of
+    the frames of a latent frame the middle one counts.
+    """
     t = len(mask)
     middle = (2 * np.arange(frames) + 1) * t // (2 * frames)
     return rearrange(mask[middle], "t (h i) (w j) -> t h w (i j)", i=side, j=side)

@@ -1,113 +1,98 @@
-"""What clips to draw with public weights: the request, its defaults, and what cannot be asked."""
+"""Requests to pretrained models: their fields, their defaults, and their latents."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from vdx.config.build import ConfigError, fill, lookup
-from vdx.diffusion.samplers import SAMPLERS
+from vdx.config.build import ConfigError, fill
 from vdx.diffusion.timesteps import TIMESTEPS
-from vdx.generate.control_inputs import file_digest
-from vdx.generate.image_inputs import iter_frames, open_picture
-from vdx.generate.pipeline import Sampling
-from vdx.interop.lora import open_lora
-from vdx.interop.pretrained import EXPERTS, PretrainedModel, open_pretrained
-from vdx.parallel import MeshSpec
+from vdx.generate.generator import Sampling
+from vdx.generate.image_inputs import count_frames, iter_frames
+from vdx.generate.manifest import manifest_request
+from vdx.generate.request import Request, check_settings
+from vdx.interop.family_defaults import family_defaults
+from vdx.interop.pretrained import PretrainedModel
 
-FILES = ("image", "last_image", "control", "control_mask", "init_noise")
+SAMPLING = ("sampler", "timesteps", "steps", "shift", "cache_threshold")
+CONTROLS = ("image", "last_image", "control", "control_mask", "reference")
 LORAS = ("lora", "lora_2")
+FIXED = ("prompts", "dtype", "mesh")  # fields that are no settings of a call
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainedRequest:
-    """All that decides the clips, besides the weights.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedRequest(Request):
+    """A request to a pretrained model.
 
-    image, last_image: files of pictures that the clip begins and ends with. control: a video
-    that leads the clip (VACE). control_mask: a video or a picture, white where it is drawn anew,
-    black where it stays; all of it is drawn anew without. reference: pictures of what is to be
-    seen. init_noise: a .npy file, float32 [b t h w c], to start from instead of noise from the
-    seeds (clip i: seed + i).
-    lora, lora_2: LoRA files of the transformer, and of the second expert, each with its weight
-    ("style.safetensors:0.8"; 1 unless given). digests: SHA-256 of these files. guidance: one
-    scale, or one for each expert; 1 is none. negative_prompt: what guidance leads away from;
-    empty, as in diffusers. reuse: see Sampling. dtype, mesh: of the computation; they decide the
-    last bits.
+    Its `sampling` has the fields named in SAMPLING. Its `controls` are paths:
+
+    - image, last_image: pictures that the clip begins and ends with.
+    - control: a video that leads every frame (VACE).
+    - control_mask: a video or a picture, white where the control is drawn anew, black where it
+      stays; without it all of the control is drawn anew.
+    - reference: a list of pictures of the subject (VACE).
     """
 
-    prompts: tuple[str, ...]
-    seed: int
-    num_frames: int
-    fps: float
-    height: int
+    height: int  # pixels
     width: int
-    sampler: str
-    timesteps: str
-    steps: int
-    shift: float
-    guidance: tuple[float, ...]
-    dtype: str
-    mesh: dict
-    negative_prompt: str = ""
-    image: str | None = None
-    last_image: str | None = None
-    control: str | None = None
-    control_mask: str | None = None
-    reference: tuple[str, ...] = ()
-    init_noise: str | None = None
-    lora: tuple[str, ...] = ()
-    lora_2: tuple[str, ...] = ()
-    cache_threshold: float = 0.0
-    digests: dict = dataclasses.field(default_factory=dict)
+    guidance: tuple[float, ...]  # one scale, or one for each expert; 1 is none
+    dtype: str  # of the computation; decides the last bits
+    mesh: dict[str, int]  # devices along each axis; decides the last bits
+    negative_prompt: str = ""  # guidance leads away from it; empty as in diffusers
+    init_noise: str | None = None  # a .npy file, float32 [b t h w c]; None: noise of the seeds
+    lora: tuple[str, ...] = ()  # LoRA files of the transformer, each with its weight: "a:0.8"
+    lora_2: tuple[str, ...] = ()  # of the second expert
 
-    def sampling(self, expert: int = 0) -> Sampling:
-        return Sampling(
-            sampler=self.sampler,
-            timesteps=self.timesteps,
-            steps=self.steps,
-            shift=self.shift,
-            guidance=self.guidance[expert % len(self.guidance)],
-            batch=1,
-            cache_threshold=self.cache_threshold,
-        )
+    @property
+    def references(self) -> list[str]:
+        """Paths of the reference pictures."""
+        return self.controls.get("reference", [])
+
+    def expert_sampling(self, expert: int) -> Sampling:
+        """Return the sampling of one expert."""
+        guidance = self.guidance[expert % len(self.guidance)]
+        return Sampling(**self.sampling, guidance=guidance, batch=1)
 
     def adapters(self, expert: int) -> list[tuple[str, float]]:
-        """(LoRA file, weight) of those of an expert."""
-        return [weighted(text) for text in (self.lora, self.lora_2)[expert]]
+        """Return (LoRA file, weight) of each adapter of an expert."""
+        return [parse_weight(text) for text in getattr(self, LORAS[expert])]
 
-    def files(self) -> dict[str, str]:
-        """{name: path} of the files that it reads."""
-        out = {name: path for name in FILES if (path := getattr(self, name))}
-        out |= {f"reference {i}": path for i, path in enumerate(self.reference)}
-        return out | {
-            f"{name} {i}": weighted(text)[0]
-            for name in LORAS
-            for i, text in enumerate(getattr(self, name))
-        }
+    def input_files(self) -> dict[str, str]:
+        """Return {name: path} of the files that the request reads."""
+        files = super().input_files()
+        if self.init_noise:
+            files["init_noise"] = self.init_noise
+        for name in LORAS:
+            for i, text in enumerate(getattr(self, name)):
+                files[f"{name} {i}"] = parse_weight(text)[0]
+        return files
 
     def network_time(self, t: np.ndarray) -> np.ndarray:
-        """What the network is fed at times of the grid."""
-        return TIMESTEPS[self.timesteps](self.steps, self.shift).network_time(t)
+        """Return the times that the network reads at times t of the process."""
+        row = TIMESTEPS[self.sampling["timesteps"]]
+        return row(self.sampling["steps"], self.sampling["shift"]).network_time(t)
 
-    def latents(self, model: PretrainedModel) -> tuple[int, int, int, int]:
-        """(t, h, w, c) of a clip's latents; those of the references are before it."""
+    def latent_shape(self, model: PretrainedModel) -> tuple[int, int, int, int]:
+        """Return (t, h, w, c) of the latents of a clip, those of its references before it."""
         vae = model.components["vae"].module
         frames, side = vae.rates
         return (
-            len(self.reference) + (self.num_frames - 1) // frames + 1,
+            len(self.references) + (self.num_frames - 1) // frames + 1,
             self.height // side,
             self.width // side,
             vae.z_dim,
         )
 
 
-def weighted(text: str) -> tuple[str, float]:
-    """("a:0.8") -> ("a", 0.8); without a weight it is 1."""
+FIELDS = tuple(field.name for field in dataclasses.fields(PretrainedRequest))
+SETTINGS = {*FIELDS, *SAMPLING, *CONTROLS} - {"sampling", "controls", "digests", *FIXED}
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """Split "a:0.8" into ("a", 0.8); without a weight it is 1."""
     path, _, weight = text.rpartition(":")
     try:
         return (path, float(weight)) if path else (text, 1.0)
@@ -115,229 +100,143 @@ def weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def recommended(model: PretrainedModel) -> dict[str, Any]:
-    """What those who released the model draw it with, as far as the folder does not say it."""
-    wan: dict[str, Any] = {
-        "height": 480,
-        "width": 832,
-        "num_frames": 81,
-        "fps": 16.0,
-        "steps": 50,
-        "guidance": (5.0,),
-    }
-    if model.clamps_first_frame:
-        wan |= {"height": 704, "width": 1280, "num_frames": 121, "fps": 24.0}
-    elif model.boundary:
-        wan |= {"steps": 40, "guidance": (3.5, 3.5) if model.reads_images else (4.0, 3.0)}
-    elif model.reads_images and not model.signals.get("image_tokens", {}).get("positions"):
-        wan |= {"steps": 40}
-    return wan
-
-
 def default_dtype() -> str:
+    """Return bfloat16 for accelerators, float32 for a CPU."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def default_mesh(model: PretrainedModel) -> dict[str, int]:
-    """As many devices as heads allow share the work on one clip (tensor), the others hold shares
-    of the weights and of the clips (fsdp)."""
-    heads = [e.module.backbone_config["heads"] for e in model.experts]
+    """Return a mesh for one clip at a time.
+
+    As many devices as the heads allow share the work on a clip (tensor). The others share the
+    weights and the clips (fsdp).
+    """
+    heads = [expert.module.backbone_config["heads"] for expert in model.experts]
     encoder = model.components["text_encoder"].module
     tensor = math.gcd(jax.device_count(), encoder.heads, *heads)
     return {"data": 1, "fsdp": -1, "tensor": tensor}
 
 
-def complete(model: PretrainedModel, given: Mapping[str, Any]) -> PretrainedRequest:
-    """A request from what was `given`; the rest is from the model's folder, or recommended.
+def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedRequest:
+    """Return a request; what is missing has the defaults of folder and family.
 
-    Without a size the frame has the proportions of the image or the control, and the recommended
-    area; without a number of frames there are at most as many as the control shows. Raises
-    ConfigError for files that cannot be read, WeightsError for a scheduler that is not known.
+    settings: names of SETTINGS; None counts as missing. Without a size the frame has the
+    proportions of the image or the control, and the default area. Without num_frames there are
+    at most as many frames as the control has. Raises ConfigError for unknown settings and files
+    that cannot be read, WeightsError for a scheduler that vdx does not have.
     """
-    given = {k: v for k, v in given.items() if v is not None}
-    fields = recommended(model) | {"seed": 0, "dtype": model.dtype}
+    given = {name: value for name, value in settings.items() if value is not None}
+    check_settings(given, SETTINGS, "A pretrained model", ignore=FIXED)
+
+    # Defaults of the family, then of the folder, then of the input files; then what is given.
+    fields = dataclasses.asdict(family_defaults(model)) | {"seed": 0, "dtype": model.dtype}
     if not {"sampler", "timesteps", "shift"} <= given.keys():
         fields |= model.schedule()._asdict()
-    shown = next((name for name in ("image", "control") if name in given), None)
-    if shown and not {"height", "width"} & given.keys():
-        first = next(iter_frames(shown, given[shown], 1.0))
-        fields["height"], fields["width"] = shape_for(
-            fields["height"] * fields["width"], _unit(model), *first.size
-        )
-    if "control" in given and "num_frames" not in given:
-        length = _length(
-            "control", given["control"], given.get("fps") or fields["fps"], fields["num_frames"]
-        )
-        rate = model.components["vae"].module.rates[0]
-        fields["num_frames"] = 1 + (length - 1) // rate * rate
-    request = fill(PretrainedRequest, fields | given, "request")
-    return dataclasses.replace(
-        request, digests={name: file_digest(name, path) for name, path in request.files().items()}
+    fields |= _default_size(model, given, fields)
+    fields |= _default_length(model, given, fields)
+    fields |= given
+
+    # The sections of a request.
+    for name in ("guidance", "reference", *LORAS):
+        if isinstance(fields.get(name), int | float | str):
+            fields[name] = (fields[name],)  # one value stands for a sequence of one
+    controls = {name: fields.pop(name) for name in CONTROLS if fields.get(name)}
+    if "reference" in controls:
+        controls["reference"] = list(controls["reference"])
+    sampling = {name: fields.pop(name) for name in SAMPLING if name in fields}
+
+    request = fill(
+        PretrainedRequest,
+        {**fields, "controls": controls, "sampling": _checked_sampling(sampling)},
+        "request",
     )
+    return request.with_digests()
 
 
-def prepare(
-    folder: str, given: Mapping[str, Any], made: Mapping[str, Any] | None = None
-) -> tuple[PretrainedModel, PretrainedRequest, Mesh]:
-    """(model, request, mesh), checked in all that can be without reading anything large.
-
-    given: what the command line says. made: the request of a manifest, of which it can replace
-    where files lie and the mesh. Raises ConfigError and WeightsError.
-    """
-    if made is not None:
-        request = remake(made, given)
-        model = open_pretrained(folder, request.dtype)
-    else:
-        model = open_pretrained(folder, given.get("dtype") or default_dtype())
-        request = complete(model, {**given, "mesh": given.get("mesh") or default_mesh(model)})
-    mesh = fill(MeshSpec, request.mesh, "mesh").make()
-    check(request, model, mesh)
-    model.check(mesh)
-    return model, request, mesh
+def _checked_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields named in SAMPLING, converted and checked. Raises ConfigError."""
+    sampling = fill(Sampling, fields, "sampling")
+    if not sampling.timesteps:
+        raise ConfigError(f"timesteps: expected one of {', '.join(TIMESTEPS)}.")
+    TIMESTEPS[sampling.timesteps](sampling.steps, sampling.shift)  # checks shift
+    return {name: getattr(sampling, name) for name in SAMPLING}
 
 
-def remake(fields: Mapping[str, Any], given: Mapping[str, Any]) -> PretrainedRequest:
-    """The request of a manifest; files and the mesh may lie elsewhere now."""
-    request = fill(PretrainedRequest, fields, "manifest.request")
-    moved = {
-        k: v
-        for k, v in given.items()
-        if v is not None and k in (*FILES, *LORAS, "reference", "mesh")
-    }
-    if new := [k for k in moved if k != "mesh" and not getattr(request, k)]:
-        raise ConfigError(f"The manifest's clip has no {', '.join(new)}.")
-    return dataclasses.replace(request, **moved)
+def _default_size(
+    model: PretrainedModel, given: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return height and width in the proportions of the image or control, if any."""
+    shown = next((name for name in ("image", "control") if name in given), None)
+    if shown is None or {"height", "width"} & given.keys():
+        return {}
+    first = next(iter_frames(shown, given[shown], 1.0))
+    area = fields["height"] * fields["width"]
+    height, width = shape_for(area, size_unit(model), *first.size)
+    return {"height": height, "width": width}
+
+
+def _default_length(
+    model: PretrainedModel, given: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return num_frames of a control: 1 + a multiple of the frames of a latent frame."""
+    if "control" not in given or "num_frames" in given:
+        return {}
+    fps = given.get("fps") or fields["fps"]
+    length = count_frames("control", given["control"], fps, fields["num_frames"])
+    rate = model.components["vae"].module.rates[0]
+    return {"num_frames": 1 + (length - 1) // rate * rate}
 
 
 def shape_for(area: int, unit: int, width: int, height: int) -> tuple[int, int]:
-    """(height, width): multiples of `unit` with about the proportions of a picture and at most
-    about `area` pixels, as the Wan of pictures has it."""
-    tall, wide = math.sqrt(area * height / width), math.sqrt(area * width / height)
+    """Return (height, width) of a frame for a picture of `width` x `height` pixels.
+
+    They are multiples of `unit`, have about the picture's proportions and at most about `area`
+    pixels, as the image models of Wan compute them.
+    """
+    tall = math.sqrt(area * height / width)
+    wide = math.sqrt(area * width / height)
     return max(1, round(tall) // unit) * unit, max(1, round(wide) // unit) * unit
 
 
-def _length(name: str, path: str, fps: float, most: int) -> int:
-    """How many frames a file shows at this rate, of so many."""
-    return sum(1 for _ in itertools.islice(iter_frames(name, path, fps), most))
+def size_unit(model: PretrainedModel) -> int:
+    """Return the number of pixels of which heights and widths are multiples."""
+    patch = model.experts[0].module.backbone_config["patch"]
+    return model.components["vae"].module.rates[1] * max(patch[1:])
 
 
-def _unit(model: PretrainedModel) -> int:
-    """Heights and widths are multiples of this."""
-    return model.components["vae"].module.rates[1] * max(
-        model.experts[0].module.backbone_config["patch"][1:]
-    )
+def remake(fields: Mapping[str, Any], moved: Mapping[str, Any]) -> PretrainedRequest:
+    """Return the request of a manifest.
 
-
-def check(request: PretrainedRequest, model: PretrainedModel, mesh: Mesh) -> None:
-    """Raises ConfigError that lists all that the request asks and the model cannot do."""
-    frames, unit = model.components["vae"].module.rates[0], _unit(model)
-    low = 1 + max(0, (request.num_frames - 1) // frames) * frames
-    positions = model.signals.get("image_tokens", {}).get("positions")
-    t = request.latents(model)[0]
-    problems = [
-        message
-        for wrong, message in (
-            (
-                request.num_frames < 1 or (request.num_frames - 1) % frames,
-                f"num_frames = {request.num_frames} is not 1 + {frames}n: take {low} or {low + frames}",
-            ),
-            *(
-                (
-                    size < unit or size % unit,
-                    f"{name} = {size} is not a multiple of {unit}: take {max(1, size // unit) * unit} or "
-                    f"{(size // unit + 1) * unit}",
-                )
-                for name, size in (("height", request.height), ("width", request.width))
-            ),
-            (
-                request.image and not model.reads_images,
-                f"image = {request.image}: this model reads "
-                + ("a control and references" if model.reads_control else "text alone"),
-            ),
-            (
-                (request.control or request.control_mask or request.reference)
-                and not model.reads_control,
-                "this model has no control blocks (VACE) that read a control, its mask or a reference",
-            ),
-            (request.control_mask and not request.control, "a control_mask needs a control"),
-            (
-                not request.image and "concat" in model.signals,
-                "this model begins with a picture: give an image",
-            ),
-            (request.last_image and not request.image, "a last_image needs an image"),
-            (
-                request.last_image
-                and model.reads_images
-                and (
-                    model.clamps_first_frame or ("image_tokens" in model.signals and not positions)
-                ),
-                f"last_image = {request.last_image}: this model reads a first one alone",
-            ),
-            (
-                positions and not request.last_image,
-                "this model also ends with a picture: give a last_image",
-            ),
-            (
-                request.last_image and t < 2,
-                f"a last_image needs num_frames of at least {1 + frames}",
-            ),
-            (
-                len(request.guidance) not in (1, len(model.experts)),
-                f"guidance = {request.guidance}: this model has {len(model.experts)} transformer(s)",
-            ),
-            (request.lora_2 and len(model.experts) < 2, "lora_2 needs a model with two experts"),
-            (
-                t % mesh.shape["context"],
-                f"{request.num_frames} frames{' and the references' * bool(request.reference)} are {t} "
-                f"latent ones, which do not divide over the mesh axis context = "
-                f"{mesh.shape['context']}",
-            ),
-        )
-        if wrong
-    ]
-    if problems:
-        raise ConfigError("\n  ".join([f"{model.path} cannot draw this:", *problems]))
-    lookup(request.sampler, SAMPLERS, "sampler")
-    lookup(request.timesteps, TIMESTEPS, "timesteps")(request.steps, request.shift)
-    for name, path in request.files().items():
-        if file_digest(name, path) != request.digests.get(name):
-            raise ConfigError(
-                f"{name} = {path} is not the file of the request; give the right "
-                f"one by --{name.split()[0]}."
-            )
-    for number, expert in enumerate(model.experts):
-        for path, _ in request.adapters(number):
-            open_lora(path, expert.module, EXPERTS[number])
-    for name, path in request.files().items():
-        if (kind := name.split()[0]) in ("image", "last_image", "reference"):
-            open_picture(kind, path)
-        elif kind in ("control", "control_mask"):
-            length = _length(kind, path, request.fps, request.num_frames)
-            if length < request.num_frames:
-                raise ConfigError(
-                    f"--{kind}={path} shows {length} frames at fps = {request.fps}; "
-                    f"num_frames = {request.num_frames} is more: take "
-                    f"{1 + (length - 1) // frames * frames}."
-                )
-    start_noise(request, model)
+    moved: new paths of its files, and a new mesh.
+    Raises ConfigError for a file that the request does not read.
+    """
+    request = manifest_request({"request": fields}, PretrainedRequest)
+    moved = {name: value for name, value in moved.items() if value is not None}
+    mesh = moved.pop("mesh", request.mesh)
+    if "reference" in moved:
+        moved["reference"] = list(moved["reference"])
+    return dataclasses.replace(request.relocated(moved), mesh=mesh)
 
 
 def start_noise(request: PretrainedRequest, model: PretrainedModel) -> np.ndarray:
-    """Noise float32 [n t h w c]. Raises ConfigError for init_noise of another shape or type."""
-    shape, count = request.latents(model), len(request.prompts)
+    """Return noise float32 [n t h w c].
+
+    Raises ConfigError for init_noise of another shape or type.
+    """
+    shape = request.latent_shape(model)
     if request.init_noise is None:
-        return np.stack(
-            [jax.random.normal(jax.random.key(request.seed + i), shape) for i in range(count)]
-        )
+        keys = [jax.random.key(seed) for seed in request.seeds]
+        return np.stack([jax.random.normal(key, shape) for key in keys])
     try:
         noise = np.load(request.init_noise, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"init_noise = {request.init_noise} is not a .npy file: {error}."
         ) from error
-    if noise.shape != (count, *shape) or noise.dtype != np.float32:
+    expected = (len(request.prompts), *shape)
+    if noise.shape != expected or noise.dtype != np.float32:
         raise ConfigError(
             f"init_noise = {request.init_noise} is {noise.dtype} {noise.shape}; this "
-            f"needs float32 {(count, *shape)} [b t h w c]."
+            f"needs float32 {expected} [b t h w c]."
         )
     return np.asarray(noise)

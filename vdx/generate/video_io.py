@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import jax.numpy as jnp
@@ -14,22 +15,28 @@ from vdx.data.video_files import open_video, pixels, seconds_per_tick
 from vdx.files import atomic_write
 from vdx.types import Array
 
-__all__ = ["frames_at", "read_video", "to_uint8", "to_uint8_there", "write_video", "write_webp"]
+__all__ = ["frames_at", "read_video", "to_uint8", "to_uint8_on_device", "write_video", "write_webp"]
 
 BT709 = 1  # the number of this colour matrix, its primaries and its curve in H.264
 LIMITED = 1  # the range of luma in H.264 that every player expects: 16 to 235
+# Constant rate factor 12 is visually lossless. x264's macroblock tree, by default on, makes
+# different bytes of the same frames from time to time.
+X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
 
 
-def to_uint8(x) -> np.ndarray:
-    """Floats in [-1, 1] of any shape -> uint8, rounded; values outside are clipped."""
+def to_uint8(x: Any) -> np.ndarray:
+    """Return floats in [-1, 1] as uint8, rounded; values outside are clipped."""
     x = np.asarray(x, np.float32)
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
-def to_uint8_there(x: Array) -> Array:
-    """`to_uint8` inside a program, with the same bits: a quarter of the bytes come to the host."""
-    # A product and a sum after it may become one operation that rounds once. This is x * 127.5,
-    # rounded as on the host: both products are exact.
+def to_uint8_on_device(x: Array) -> Array:
+    """Return `to_uint8` inside a program, bit for bit.
+
+    The host receives a quarter of the bytes.
+    """
+    # XLA may fuse a product and the sum after it into one operation that rounds once. This is
+    # x * 127.5, rounded as on the host: both products are exact.
     x = x.astype(jnp.float32)
     return jnp.rint(jnp.clip((128 * x - 0.5 * x) + 127.5, 0, 255)).astype(jnp.uint8)
 
@@ -44,8 +51,10 @@ def _check(frames: np.ndarray, fps: float) -> None:
 def write_video(
     path: str | Path, frames: Iterable[np.ndarray], fps: float, min_side: int = 128
 ) -> None:
-    """uint8 [t h w 3], or its frames as they come -> an H.264 mp4 that any player shows, at
-    exactly `fps`. Holds one frame, besides those that the encoder looks ahead.
+    """Write frames as an H.264 mp4 that any player shows, at exactly `fps`.
+
+    frames: uint8 [t h w 3], or an iterable of [h w 3], of which memory holds one at a time and
+    those that the encoder looks ahead.
 
     Small clips are enlarged by a whole factor until the shorter side has `min_side` pixels:
     players blur tiny videos, and 4:2:0 smears colours over two pixels. An odd height or width
@@ -53,69 +62,93 @@ def write_video(
     """
     if isinstance(frames, np.ndarray):
         _check(frames, fps)
-    first, frames = _peeked(frames)
+    first, frames = _peek(frames)
     _check(first[None], fps)
+
+    # The size of the video, and its exact rate.
     factor = -(-min_side // min(first.shape[:2]))
-    height, width = (factor * n for n in first.shape[:2])
+    height = factor * first.shape[0]
+    width = factor * first.shape[1]
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
+    options = {"movflags": "+faststart"}  # the index first: a browser may begin before the end
     with (
         atomic_write(path) as part,
-        av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as out,
+        av.open(str(part), "w", format="mp4", options=options) as out,
     ):
-        # x264's macroblock tree makes other bytes of the same frames from time to time.
-        stream = out.add_stream(
-            "libx264", rate=rate, options={"crf": "12", "preset": "medium", "mbtree": "0"}
-        )
-        stream.height, stream.width = height + height % 2, width + width % 2
-        stream.pix_fmt = "yuv420p"
-        codec = stream.codec_context
-        codec.time_base = 1 / rate
-        codec.color_range = LIMITED
-        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
-        for number, picture in enumerate(frames):
-            picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
-            picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-            )
-            frame.pts, frame.time_base = number, 1 / rate
-            out.mux(stream.encode(frame))
+        # H.264 with 4:2:0 needs even sides.
+        stream = _add_stream(out, rate, height + height % 2, width + width % 2)
+        for number, frame in enumerate(frames):
+            enlarged = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+            even = np.pad(enlarged, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            out.mux(stream.encode(_yuv_frame(even, number, rate)))
+
+        # The frames that the encoder still holds.
         out.mux(stream.encode(None))
 
 
-def _peeked(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """(the first, all of them)"""
+def _add_stream(out: Any, rate: Fraction, height: int, width: int) -> Any:
+    """Add an H.264 stream to a container of PyAV, its colours marked as BT.709."""
+    stream = out.add_stream("libx264", rate=rate, options=X264)
+    stream.height = height
+    stream.width = width
+    stream.pix_fmt = "yuv420p"
+    codec = stream.codec_context
+    codec.time_base = 1 / rate
+    codec.color_range = LIMITED
+    codec.colorspace = BT709
+    codec.color_primaries = BT709
+    codec.color_trc = BT709
+    return stream
+
+
+def _yuv_frame(frame: np.ndarray, number: int, rate: Fraction) -> av.VideoFrame:
+    """Return uint8 [h w 3] as frame `number` of a 4:2:0 video."""
+    rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+    yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    yuv.pts = number
+    yuv.time_base = 1 / rate
+    return yuv
+
+
+def _peek(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Return (the first frame, an iterator over all of them)."""
     rest = iter(frames)
     first = next(rest, np.zeros((0, 0, 3), np.uint8))
     return first, itertools.chain([first], rest)
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """(frames uint8 [t h w 3], seconds float64 [t] from the first frame).
+    """Return (frames uint8 [t h w 3], seconds float64 [t] from the first frame).
 
-    Raises ValueError, naming the file, if it does not decode whole.
+    Raises ValueError, naming the file, if it does not decode as a whole.
     """
-    seconds, frames = zip(*_decoded(path), strict=True)
+    seconds, frames = zip(*_decode(path), strict=True)
     return np.stack(frames), np.array(seconds)
 
 
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
-    """The frames, uint8 [h w 3], that are nearest to 0, 1/fps, 2/fps, ... seconds from the first
-    until the video ends. Decodes as far as it is asked and holds two. Raises as `read_video`."""
-    count, last, shown = 0, 0.0, None
-    for second, frame in _decoded(path):
-        while shown is not None and count / fps < (last + second) / 2:
-            yield shown
+    """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
+
+    Times count from the first frame. Ends where the video ends. Decodes no further than the caller
+    iterates, and holds two frames. Raises ValueError as `read_video` does.
+    """
+    count = 0
+    last_second = 0.0
+    last_frame = None
+    for second, frame in _decode(path):
+        # The last frame is the nearest until halfway to this one.
+        while last_frame is not None and count / fps < (last_second + second) / 2:
+            yield last_frame
             count += 1
-        last, shown = second, frame
-    while shown is not None and count / fps < last + 0.5 / fps:
-        yield shown
+        last_second = second
+        last_frame = frame
+    while last_frame is not None and count / fps < last_second + 0.5 / fps:
+        yield last_frame
         count += 1
 
 
-def _decoded(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
-    """(seconds from the first frame, uint8 [h w 3]) of every frame."""
+def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
     first = None
     try:
         container, stream = open_video(str(path))
@@ -123,20 +156,25 @@ def _decoded(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
             for frame in container.decode(stream):
                 if frame.is_corrupt or frame.pts is None:
                     raise ValueError("damaged frames")
-                first = frame.pts if first is None else first
+                if first is None:
+                    first = frame.pts
                 yield (frame.pts - first) * seconds_per_tick(stream), pixels(frame)
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
     if first is None:
-        raise ValueError(f"{path} holds no frames.")
+        raise ValueError(f"{path} has no frames.")
 
 
 def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 [t h w 3] -> an animated lossless WebP, which a README shows. Raises ValueError."""
+    """Write uint8 [t h w 3] as an animated lossless WebP, which a README shows.
+
+    Raises ValueError for other arrays.
+    """
     _check(frames, fps)
-    ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)  # milliseconds, no drift
+    # Rounded ends, not rounded durations, so that milliseconds do not drift.
+    ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)
     images = [Image.fromarray(frame) for frame in frames]
     with atomic_write(path) as part:
         images[0].save(

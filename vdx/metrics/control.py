@@ -1,13 +1,12 @@
-"""Does a clip go where it is steered? One number for each way to steer, read from pixels.
+"""How well clips follow a control signal, read from pixels.
 
-Each number is given three times: of the model's clips, of true renders (what the reader itself
-gets wrong), and of the control: the same clips against what other clips were asked for, which is
-what they would get if they did not listen. What concerns an object is read from clips of one
-object before a background at rest; a pan is read from a background with a pattern.
+Each number is given three times: of the model's clips; of true renders, which is the error of the
+reader itself; and shuffled, of the same clips scored against the targets of other clips, which is
+the value of a model that ignores the signal. Objects are read from clips of one object before a
+background at rest; a pan is read from a background with a pattern.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,105 +15,74 @@ import numpy as np
 
 from vdx.config.build import lookup
 from vdx.data.motion import motion_score
-from vdx.data.scenes.signals import depth, flow
-from vdx.data.scenes.world import CAMERAS, COMMAND_SPEED, SPEEDS, VELOCITIES, Scene
-from vdx.data.signals import sparse_flow_hints
-from vdx.metrics.optical_flow import lucas_kanade, pan_speed
-from vdx.metrics.prompt_following import read_angles, read_attributes, track_object
+from vdx.metrics.control_readers import (
+    background_pan,
+    frame_flows,
+    object_actions,
+    object_angles,
+    object_path,
+    object_step,
+    silhouette,
+)
+from vdx.metrics.prompt_following import read_attributes
 
-__all__ = ["CONTROL_METRICS", "Metric", "control_scores", "psnr", "rank_correlation", "scene_truth"]
+__all__ = ["CONTROL_METRICS", "Metric", "control_scores", "psnr", "rank_correlation"]
 
-Truth = Mapping[str, Any]
+Truth = Mapping[str, Any]  # what a clip should show: vdx.evaluation.scene_truth
 Score = tuple[float, float]  # the value, and the share of clips (or frames) that could be read
 Scorer = Callable[[Sequence[Any], Sequence[Truth]], Score]
 
-BEST_PSNR = 99.0  # of equal pictures, so that means stay finite
-DARK = 92  # levels; backgrounds are darker in every channel
-COLOURED = 0.42  # of the object's colour in a pixel: it is the object's, even if only its fill
+BEST_PSNR = 99.0  # dB of equal frames, so that means stay finite
 INSIDE = 0.51  # nearness of the main object, and of no other
-LEAST_STEP = 0.1  # pixels a frame, below which a ratio of speeds is noise
-READ = 0.8  # of the clips must be readable before a goal counts as reached
-ROLLS = (1, 3, 5)  # by how many places the control shifts what was asked
+READABLE = 0.8  # share of the clips that must be readable before a goal counts as reached
+ROLLS = (1, 3, 5)  # places by which the targets are shuffled; the mean of three is steadier
+GOAL_WIDTH = 32  # pixels of a frame's width for which goals in pixels are given
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One way to measure how a signal is obeyed.
+    """One measure of how well a signal is followed."""
 
-    signal: what is measured, as `vdx.data.signals` calls it; measure, unit: for people to read;
-    goal: what a model should reach, in pixels for frames of 32 pixels; higher: whether more is
-    better. read(video uint8 [t h w 3], fps) gives what is seen, score(readings, truths) the value.
-    """
-
-    signal: str
-    measure: str
-    unit: str
-    goal: float
-    higher: bool
-    read: Callable[[np.ndarray, float], Any]
-    score: Scorer
-
-
-def scene_truth(scene: Scene, times: np.ndarray, height: int, width: int) -> dict[str, Any]:
-    """What a clip of a scene with these frames should show, as `steering_scores` takes it."""
-    times = np.asarray(times, np.float64)
-    state, video = scene.state(times)[0], scene.render(times, height, width)
-    fps = 1.0 / float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    return {
-        "video": video,
-        "centre": state["center"] * (width, height),
-        "angle": state["angle"],
-        "depth": depth(scene, times, height, width),
-        "pan": CAMERAS[scene.camera],
-        "fps": fps,
-        "flow": sparse_flow_hints(flow(scene, times, height, width), 0, np.random.default_rng(0)),
-        "actions": scene.objects[0].actions(times),
-        "motion": motion_score(video, fps),
-        "words": scene.objects[0].motion,
-        "colour": scene.objects[0].colour,
-        "shape": scene.objects[0].shape,
-    }
+    signal: str  # its name in vdx.data.signals
+    measure: str  # for people to read
+    unit: str  # for people to read
+    goal: float  # to be reached by a model; pixels are those of frames of 32 pixels
+    higher: bool  # whether more is better
+    read: Callable[[np.ndarray, float], Any]  # (video uint8 [t h w 3], fps) -> a reading
+    score: Scorer  # (readings, truths) -> value, share that could be read
 
 
 def control_scores(
     kind: str, videos: Sequence[np.ndarray], truths: Sequence[Truth], fps: float | Sequence[float]
 ) -> dict[str, Any]:
-    """A line of the report about one row of STEERING.
+    """Score clips by one row of CONTROL_METRICS.
 
-    videos: n clips uint8 [t h w 3]; truths: for each what it was asked for, and "video", the true
-    render; fps: frames per second, of all or of each.
-    Gives signal, measure, unit, higher (whether more is better), goal, and the value of "model",
-    "true" renders and the "control"; "valid", the share of the model's clips that could be read;
-    and whether the goal is "reached": by clips of which enough can be read, not by the control.
-    Values that cannot be read are NaN. Raises ConfigError for an unknown kind and ValueError if
-    the numbers of clips and truths differ or there are none.
+    videos: n clips uint8 [t h w 3]; truths: the target of each, and "video", its true render;
+    fps: frames per second, of all or of each.
+    Returns signal, measure, unit, higher (whether more is better), goal, and the value of "model",
+    "true" renders and "shuffled" targets; "valid", the share of the model's clips that could be
+    read; and "reached", whether the clips reach the goal, enough of them can be read, and the
+    shuffled targets do not fit as well. Values that cannot be read are NaN.
+    Raises ConfigError for an unknown kind and ValueError if clips and truths do not fit.
     """
-    metric = lookup(kind, CONTROL_METRICS, "steering")
-    if len(videos) != len(truths) or not len(videos):
-        raise ValueError(
-            f"steering_scores needs one truth for each clip, and at least one: got "
-            f"{len(videos)} clips and {len(truths)} truths."
-        )
-    for i, (video, truth) in enumerate(zip(videos, truths, strict=True)):
-        if video.dtype != np.uint8 or video.shape != truth["video"].shape:
-            raise ValueError(
-                f"Clip {i} is {video.dtype} {list(video.shape)}, its true render "
-                f"uint8 {list(truth['video'].shape)}; they must be alike."
-            )
+    metric = lookup(kind, CONTROL_METRICS, "control metrics")
+    _check(videos, truths)
     rates = [fps] * len(videos) if isinstance(fps, int | float) else list(fps)
-    read = lambda clips: [metric.read(v, r) for v, r in zip(clips, rates, strict=True)]
-    readings, count = read(videos), len(videos)
+
+    # The model, the reader's own error, and the value of a model that ignores the signal.
+    readings = _read(metric, videos, rates)
     model, valid = metric.score(readings, truths)
-    true, _ = metric.score(read([t["video"] for t in truths]), truths)
-    others = [
-        metric.score(readings, [truths[(i + by) % count] for i in range(count)])[0]
-        for by in ROLLS
-        if by < count
-    ]
-    control = float(np.mean(others)) if others else math.nan
-    goal = metric.goal * (videos[0].shape[2] / 32 if metric.unit == "px" else 1)
+    true, _ = metric.score(_read(metric, [truth["video"] for truth in truths], rates), truths)
+    shuffled = _shuffled(metric, readings, truths)
+
+    # A goal in pixels grows with the frame.
+    goal = metric.goal
+    if metric.unit == "px":
+        goal *= videos[0].shape[2] / GOAL_WIDTH
+
     sign = 1 if metric.higher else -1
-    reached = sign * model >= sign * goal and not sign * control >= sign * model and valid >= READ
+    better_than_shuffled = not sign * shuffled >= sign * model  # also where that is NaN
+    reached = sign * model >= sign * goal and better_than_shuffled and valid >= READABLE
     return {
         "signal": metric.signal,
         "measure": metric.measure,
@@ -123,209 +91,266 @@ def control_scores(
         "goal": goal,
         "model": model,
         "true": true,
-        "control": control,
+        "shuffled": shuffled,
         "valid": valid,
         "reached": bool(reached),
     }
 
 
-# Readers: (video, fps) -> what is seen ----------------------------------------------------------
+def _check(videos: Sequence[np.ndarray], truths: Sequence[Truth]) -> None:
+    if len(videos) != len(truths) or not len(videos):
+        raise ValueError(
+            f"control_scores needs one truth for each clip, and at least one: got "
+            f"{len(videos)} clips and {len(truths)} truths."
+        )
+    for i, (video, truth) in enumerate(zip(videos, truths, strict=True)):
+        if video.dtype != np.uint8 or video.shape != truth["video"].shape:
+            raise ValueError(
+                f"Clip {i} is {video.dtype} {list(video.shape)}, its true render "
+                f"uint8 {list(truth['video'].shape)}; they must have the same type and shape."
+            )
 
 
-def _path(video: np.ndarray, fps: float) -> np.ndarray:
-    """[t 2] pixels: the object's centre, NaN in frames that do not show it."""
-    track, path = track_object(video), np.full((len(video), 2), np.nan)
-    if track is not None:
-        path[track.seen] = track.centre[track.seen]
-    return path
+def _read(metric: Metric, videos: Sequence[np.ndarray], rates: Sequence[float]) -> list[Any]:
+    return [metric.read(video, fps) for video, fps in zip(videos, rates, strict=True)]
 
 
-def _silhouette(video: np.ndarray, fps: float) -> np.ndarray:
-    """bool [t h w]"""
-    track = track_object(video)
-    return np.zeros(video.shape[:3], bool) if track is None else track.amount > COLOURED
-
-
-def _angles(video: np.ndarray, fps: float) -> np.ndarray:
-    """[t 2]: the angle, and the period in which the shape looks the same; NaN if not seen."""
-    track, found = track_object(video), np.full((len(video), 2), np.nan)
-    if track is not None and len(track.seen) >= len(video) / 2:
-        angles, period = read_angles(track)
-        found[track.seen] = np.stack([angles, np.full(len(angles), period or np.nan)], -1)
-    return found
-
-
-def _flows(video: np.ndarray, fps: float) -> np.ndarray:
-    """[t-1 h w 2]"""
-    return np.stack([lucas_kanade(one, two) for one, two in itertools.pairwise(video)])
-
-
-def _pan(video: np.ndarray, fps: float) -> float:
-    """Widths per second by which the background goes right, objects and their edges left out."""
-    bright = np.pad(video.max(-1) > DARK, ((0, 0), (2, 2), (2, 2)))
-    height, width = video.shape[1:3]
-    near = np.any([bright[:, y : y + height, x : x + width] for y in range(5) for x in range(5)], 0)
-    return pan_speed(video, fps, ~near)
-
-
-def _moves(video: np.ndarray, fps: float) -> np.ndarray:
-    """int [t-1], rows of ACTIONS: which way the object goes, -1 where it is not seen."""
-    height, width = video.shape[1:3]
-    step = np.diff(_path(video, fps) / (width, height), axis=0) * fps
-    ways = np.array(list(VELOCITIES.values()), float)
-    far = step @ ways.T  # the rows of ACTIONS after "stay"
-    rows = np.where(
-        np.abs(step).max(-1) < 0.5 * COMMAND_SPEED * SPEEDS["slow"], 0, 1 + far.argmax(-1)
-    )
-    return np.where(np.isfinite(step).all(-1), rows, -1)
-
-
-def _step(video: np.ndarray, fps: float) -> float:
-    """Pixels a frame that the object goes in a straight line; NaN if it hardly does."""
-    path = _path(video, fps)
-    seen = np.flatnonzero(np.isfinite(path).all(-1))
-    if len(seen) < 3:
-        return math.nan
-    far = float(np.linalg.norm(np.polyfit(seen, path[seen], 1)[:1]))
-    return far if far >= LEAST_STEP else math.nan
+def _shuffled(metric: Metric, readings: Sequence[Any], truths: Sequence[Truth]) -> float:
+    """Score readings against the targets of other clips; NaN for a single clip."""
+    count = len(readings)
+    values = []
+    for places in ROLLS:
+        if places < count:
+            others = [truths[(i + places) % count] for i in range(count)]
+            values.append(metric.score(readings, others)[0])
+    return float(np.mean(values)) if values else math.nan
 
 
 # Scores: (readings, truths) -> (value, share that could be read) ---------------------------------
 
 
-def _mean(values: Sequence[float] | np.ndarray) -> Score:
-    found = np.asarray(values, float)
-    fine = found[np.isfinite(found)]
-    return (float(fine.mean()) if len(fine) else math.nan), len(fine) / max(len(found), 1)
-
-
-def _each(measure: Callable[[Any, Truth], Any]) -> Scorer:
-    """The mean of measure(reading, truth), a number or several, over all clips."""
-    return lambda readings, truths: _mean(
-        np.concatenate([np.ravel(measure(r, t)) for r, t in zip(readings, truths, strict=True)])
-    )
-
-
 def psnr(one: np.ndarray, two: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures uint8, 99 for equal ones."""
+    """Compute the peak signal-to-noise ratio in dB of uint8 frames, 99 for equal ones."""
     error = float(((one.astype(np.float64) - two) ** 2).mean())
-    return min(10 * math.log10(255.0**2 / error), BEST_PSNR) if error else BEST_PSNR
+    if not error:
+        return BEST_PSNR
+    return min(10 * math.log10(255.0**2 / error), BEST_PSNR)
+
+
+def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
+    """Compute Spearman's rank correlation; equal values share their mean rank.
+
+    Returns NaN for fewer than three values, or if all of one side are equal.
+    """
+    first = _centred_ranks(one)
+    second = _centred_ranks(two)
+    size = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+    if len(one) < 3 or not size:
+        return math.nan
+    return float(first @ second) / size
+
+
+def _centred_ranks(values: Sequence[float]) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    return ranks - ranks.mean()
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> Score:
+    """Return the mean of the finite values, and their share."""
+    found = np.asarray(values, float)
+    finite = found[np.isfinite(found)]
+    value = float(finite.mean()) if len(finite) else math.nan
+    return value, len(finite) / max(len(found), 1)
+
+
+def _mean_over_clips(measure: Callable[[Any, Truth], Any]) -> Scorer:
+    """Return the scorer that averages measure(reading, truth) over all clips."""
+
+    def scorer(readings: Sequence[Any], truths: Sequence[Truth]) -> Score:
+        pairs = zip(readings, truths, strict=True)
+        return _mean(
+            np.concatenate([np.ravel(measure(reading, truth)) for reading, truth in pairs])
+        )
+
+    return scorer
 
 
 def _distance(path: np.ndarray, truth: Truth) -> np.ndarray:
+    """Measure [t] pixels between the object's centre and its target."""
     return np.linalg.norm(path - truth["centre"], axis=-1)
 
 
 def _overlap(mask: np.ndarray, truth: Truth) -> np.ndarray:
-    asked = truth["depth"][..., 0] > INSIDE
-    return (mask & asked).sum((1, 2)) / np.maximum((mask | asked).sum((1, 2)), 1)
+    """Measure intersection over union [t] of silhouettes."""
+    wanted = truth["depth"][..., 0] > INSIDE
+    return (mask & wanted).sum((1, 2)) / np.maximum((mask | wanted).sum((1, 2)), 1)
 
 
-def _turn(read: np.ndarray, truth: Truth) -> np.ndarray:
-    angle, period = read.T
-    off = np.abs(angle - truth["angle"]) % period
-    return np.degrees(np.minimum(off, period - off))
+def _angle_error(reading: np.ndarray, truth: Truth) -> np.ndarray:
+    """Measure degrees [t] between angles, modulo the symmetry of the shape."""
+    angle, period = reading.T
+    error = np.abs(angle - truth["angle"]) % period
+    return np.degrees(np.minimum(error, period - error))
 
 
-def _end_point(flows: np.ndarray, truth: Truth) -> float:
-    """Median over the frames of the mean error where flow is asked for, on the object."""
-    asked = truth["flow"][:-1]
-    there = (asked[..., 2] > 0) & (truth["depth"][:-1, ..., 0] > INSIDE)
-    error = np.linalg.norm(flows - asked[..., :2], axis=-1)
+def _end_point_error(flows: np.ndarray, truth: Truth) -> float:
+    """Measure the median over frames of the mean flow error at hints on the object."""
+    wanted = truth["flow"][:-1]
+    there = (wanted[..., 2] > 0) & (truth["depth"][:-1, ..., 0] > INSIDE)
+    error = np.linalg.norm(flows - wanted[..., :2], axis=-1)
     frames = [float(e[m].mean()) for e, m in zip(error, there, strict=True) if m.any()]
     return float(np.median(frames)) if frames else math.nan
 
 
-def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
-    """Spearman's; equal values share their mean rank. NaN of fewer than three, or all equal."""
-    ranks = []
-    for values in (one, two):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        rank = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-        ranks.append(rank - rank.mean())
-    size = math.prod(float(np.linalg.norm(rank)) for rank in ranks)
-    return float(ranks[0] @ ranks[1]) / size if len(one) > 2 and size else math.nan
+def _motion_correlation(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
+    return rank_correlation(readings, [truth["motion"] for truth in truths]), 1.0
 
 
-def _strength(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
-    return rank_correlation(readings, [t["motion"] for t in truths]), 1.0
+def _frame_rate_error(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
+    """Measure how far displacements leave the ratio of two frame rates, in octaves.
 
-
-def _rates(readings: Sequence[float], truths: Sequence[Truth]) -> Score:
-    """Clips 0 and 1, 2 and 3, ... show the same at two rates: the object must go farther from
-    frame to frame at the lower rate, in proportion. How far the mean of that proportion is off, by
-    its log2."""
-    off = [
-        math.log2(readings[i] / readings[i + 1] * truths[i]["fps"] / truths[i + 1]["fps"])
-        for i in range(0, len(readings) - 1, 2)
-    ]
-    value, valid = _mean(off)
+    Clips 0 and 1, 2 and 3, ... show the same at two rates: at the lower rate the object must go
+    farther from frame to frame, in proportion. The value is the absolute mean over the pairs.
+    """
+    octaves = []
+    for i in range(0, len(readings) - 1, 2):
+        displacement = readings[i] / readings[i + 1]
+        rate = truths[i]["fps"] / truths[i + 1]["fps"]
+        octaves.append(math.log2(displacement * rate))
+    value, valid = _mean(octaves)
     return abs(value), valid
 
 
-def _still_picture(place: int) -> dict[str, Any]:
-    return {
-        "read": lambda video, fps: video[place],
-        "score": _each(lambda picture, truth: psnr(picture, truth["video"][place])),
-    }
+def _frame_metric(signal: str, measure: str, place: int) -> Metric:
+    """Return the measure of one frame that was given, by its PSNR."""
+    return Metric(
+        signal,
+        measure,
+        unit="dB",
+        goal=30.0,
+        higher=True,
+        read=lambda video, fps: video[place],
+        score=_mean_over_clips(lambda frame, truth: psnr(frame, truth["video"][place])),
+    )
+
+
+def _same_motion(reading: Mapping[str, str], truth: Truth) -> bool:
+    return reading["motion"] == truth["words"]
+
+
+def _same_subject(reading: Mapping[str, str], truth: Truth) -> bool:
+    return reading["colour"] == truth["colour"] and reading["shape"] == truth["shape"]
+
+
+def _pan_error(speed: float, truth: Truth) -> float:
+    return abs(speed - truth["pan"])
+
+
+def _same_actions(rows: np.ndarray, truth: Truth) -> np.ndarray:
+    return rows == truth["actions"][:-1]
 
 
 CONTROL_METRICS: dict[str, Metric] = {
-    "first_frame": Metric(
-        "first_frame", "first frame as given", "dB", 30.0, True, **_still_picture(0)
-    ),
+    "first_frame": _frame_metric("first_frame", "first frame as given", 0),
     "first_frame_motion": Metric(
-        "first_frame",
-        "motion as the words say",
-        "share",
-        0.9,
-        True,
-        read_attributes,
-        _each(lambda read, truth: read["motion"] == truth["words"]),
+        signal="first_frame",
+        measure="motion as the words say",
+        unit="share",
+        goal=0.9,
+        higher=True,
+        read=read_attributes,
+        score=_mean_over_clips(_same_motion),
     ),
-    "last_frame": Metric(
-        "last_frame", "last frame as given", "dB", 30.0, True, **_still_picture(-1)
+    "last_frame": _frame_metric("last_frame", "last frame as given", -1),
+    "depth": Metric(
+        signal="depth",
+        measure="position error",
+        unit="px",
+        goal=1.0,
+        higher=False,
+        read=object_path,
+        score=_mean_over_clips(_distance),
     ),
-    "depth": Metric("depth", "position error", "px", 1.0, False, _path, _each(_distance)),
     "depth_overlap": Metric(
-        "depth", "overlap of silhouettes", "share", 0.75, True, _silhouette, _each(_overlap)
+        signal="depth",
+        measure="overlap of silhouettes",
+        unit="share",
+        goal=0.75,
+        higher=True,
+        read=silhouette,
+        score=_mean_over_clips(_overlap),
     ),
-    "pose": Metric("pose", "position error", "px", 1.0, False, _path, _each(_distance)),
-    "pose_angle": Metric("pose", "angle error", "degrees", 10.0, False, _angles, _each(_turn)),
+    "pose": Metric(
+        signal="pose",
+        measure="position error",
+        unit="px",
+        goal=1.0,
+        higher=False,
+        read=object_path,
+        score=_mean_over_clips(_distance),
+    ),
+    "pose_angle": Metric(
+        signal="pose",
+        measure="angle error",
+        unit="degrees",
+        goal=10.0,
+        higher=False,
+        read=object_angles,
+        score=_mean_over_clips(_angle_error),
+    ),
     "flow": Metric(
-        "flow", "end-point error on the object", "px", 0.5, False, _flows, _each(_end_point)
+        signal="flow",
+        measure="end-point error on the object",
+        unit="px",
+        goal=0.5,
+        higher=False,
+        read=frame_flows,
+        score=_mean_over_clips(_end_point_error),
     ),
     "camera": Metric(
-        "camera",
-        "error of the pan",
-        "widths/s",
-        0.03,
-        False,
-        _pan,
-        _each(lambda speed, truth: abs(speed - truth["pan"])),
+        signal="camera",
+        measure="error of the pan",
+        unit="widths/s",
+        goal=0.03,
+        higher=False,
+        read=background_pan,
+        score=_mean_over_clips(_pan_error),
     ),
     "actions": Metric(
-        "actions",
-        "frames that obey",
-        "share",
-        0.8,
-        True,
-        _moves,
-        _each(lambda rows, truth: rows == truth["actions"][:-1]),
+        signal="actions",
+        measure="frames that obey",
+        unit="share",
+        goal=0.8,
+        higher=True,
+        read=object_actions,
+        score=_mean_over_clips(_same_actions),
     ),
     "motion": Metric(
-        "motion", "rank correlation of motion scores", "", 0.7, True, motion_score, _strength
+        signal="motion",
+        measure="rank correlation of motion scores",
+        unit="",
+        goal=0.7,
+        higher=True,
+        read=motion_score,
+        score=_motion_correlation,
     ),
     "reference": Metric(
-        "reference",
-        "clips of that colour and shape",
-        "share",
-        0.9,
-        True,
-        read_attributes,
-        _each(lambda read, truth: all(read[k] == truth[k] for k in ("colour", "shape"))),
+        signal="reference",
+        measure="clips of that colour and shape",
+        unit="share",
+        goal=0.9,
+        higher=True,
+        read=read_attributes,
+        score=_mean_over_clips(_same_subject),
     ),
     "fps": Metric(
-        "fps", "mean error of displacement / frame", "octaves", 0.26, False, _step, _rates
+        signal="fps",
+        measure="mean error of displacement / frame",
+        unit="octaves",
+        goal=0.26,
+        higher=False,
+        read=object_step,
+        score=_frame_rate_error,
     ),
 }

@@ -16,7 +16,12 @@ from vdx.models.vae.image_vae import ImageVAE
 from vdx.models.vae.video_vae import VideoVAE
 from vdx.parallel import MeshSpec, replicated
 from vdx.planning.job import Job
-from vdx.train.program import abstract_batch, train_program, with_text
+from vdx.train.compile import (
+    abstract_train_batch,
+    signal_shapes,
+    train_program,
+    with_text_length,
+)
 from vdx.types import Params
 
 # Channels of the latents -> the VAE that makes them: that of Stable Diffusion, of Wan 2.1, of
@@ -54,9 +59,18 @@ def shaped_program(job: Job, mesh: Mesh) -> ShapedProgram:
 
 def _train(job: Job, mesh: Mesh) -> ShapedProgram:
     """Return the step that vdx.main runs."""
-    step, abstract_state = train_program(job.experiment, mesh)
-    batch = abstract_batch(job.experiment, mesh, job.clip, job.text)
-    return ShapedProgram(step, (abstract_state, batch, job.experiment.abstract_frozen(mesh)))
+    experiment = job.experiment
+    step, abstract_state = train_program(experiment.job(), mesh)
+    batch = abstract_train_batch(
+        experiment.model,
+        mesh,
+        job.clip,
+        global_batch=experiment.loader.global_batch,
+        cached=experiment.clip is None,
+        text=job.text,
+    )
+    frozen = experiment.weights.abstract_frozen(mesh)
+    return ShapedProgram(step, (abstract_state, batch, frozen))
 
 
 def _sample(job: Job, mesh: Mesh) -> ShapedProgram:
@@ -64,12 +78,12 @@ def _sample(job: Job, mesh: Mesh) -> ShapedProgram:
     # The batch is filled up to the shares of the mesh.
     experiment = job.experiment
     generator = experiment.generator(size=(job.clip[1], job.clip[2]))
-    chunk = generator.at_once(job.clips)
+    chunk = generator.batch_size(job.clips)
 
     # The key too is made inside eval_shape: no operation can run on chips that are not here.
     shapes = jax.eval_shape(lambda: experiment.new_params(jax.random.key(0)))
     trained = abstract_params(shapes, mesh)
-    params = experiment.objective.whole(trained, experiment.abstract_frozen(mesh))
+    params = experiment.objective.network_params(trained, experiment.weights.abstract_frozen(mesh))
 
     @jax.jit
     def draw(params: Params, batch: dict[str, jax.Array], seeds: jax.Array) -> jax.Array:
@@ -121,10 +135,8 @@ def _conditions(job: Job, clips: int) -> dict[str, Any]:
 
     Its entries are shapes, which the generator takes for arrays.
     """
-    conditioning = job.experiment.model.conditioning
-    batch = jax.eval_shape(lambda: conditioning.dummy_batch(job.clip))
-    shapes = {name: (entry.shape[1:], entry.dtype) for name, entry in batch.items()}
-    shapes = with_text(job.experiment, shapes, job.text)
+    model = job.experiment.model
+    shapes = with_text_length(model, signal_shapes(model, job.clip), job.text)
     return {
         name: jax.ShapeDtypeStruct((clips, *shape), dtype)
         for name, (shape, dtype) in shapes.items()
@@ -141,7 +153,7 @@ def model_flops(job: Job) -> float:
     experiment = job.experiment
     if job.what == "sample":
         forwards = _evaluations(job)
-    elif job.what == "train" and experiment.part is None:
+    elif job.what == "train" and experiment.trained_part is None:
         forwards = 3
     else:
         return stated_flops(job.with_backbone(remat="none"))

@@ -1,7 +1,9 @@
-"""Optimizers: AdamW and Muon with schedule, clipping, a decay mask and gradient accumulation."""
+"""Optimizers: AdamW and Muon, with schedule, clipping and a decay mask."""
 
 import dataclasses
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -11,91 +13,147 @@ from vdx.config.build import lookup
 from vdx.parallel import path_str
 from vdx.types import Params
 
-SCHEDULES = {
-    "constant": lambda o, steps: optax.constant_schedule(o.learning_rate),
-    "cosine": lambda o, steps: optax.cosine_decay_schedule(o.learning_rate, steps, o.end_factor),
-    "linear": lambda o, steps: optax.linear_schedule(
-        o.learning_rate, o.learning_rate * o.end_factor, steps
-    ),
-}
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Optimizer"]
 
 # Biases, norms, tables, null values and embeddings are not pulled towards zero.
 NO_DECAY = re.compile(r"(bias|scale|table|null|embedding)$")
 
-
-# What Muon orthogonalises: the matrices of the scanned blocks [depth, in, out], and those of the
-# U-Nets' blocks, where a convolution [h, w, in, out] counts as the matrix of all that it reads.
+# The parameters that Muon orthogonalises: the matrices of the scanned blocks [depth, in, out], and
+# those of the U-Nets' blocks, where a convolution [h, w, in, out] counts as a matrix from all that
+# it reads to `out`.
 BLOCK_MATRIX = re.compile(r"network/layers/.*kernel$")
 UNET_MATRIX = re.compile(r"network/(.*/)?(down_\d+|middle|up_\d+)_\w+/.*kernel$")
 
+# Root mean square of an orthogonalised update, over the learning rate: that of AdamW's updates.
+MUON_RMS = 0.2
 
-def _adamw(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransformation:
-    """Loshchilov & Hutter 2019."""
-    return optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decays)
+# params -> a tree of bools, True where weights decay.
+DecayMask = Callable[[Params], Params]
 
 
-def _muon(o: "Optimizer", rate: optax.Schedule, decays) -> optax.GradientTransformation:
-    """Jordan et al. 2024 for the matrices of the blocks, at the update size of AdamW (Liu et al.
-    2025, "Muon is scalable"), so that one learning rate serves both; AdamW with Nesterov's
-    momentum for the rest."""
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """`config.optim`: a row of OPTIMIZERS, after clipping, with its learning rate.
 
-    def axes(path, x):
-        name, last = path_str(path), x.ndim - 1
+    The rate warms up linearly, then follows its schedule to the end of the run.
+    """
+
+    name: str = "adamw"  # a row of OPTIMIZERS
+    learning_rate: float = 1e-4  # after warm-up
+    schedule: str = "cosine"  # a row of SCHEDULES
+    warmup_steps: int = 100  # steps from rate 0 to `learning_rate`
+    end_factor: float = 0.0  # the last learning rate, as a factor of `learning_rate`
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.99  # decay of the second moment
+    eps: float = 1e-8  # added to the divisor of an update
+    weight_decay: float = 0.01  # of matrices; see NO_DECAY
+    max_grad_norm: float = 1.0  # global norm that gradients are clipped to
+    grad_accum_steps: int = 1  # microbatches of a step
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """Return the learning rate as a function of the step.
+
+        Raises ConfigError for an unknown schedule.
+        """
+        schedule = lookup(self.schedule, SCHEDULES, "config.optim.schedule")
+        warmup = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))
+        rest = schedule(self, max(steps - self.warmup_steps, 1))
+        return optax.join_schedules([warmup, rest], [self.warmup_steps])
+
+    def make(self, steps: int) -> optax.GradientTransformation:
+        """Return the whole update: clipping, then the optimizer.
+
+        Raises ConfigError for an unknown optimizer or schedule.
+        """
+        make = lookup(self.name, OPTIMIZERS, "config.optim.name")
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_grad_norm),
+            make(self, self.rate(steps), _decay_mask),
+        )
+
+
+def _constant(optimizer: Optimizer, steps: int) -> optax.Schedule:
+    """Keep the learning rate."""
+    return optax.constant_schedule(optimizer.learning_rate)
+
+
+def _cosine(optimizer: Optimizer, steps: int) -> optax.Schedule:
+    """Fall along half a cosine."""
+    return optax.cosine_decay_schedule(optimizer.learning_rate, steps, optimizer.end_factor)
+
+
+def _linear(optimizer: Optimizer, steps: int) -> optax.Schedule:
+    """Fall along a line."""
+    rate = optimizer.learning_rate
+    return optax.linear_schedule(rate, rate * optimizer.end_factor, steps)
+
+
+# name -> (optimizer, steps after warm-up) -> schedule.
+SCHEDULES: dict[str, Callable[[Optimizer, int], optax.Schedule]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "linear": _linear,
+}
+
+
+def _decay_mask(params: Params) -> Params:
+    """Return True for every parameter that decays."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NO_DECAY.search(path_str(path)) is None, params
+    )
+
+
+def _adamw(
+    optimizer: Optimizer, rate: optax.Schedule, decay_mask: DecayMask
+) -> optax.GradientTransformation:
+    """Build AdamW (Loshchilov & Hutter 2019)."""
+    return optax.adamw(
+        rate,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        mask=decay_mask,
+    )
+
+
+def _muon(
+    optimizer: Optimizer, rate: optax.Schedule, decay_mask: DecayMask
+) -> optax.GradientTransformation:
+    """Build Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest.
+
+    Muon's updates have the size of AdamW's (Liu et al. 2025, "Muon is scalable"), so that one
+    learning rate serves both. AdamW has Nesterov's momentum here.
+    """
+    return optax.contrib.muon(
+        rate,
+        consistent_rms=MUON_RMS,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=optimizer.b1,
+        adam_b2=optimizer.b2,
+        muon_weight_dimension_numbers=_muon_dimensions,
+    )
+
+
+def _muon_dimensions(params: Params) -> Any:
+    """Return every parameter's matrix dimensions; None for those that AdamW updates."""
+
+    def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        name = path_str(path)
+        last = leaf.ndim - 1
         if BLOCK_MATRIX.search(name):
             return optax.contrib.MuonDimensionNumbers(last - 1, last)
         if UNET_MATRIX.search(name):
             return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
         return None
 
-    def matrices(params: Params):
-        return jax.tree_util.tree_map_with_path(axes, params)
-
-    return optax.contrib.muon(
-        rate,
-        consistent_rms=0.2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        weight_decay_mask=decays,
-        adam_b1=o.b1,
-        adam_b2=o.b2,
-        muon_weight_dimension_numbers=matrices,
-    )
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-METHODS = {"adamw": _adamw, "muon": _muon}
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """A row of METHODS after clipping: linear warm-up over `warmup_steps` steps, then `schedule`."""
-
-    name: str = "adamw"
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    end_factor: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0  # largest global norm of the gradient
-    grad_accum_steps: int = 1  # microbatches per step
-
-    def rate(self, steps: int) -> optax.Schedule:
-        """The learning rate as a function of the step."""
-        body = lookup(self.schedule, SCHEDULES, "config.optim.schedule")
-        warm = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))
-        return optax.join_schedules(
-            [warm, body(self, max(steps - self.warmup_steps, 1))], [self.warmup_steps]
-        )
-
-    def make(self, steps: int) -> optax.GradientTransformation:
-        def decays(params: Params):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: NO_DECAY.search(path_str(path)) is None, params
-            )
-
-        method = lookup(self.name, METHODS, "config.optim.name")
-        return optax.chain(
-            optax.clip_by_global_norm(self.max_grad_norm), method(self, self.rate(steps), decays)
-        )
+# name -> (optimizer, learning rate, decay mask) -> update.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+}

@@ -1,8 +1,8 @@
-"""Ways for a run to end well: preemption, a stuck step, a workdir that somebody else uses.
+"""Orderly ends of a run: preemption, a stuck step, a lost peer, a workdir in use.
 
-Exit codes: 0 done; 1 an error that a person must mend, explained; 42 preempted, all is saved and
-the same command goes on; 75 (EX_TEMPFAIL of sysexits.h) stuck or short of a worker, the same
-command may well go on. The launch scripts start again on 42 and 75.
+Exit codes: 0 done; 1 an error that a person has to fix, with a message; 42 preempted, the state
+is saved and the same command resumes; 75 (EX_TEMPFAIL of sysexits.h) stuck, or without a worker
+or peer, and the same command may succeed. The launch scripts start again on 42 and 75.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 import jax
@@ -36,52 +36,65 @@ __all__ = [
     "lock_workdir",
 ]
 
-PREEMPTED, STUCK = 42, 75
+PREEMPTED = 42
+STUCK = 75
+
+# A terminal and a launcher may both pass on one request; a second signal this many seconds later
+# is a new request.
+SAME_REQUEST = 1.0
 
 
 class Preempted(SystemExit):
-    """The program was asked to end, and everything is saved."""
+    """The end of a program that a signal stopped; the state is saved."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(PREEMPTED)
 
 
 class PreemptionHandler:
-    """SIGTERM and SIGINT, answered between two steps; a context manager.
+    """Context manager that turns SIGTERM and SIGINT into a stop between two steps.
 
-    One process: our handler remembers the signal. Several: JAX's own handler of SIGTERM tells
-    every process, and all of them agree on the step after which they stop; SIGINT is passed on
-    as SIGTERM. Outside of the training loop (`polled` False) there is nothing to save, and a
-    signal ends the program at once; so does a second one, unless it comes within a second of the
-    first, as when a terminal and a launcher both pass on the same wish.
+    One process: our handler records the signal. Several processes: JAX's own handler of SIGTERM
+    shares it, and all of them agree on the step after which they stop; SIGINT is passed on as
+    SIGTERM. Outside of the training loop (`polled` False) there is nothing to save, and a signal
+    ends the program at once. So does a second signal, unless it repeats the same request.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.alone = jax.process_count() == 1
-        self.polled, self._asked = False, 0.0  # when we were asked
+        self.polled = False  # the training loop calls `requested` after every step
+        self._requested_at = 0.0  # on the monotonic clock; 0: no request yet
         self._calls = 0
-        self._before: dict[int, object] = {}
+        self._previous: dict[int, object] = {}  # the handlers that ours replace
 
     def __enter__(self) -> "PreemptionHandler":
         if threading.current_thread() is threading.main_thread():
-            # A handler of SIGTERM of ours would take the place of JAX's.
-            for number in (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,):
-                self._before[number] = signal.signal(number, self._handle)
+            # Our handler of SIGTERM would replace JAX's.
+            signals = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
+            for number in signals:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal, or ends the program."""
         now = time.monotonic()
-        if not self.polled or (self._asked and now > self._asked + 1):
+        is_new = now > self._requested_at + SAME_REQUEST
+        if not self.polled or (self._requested_at and is_new):
             raise Preempted
-        if self._asked:
+        if self._requested_at:
             return
-        self._asked = now
+        self._requested_at = now
         print(
-            "\nAsked to stop: saving after this step. Once more to stop now.",
+            "\nStop requested: saving after this step. Signal again to stop now.",
             file=sys.stderr,
             flush=True,
         )
@@ -89,26 +102,31 @@ class PreemptionHandler:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
-        """Whether to save and stop now; every process calls this once after every step."""
+        """Return whether to save and stop now.
+
+        Every process calls it once after every step.
+        """
         if self.alone:
-            return bool(self._asked)
-        self._calls += 1  # not the step, which may go back
+            return bool(self._requested_at)
+        self._calls += 1  # not the step count, which may go back
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def end_polling(self) -> None:
-        """The loop is over. From now on a signal ends the program at once, also where JAX's
-        handler would only take note of it."""
+        """Mark the end of the loop: from now on a signal ends the program at once.
+
+        JAX's handler, which only records a signal, is replaced too.
+        """
         self.polled = False
         if not self.alone and threading.current_thread() is threading.main_thread():
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._handle)
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._handle)
 
 
 class Watchdog:
-    """Ends a process that makes no progress; a context manager.
+    """Context manager that ends a process without progress.
 
     Without a `beat()` for `seconds` (0: never) it prints the stacks of all threads, calls each
-    of `before_exit`, for at most `grace` seconds, and exits with STUCK. It needs no help from the
-    thread that hangs.
+    of `before_exit`, for at most `grace` seconds, and exits with STUCK. Its thread does not
+    depend on the thread that hangs.
     """
 
     def __init__(
@@ -117,13 +135,16 @@ class Watchdog:
         before_exit: tuple[Callable[[], object], ...] = (),
         grace: float = 60.0,
     ):
-        self.seconds, self.before_exit, self.grace = seconds, before_exit, grace
-        self._last = time.monotonic()
+        self.seconds = seconds
+        self.before_exit = before_exit
+        self.grace = grace
+        self._last_beat = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        self._last = time.monotonic()
+        """Mark progress."""
+        self._last_beat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         if self.seconds:
@@ -131,15 +152,22 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._done.set()
 
     def _watch(self) -> None:
+        """Check the last beat until the block is left."""
         while not self._done.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._last > self.seconds:
+            if time.monotonic() - self._last_beat > self.seconds:
                 self._end()
 
     def _end(self) -> None:
+        """Print all stacks, tidy up and end the process."""
         print(
             f"\nNo step for {self.seconds:g} s (config.train.watchdog_seconds): ending with exit "
             f"code {STUCK}. Every thread's stack, the latest call first:",
@@ -156,10 +184,10 @@ class Watchdog:
 
 
 def exit_now(code: int, message: str) -> NoReturn:
-    """Ends the program with a message as its last words, once all is closed.
+    """End the program at once, with a message as its last words.
 
-    At once: Python's own way out waits for the other processes, which wait in turn for this one,
-    and has Orbax's threads print pages about a failed save.
+    Python's own exit waits for the other processes, which wait in turn for this one, and has
+    Orbax's threads print pages about a failed save.
     """
     sys.stdout.flush()
     print(f"\nvdx: {message}", file=sys.stderr, flush=True)
@@ -168,50 +196,65 @@ def exit_now(code: int, message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def exit_if_peer_lost(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Ends this process with STUCK when one of its peers has ended. What is in the block may have
-    a save under way, which cannot finish without the peer and must not be waited for."""
+    """End this process with STUCK when another process of the run has ended.
+
+    The block may have a save under way, which cannot finish without the peer; nothing waits
+    for it.
+    """
     try:
         yield
     except Exception as error:
-        signs = (jax.errors.JaxRuntimeError, TimeoutError)  # of a collective, of a barrier
-        lost = isinstance(error, signs) or isinstance(error.__cause__, signs)
-        if jax.process_count() == 1 or not lost or "RESOURCE_EXHAUSTED" in str(error):
+        if not _is_lost_peer(error):
             raise
         before_exit()
         exit_now(
             STUCK,
             f"process {jax.process_index()} of {jax.process_count()} lost touch with "
-            f"another one, whose log says why: {str(error).splitlines()[0]:.300}",
+            f"another one, whose log has the reason: {str(error).splitlines()[0]:.300}",
         )
 
 
+def _is_lost_peer(error: Exception) -> bool:
+    """Return whether an error is that of a collective or barrier that lost a peer."""
+    kinds = (jax.errors.JaxRuntimeError, TimeoutError)
+    is_collective = isinstance(error, kinds) or isinstance(error.__cause__, kinds)
+    out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+    return jax.process_count() > 1 and is_collective and not out_of_memory
+
+
 class WorkdirInUse(ValueError):
-    """Another process is writing in the workdir."""
+    """Another process writes in the workdir."""
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this process; the kernel lets go of it however the process ends.
+    """Lock the workdir for this process.
 
-    Raises WorkdirInUse, which names the holder.
+    The kernel unlocks it, however the process ends. Raises WorkdirInUse, which names the
+    process that has the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+
+    # The file stays: only the lock counts, and removing it would race with a second process.
     with (workdir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                print(
-                    f"{workdir} is on a file system without locks ({error.strerror}): nothing "
-                    "prevents a second process from writing there.",
-                    file=sys.stderr,
-                )
-            else:
+            # Locked by another process, unless the file system has no locks.
+            if error.errno in (errno.EAGAIN, errno.EACCES):
                 file.seek(0)
                 raise WorkdirInUse(
                     f"{workdir} is in use by {file.read().strip() or 'a process'}. "
                     "End that one first, or choose another workdir."
                 ) from None
+
+            print(
+                f"{workdir} is on a file system without locks ({error.strerror}): nothing "
+                "prevents a second process from writing there.",
+                file=sys.stderr,
+            )
+
+        # The name of this process, for the message of the next one
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()}, since "

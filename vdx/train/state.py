@@ -1,35 +1,33 @@
 """The state of a run: one pytree that goes into a step and comes out."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vdx.parallel import opt_shardings, param_shardings, replicated
-from vdx.types import Params
+from vdx.parallel import PARAM_RULES, Rules, opt_shardings, param_shardings, replicated
+from vdx.types import Array, Params, PRNGKeyArray
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step: int32 steps taken; params (what is trained: the network's, or adapters beside frozen
-    ones), opt_state and ema float32, sharded alike; key: the seed that every random draw of the
-    run is folded from. accepted: int32 steps that were not refused for bad numbers; norm: running
-    mean of their gradient norms."""
+    """The arrays that a step reads and changes.
 
-    step: Any
-    params: Params
-    opt_state: Any
-    ema: Params
-    key: Any
-    norm: Any
-    accepted: Any
+    Parameters, their average and their moments have the same shardings.
+    """
+
+    step: Array  # int32, steps taken, refused ones included
+    params: Params  # float32, what is trained: the network's parameters, some, or adapters
+    opt_state: optax.OptState  # float32 moments
+    ema: Params  # float32, the averaged `params`
+    key: PRNGKeyArray  # every random draw of the run is folded from it
+    norm: Array  # float32, running mean of the accepted steps' gradient norms
+    accepted: Array  # int32, steps that were not refused for bad numbers
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state at step 0."""
-    # A copy, or params that are given to jit would be one buffer with their average.
+    """Return the state at step 0 with these parameters."""
+    # The average is a copy: jit would otherwise give both the same buffer.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -41,11 +39,11 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
     )
 
 
-def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where every leaf of a (possibly abstract) state lies."""
-    params = param_shardings(mesh, state.params)
+def state_shardings(mesh: Mesh, state: TrainState, rules: Rules = PARAM_RULES) -> TrainState:
+    """Return the sharding of every leaf of a (possibly abstract) state."""
+    params = param_shardings(mesh, state.params, rules)
     one = replicated(mesh)
-    return TrainState(
+    return state.replace(
         step=one,
         params=params,
         ema=params,
@@ -53,4 +51,13 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
         norm=one,
         accepted=one,
         opt_state=opt_shardings(mesh, state.opt_state, params),
+    )
+
+
+def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:
+    """Return an abstract state whose leaves carry their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )

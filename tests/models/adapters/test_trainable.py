@@ -12,15 +12,17 @@ from flax.traverse_util import flatten_dict
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
-from vdx.experiment import Experiment, load, open_params
+from vdx.experiment import Experiment, load
 from vdx.files import read_rows
 from vdx.interop.unet import load_unet, save_unet
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
-from vdx.train.checkpoint import CheckpointError, Checkpoints
-from vdx.train.loop import Run, train
+from vdx.train.checkpoint import Checkpoints
+from vdx.train.checkpoint_match import CheckpointError
+from vdx.train.loop import TrainedRun, train
 from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
+from vdx.weights import open_params
 
 pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[3]
@@ -33,7 +35,7 @@ def experiment(*args: str) -> Experiment:
         resolve(
             f"{ROOT}/configs/motion_module_sd15.py:smoke",
             [
-                "--config.train.eval_every=0",
+                "--config.eval.loss=null",
                 "--config.optim.warmup_steps=1",
                 "--config.model.backbone.widths=(16,)",
                 "--config.model.backbone.attention=(False,)",
@@ -75,9 +77,9 @@ def place(tmp_path_factory, randomise) -> tuple[str, ...]:
     return f"--config.weights={root / 'unet'}", f"--config.data.path={root / 'data'}"
 
 
-def trained(made: Experiment, workdir: Path, mesh) -> Run:
+def trained(made: Experiment, workdir: Path, mesh) -> TrainedRun:
     with jax.set_mesh(mesh):
-        return train(made, workdir, mesh, lambda *_: None, PreemptionHandler())
+        return train(made.job(), workdir, mesh, PreemptionHandler())
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def fresh():
 
 
 @pytest.fixture(scope="module")
-def first(place, mesh, tmp_path_factory) -> tuple[Path, Run]:
+def first(place, mesh, tmp_path_factory) -> tuple[Path, TrainedRun]:
     workdir = tmp_path_factory.mktemp("run")
     return workdir, trained(experiment(*place), workdir, mesh)
 
@@ -128,9 +130,9 @@ def test_adapters_and_a_part_at_once():
 def test_at_first_it_is_the_image_model(place, mesh, fresh):
     """Every frame of a clip, in every bit."""
     made = experiment(*place, "--config.model.backbone.dtype='float32'")
-    frozen, given = made.read_frozen(mesh)
+    frozen, given = made.weights.read_frozen(mesh)
     assert not given
-    params = made.objective.whole(fresh, frozen)
+    params = made.objective.network_params(fresh, frozen)
     image = image_model()
     image = Denoiser({**image.backbone_config, "dtype": "float32"}, image.signals)
     rng = np.random.default_rng(1)
@@ -149,7 +151,7 @@ def test_the_rest_is_frozen_and_in_no_checkpoint(first, fresh, place, mesh):
     workdir, run = first
     made = experiment(*place)
     read, own = (
-        load_unet(made.weights, image_model(), mesh, "bfloat16"),
+        load_unet(made.weights.path, image_model(), mesh, "bfloat16"),
         flatten_dict(run.params, sep="/"),
     )
     for path, leaf in flatten_dict(read, sep="/").items():
@@ -179,7 +181,7 @@ def test_it_resumes_exactly_and_with_the_same_weights_only(first, place, mesh, t
     assert facts(tmp_path / "half") == facts(whole)
     shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
     save_unet(randomise(shapes, 1), image_model(), tmp_path / "unet")
-    with pytest.raises(CheckpointError, match="step 2 were trained beside other weights"):
+    with pytest.raises(CheckpointError, match="step 2 were trained with other frozen weights"):
         trained(
             experiment(*place, f"--config.weights={tmp_path / 'unet'}"), tmp_path / "other", mesh
         )
@@ -199,8 +201,8 @@ def test_it_goes_out_as_an_adapter_and_comes_back(first, place, mesh, tmp_path):
     np.testing.assert_array_equal(read["conditioning/embeddings/null"], NULL)
     made = experiment(*place)
     save_unet(run.state.ema, made.model, tmp_path / "motion", part="motion")
-    both = (made.weights, str(tmp_path / "motion"))
-    _, given = experiment(*place, f"--config.weights={both}").read_frozen(mesh)
+    both = (made.weights.path, str(tmp_path / "motion"))
+    _, given = experiment(*place, f"--config.weights={both}").weights.read_frozen(mesh)
     given = flatten_dict(given, sep="/")
     assert set(given) == set(averaged)
     for path, leaf in averaged.items():
@@ -219,4 +221,4 @@ def test_it_goes_out_as_an_adapter_and_comes_back(first, place, mesh, tmp_path):
 )
 def test_a_model_that_is_not_that_of_the_weights(option, message, place, mesh):
     with pytest.raises(ValueError, match=message):
-        experiment(*place, f"--config.{option}").read_weights(mesh)
+        experiment(*place, f"--config.{option}").weights.read_weights(mesh)

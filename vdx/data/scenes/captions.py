@@ -132,6 +132,7 @@ def _draw_sentence(scene: Scene, rng: np.random.Generator) -> _Sentence:
     participle = bool(opening) or rng.random() < 0.25
 
     actions = [f"{_noun(item, rng)} {_verb(item, rng, participle)}" for item in scene.objects]
+
     place = ""
     if rng.random() < 0.5:
         place = pick(BACKGROUND_WORDS[scene.background], rng)
@@ -143,6 +144,7 @@ def _draw_sentence(scene: Scene, rng: np.random.Generator) -> _Sentence:
     if rng.random() < (0.1 if scene.style == "flat" else 0.5):
         remarks.append(pick(STYLE_WORDS[scene.style], rng))
     place_first = rng.random() < 0.25
+
     return _Sentence(opening, " and ".join(actions), place, tuple(remarks), place_first)
 
 

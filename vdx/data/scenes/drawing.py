@@ -85,6 +85,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.hypot(x, y) - 1.0
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.74) - 0.26
+
     if shape == "triangle":
         return _star_distance(x, y, 3, 1.12, 0.56)
     if shape == "star":

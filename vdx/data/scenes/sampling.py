@@ -131,6 +131,7 @@ def sample_scene(vocabulary: Vocabulary, rng: np.random.Generator) -> Scene:
     if len(words) == 2:
         scale = SHARED
         tries = ARRANGEMENTS
+
     arrangements = [
         [_place(combination, camera, scale, vocabulary, rng) for combination in words]
         for _ in range(tries)

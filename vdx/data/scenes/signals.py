@@ -110,6 +110,7 @@ def flow(scene: Scene, times: np.ndarray, height: int, width: int) -> np.ndarray
         sin = growth * np.sin(turn)
         x, y = np.broadcast_arrays(item.x[:-1], item.y[:-1])
         step = np.stack([cos * x - sin * y - x, sin * x + cos * y - y], -1) + move[:, None, None]
+
         inside = item.cover[:-1] >= 0.5
         result[:-1][inside] = step[inside]
     return result

@@ -127,6 +127,7 @@ class Scenes:
             max_objects=self.max_objects,
             duration=self.duration,
         )
+
         scene = sample_scene(vocabulary, rng)
         return dataclasses.replace(scene, caption=describe(scene, rng))
 

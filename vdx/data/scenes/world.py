@@ -119,6 +119,7 @@ class Object:
             y = self.y - self.rise * 4.0 * u * (1.0 - u)
         elif self.motion == COMMANDED:
             x, y = self._commanded_path(times)
+
         return {"center": np.stack([x, y], -1), "size": size, "angle": angle}
 
     def _commanded_path(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

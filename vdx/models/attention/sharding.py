@@ -103,7 +103,7 @@ def attend_to_split(
 
 
 def _mask_spec(mask: Array | None, batch: tuple[str, ...] | None) -> P:
-    """Return the sharding of a mask's first axis, which has one entry or one for each clip."""
+    """Return the sharding of a mask's first axis: one entry, or one for each clip."""
     if mask is None:
         return P()
     return P(batch if len(mask) > 1 else None)
