@@ -163,6 +163,8 @@ def random_transformer(size: Size) -> torch.nn.Module:
         num_layers=size.layers,
     )
     network = network.eval().requires_grad_(False)
+
+    # Products of about the size of their input, scales of about 1.
     for parameter in network.parameters():
         noise = torch.randn_like(parameter)
         if parameter.ndim > 1:
@@ -174,6 +176,7 @@ def random_transformer(size: Size) -> torch.nn.Module:
 
 def measure(size: Size, runs: int) -> list[dict[str, Any]]:
     """Return the rows of one size."""
+    # torch compiles nothing, so that its first call is as any other.
     pair = Pair(size)
     once, once_first = pair.vdx_way()
     each_step, each_step_first = pair.vdx_way(precompute=False)
@@ -184,6 +187,7 @@ def measure(size: Size, runs: int) -> list[dict[str, Any]]:
     errors = {name: float(np.abs(way() - want).max()) for name, way in ways.items()}
     found = compare(ways, runs)
 
+    # A token is 2 x 2 latents.
     t, h, w, _ = size.latents
     rows = []
     for name, measured in found.items():

@@ -49,6 +49,7 @@ def seconds_to_first_step(folder: Path, cache: Path, options: Sequence[str]) -> 
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
     )
 
+    # The log gets its first line after the first step.
     log = workdir / "metrics.jsonl"
     try:
         while not log.exists() or not log.stat().st_size:
@@ -66,8 +67,11 @@ def main(argv: Sequence[str]) -> None:
     times: dict[str, list[float]] = {"cold": [], "with the cache": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+
+        # Fill the folder that later starts use.
         filled = folder / "filled"
         seconds_to_first_step(folder, filled, options)
+
         for i in range(FLAGS.runs):
             empty = folder / f"empty_{i}"
             times["cold"].append(seconds_to_first_step(folder, empty, options))

@@ -283,6 +283,8 @@ def measure(
     flops = passes * denoiser.flops((*grid, CHANNELS), WORDS)
     chip = this_chip()
     found = compare(ways, FLAGS.runs)
+
+    # The same work for every way, whatever remat or checkpoints recompute.
     rows = []
     for name, measured in found.items():
         rate = flops / measured.seconds

@@ -97,6 +97,7 @@ class Pair:
             got = np.clip(way(), -1, 1) if method == "decode" else way()
             errors[name] = float(np.abs(got - want).max())
 
+        # Times and memory.
         found = compare(ways, runs)
         rows = []
         for name, measured in found.items():
@@ -119,12 +120,14 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(torch_threads())
     pair = Pair(FLAGS.base_dim)
 
+    # A clip of pixels, and latents of a clip of that size.
     rng = np.random.default_rng(0)
     frames = FLAGS.frames
     side = FLAGS.side
     latent_shape = (1, 1 + (frames - 1) // RATE_T, side // RATE_HW, side // RATE_HW, CHANNELS)
     latents = rng.normal(size=latent_shape).astype(np.float32)
     video = np.tanh(rng.normal(size=(1, frames, side, side, 3))).astype(np.float32)
+
     rows = pair.rows("decode", latents, FLAGS.runs) + pair.rows("encode", video, FLAGS.runs)
 
     measured_on = where(

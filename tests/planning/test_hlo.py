@@ -176,7 +176,7 @@ def test_an_instruction_is_parsed():
         (AxisWindow(1, 0, 1, 1), 12),  # all of 4 outputs x 3 kernel entries
         (AxisWindow(1, 1, 1, 1), 11),  # the first output reads one entry of padding
         (AxisWindow(1, 0, 2, 1), 6),  # every other place is a hole
-        (AxisWindow(2, 0, 1, 2), 8),  # the last outputs read beyond the 6 inputs
+        (AxisWindow(2, 0, 1, 2), 6),  # outputs read 3, 2, 1 and 0 of the 6 inputs
     ],
 )
 def test_pairs_that_read_padding_or_holes_do_not_count(window, pairs):

@@ -73,9 +73,9 @@ def count_program(text: str) -> Counts:
     return Counts(
         flops=program.flops,
         traffic=program.traffic,
+        kernels=program.kernels,
         sent=sent,
         collectives=by_kind(collectives),
-        kernels=program.kernels,
     )
 
 

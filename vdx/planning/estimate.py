@@ -30,10 +30,10 @@ class Counts:
 
     flops: float
     traffic: float  # bytes to and from its memory
+    kernels: int | None  # runs of kernels, which `flops` leaves out; None if estimated
     sent: float  # bytes to other devices
     # Kind of collective -> its totals in loops and outside (see `by_kind`); empty if estimated.
     collectives: dict[str, dict[str, CollectiveTotals]]
-    kernels: int | None = None  # runs of kernels, which `flops` leaves out; None if estimated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ def estimate_needs(job: Job, mesh: Mesh, stated_flops: float) -> Needs:
     counts = Counts(
         flops=stated_flops / mesh.size,
         traffic=2.0 * bytes_per_device(_arguments(job, mesh)),  # each is read and written once
+        kernels=None,
         sent=sent,
         collectives={},
     )
