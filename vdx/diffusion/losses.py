@@ -191,7 +191,7 @@ class DenoisingLoss:
     weighting: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
 
     def __post_init__(self) -> None:
-        assert self.weigh  # raises ConfigError for an unknown weighting
+        _ = self.weigh  # raises ConfigError for an unknown weighting
 
     @functools.cached_property
     def weigh(self) -> Weighting:
