@@ -76,7 +76,7 @@ with open(here / "calls", "a") as file:
 
     def calls(self, name: str) -> list[list[str]]:
         file = self.here / "calls"
-        rows = [json.loads(line) for line in file.open()] if file.exists() else []
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [row[1:] for row in rows if row[0] == name]
 
     def write(self, name: str, text: str) -> None:

@@ -34,10 +34,11 @@ def oracle(process):
 
     def denoise(x, t):
         a, s = expand(process.alpha(t), x), expand(process.sigma(t), x)
-        total = a**2 * VARIANCE + s**2
-        x0 = MEAN + a * VARIANCE / total * (x - a * MEAN)
+        mean, variance = (v.reshape(1, 1, 1, 1, -1) for v in (MEAN, VARIANCE))
+        total = a**2 * variance + s**2
+        x0 = mean + a * variance / total * (x - a * mean)
         # s / total, so that the noise is exact also where s is small.
-        return process.from_x0_noise(x0, s / total * (x - a * MEAN), t)
+        return process.from_x0_noise(x0, s / total * (x - a * mean), t)
 
     return denoise
 
@@ -142,7 +143,12 @@ def test_ancestral_step_is_the_posterior(name):
     n, x_t, x0, t, s = 40000, 0.7, -0.4, 0.6, 0.35
     x = jnp.full((n, 1, 1, 1, 1), x_t)
     got = run(
-        process, SAMPLERS["ddpm"](), x, [t, s], lambda x, t: jnp.full_like(x, x0), jax.random.key(0)
+        process,
+        SAMPLERS["ddpm"](),
+        x,
+        np.array([t, s]),
+        lambda x, t: jnp.full_like(x, x0),
+        jax.random.key(0),
     )
     (at, as_), (st, ss) = (f(np.array([t, s])) for f in (process.alpha, process.sigma))
     # Prior x_s ~ N(as x0, ss^2); likelihood x_t ~ N(at / as x_s, st^2 - (at / as)^2 ss^2).

@@ -78,7 +78,7 @@ def write_rows(folder, rows):
 
 
 def read_rows(folder):
-    return [json.loads(line) for line in (folder / "metadata.jsonl").open()]
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
 def one_byte(data, place):

@@ -501,7 +501,7 @@ def test_posterior_is_the_references():
     key = jax.random.key(3)
     noise = jax.random.normal(key, got.mean.shape)
     np.testing.assert_allclose(
-        got.sample(key) * scale + shift,
+        np.asarray(got.sample(key)) * scale + shift,
         got.mean + channels_last(want.std) * noise,
         rtol=1e-5,
         atol=1e-5,

@@ -268,7 +268,7 @@ class PerHead(RMSNorm):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         y = x.reshape(*x.shape[:-1], TINY["num_attention_heads"], -1)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return y.reshape(x.shape) * scale
+        return y.reshape(x.shape) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 FAULTS = {

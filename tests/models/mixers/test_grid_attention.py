@@ -346,6 +346,6 @@ def test_softmax_runs_in_float32():
     """Two near scores, which bfloat16 does not separate at their size."""
     q = jnp.full((1, 1, 1, 4), 16.0, jnp.bfloat16)
     k = jnp.asarray([[16.0] * 4, [16.0] * 3 + [16.125]], jnp.bfloat16)[None, :, None]
-    v = jnp.asarray([0.0, 1.0], jnp.bfloat16)[None, :, None, None] * jnp.ones(4, jnp.bfloat16)
+    v = jnp.asarray([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, :, None]
     want = 1 / (1 + np.exp(-16 * 0.125 / 2))
     np.testing.assert_allclose(attend(q, k, v).astype(np.float32), want, atol=0.01)
