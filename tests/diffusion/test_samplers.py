@@ -185,7 +185,7 @@ def test_the_network_is_traced_once(name, row):
 def test_few_steps_are_exact_for_one_video(name, row, steps):
     """Data that is one point has a straight ODE: any number of steps ends on the point."""
     process = PROCESSES[name]()
-    point = jnp.asarray(MEAN, jnp.float32)
+    point = jnp.asarray(MEAN, jnp.float32).reshape(1, 1, 1, 1, -1)
 
     def denoise(x, t):
         a, s = expand(process.alpha(t), x), expand(process.sigma(t), x)
