@@ -22,7 +22,7 @@ def workdir() -> Path:
 
 
 def test_figures(workdir, capsys):
-    result = read_json(workdir / "eval.json")
+    result = read_json(workdir / "eval.json")["prompt_following"]
     rows = read_rows(workdir / "metrics.jsonl")
     wait = float(np.median([r["speed/data_wait"] for r in rows if "speed/data_wait" in r]))
     with capsys.disabled():
@@ -38,7 +38,7 @@ def test_figures(workdir, capsys):
 
 
 def test_captions_help(workdir):
-    """The held-out loss with captions is below the loss without them, and falls in training."""
+    """The validation loss with captions is below the loss without them, and falls in training."""
     rows = [r for r in read_rows(workdir / "metrics.jsonl") if "validation/loss" in r]
     assert rows[-1]["validation/loss"] < 0.9 * rows[-1]["validation/loss_null"]
     assert rows[-1]["validation/loss"] < rows[0]["validation/loss"]
