@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from vdx.config.build import ConfigError, build, fill, lookup
+from vdx.config.renamed import check_renamed_keys
 from vdx.config.sections import (
     DataSection,
     ExperimentSections,
@@ -345,4 +346,6 @@ def load(workdir: Path) -> Experiment:
             f"{path} does not exist: {workdir} is not the workdir of a run. "
             "Train first: python -m vdx.main --config=... --workdir=..."
         )
-    return Experiment(read_json(path))
+    config = read_json(path)
+    check_renamed_keys(config, source=str(path))
+    return Experiment(config)

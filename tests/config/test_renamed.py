@@ -5,6 +5,8 @@ import pytest
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.config.renamed import RENAMED_KEYS, check_renamed_keys
+from vdx.experiment import load
+from vdx.files import write_json
 
 
 def nested(path, value=1):
@@ -41,3 +43,9 @@ def test_the_command_line_is_answered_too(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"config\.sample\.reuse is now config\.sample\.cache_"):
         resolve(str(path), ["--config.sample.reuse=0.1"])
+
+
+def test_a_workdir_of_before_is_answered_too(tmp_path):
+    write_json(tmp_path / "config.json", {"train": {"steps": 1, "spike": 3.0}})
+    with pytest.raises(ConfigError, match=r"config\.json.*\n.*train\.spike is now"):
+        load(tmp_path)
