@@ -24,8 +24,8 @@ from vdx.models.remat import REMAT
 from vdx.models.transformer_blocks import (
     CROSS,
     Period,
-    Spec,
     Stream,
+    TransformerDims,
     modulate,
     standalone_mixer,
 )
@@ -53,25 +53,6 @@ SIZES: dict[str, Size] = {
     "wan_5b": Size(3072, 30, 24, 14336 / 3072),  # Wan 2.2 TI2V
     "wan_14b": Size(5120, 40, 40, 13824 / 5120),  # Wan 2.1, and each expert of Wan 2.2 A14B
 }
-
-
-class TransformerDims(NamedTuple):
-    """The resolved dimensions of a transformer."""
-
-    width: int  # features of a token
-    depth: int  # blocks
-    heads: int  # of attention
-    pattern: tuple[Spec, ...]  # specs of MIXERS
-
-    @property
-    def periods(self) -> int:
-        """Return how often the pattern is repeated."""
-        return self.depth // len(self.pattern)
-
-    @property
-    def head_width(self) -> int:
-        """Return the features of a head."""
-        return self.width // self.heads
 
 
 class Transformer(nn.Module):

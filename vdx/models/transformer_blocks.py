@@ -19,6 +19,25 @@ from vdx.types import Array, DTypeLike, Float, Ports
 Spec = Mapping[str, Any]  # {"name": row of MIXERS, **fields}
 
 
+class TransformerDims(NamedTuple):
+    """The resolved dimensions of a transformer."""
+
+    width: int  # features of a token
+    depth: int  # blocks
+    heads: int  # of attention
+    pattern: tuple[Spec, ...]  # specs of MIXERS
+
+    @property
+    def periods(self) -> int:
+        """Return how often the pattern is repeated."""
+        return self.depth // len(self.pattern)
+
+    @property
+    def head_width(self) -> int:
+        """Return the features of a head."""
+        return self.width // self.heads
+
+
 class CrossStyle(NamedTuple):
     """The form of cross-attention in a network."""
 

@@ -1,20 +1,38 @@
 """The operations of a transformer, by a formula."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
-from vdx.models.transformer_blocks import has_cross_attention, standalone_mixer
+from vdx.models.transformer_blocks import TransformerDims, has_cross_attention, standalone_mixer
 from vdx.types import Ports
-
-if TYPE_CHECKING:
-    from vdx.models.transformer import Transformer
 
 SINUSOID = 256  # features of the sinusoid of the time
 
 
-def transformer_flops(network: Transformer, shape: tuple[int, ...], ports: Ports) -> float:
+@runtime_checkable
+class SizedTransformer(Protocol):
+    """The sizes of a transformer that its operations depend on; see Transformer."""
+
+    channels: int
+    patch: tuple[int, int, int]
+    skip: bool
+    activation: str
+    cross: str
+
+    def dims(self) -> TransformerDims:
+        """Return the resolved dimensions."""
+        ...
+
+    def hidden(self) -> int:
+        """Return the hidden features of an MLP."""
+        ...
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return the grid of tokens of a clip [t h w c]."""
+        ...
+
+
+def transformer_flops(network: SizedTransformer, shape: tuple[int, ...], ports: Ports) -> float:
     """Return the operations of one forward pass of one clip [t h w c].
 
     They are those of the matrix products. A multiply-add counts as two. The ports may be of a batch
@@ -44,7 +62,7 @@ def transformer_flops(network: Transformer, shape: tuple[int, ...], ports: Ports
 
 
 def _block_flops(
-    network: Transformer, mixer: Any, grid: tuple[int, int, int], ports: Ports
+    network: SizedTransformer, mixer: Any, grid: tuple[int, int, int], ports: Ports
 ) -> float:
     """Return the operations of one block; an image skips one over time alone."""
     if mixer.temporal and grid[0] == 1:
@@ -57,7 +75,7 @@ def _block_flops(
 
 
 def _cross_flops(
-    network: Transformer, mixer: Any, grid: tuple[int, int, int], ports: Ports
+    network: SizedTransformer, mixer: Any, grid: tuple[int, int, int], ports: Ports
 ) -> float:
     """Return the operations of the cross-attention of one block."""
     if ports.tokens is None or not has_cross_attention(mixer, network.cross):
