@@ -16,7 +16,7 @@ from vdx.interop import latte
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.latte import is_latte, latte_denoiser, latte_rows, load_latte
 from vdx.interop.save import export_plan
-from vdx.models import transformer
+from vdx.models import transformer, transformer_blocks
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import layer_norm
 from vdx.models.positions import plane_table, sincos_table
@@ -178,7 +178,7 @@ def transposed_plane(grid, width, base):
 FAULTS = {
     "rows and columns swapped": (transformer, "plane_table", transposed_plane),
     "cosines first": (transformer, "sincos_table", lambda *a: np.roll(sincos_table(*a), 8, -1)),
-    "epsilon 1e-3": (transformer, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
+    "epsilon 1e-3": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
     "positions in time in every layer": (transformer.jnp, "zeros_like", lambda x: x),
 }
 

@@ -230,7 +230,7 @@ def test_the_command_and_its_manifest(case, tmp_path):
         "text_encoder",
         "2 prompts encoded",
         "vae",
-        "pictures encoded",
+        "images encoded",
         "transformer",
         "clips 1 to 1 of 1",
         "transformer_2",
