@@ -91,7 +91,7 @@ def test_sparse_flow_has_a_few_points(controls):
     ("given", "shape", "message"),
     [
         ({"depth": "no.npy"}, SHAPE, r"--depth=no\.npy"),
-        ({"image": "no.png"}, SHAPE, r"--image=no\.png is not a picture"),
+        ({"image": "no.png"}, SHAPE, r"--image=no\.png is not an image"),
         ({"image": "{image}"}, (8, 4, 4, 16), r"--image: this model draws latents of 16 channels"),
         ({"depth": "{depth}"}, (16, 32, 32, 3), r"depth\.npy.*has 8 entries, and the clip has 16"),
         ({"pose": "{pose}"}, (16, 32, 32, 3), r"pose\.mp4 has 1 s, and the clip 2 s"),
