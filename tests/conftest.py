@@ -11,6 +11,8 @@ COUNT = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Each program runs a few times: LLVM's optimizations would double the time of the whole suite.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Programs that several tests or their commands need are compiled once in a session.
 COMPILED = tempfile.TemporaryDirectory(prefix="vdx-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)

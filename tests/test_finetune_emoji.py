@@ -103,21 +103,18 @@ def start(files: Path, workdir: Path) -> subprocess.Popen:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(files / "compiled"),
     }
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "vdx.main",
-            f"--config={CONFIG}",
-            f"--workdir={workdir}",
-            f"--config.weights={files / 'weights'}",
-            f"--config.data.path={files / 'data'}",
-            *SETTINGS,
-        ],
-        cwd=ROOT,
-        env=env,
-        stderr=(files / f"{workdir.name}.log").open("a"),
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "vdx.main",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        f"--config.weights={files / 'weights'}",
+        f"--config.data.path={files / 'data'}",
+        *SETTINGS,
+    ]
+    with (files / f"{workdir.name}.log").open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
 
 
 def logged(workdir: Path) -> dict:

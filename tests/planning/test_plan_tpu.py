@@ -41,7 +41,8 @@ BASE = (f"--config={CONFIG}", "--clip=16,32,32", "--text=256")
 
 
 def planned(out: Path, *args: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    ours = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    env = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, "-m", "vdx.plan", f"--out={out}", *args],
         cwd=ROOT,
