@@ -51,7 +51,7 @@ NAME_IS_UTF8 = 0x800
 # Bounds.
 MOST_DIRECTORY = 1 << 23  # bytes of the zip file's directory; an array takes 100
 MOST_LEVELS = 16  # dictionaries inside of one another
-MOST_ENTRIES = 500_000  # of all dictionaries together
+MOST_ENTRIES = 200_000  # of all dictionaries together
 MOST_NAME = 1000  # characters of an array's name
 
 
