@@ -60,6 +60,7 @@ def test_a_regular_file_is_read_through_links_and_to_its_bound(tmp_path):
     assert read_bounded(tmp_path / "link", 5) == b"12345"
     with pytest.raises(FileError, match="file is longer than 4 bytes"):
         read_bounded(tmp_path / "file", 4)
+    assert read_bounded(tmp_path / "file", 1 << 60) == b"12345"  # reserves no more than it reads
 
 
 def test_names_that_no_file_can_have(tmp_path):

@@ -26,6 +26,7 @@ NPY_HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
 MOST_NPY_HEADER = 4096  # characters; numpy writes 128
 MOST_AXES = 32
 MOST_BYTES = 1 << 48  # of an array
+READ_BYTES = 1 << 20  # at once
 # What a path may lead to instead of a regular file.
 OTHER_KINDS = {
     stat.S_IFDIR: "a folder",
@@ -80,15 +81,18 @@ def _check_kind(path: str | Path, status: os.stat_result) -> None:
 
 
 def read_bounded(path: str | Path, most: int) -> bytes:
-    """Return the bytes of a regular file.
+    """Return the bytes of a regular file, in memory in proportion to its size.
 
     Raises FileError for more than `most` bytes, and what `check_regular_file` raises.
     """
+    content = bytearray()
     with open_regular(path) as file:
-        content = file.read(most + 1)
+        # A read reserves as many bytes as it may return.
+        while len(content) <= most and (chunk := file.read(READ_BYTES)):
+            content += chunk
     if len(content) > most:
         raise FileError(f"{path} is longer than {most:,} bytes, the most that is read of it.")
-    return content
+    return bytes(content)
 
 
 @contextlib.contextmanager
