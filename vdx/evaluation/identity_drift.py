@@ -23,10 +23,11 @@ COMPACT = 0.6  # 1 for a disc; single objects of scenes have 0.65 and more, two 
 class IdentityDrift(ConsistencyEvaluator):
     """Drift of the subject and motion of clips drawn for validation captions.
 
-    The subject is one object over a plain or known background at rest. A clip in which no subject can be found is inconclusive, never good.
-    Scores: `clips`; `drift` from 0 to 1, the mean over the conclusive clips; `motion`,
-    the mean motion score of all clips; `conclusive`, the share of conclusive clips; the
-    same for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
+    The subject is one object over a plain or known background at rest. A clip in which no
+    subject can be found is inconclusive, never good. Scores: `clips`; `drift` from 0 to 1, the
+    mean over the conclusive clips; `motion`, the mean motion score of all clips; `conclusive`,
+    the share of conclusive clips; the same for the data's own clips under `true`. A mean over
+    no clip is NaN: inconclusive.
     """
 
     clips: int = 24  # clips without a subject that can be followed are left out of the mean
