@@ -23,7 +23,7 @@ from vdx.config.build import lookup
 from vdx.data.camera import read_camera
 from vdx.data.signals import ACTIONS
 from vdx.data.video_files import VIDEOS
-from vdx.files import read_json
+from vdx.files import read_json, read_npy
 
 __all__ = ["TRACK_FILES"]
 
@@ -52,7 +52,7 @@ def _read_maps(
     """Return [t h w], or [t h w channels], of an array file."""
     _check_suffix(path, (".npy",))
     # Mapped into memory: frames that the clip leaves out are never read.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = read_npy(path)
 
     # [frames h w], or with channels [frames h w channels]
     expected = "[frames h w]" if channels is None else f"[frames h w {channels}]"
