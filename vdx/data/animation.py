@@ -1,6 +1,5 @@
 """Animated images (GIF, WebP, APNG, AVIF) as frames with durations of their own."""
 
-import io
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -62,16 +61,7 @@ def _seek(image: Image.Image, number: int) -> bool:
     frames = getattr(image, "n_frames", 1)
     if number < frames:
         raise ValueError(f"truncated: {number} of {frames} frames are there")
-    if image.format == "GIF":
-        _check_trailer(image)
     return False
-
-
-def _check_trailer(image: Image.Image) -> None:
-    """Raise ValueError for a GIF without its last byte: the header has no number of frames."""
-    image.fp.seek(-1, io.SEEK_END)
-    if image.fp.read(1) != b";":
-        raise ValueError("truncated, or followed by other data: a GIF ends with a semicolon")
 
 
 def _duration(image: Image.Image) -> float:

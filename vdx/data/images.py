@@ -67,7 +67,19 @@ def _open(file: BinaryIO) -> Image.Image:
     except Exception as error:  # there is no list of what decoders raise on damaged files
         raise ValueError(f"not an image that can be read: {error}") from error
     _check_size(image)
+    if image.format == "GIF":
+        _check_trailer(file)
     return image
+
+
+def _check_trailer(file: BinaryIO) -> None:
+    """Raise ValueError for a GIF without its last byte: it states no number of frames."""
+    place = file.tell()
+    file.seek(-1, io.SEEK_END)
+    last = file.read(1)
+    file.seek(place)
+    if last != b";":
+        raise ValueError("truncated, or followed by other data: a GIF ends with a semicolon")
 
 
 def _check_size(image: Image.Image) -> None:
