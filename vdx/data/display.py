@@ -84,6 +84,10 @@ def _colours(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int, int]:
     if matrix not in (*UNTAGGED, *MATRICES):
         raise ValueError(f"matrix coefficients {matrix} of H.273, which vdx cannot convert")
 
+    is_dolby_vision = frame.side_data.get("DOVI_METADATA") is not None
+    if is_dolby_vision and transfer in UNTAGGED:
+        raise ValueError("Dolby Vision of profile 5, whose colours no other standard describes")
+
     # What is not tagged.
     if primaries in UNTAGGED and transfer in TRANSFERS:
         primaries = BT2020

@@ -180,14 +180,16 @@ def to_rgb(image: Image.Image) -> np.ndarray:
             grey[np.asarray(image) == image.info["transparency"]] = BACKGROUND[0]
         return np.repeat(grey[..., None], 3, axis=-1)
 
+    has_alpha = image.has_transparency_data
+    if has_alpha:
+        image = image.convert("RGBA")
     rgb = _to_srgb(image)
     transfer, primaries = image.info.get(CODE_POINTS, (BT709, BT709))
     if transfer in TRANSFERS or primaries in GAMUTS:
         levels = np.asarray(rgb, np.uint16) * 257  # 8 bits as 16
         rgb = Image.fromarray(to_sdr(levels, transfer, primaries))
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, BACKGROUND), alpha)
+    if has_alpha:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, BACKGROUND), image.getchannel("A"))
     return np.asarray(rgb)
 
 

@@ -53,7 +53,10 @@ def _read_maps(
     """Return [t h w], or [t h w channels], of an array file."""
     _check_suffix(path, (".npy",))
     # Mapped into memory: frames that the clip leaves out are never read.
-    array = np.lib.format.open_memmap(path, mode="r")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # headers of damaged files raise many kinds
+        raise ValueError(f"holds no array that can be read: {error}") from error
 
     # [frames h w], or with channels [frames h w channels]
     expected = "[frames h w]" if channels is None else f"[frames h w {channels}]"
