@@ -33,7 +33,6 @@ from vdx.train.objectives.times import give_first_frame
 from vdx.train.preemption import PreemptionHandler
 from vdx.weights import open_params, open_trained
 
-pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]
 CONFIGS = ["wan21_t2v_1p3b", "wan21_t2v_1p3b_lora", "wan21_i2v_14b_lora", "wan22_ti2v_5b_lora"]
 LORA = "wan21_t2v_1p3b_lora"

@@ -87,7 +87,7 @@ def keep_gradient() -> optax.GradientTransformation:
 class Steps:
     """A few training steps on a mesh, as vdx.train.loop takes them."""
 
-    def __init__(self, experiment, params, batch, quick, spec, devices):
+    def __init__(self, experiment, params, batch, spec, devices):
         self.mesh = MeshSpec(**{"data": 1, **spec}).make(devices)
         tx = optax.chain(keep_gradient(), experiment.tx)
         with jax.set_mesh(self.mesh):
@@ -102,7 +102,6 @@ class Steps:
                 make_train_step(experiment.objective, tx, 0.99),
                 donate_argnums=0,
                 out_shardings=(self.shardings, replicated(self.mesh)),
-                compiler_options=quick,
             )
             COMPILED.clear()
             self.text = step.lower(state, batch).compile().as_text()
@@ -153,8 +152,8 @@ def device_groups(text: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(experiment, params, batch, quick):
-    return Steps(experiment, params, batch, quick, {}, jax.devices()[:1])
+def alone(experiment, params, batch):
+    return Steps(experiment, params, batch, {}, jax.devices()[:1])
 
 
 @pytest.fixture(
@@ -163,9 +162,9 @@ def alone(experiment, params, batch, quick):
         pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MESHES
     ],
 )
-def together(request, experiment, params, batch, quick):
+def together(request, experiment, params, batch):
     sizes = {axis: size for axis, (size, _) in MESHES[request.param].items()}
-    steps = Steps(experiment, params, batch, quick, sizes, jax.devices())
+    steps = Steps(experiment, params, batch, sizes, jax.devices())
     steps.expected = {axis: names for axis, (_, names) in MESHES[request.param].items()}
     return steps
 

@@ -26,7 +26,6 @@ from vdx.models.transformer import Transformer
 from vdx.parallel import MeshSpec
 from vdx.types import Ports
 
-pytestmark = pytest.mark.usefixtures("quickly")
 RNG = np.random.default_rng(0)
 BLOCKS = {
     "all": {"block": 2},

@@ -47,8 +47,7 @@ def every_program_is_kept():
 
 
 @pytest.fixture
-def draw(quick, monkeypatch):
-    monkeypatch.setattr(pretrained.jax, "jit", functools.partial(jax.jit, compiler_options=quick))
+def draw():
     mesh = MeshSpec().make(jax.devices()[:1])
 
     def draw(folder, settings, mesh=mesh):
