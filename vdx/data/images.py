@@ -254,6 +254,6 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         mode = PROFILE_MODES[source.profile.xcolor_space.strip()]
         if (mode == "CMYK") != (image.mode == "CMYK"):
             raise ValueError(f"pixels in {image.mode}")
-        return ImageCms.profileToProfile(image.convert(mode), source, SRGB, outputMode="RGB")
+        return ImageCms.buildTransform(source, SRGB, mode, "RGB").apply(image.convert(mode))
     except (ImageCms.PyCMSError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"a colour profile that cannot be applied: {error}") from error

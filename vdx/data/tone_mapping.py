@@ -73,9 +73,9 @@ def compress(light: np.ndarray) -> np.ndarray:
 
     A Hermite spline in PQ signals takes over above the knee. Black stays black.
     """
-    peak = light_to_pq(np.float64(PEAK))
+    peak = light_to_pq(np.array(PEAK))
     signal = light_to_pq(np.minimum(light, PEAK)) / peak  # E1
-    largest = light_to_pq(np.float64(WHITE)) / peak  # maxLum
+    largest = light_to_pq(np.array(WHITE)) / peak  # maxLum
     knee = 1.5 * largest - 0.5  # KS
 
     t = np.maximum(signal - knee, 0) / (1 - knee)
