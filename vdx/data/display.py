@@ -9,13 +9,14 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 from PIL import Image
 
 from vdx.data.images import BACKGROUND, MOST_PIXELS
 from vdx.data.tone_mapping import GAMUTS, TRANSFERS, to_sdr
 
-__all__ = ["decode_frames", "display_pixels"]
+__all__ = ["decode_frames", "decoder_of", "display_pixels"]
 
 # Numbers of ITU-T H.273. Matrices: that of swscale for each matrix that it has.
 UNTAGGED = (0, 2, 3)
@@ -36,12 +37,23 @@ ACCURATE = 0x2 | 0x2000 | 0x40000
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
+def decoder_of(stream: VideoStream) -> VideoCodecContext:
+    """Return the decoder of a stream: its own, or one that also decodes the alpha there is."""
+    if not _has_alpha_stream(stream):
+        return stream.codec_context
+    codec = stream.codec_context
+    if codec.name not in ALPHA_DECODERS:
+        raise ValueError(f"alpha in a stream of {codec.name}, which vdx cannot decode")
+    decoder = VideoCodecContext.create(ALPHA_DECODERS[codec.name], "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.options = codec.options
+    decoder.thread_count = codec.thread_count
+    return decoder
+
+
 def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
     """Yield the decoded frames of a stream from here on, with alpha where there is any."""
-    if not _has_alpha_stream(stream):
-        yield from container.decode(stream)
-        return
-    decoder = av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r")
+    decoder = decoder_of(stream)
     for packet in container.demux(stream):
         yield from decoder.decode(packet)
 
