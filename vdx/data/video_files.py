@@ -12,6 +12,8 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from vdx.data.display import decode_frames, display_pixels
+from vdx.data.images import MOST_PIXELS
 from vdx.data.record import BadRecord, Record, frame_index_at
 
 __all__ = [
@@ -20,7 +22,6 @@ __all__ = [
     "decode",
     "guard",
     "open_video",
-    "pixels",
     "seconds_per_tick",
     "video_record",
 ]
@@ -29,7 +30,6 @@ T = TypeVar("T")
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 CONTAINERS = "avi,matroska,mp4"  # the containers of VIDEOS by their names in FFmpeg
-MOST_PIXELS = 1 << 26  # of a frame (8192 x 8192); a hostile header may demand all memory
 
 # Returns a path, or a fresh BytesIO, of one encoded video.
 Opener = Callable[[], str | io.BytesIO]
@@ -75,16 +75,6 @@ def seconds_per_tick(stream: VideoStream) -> float:
     if stream.time_base is None:
         raise ValueError("a video stream without a time base")
     return float(stream.time_base)
-
-
-def pixels(frame: av.VideoFrame) -> np.ndarray:
-    """Return a decoded frame as uint8 [h w 3], upright.
-
-    Phones store the rotation as metadata next to the image.
-    """
-    quarter_turns = round(frame.rotation / 90)
-    upright = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
-    return np.ascontiguousarray(upright)
 
 
 class _Timeline(NamedTuple):
@@ -140,11 +130,11 @@ def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
         # Seek to the key frame before the first frame that is needed.
         if min(needed) > (stream.start_time or 0):
             container.seek(min(needed), stream=stream)
-        for frame in container.decode(stream):
+        for frame in decode_frames(container, stream):
             if frame.is_corrupt:
                 raise ValueError("damaged frame")
             if frame.pts in needed:
-                found[frame.pts] = pixels(frame)
+                found[frame.pts] = display_pixels(frame, stream)
                 if len(found) == len(needed):
                     break
 
