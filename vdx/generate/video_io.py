@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.video_files import open_video, pixels, seconds_per_tick
+from vdx.data.video_files import open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -149,22 +149,15 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
 
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
-    first = None
+    opener = lambda: str(path)
     try:
-        container, stream = open_video(str(path))
-        with container:
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.pts is None:
-                    raise ValueError("damaged frames")
-                if first is None:
-                    first = frame.pts
-                yield (frame.pts - first) * seconds_per_tick(stream), pixels(frame)
+        footage = open_footage(opener)
+        for number, frame in footage.frames(opener, range(len(footage.stamps))):
+            yield float(footage.stamps[number]), frame
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
-    if first is None:
-        raise ValueError(f"{path} has no frames.")
 
 
 def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
