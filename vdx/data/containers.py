@@ -61,11 +61,13 @@ def _video_stream(container: InputContainer) -> VideoStream:
         if not stream.disposition & Disposition.attached_pic
     ]
     if not streams:
-        raise ValueError("no video stream")
+        raise ValueError("no video stream of a known codec")
     stream = streams[0]
     codec = stream.codec_context
     if codec is None:
         raise ValueError("an unknown codec")
+    if not codec.width * codec.height:
+        raise ValueError("frames of unknown size: the header of the video stream is missing")
     if codec.width * codec.height > MOST_PIXELS:
         raise ValueError(f"frames of {codec.height}x{codec.width}, more than {MOST_PIXELS} pixels")
 

@@ -49,15 +49,19 @@ def read_packets(file: str | io.BytesIO) -> Packets:
             raise ValueError("a video stream without a time base")
         tick = float(stream.time_base)
         codec = stream.codec_context.codec
-        stamped = container.format.name.startswith(STAMPED)
+        name = container.format.name
     if not rows:
         raise ValueError("no frames")
 
     shown_at, decoded_at, durations, is_key, is_discard = np.array(rows).reshape(-1, 5).T
+    if name == "avi":  # it states when packets are decoded; FFmpeg guesses when they are shown
+        shown_at = decoded_at
     # A file that was cut without encoding it may start with frames that cannot be decoded.
     starts_clean = is_key[0] and shown_at[0] == shown_at.min() > NO_TIME
     unique = len(np.unique(shown_at)) == len(shown_at)
-    simple = codec.intra_only or (stamped and codec.canonical_name in ONE_FRAME_A_PACKET)
+    simple = codec.intra_only or (
+        name.startswith(STAMPED) and codec.canonical_name in ONE_FRAME_A_PACKET
+    )
     return Packets(
         shown_at,
         decoded_at,
@@ -96,7 +100,7 @@ def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
     raise ValueError("the times of its frames go back or are missing: encode it again")
 
 
-def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet[VideoStream]]:
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator["av.Packet[VideoStream]"]:
     """Yield the packets of a stream that contain data. Raises ValueError for incomplete ones."""
     count = 0
     for packet in container.demux(stream):
