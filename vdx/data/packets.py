@@ -11,8 +11,9 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vdx.data.containers import MOST_PACKETS, open_video
+from vdx.data.display import decoder_of
 
-__all__ = ["Packets", "decode_packets", "display_times", "output_order", "read_packets"]
+__all__ = ["Decoded", "Packets", "decode_packets", "display_times", "output_order", "read_packets"]
 
 NO_TIME = np.iinfo(np.int64).min  # FFmpeg's number for a missing time
 # Codecs of which each packet is shown once, at the time that it states.
@@ -76,7 +77,7 @@ def read_packets(file: str | io.BytesIO) -> Packets:
 def output_order(file: str | io.BytesIO, start: int) -> np.ndarray:
     """Return the packets int [frames] of the frames in display order, by decoding them all."""
     numbers: list[int] = []
-    for packet, frame in decode_packets(file, start):
+    for packet, frame, _ in decode_packets(file, start):
         if not frame.is_corrupt:
             numbers.append(packet)
         elif numbers or packet == start:  # others are shown before the first key frame
@@ -114,18 +115,27 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator["av.Packe
         yield packet
 
 
-def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield (packet number, frame) in the order of the decoder's output.
+class Decoded(NamedTuple):
+    """A frame, with what it comes from."""
 
-    start: the packet with which decoding starts.
+    packet: int  # number of its packet, in decoding order
+    frame: av.VideoFrame
+    stream: VideoStream
+
+
+def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[Decoded]:
+    """Yield the frames in the order of the decoder's output.
+
+    start: number of the packet with which decoding starts.
     """
     container, stream = open_video(file)
     with container:
+        decoder = decoder_of(stream)
         for number, packet in enumerate(_demux(container, stream)):
             if number < start:
                 continue
             packet.pts = number  # the decoder hands it on to the frame
-            for frame in stream.codec_context.decode(packet):
-                yield frame.pts, frame
-        for frame in stream.codec_context.decode(None):
-            yield frame.pts, frame
+            for frame in decoder.decode(packet):
+                yield Decoded(frame.pts, frame, stream)
+        for frame in decoder.decode(None):
+            yield Decoded(frame.pts, frame, stream)

@@ -18,7 +18,8 @@ from av.video.frame import PictureType
 
 from vdx.data.animation import is_animation, iter_animation
 from vdx.data.containers import Opener, check_complete, check_regular
-from vdx.data.packets import decode_packets, display_times, output_order, read_packets
+from vdx.data.display import display_pixels
+from vdx.data.packets import Decoded, decode_packets, display_times, output_order, read_packets
 from vdx.data.record import BadRecord, FrameFunction, Record, frame_index_at
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "guard",
     "is_video",
     "open_footage",
-    "pixels",
     "video_record",
 ]
 
@@ -68,16 +68,6 @@ class Footage(Protocol):
 
     def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend."""
-
-
-def pixels(frame: av.VideoFrame) -> np.ndarray:
-    """Return a decoded frame as uint8 [h w 3], upright.
-
-    Phones store the rotation as metadata next to the image.
-    """
-    quarter_turns = round(frame.rotation / 90)
-    upright = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
-    return np.ascontiguousarray(upright)
 
 
 def guard(key: str, work: Callable[[], T], what: str = "video") -> T:
@@ -136,14 +126,14 @@ class Movie:
         Raises ValueError for frames that do not decode; the decoder would only conceal them.
         """
         kept = set(wanted)
-        for number, frame in self._from(opener, wanted[0]):
+        for number, decoded in self._from(opener, wanted[0]):
             if number in kept:
-                yield number, pixels(frame)
+                yield number, display_pixels(decoded.frame, decoded.stream)
             if number == wanted[-1]:
                 return
 
-    def _from(self, opener: Opener, number: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (number, frame) of the frames from a number, each in its turn.
+    def _from(self, opener: Opener, number: int) -> Iterator[tuple[int, Decoded]]:
+        """Yield (number, decoded frame) of the frames from a number, each in its turn.
 
         Decoding starts at the last key packet, and again earlier, in the end at the start, if
         frames are missing from there or come in another order.
@@ -154,11 +144,11 @@ class Movie:
 
         for start in dict.fromkeys((*last_two, self.first_packet)):
             try:
-                for found, frame in self._decode(opener(), start):
+                for found, decoded in self._decode(opener(), start):
                     if found > number:
                         break
                     if found == number:
-                        yield number, frame
+                        yield number, decoded
                         number += 1
             except (av.error.FFmpegError, ValueError):
                 if start == self.first_packet:
@@ -166,21 +156,22 @@ class Movie:
         if number < len(self.stamps):
             raise ValueError(f"frame {number} of {len(self.stamps)} does not decode in its turn")
 
-    def _decode(self, file: str | io.BytesIO, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (number, frame) as they are decoded from packet `start` on."""
+    def _decode(self, file: str | io.BytesIO, start: int) -> Iterator[tuple[int, Decoded]]:
+        """Yield (number, decoded frame) as the decoder gives them from packet `start` on."""
         numbers = {packet: number for number, packet in enumerate(self.packets.tolist())}
         certain = start == self.first_packet
-        for packet, frame in decode_packets(file, start):
+        for decoded in decode_packets(file, start):
             # In a stream without whole key frames the image is only complete later.
+            frame = decoded.frame
             is_key = frame.key_frame and frame.pict_type == PictureType.I
-            if not certain and not (packet == start and is_key):
+            if not certain and not (decoded.packet == start and is_key):
                 raise ValueError("decoding cannot start here")
             certain = True
 
-            if packet in numbers:
+            if decoded.packet in numbers:
                 if frame.is_corrupt:
                     raise ValueError("damaged frame")
-                yield numbers[packet], frame
+                yield numbers[decoded.packet], decoded
 
 
 def _open_movie(opener: Opener) -> Movie:
