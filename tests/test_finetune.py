@@ -132,10 +132,7 @@ def leaves(workdir: Path, step: int = 4) -> dict:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in (CONFIGS[0], LORA) else [pytest.mark.slow])
-        for name in CONFIGS
-    ],
+    [pytest.param(name, marks=[] if name == LORA else [pytest.mark.slow]) for name in CONFIGS],
 )
 def test_it_trains_from_files_of_weights(name, runs, place, mesh):
     workdir, run = runs(name)

@@ -33,7 +33,7 @@ COLLECTIVE = re.compile(
     r"(?:replica_groups|source_target_pairs)=((?:mesh)?[\[{].*?)(?:, [a-z]\w+=[^(]|$)",
     re.M,
 )
-QUICK = ("fsdp8", "fsdp2_context2_tensor2")
+QUICK = ("fsdp2_context2_tensor2",)  # has every kind of axis but data
 STEPS = 3
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -268,11 +268,11 @@ def test_parameters_that_cannot_be_laid_out_are_all_named():
 
 
 @pytest.mark.parametrize("config", ["t2v_base", "i2v_base", "motion_module_sd15"])
-@pytest.mark.parametrize("chips", [32, 64])
-def test_the_pod_configs_fit_on_pods(config, chips):
-    """Every parameter of their full size can be split over that many chips."""
+def test_the_pod_configs_fit_on_pods(config):
+    """Every parameter of their full size can be split over 32 and over 64 chips."""
     shapes = Experiment(resolve(f"configs/{config}.py", [])).shapes
-    param_shardings(jax.sharding.AbstractMesh((1, chips, 1, 1), AXES), shapes)
+    for chips in (32, 64):
+        param_shardings(jax.sharding.AbstractMesh((1, chips, 1, 1), AXES), shapes)
 
 
 def test_a_rule_with_an_unknown_axis():

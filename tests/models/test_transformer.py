@@ -81,11 +81,7 @@ def test_skip_maps_concatenated_channels_to_their_own_patch(randomise):
 
 @pytest.mark.parametrize(
     "remat",
-    [
-        pytest.param(r, marks=pytest.mark.slow) if r == "offload" else r
-        for r in REMAT
-        if r != "none"
-    ],
+    [pytest.param(r, marks=pytest.mark.slow) if r != "full" else r for r in REMAT if r != "none"],
 )
 def test_remat_changes_nothing(remat, reference):
     params, out, grads = reference
@@ -116,6 +112,7 @@ def gradients_of():
     return make
 
 
+@pytest.mark.slow
 def test_remat_recomputes_what_it_says(gradients_of):
     """Matrix products of attention (they have axes of batch), and all, of a block and its
     control block."""
@@ -189,6 +186,7 @@ def test_scan_is_the_loop(reference):
     assert max(jax.tree.leaves(jax.tree.map(relative, got_grads["layers"]["block_2"], want))) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(reference):
     params, out, grads = reference
     (_, got), got_grads = value_and_grad(
@@ -214,9 +212,7 @@ SPELLED = {"mixed": ("space", "full", "time", {"name": "time", "window": 1})}
 @pytest.mark.parametrize(
     "pattern",
     [
-        name
-        if name in ("full", "factorized", "mixed")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("full", "mixed") else pytest.param(name, marks=pytest.mark.slow)
         for name in SEEN
     ],
 )
@@ -287,6 +283,7 @@ def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise):
     np.testing.assert_allclose(np.concatenate(out, 1), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_independent_frames_are_as_many_images(randomise):
     model = Transformer(**IMAGE | {"depth": 2, "pattern": "frames"})
     params = randomise(shapes(model))

@@ -71,7 +71,12 @@ class Case:
         self.params = gather(self.file.get, self.file, shapes(self.vae), image_vae_rows())
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name == "flux" else []) for name in CONFIGS
+    ],
+)
 def case(request, tmp_path_factory):
     return Case(CONFIGS[request.param], tmp_path_factory.mktemp("vae"))
 

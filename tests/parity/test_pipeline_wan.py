@@ -168,6 +168,7 @@ def write_lora_file(weights: dict, path) -> dict:
     return changes
 
 
+@pytest.mark.slow
 def test_a_lora_draws_what_merged_weights_draw(case, draw, tmp_path):
     c, lora = case("t2v"), tmp_path / "style.safetensors"
     merged = shutil.copytree(c.folder, tmp_path / "merged")

@@ -284,6 +284,7 @@ def test_a_fault_in_the_network_is_seen(fault, cases, monkeypatch):
     assert case.error() > 1e-3
 
 
+@pytest.mark.slow
 def test_every_parameter_is_seen(cases):
     """Changed one by one, each parameter changes the prediction: every one is used, and no bias is
     missing. The bias of a key would shift all scores by the same amount, but a norm follows it."""

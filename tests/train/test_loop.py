@@ -168,6 +168,7 @@ def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
     assert all(np.isfinite(r["train/loss"]) for r in logged if "train/loss" in r)
 
 
+@pytest.mark.slow
 def test_a_streak_goes_back_and_takes_new_data(step_fn, mesh, memory, tmp_path):
     """Steps 6, 7 and 8 are refused: back to step 4, then the batches that follow."""
     bad = dict.fromkeys((5, 6, 7), np.nan)

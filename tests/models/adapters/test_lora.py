@@ -137,6 +137,7 @@ def test_every_adapter_acts(run, params, kernels):
         assert np.abs(got - want).max() > 1e-4, path
 
 
+@pytest.mark.slow
 def test_several_at_once(run, params, kernels):
     """Of other ranks, in other places and of other strengths: the sum of all that they do."""
     one = WeightDelta(drawn(EVERY, kernels), weight=0.5)
@@ -169,6 +170,7 @@ def test_joined_ranks():
     )
 
 
+@pytest.mark.slow
 def test_in_bfloat16_they_add_to_what_the_layer_gives(run, params, kernels):
     half = Denoiser({**BACKBONE, "dtype": "bfloat16"}, SIGNALS)
     adapted = EVERY.combine(params, drawn(EVERY, kernels))
@@ -185,6 +187,7 @@ def arrays_of(jaxpr):
             yield from arrays_of(inner)
 
 
+@pytest.mark.slow
 def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
     """Neither W + A B nor a gradient of W: the products of the program are all smaller."""
     odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)  # no other such sizes

@@ -255,6 +255,7 @@ def test_ports_that_are_not_there(signals, message):
         shapes(model({**TEXT, **signals}))
 
 
+@pytest.mark.slow
 def test_times_of_frames_a_vector_and_a_mask(randomise):
     """A clip whose frames have one time is one with that time; tokens that are masked are not
     there; a vector and the time of one frame change what they should."""
