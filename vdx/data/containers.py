@@ -2,7 +2,6 @@
 
 import io
 import os
-import stat
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -17,7 +16,6 @@ __all__ = [
     "MOST_PIXELS",
     "Opener",
     "check_complete",
-    "check_regular",
     "open_video",
 ]
 
@@ -74,12 +72,6 @@ def _video_stream(container: InputContainer) -> VideoStream:
     codec.options = {"max_pixels": str(MOST_PIXELS)}  # the stream may contradict the header
     codec.thread_count = 1  # the loader's own threads share the cores
     return stream
-
-
-def check_regular(path: str) -> None:
-    """Raise ValueError for anything but a file: a pipe would never open, a device never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a file")
 
 
 def check_complete(file: str | io.BytesIO) -> None:

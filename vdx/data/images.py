@@ -6,9 +6,7 @@ errors: callers do.
 
 import contextlib
 import io
-import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +16,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from vdx.data.tone_mapping import GAMUTS, TRANSFERS, to_sdr
+from vdx.files import open_regular
 
 __all__ = [
     "BACKGROUND",
     "MOST_PIXELS",
     "SUFFIXES",
     "ImageFile",
-    "check_regular",
     "is_animated",
     "load",
     "open_image_file",
@@ -70,15 +68,8 @@ def open_image_file(file: ImageFile) -> Iterator[Image.Image]:
             yield image
         return
 
-    check_regular(file)
-    with open(file, "rb") as opened, _open(opened) as image:
+    with open_regular(file) as opened, _open(opened) as image:
         yield image
-
-
-def check_regular(path: str | Path) -> None:
-    """Raise ValueError or OSError unless a path is a file: a pipe blocks, a device never ends."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
 
 
 def _open(file: BinaryIO) -> Image.Image:

@@ -22,10 +22,10 @@ import numpy as np
 from vdx.config.build import lookup
 from vdx.data.animation import is_animation
 from vdx.data.camera import read_camera
-from vdx.data.images import SUFFIXES, check_regular, read_image, read_map, to_unit
+from vdx.data.images import SUFFIXES, read_image, read_map, to_unit
 from vdx.data.signals import ACTIONS
 from vdx.data.video_files import VIDEOS
-from vdx.files import read_json, read_npy
+from vdx.files import check_regular_file, read_json, read_npy
 
 __all__ = ["TRACK_FILES", "is_moving"]
 
@@ -37,7 +37,7 @@ def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise ValueError for a file of another kind, or what is no file at all."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"expected a file {' '.join(suffixes)}")
-    check_regular(path)
+    check_regular_file(path)
 
 
 def _take(values: np.ndarray, index: np.ndarray, frames: int) -> np.ndarray:

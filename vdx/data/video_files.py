@@ -17,10 +17,11 @@ import numpy as np
 from av.video.frame import PictureType
 
 from vdx.data.animation import is_animation, iter_animation
-from vdx.data.containers import Opener, check_complete, check_regular
+from vdx.data.containers import Opener, check_complete
 from vdx.data.display import display_pixels
 from vdx.data.packets import Decoded, decode_packets, display_times, output_order, read_packets
 from vdx.data.record import BadRecord, FrameFunction, Record, frame_index_at
+from vdx.files import open_regular
 
 __all__ = [
     "VIDEOS",
@@ -226,8 +227,7 @@ def open_footage(opener: Opener) -> Footage:
     """
     file = opener()
     if isinstance(file, str):
-        check_regular(file)
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             head = opened.read(12)
     else:
         head = file.read(12)
