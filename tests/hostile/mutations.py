@@ -86,6 +86,13 @@ def flip(rng, content):
     return bytes(damaged)
 
 
+def flip_one(rng, content):
+    """Flip one bit anywhere."""
+    damaged = bytearray(content)
+    damaged[int(rng.integers(len(damaged)))] ^= 1 << int(rng.integers(8))
+    return bytes(damaged)
+
+
 def cut(rng, content):
     """Leave the end out."""
     return content[: position(rng, content)]

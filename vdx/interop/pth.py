@@ -53,6 +53,7 @@ MOST_DIRECTORY = 1 << 23  # bytes of the zip file's directory; an array takes 10
 MOST_LEVELS = 16  # dictionaries inside of one another
 MOST_ENTRIES = 200_000  # of all dictionaries together
 MOST_NAME = 1000  # characters of an array's name
+MOST_REASON = 300  # characters of a message
 
 
 class _Tensor(NamedTuple):
@@ -91,16 +92,20 @@ def read_pth(path: str | Path) -> dict[str, StoredArray]:
             arrays = _read(path, file)
         except zipfile.BadZipFile as error:
             raise WeightsError(
-                f"{path} is not one of PyTorch's zip files, or it is cut off ({error})."
+                f"{path} is not one of PyTorch's zip files, or it is cut off ({_reason(error)})."
                 " Download it again; files from before torch 1.6 must be saved anew."
             ) from error
         except Exception as error:  # a broken or hostile pickle can fail in any way
-            reason = str(error) or type(error).__name__
-            raise WeightsError(f"{path} cannot be read as weights: {reason}.") from error
+            raise WeightsError(f"{path} cannot be read as weights: {_reason(error)}.") from error
 
     if not arrays:
         raise WeightsError(f"{path} holds no arrays.")
     return arrays
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error, which may quote megabytes of a file."""
+    return str(error)[:MOST_REASON] or type(error).__name__
 
 
 def _read(path: Path, file: io.BufferedReader) -> dict[str, StoredArray]:
