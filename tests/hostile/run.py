@@ -10,6 +10,7 @@ that it was at is a crash, and another process takes the next one.
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import resource
 import shutil
@@ -26,7 +27,7 @@ import numpy as np
 
 MOST_SECONDS = 10  # of work
 MOST_WAITING = 120  # seconds, which a loaded machine may need for as much
-MOST_MESSAGE = 3000  # characters
+MOST_MESSAGE = 12_000  # characters; a wrong value of a config is quoted
 SEED = 14
 
 
@@ -79,8 +80,9 @@ def explain(error, path):
     text = str(error)
     if not ours:
         return "foreign", f"{type(error).__name__} in {origin}: {text[:200]}"
-    names = [file.name for file in path.parent.iterdir()]
-    if not any(name in text for name in (path.stem, *names)) or len(text) > MOST_MESSAGE:
+    names = [path.stem, *(file.name for file in path.parent.iterdir())]
+    names.append(getattr(error, "key", path.stem))  # of a record, which a list of files names
+    if not any(name in text for name in names) or len(text) > MOST_MESSAGE:
         return "foreign", f"{type(error).__name__} does not name the file: {text[:200]}"
     return "refused", ""
 
@@ -92,6 +94,8 @@ def child(row, numbers, folder, log):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    logging.disable()
+    warnings.simplefilter("ignore")
     files = row.make()
     for name, content in row.others().items():
         (folder / name).write_bytes(content)
