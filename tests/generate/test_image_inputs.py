@@ -106,5 +106,5 @@ def test_only_one_regular_image_is_a_reference(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY\x01\x00\xff\xff{", b"PK\x03\x04"])
 def test_what_is_no_array_is_refused(tmp_path, content):
     (tmp_path / "a.npy").write_bytes(content)
-    with pytest.raises(ValueError, match="is not a .npy file of one array"):
+    with pytest.raises(ValueError, match=r"is not a \.npy file of one array"):
         track("depth", tmp_path / "a.npy")
