@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vdx.config.ranges import Count
 from vdx.data.motion import motion_score
 from vdx.evaluation.consistency import comparison_table, comparison_text, mean_of, paired_clips
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores
@@ -36,7 +37,7 @@ class Flicker(Evaluator):
     for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
     """
 
-    clips: int = 8  # the optical flow of two frames of 192x256 takes half a second
+    clips: Count = 8  # the optical flow of two frames of 192x256 takes half a second
 
     title: ClassVar[str] = "Flicker"
     about: ClassVar[str] = (

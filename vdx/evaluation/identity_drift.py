@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vdx.config.ranges import Count
 from vdx.data.motion import motion_score
 from vdx.evaluation.consistency import comparison_table, comparison_text, mean_of, paired_clips
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores
@@ -41,7 +42,7 @@ class IdentityDrift(Evaluator):
     same for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
     """
 
-    clips: int = 24  # clips without a subject that can be followed are left out of the mean
+    clips: Count = 24  # clips without a subject that can be followed are left out of the mean
 
     title: ClassVar[str] = "Identity drift"
     about: ClassVar[str] = (
