@@ -1,4 +1,4 @@
-"""Ranges of numbers and choices of names, stated next to the fields that have them.
+"""Ranges of numbers and choices of names, stated where a field is defined.
 
     steps: Count = 20  # an integer, at least 1
     eta: Fraction = 0.0  # a number in [0, 1]

@@ -1,4 +1,4 @@
-"""Changes of the config of a workdir: which keys differ from those it was trained with.
+"""Keys of a config that differ from those that a workdir was trained with.
 
 Some keys decide what is learned. A run continues with other values of these only if the user
 allows it, since a part of its weights would then belong to neither config.
@@ -29,7 +29,7 @@ from vdx.models.denoiser import BACKBONES
 from vdx.parallel import MeshSpec
 from vdx.train.optim import Optimizer
 
-__all__ = ["Change", "check_config", "config_changes", "list_changes"]
+__all__ = ["KeyChange", "check_config", "config_changes", "list_changes"]
 
 # Keys that do not decide what is learned; each stands for all that is below it.
 FREE = (
@@ -76,7 +76,7 @@ SECTIONS: dict[str, Contents] = {
 }
 
 
-class Change(NamedTuple):
+class KeyChange(NamedTuple):
     """A key with two values; None stands for a key that is not set."""
 
     key: str  # dotted, below `config`
@@ -85,7 +85,7 @@ class Change(NamedTuple):
 
     @property
     def is_learned(self) -> bool:
-        """Whether the key decides what is learned."""
+        """True if the key decides what is learned."""
         return _below(self.key, LEARNED) or not _below(self.key, FREE)
 
     def __str__(self) -> str:
@@ -93,18 +93,18 @@ class Change(NamedTuple):
         return f"config.{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
 
 
-def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[KeyChange]:
     """Return the keys whose values differ; a key that is left out has its default."""
     before = _flat_with_defaults(old)
     after = _flat_with_defaults(new)
     return [
-        Change(key, before.get(key), after.get(key))
+        KeyChange(key, before.get(key), after.get(key))
         for key in sorted(before | after)
         if before.get(key) != after.get(key)
     ]
 
 
-def check_config(workdir: Path, config: Mapping[str, Any], allow: bool) -> list[Change]:
+def check_config(workdir: Path, config: Mapping[str, Any], allow: bool) -> list[KeyChange]:
     """Return what differs from the config that a workdir was trained with.
 
     allow: keys that decide what is learned may differ too. Raises ConfigError for such a key if
@@ -130,7 +130,7 @@ def check_config(workdir: Path, config: Mapping[str, Any], allow: bool) -> list[
     return changes
 
 
-def list_changes(changes: Iterable[Change]) -> str:
+def list_changes(changes: Iterable[KeyChange]) -> str:
     """Return changes, a line each."""
     return "".join(f"\n  {change}" for change in changes)
 
@@ -141,7 +141,7 @@ def _has_checkpoint(workdir: Path) -> bool:
 
 
 def _flat_with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {dotted key: value} of a config, with defaults of the keys that it leaves out."""
+    """Return {dotted key: value} of a config, with the defaults that it omits."""
     tree = json.loads(json.dumps(config))  # a copy
     for section, contents in SECTIONS.items():
         node = tree
