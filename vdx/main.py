@@ -48,6 +48,7 @@ from jax.sharding import Mesh
 import vdx
 from vdx.cli import exit_on_user_error, start
 from vdx.config.loader import is_override, resolve
+from vdx.config.ranges import Count, Index, define_number
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
@@ -187,13 +188,13 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "coordinator", None, "host:port of the first process, where JAX cannot find it by itself."
     )
-    flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "The number of this process, with --coordinator.")
-    flags.DEFINE_integer(
+    define_number("num_processes", None, Count, "The number of processes, with --coordinator.")
+    define_number("process_id", None, Index, "The number of this process, with --coordinator.")
+    define_number(
         "heartbeat",
         100,
+        Count,
         "Seconds after which a silent process counts as dead, and the others end.",
-        lower_bound=1,
     )
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

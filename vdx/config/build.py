@@ -8,6 +8,7 @@ command line fails before anything is compiled.
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,7 @@ def nearest(name: str, known: Iterable[Any]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+@functools.cache
 def configurable_fields(cls: Any) -> dict[str, Any]:
     """Return the fields of a class that a config may set, with their types and ranges.
 

@@ -89,14 +89,21 @@ PositiveFraction = Annotated[float, Interval(0, 1, low_open=True)]
 Decay = Annotated[float, Interval(0, 1, high_open=True)]  # of a moving average
 
 
-def define_number(name: str, default: float | None, hint: Any, text: str) -> None:
+def define_number(
+    name: str,
+    default: float | None,
+    hint: Any,
+    text: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
     """Define a flag whose range is that of `hint`, such as Count."""
     kind, interval = typing.get_args(hint)[:2]
     expected = f"{kind.__name__} {interval}".strip()
     define = flags.DEFINE_integer if kind is int else flags.DEFINE_float
-    define(name, default, text)
+    define(name, default, text, flag_values=flag_values)
     flags.register_validator(
         name,
         lambda value: value is None or value in interval,
         message=f"It is out of range, expected {expected}.",
+        flag_values=flag_values,
     )

@@ -17,7 +17,7 @@ import numpy as np
 from vdx.config.build import ConfigError, lookup
 from vdx.config.ranges import ComputeType, Count, Index, OneOf, Positive
 from vdx.models.attention.backends import BACKENDS, CONTEXTS
-from vdx.models.layers import EmbedMLP, add_vector, along_last
+from vdx.models.layers import ACTIVATIONS, EmbedMLP, add_vector, along_last
 from vdx.models.mixers.context import CachePosition, Grid, MixContext
 from vdx.models.mixers.table import PATTERNS
 from vdx.models.patches import from_patches, low_frequencies, to_patches
