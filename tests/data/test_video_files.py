@@ -179,7 +179,7 @@ def test_a_frame_is_changed_as_soon_as_it_is_decoded(tmp_path, monkeypatch):
 def test_files_joined_without_new_times_are_refused(tmp_path):
     grid.write(grid.encode(grid.STREAMS["mpeg2 open"], tmp_path / "template"), tmp_path / "a.ts")
     (tmp_path / "b.ts").write_bytes(2 * (tmp_path / "a.ts").read_bytes())
-    with pytest.raises(BadRecord, match="times of its frames go back"):
+    with pytest.raises(BadRecord, match=r"times of its frames go back|is incomplete"):
         video_record("b", "", lambda: str(tmp_path / "b.ts"))
 
 

@@ -1,9 +1,10 @@
 """Containers of encoded video: the accepted ones, their bounds, and whether they are complete."""
 
+import contextlib
 import io
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import av
@@ -17,7 +18,6 @@ __all__ = [
     "MOST_PIXELS",
     "Opener",
     "check_complete",
-    "check_regular",
     "open_video",
 ]
 
@@ -76,24 +76,34 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def check_regular(path: str) -> None:
-    """Raise ValueError for anything but a file: a pipe would never open, a device never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a file")
-
-
 def check_complete(file: str | io.BytesIO) -> None:
     """Raise ValueError for a file that ends before the data that its container declares.
 
     Numbers of frames and durations in headers are estimates and are not compared. MPEG program
     streams declare nothing.
     """
+    with _open_bytes(file) as opened:
+        _check_end(opened)
+
+
+def first_bytes(file: str | io.BytesIO) -> bytes:
+    """Return the first bytes of a file, which state its format."""
+    with _open_bytes(file) as opened:
+        return opened.read(16)
+
+
+@contextlib.contextmanager
+def _open_bytes(file: str | io.BytesIO) -> Iterator[BinaryIO]:
+    """Yield a file that is open for reading, from its start."""
     if isinstance(file, io.BytesIO):
-        _check_end(file)
+        file.seek(0)
+        yield file
         file.seek(0)
         return
+    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would never open, a device never end
+        raise ValueError("not a file")
     with open(file, "rb") as opened:
-        _check_end(opened)
+        yield opened
 
 
 def _check_end(file: BinaryIO) -> None:
