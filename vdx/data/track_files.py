@@ -25,7 +25,7 @@ from vdx.data.camera import read_camera
 from vdx.data.images import SUFFIXES, check_regular, read_image, read_map, to_unit
 from vdx.data.signals import ACTIONS
 from vdx.data.video_files import VIDEOS
-from vdx.files import read_json
+from vdx.files import read_json, read_npy
 
 __all__ = ["TRACK_FILES", "is_moving"]
 
@@ -53,10 +53,7 @@ def _read_maps(
     """Return [t h w], or [t h w channels], of an array file."""
     _check_suffix(path, (".npy",))
     # Mapped into memory: frames that the clip leaves out are never read.
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # headers of damaged files raise many kinds
-        raise ValueError(f"holds no array that can be read: {error}") from error
+    array = read_npy(path)
 
     # [frames h w], or with channels [frames h w channels]
     expected = "[frames h w]" if channels is None else f"[frames h w {channels}]"
