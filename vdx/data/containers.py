@@ -1,14 +1,17 @@
 """Containers of encoded video: the accepted ones, their bounds, and whether they are complete."""
 
+import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import av
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
+
+from vdx.files import open_regular
 
 __all__ = [
     "CONTAINERS",
@@ -80,12 +83,26 @@ def check_complete(file: str | io.BytesIO) -> None:
     Numbers of frames and durations in headers are estimates and are not compared. MPEG program
     streams declare nothing.
     """
+    with _open_bytes(file) as opened:
+        _check_end(opened)
+
+
+def first_bytes(file: str | io.BytesIO) -> bytes:
+    """Return the first bytes of a file, which state its format."""
+    with _open_bytes(file) as opened:
+        return opened.read(16)
+
+
+@contextlib.contextmanager
+def _open_bytes(file: str | io.BytesIO) -> Iterator[BinaryIO]:
+    """Yield a file that is open for reading, from its start."""
     if isinstance(file, io.BytesIO):
-        _check_end(file)
+        file.seek(0)
+        yield file
         file.seek(0)
         return
-    with open(file, "rb") as opened:
-        _check_end(opened)
+    with open_regular(file) as opened:
+        yield opened
 
 
 def _check_end(file: BinaryIO) -> None:

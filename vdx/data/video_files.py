@@ -17,11 +17,10 @@ import numpy as np
 from av.video.frame import PictureType
 
 from vdx.data.animation import is_animation, iter_animation
-from vdx.data.containers import Opener, check_complete
+from vdx.data.containers import Opener, check_complete, first_bytes
 from vdx.data.display import display_pixels
 from vdx.data.packets import Decoded, decode_packets, display_times, output_order, read_packets
 from vdx.data.record import BadRecord, FrameFunction, Record, frame_index_at
-from vdx.files import open_regular
 
 __all__ = [
     "VIDEOS",
@@ -178,11 +177,9 @@ class Movie:
 def _open_movie(opener: Opener) -> Movie:
     """Return the timeline of an encoded video.
 
-    Times are never computed from a frame rate. Raises ValueError for a truncated file.
+    Times are never computed from a frame rate. Raises ValueError.
     """
-    file = opener()
-    check_complete(file)
-    packets = read_packets(file)
+    packets = read_packets(opener())
     if packets.shown_as_stamped:
         numbers = np.flatnonzero(~packets.is_discard)
         numbers = numbers[np.argsort(packets.shown_at[numbers])]
@@ -226,12 +223,8 @@ def open_footage(opener: Opener) -> Footage:
     Raises ValueError, OSError and what decoders raise.
     """
     file = opener()
-    if isinstance(file, str):
-        with open_regular(file) as opened:
-            head = opened.read(12)
-    else:
-        head = file.read(12)
-    if ANIMATION.match(head):
+    check_complete(file)
+    if ANIMATION.match(first_bytes(file)):
         return _open_animation(opener)
     return _open_movie(opener)
 
