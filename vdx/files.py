@@ -1,7 +1,9 @@
 """Files that are complete or absent, JSON, and JSON lines."""
 
 import contextlib
+import functools
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +32,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def printable(text: str) -> str:
     """Return text that every stream can encode, with half surrogates as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in this process."""
+    logging.warning("%s", printable(message))
 
 
 def write_json(path: str | Path, value: Any) -> None:
