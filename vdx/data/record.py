@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from vdx.text_files import check_text
+
 __all__ = ["BadRecord", "Reader", "Record", "frame_index_at"]
 
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
@@ -43,6 +45,13 @@ class Record:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Control signals by name, read at the same instants; `vdx.data.signals` lists the formats.
     tracks: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise BadRecord for a caption that no text encoder can read."""
+        try:
+            check_text(self.caption)
+        except ValueError as error:
+            raise BadRecord(self.key, f"not a usable caption: {error}") from None
 
 
 def frame_index_at(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -26,13 +26,14 @@ from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
 from vdx.data.video_files import VIDEOS, Opener, guard, video_record
 from vdx.files import warn_once
-from vdx.text_files import MAX_CAPTION_BYTES, read_text
+from vdx.text_files import MAX_CAPTION_BYTES, check_text, read_text
 
 __all__ = ["SOURCES", "Records", "VideoFolder"]
 
 SPLITS = ("all", "train", "validation")
 SMALL = 50  # videos of a folder whose splits are reported even if nothing is wrong
-RECORDS_SURVEYED = 256  # of prepared records, whose captions stand next to their videos
+FOLDER_SURVEYED = 10_000  # videos whose captions are surveyed; each may be a file to open
+RECORDS_SURVEYED = 256  # records whose captions are surveyed; each is read with its video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +116,12 @@ class VideoFolder:
         return dataclasses.replace(record, tracks=tracks)
 
     def captions(self) -> Iterator[str]:
-        """Yield the captions of the videos, in order, without those that cannot be used."""
-        for entry in self.rows:
-            with contextlib.suppress(BadRecord):
+        """Yield the captions of the first videos that can be used."""
+        for entry in self.rows[:FOLDER_SURVEYED]:
+            with contextlib.suppress(ValueError):  # of a bad record
                 caption = _read_caption(entry)
                 if isinstance(caption, str):
-                    yield caption
+                    yield check_text(caption)
 
     def _report(self, listing: FolderListing, in_validation: int) -> None:
         """Log one line about the folder, if something in it is not used or it is small."""
@@ -243,17 +244,27 @@ class Records:
 
     def __getitem__(self, index: int) -> Record | dict[str, Any]:
         """Return record `index`; raises BadRecord if it cannot be used."""
+        key, row = self._read_row(index)
+        if "latents" in row:
+            return ready_example(row, key, self.metadata)
+        caption = guard(key, row["caption"].decode, what="caption")
+        return video_record(key, caption, lambda: io.BytesIO(row["video"]))
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the first records that can be used."""
+        for index in range(min(RECORDS_SURVEYED, len(self.rows))):
+            with contextlib.suppress(BadRecord):
+                key, row = self._read_row(index)
+                yield guard(key, row["caption"].decode, what="caption")
+
+    def _read_row(self, index: int) -> tuple[str, Mapping[str, Any]]:
+        """Return (key, features) of record `index`; raises BadRecord for a damaged chunk."""
         key = f"{self.path}/{self.split}/{index}"
         try:
             row = self.rows[index]
         except Exception as error:  # ArrayRecord verifies a checksum of every chunk
             raise BadRecord(key, f"unreadable: {error}") from error
-
-        if row.get("key"):
-            key = row["key"].decode()
-        if "latents" in row:
-            return ready_example(row, key, self.metadata)
-        return video_record(key, row["caption"].decode(), lambda: io.BytesIO(row["video"]))
+        return row["key"].decode("utf-8", "replace") if row.get("key") else key, row
 
 
 SOURCES: dict[str, Callable[..., Any]] = {

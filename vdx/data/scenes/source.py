@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from vdx.data.scenes.world import (
 )
 
 __all__ = ["Scenes"]
+
+SURVEYED = 1000  # clips whose captions are surveyed; each takes 0.2 ms
 
 # The words that each field of Scenes may contain.
 WORDS: dict[str, Iterable[str]] = {
@@ -130,6 +132,11 @@ class Scenes:
 
         scene = sample_scene(vocabulary, rng)
         return dataclasses.replace(scene, caption=describe(scene, rng))
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the first clips."""
+        for index in range(min(SURVEYED, self.size)):
+            yield self.scene(index).caption
 
     def __len__(self) -> int:
         """Return the number of clips."""
