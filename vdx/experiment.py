@@ -23,7 +23,7 @@ from vdx.config.sections import (
     Spec,
     TrainSection,
 )
-from vdx.data.pipeline import Batches, Loader, make_loader
+from vdx.data.pipeline import Batches, DataError, Loader, make_loader
 from vdx.data.record import BadRecord
 from vdx.data.signals import SIGNALS
 from vdx.data.sources import SOURCES
@@ -138,9 +138,14 @@ class Experiment:
     # Data
 
     def source(self, validation: bool = False) -> Any:
-        """Open the data set: a row of SOURCES."""
+        """Open the data set: a row of SOURCES. Raises ConfigError and DataError."""
         replaced = self.data.validation if validation else {}
-        return build({**self.data.source, **replaced}, SOURCES, "config.data.source")
+        try:
+            return build({**self.data.source, **replaced}, SOURCES, "config.data.source")
+        except ConfigError:
+            raise
+        except ValueError as error:  # of files, which have no config
+            raise DataError(str(error)) from error
 
     def batches(
         self,

@@ -9,8 +9,16 @@ import codecs
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["MAX_CAPTION_BYTES", "MAX_TEXT_BYTES", "check_text", "read_lines", "read_text"]
+__all__ = [
+    "MAX_CAPTION_BYTES",
+    "MAX_TEXT_BYTES",
+    "check_text",
+    "open_regular",
+    "read_lines",
+    "read_text",
+]
 
 MAX_TEXT_BYTES = 1 << 30  # of metadata or prompts; a larger data set belongs into records
 MAX_CAPTION_BYTES = 1 << 23  # of one caption; a million characters have at most half of it
@@ -26,8 +34,27 @@ MARKS = (
 )
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; raises ValueError for anything else.
+
+    A pipe would never open, a device never end. The file is examined when it is open, so that
+    nothing can take its place in between.
+    """
+
+    def without_waiting(name: str, mode: int) -> int:
+        return os.open(name, mode | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115  # the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is not a regular file.")
+    return file
+
+
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the text of a file without byte order mark, its lines ended by a line feed.
+    """Return the text of a file without byte order mark.
+
+    Lines end with a line feed, whatever the file has.
 
     Raises OSError if it cannot be opened, and ValueError with the file and the line if it is no
     regular file, too large or in an unknown encoding.
@@ -72,19 +99,9 @@ def check_text(text: str) -> str:
 
 
 def _read_bytes(path: str | Path, max_bytes: int) -> bytes:
-    """Return the bytes of a regular file; raises ValueError for others and for larger files.
-
-    A pipe would never open, a device never end.
-    """
-    # Opened first and examined then, so that nothing can take its place in between.
-    def without_waiting(name: str, mode: int) -> int:
-        return os.open(name, mode | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, "rb", opener=without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is not a regular file.")
+    """Return the bytes of a regular file; raises ValueError if there are more."""
+    with open_regular(path) as file:
         data = file.read(max_bytes + 1)
-
     if len(data) > max_bytes:
         raise ValueError(f"{path} has more than the {max_bytes:,} bytes that are read.")
     return data

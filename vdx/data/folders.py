@@ -16,20 +16,29 @@ from vdx.data.metadata import read_metadata
 from vdx.data.track_files import TRACK_FILES
 from vdx.data.video_files import VIDEOS
 
-__all__ = ["FolderListing", "VideoEntry", "list_videos", "nfc", "validation_names"]
+__all__ = [
+    "NO_CAPTION",
+    "FolderListing",
+    "VideoEntry",
+    "list_videos",
+    "names_on_disk",
+    "stored_name",
+    "validation_names",
+]
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # as hidden as names with a dot
 MAX_NAMED = 3  # names of each kind in a message
 
 # Kinds of what is left out.
-NO_CAPTION = "without a caption"
+NO_CAPTION = "videos without a caption"
+NO_CAPTION_IN_ROW = "rows without a caption"
 NO_VIDEO = "captions without a video"
 NO_ROW = "videos that no row names"
 NO_FILE = "rows whose file is not there"
 OTHER = "files of kinds that are not read"
-HIDDEN = "hidden"
-REPEATED = "reached twice by links"
-UNUSABLE = "neither files nor folders (broken links, pipes) or not to be opened"
+HIDDEN = "hidden files and folders"
+REPEATED = "files and folders that links reach twice"
+UNUSABLE = "broken links, pipes, devices or folders that cannot be opened"
 
 
 class VideoEntry(NamedTuple):
@@ -98,14 +107,29 @@ def validation_names(names: Iterable[str], fraction: float) -> set[str]:
     return set(ordered[: min(max(below, 1), len(ordered) - 1)])
 
 
-def nfc(name: str) -> str:
-    """Return a name with composed characters; macOS and archives also store decomposed ones."""
+def names_on_disk(root: Path) -> dict[str, str]:
+    """Return the files of a folder: name, and its NFC form, -> name on the disk."""
+    return _stored_names(_walk(root))
+
+
+def stored_name(name: str, on_disk: Mapping[str, str]) -> str:
+    """Return the name on the disk; a list may have another Unicode form of it."""
+    return on_disk.get(name) or on_disk.get(_nfc(name), name)
+
+
+def _stored_names(walk: "_Walk") -> dict[str, str]:
+    composed = {_nfc(name): name for name in walk.files}
+    return composed | {name: name for name in walk.files}
+
+
+def _nfc(name: str) -> str:
+    """Return a name with composed characters; macOS also stores decomposed ones."""
     return unicodedata.normalize("NFC", name)
 
 
 def _hash(name: str) -> float:
-    """Return the hash of a name in [0, 1), the same for every Unicode form of the name."""
-    encoded = nfc(name).encode("utf-8", "surrogatepass")
+    """Return the hash of a name in [0, 1), the same for every Unicode form."""
+    encoded = _nfc(name).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest()) / 2**64
 
 
@@ -181,16 +205,12 @@ def _from_text_files(root: Path, walk: _Walk) -> FolderListing:
 
     videos = [name for name in walk.files if _suffix(name) in VIDEOS]
     kept, repeated = _distinct(root, videos, texts)
-    entries = [
-        VideoEntry(name, root / texts[_stem(name)]) for name in kept if _stem(name) in texts
-    ]
+    entries = [VideoEntry(name, root / texts[_stem(name)]) for name in kept if _stem(name) in texts]
 
     used = {texts[_stem(name)] for name in videos if _stem(name) in texts}
     left_out = {
-        f"videos {NO_CAPTION}": [name for name in kept if _stem(name) not in texts],
-        NO_VIDEO: [
-            name for name in walk.files if _suffix(name) == ".txt" and name not in used
-        ],
+        NO_CAPTION: [name for name in kept if _stem(name) not in texts],
+        NO_VIDEO: [name for name in walk.files if _suffix(name) == ".txt" and name not in used],
         OTHER: [name for name in walk.files if _suffix(name) not in (".txt", *VIDEOS)],
         HIDDEN: walk.hidden,
         REPEATED: walk.repeated + repeated,
@@ -225,27 +245,33 @@ def _from_rows(root: Path, walk: _Walk, rows: list[dict[str, Any]]) -> FolderLis
 
     Rows of files that are not there stay, and are bad records when they are read.
     """
-    on_disk = {nfc(name): name for name in walk.files} | {name: name for name in walk.files}
+    on_disk = _stored_names(walk)
     entries = [_entry(row, on_disk) for row in rows]
+    captioned = [entry for entry in entries if entry.caption is not None]
+
+    # Names that the walk does not have are missing, or lead through a link to what it has.
     named = {PurePosixPath(entry.name).as_posix() for entry in entries}
     named |= {file for entry in entries for _, file in entry.tracks if isinstance(file, str)}
+    unknown = sorted(named - on_disk.keys())
+    linked = {_identity(root / name) for name in unknown if os.path.isfile(root / name)}
+    unnamed = [name for name in walk.files if _suffix(name) in VIDEOS and name not in named]
+    if linked:
+        unnamed = [name for name in unnamed if _identity(root / name) not in linked]
 
-    captioned = [entry for entry in entries if entry.caption is not None]
     left_out = {
-        f"rows {NO_CAPTION}": [entry.name for entry in entries if entry.caption is None],
-        NO_FILE: [
-            entry.name
-            for entry in captioned
-            if entry.name not in on_disk and not os.path.isfile(root / entry.name)
-        ],
-        NO_ROW: [
-            name for name in walk.files if _suffix(name) in VIDEOS and name not in named
-        ],
+        NO_CAPTION_IN_ROW: [entry.name for entry in entries if entry.caption is None],
+        NO_FILE: [entry.name for entry in captioned if not _exists(root, entry.name, on_disk)],
+        NO_ROW: unnamed,
         HIDDEN: walk.hidden,
         REPEATED: walk.repeated,
         UNUSABLE: walk.unusable,
     }
     return FolderListing(root, captioned, left_out)
+
+
+def _exists(root: Path, name: str, on_disk: Mapping[str, str]) -> bool:
+    """Return true if a name of a list is a file."""
+    return name in on_disk or os.path.isfile(root / name)
 
 
 def _entry(row: Mapping[str, Any], on_disk: Mapping[str, str]) -> VideoEntry:
@@ -255,9 +281,7 @@ def _entry(row: Mapping[str, Any], on_disk: Mapping[str, str]) -> VideoEntry:
     """
 
     def as_stored(name: Any) -> Any:
-        if not isinstance(name, str):
-            return name
-        return on_disk.get(name) or on_disk.get(nfc(name), name)
+        return stored_name(name, on_disk) if isinstance(name, str) else name
 
     tracks = tuple(
         (name, as_stored(row[name])) for name in TRACK_FILES if row.get(name) is not None
@@ -272,7 +296,7 @@ def _suffix(name: str) -> str:
 
 def _stem(name: str) -> str:
     """Return a name without its suffix, in NFC."""
-    return nfc(PurePosixPath(name).with_suffix("").as_posix())
+    return _nfc(PurePosixPath(name).with_suffix("").as_posix())
 
 
 def _list_names(names: list[str]) -> str:

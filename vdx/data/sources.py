@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
 from vdx.data.video_files import VIDEOS, Opener, guard, video_record
 from vdx.files import warn_once
-from vdx.text_files import MAX_CAPTION_BYTES, check_text, read_text
+from vdx.text_files import MAX_CAPTION_BYTES, check_text, open_regular, read_text
 
 __all__ = ["SOURCES", "Records", "VideoFolder"]
 
@@ -66,9 +65,7 @@ class VideoFolder:
         if self.split not in SPLITS:
             raise ValueError(f"split = {self.split!r} is none of {', '.join(SPLITS)}.")
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction = {self.validation_fraction} is not in [0, 1)."
-            )
+            raise ValueError(f"validation_fraction = {self.validation_fraction} is not in [0, 1).")
 
         # Every video of the folder.
         listing = list_videos(root)
@@ -105,7 +102,7 @@ class VideoFolder:
         """Return video `index`; raises BadRecord if it cannot be used."""
         entry = self.rows[index]
         path = Path(self.path).absolute() / entry.name  # FFmpeg takes a bare "x:y" for an address
-        guard(entry.name, lambda: _check_file(path))
+        guard(entry.name, lambda: open_regular(path).close())
 
         # Tracks are opened only when they are read.
         record = video_record(entry.name, _read_caption(entry), _opener(entry, path))
@@ -145,7 +142,7 @@ class VideoFolder:
             if not isinstance(file, str) or not stays_inside(file):
                 raise ValueError("expected the name of a file inside the folder, / between folders")
             path = Path(self.path).absolute() / file
-            _check_file(path)
+            open_regular(path).close()
 
             stamps = record.timestamps
             assert stamps is not None  # a video has them
@@ -163,9 +160,7 @@ def _read_caption(entry: VideoEntry) -> Any:
     caption = entry.caption
     if not isinstance(caption, Path):
         return caption
-    return guard(
-        entry.name, lambda: read_text(caption, MAX_CAPTION_BYTES).strip(), what="caption"
-    )
+    return guard(entry.name, lambda: read_text(caption, MAX_CAPTION_BYTES).strip(), what="caption")
 
 
 def _opener(entry: VideoEntry, path: Path) -> Opener:
@@ -177,18 +172,10 @@ def _opener(entry: VideoEntry, path: Path) -> Opener:
     return lambda: io.BytesIO(data)
 
 
-def _check_file(path: Path) -> None:
-    """Raise ValueError for anything but a file.
-
-    A pipe would never open, a device never end.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("not a file")
-
-
 def _verified_bytes(path: Path, sha256: str) -> bytes:
     """Return the bytes of a file; raises ValueError if its checksum differs."""
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise ValueError(f"its SHA-256 is {found[:12]}..., metadata.jsonl says {sha256[:12]}...")

@@ -33,7 +33,7 @@ END = 1  # the id of the end token
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """Captions as the ids of their UTF-8 bytes and an end token, as in ByT5 (Xue et al. 2022)."""
+    """Captions as ids of their UTF-8 bytes, as in ByT5 (Xue et al. 2022)."""
 
     length: int  # ids of a caption, end token and padding included
     unit: ClassVar[str] = "bytes"

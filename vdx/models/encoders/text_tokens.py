@@ -32,7 +32,8 @@ class PromptTokenizer:
     """Prompts to token ids and their mask, by a tokenizer from a folder.
 
     A batch has the smallest of a few lengths that holds its longest prompt, so that an encoder is
-    compiled at most once for each. Longer prompts are cut to the largest, with their end token; this is reported.
+    compiled at most once for each. Longer prompts are cut to the largest, with their end token,
+    and reported.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class PromptTokenizer:
         sizes = np.array([len(row) for row in rows])
         if sizes.max() == longest:
             whole = self._tokenizer(texts, verbose=False)["input_ids"]
-            report_lengths("prompts", list(map(len, whole)), longest, "tokens, special ones included,")
+            unit = "tokens, special ones included,"
+            report_lengths("prompts", list(map(len, whole)), longest, unit)
         length = next(n for n in self.lengths if n >= sizes.max())
 
         ids = np.full((len(rows), length), self._tokenizer.pad_token_id, np.int32)

@@ -1,7 +1,7 @@
 """The interface of tokenizers, and the report of what they cut."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,8 +10,9 @@ from vdx.files import warn_once
 __all__ = ["Tokenizer", "report_cut", "report_lengths"]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
-    """A function of the host, caption -> (ids or features, mask), that cuts long captions."""
+    """A host function caption -> (ids or features, mask) that cuts long captions."""
 
     @property
     def kept(self) -> int:
