@@ -6,16 +6,14 @@ with its line: the bytes of an older code page do not say which one it is.
 """
 
 import codecs
-import os
-import stat
 from pathlib import Path
-from typing import BinaryIO
+
+from vdx.files import FileError, read_bounded
 
 __all__ = [
     "MAX_CAPTION_BYTES",
     "MAX_TEXT_BYTES",
     "check_text",
-    "open_regular",
     "read_lines",
     "read_text",
 ]
@@ -34,35 +32,17 @@ MARKS = (
 )
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading; raises ValueError for anything else.
-
-    A pipe would never open, a device never end. The file is examined when it is open, so that
-    nothing can take its place in between.
-    """
-
-    def without_waiting(name: str, mode: int) -> int:
-        return os.open(name, mode | getattr(os, "O_NONBLOCK", 0))
-
-    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115  # the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"{path} is not a regular file.")
-    return file
-
-
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Return the text of a file without byte order mark.
 
     Lines end with a line feed, whatever the file has.
 
-    Raises OSError if it cannot be opened, and ValueError with the file and the line if it is no
-    regular file, too large or in an unknown encoding.
+    Raises FileError with the line for an unknown encoding, and what `read_bounded` raises.
     """
-    data = _read_bytes(path, max_bytes)
+    data = read_bounded(path, max_bytes)
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), None)
     if encoding is None and b"\0" in data:
-        raise ValueError(
+        raise FileError(
             f"{path}, line {_line_number(data[: data.index(0)])}: a zero byte. It is no text, or "
             "UTF-16 without a byte order mark. Save it as UTF-8."
         )
@@ -70,7 +50,7 @@ def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     try:
         text = data.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(_explain(path, data, error)) from None
+        raise FileError(_explain(path, data, error)) from None
     return text.lstrip(MARK).replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -96,15 +76,6 @@ def check_text(text: str) -> str:
             "pair: a character was cut in two, or its bytes are not UTF-8"
         ) from None
     return text
-
-
-def _read_bytes(path: str | Path, max_bytes: int) -> bytes:
-    """Return the bytes of a regular file; raises ValueError if there are more."""
-    with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"{path} has more than the {max_bytes:,} bytes that are read.")
-    return data
 
 
 def _explain(path: str | Path, data: bytes, error: UnicodeDecodeError) -> str:

@@ -156,7 +156,7 @@ def test_a_caption_that_is_no_text_is_one_bad_record(tmp_path):
     (tmp_path / "c.txt").write_bytes(" ein Ball\r\n".encode("utf-16"))
     folder = VideoFolder(str(tmp_path))
     assert list(folder.captions()) == ["ein Ball"]
-    for index, reason in ((0, r"a\.txt, line 1: .*is not UTF-8"), (1, "more than the .* bytes")):
+    for index, reason in ((0, r"a\.txt, line 1: .*is not UTF-8"), (1, "is longer than .* bytes")):
         with pytest.raises(BadRecord, match=f"not a usable caption: .*{reason}"):
             folder[index]
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from vdx.data.folders import NO_CAPTION, list_videos, names_on_disk, stored_name
 from vdx.data.metadata import read_metadata
-from vdx.files import append_rows, atomic_write, printable, warn_once
-from vdx.text_files import MAX_CAPTION_BYTES, open_regular, read_text
+from vdx.files import append_rows, atomic_write, open_regular, printable, warn_once
+from vdx.text_files import MAX_CAPTION_BYTES, read_text
 
 __all__ = ["add_checksums"]
 

@@ -148,7 +148,7 @@ def _walk(root: Path) -> _Walk:
         name = (folders or links).popleft()
         try:
             # A link to a folder above the root contains the root again.
-            is_above = name and real_root.is_relative_to((root / name).resolve())
+            is_above = bool(name) and real_root.is_relative_to((root / name).resolve())
             identity = _identity(root / name)
             if identity in entered or is_above:
                 walk.repeated.append(name)

@@ -24,8 +24,8 @@ from vdx.data.records import check_classes, ready_example
 from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
 from vdx.data.video_files import VIDEOS, Opener, guard, video_record
-from vdx.files import warn_once
-from vdx.text_files import MAX_CAPTION_BYTES, check_text, open_regular, read_text
+from vdx.files import check_regular_file, open_regular, warn_once
+from vdx.text_files import MAX_CAPTION_BYTES, check_text, read_text
 
 __all__ = ["SOURCES", "Records", "VideoFolder"]
 
@@ -102,7 +102,7 @@ class VideoFolder:
         """Return video `index`; raises BadRecord if it cannot be used."""
         entry = self.rows[index]
         path = Path(self.path).absolute() / entry.name  # FFmpeg takes a bare "x:y" for an address
-        guard(entry.name, lambda: open_regular(path).close())
+        guard(entry.name, lambda: check_regular_file(path))
 
         # Tracks are opened only when they are read.
         record = video_record(entry.name, _read_caption(entry), _opener(entry, path))
@@ -142,7 +142,7 @@ class VideoFolder:
             if not isinstance(file, str) or not stays_inside(file):
                 raise ValueError("expected the name of a file inside the folder, / between folders")
             path = Path(self.path).absolute() / file
-            open_regular(path).close()
+            check_regular_file(path)
 
             stamps = record.timestamps
             assert stamps is not None  # a video has them
