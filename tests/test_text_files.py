@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from vdx.text_files import check_text, read_lines, read_text
+from vdx.text_files import MAX_CAPTION_BYTES, check_text, read_lines, read_text
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
 ALPHABET = "ab é ß \u2028 \u2029 \x85 日本 \U0001f600 \t \u0301 \x1c \xa0 \u200b"
@@ -99,3 +99,8 @@ def test_halves_of_surrogate_pairs_are_no_text():
         for half in ("\ud83d", "\ude00", "\udcff"):
             with pytest.raises(ValueError, match=f"U.{ord(half):04X}, half of a surrogate pair"):
                 check_text(text + half + text)
+
+
+def test_text_beyond_the_bound_of_captions_is_refused():
+    with pytest.raises(ValueError, match="8,388,609 characters, at most 8,388,608"):
+        check_text("x" * (MAX_CAPTION_BYTES + 1))

@@ -66,8 +66,11 @@ def read_lines(path: str | Path) -> list[str]:
 def check_text(text: str) -> str:
     """Return a text that UTF-8 can encode; raise ValueError for half a surrogate pair.
 
-    JSON and the command line can carry such halves, no text encoder can read them.
+    JSON and the command line can carry such halves, no text encoder can read them. Also raises
+    ValueError for more than MAX_CAPTION_BYTES characters.
     """
+    if len(text) > MAX_CAPTION_BYTES:
+        raise ValueError(f"it has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -75,6 +75,8 @@ class Request:
 
 def check_prompt(name: str, prompt: str) -> None:
     """Raise ConfigError for text that no text encoder can read."""
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{name} is {type(prompt).__name__}, expected text.")
     try:
         check_text(prompt)
     except ValueError as error:
