@@ -194,3 +194,8 @@ def test_a_fraction_out_of_range_is_refused(tmp_path, fraction):
     put(tmp_path, "a.mp4", "a.txt")
     with pytest.raises(ValueError, match=r"validation_fraction = .* is not in \[0, 1\)"):
         VideoFolder(str(tmp_path), validation_fraction=fraction)
+
+
+def test_no_path_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="--config.data.path=FOLDER"):
+        VideoFolder("")

@@ -67,6 +67,9 @@ class VideoFolder:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction = {self.validation_fraction} is not in [0, 1).")
 
+        if not self.path:
+            raise ValueError("path is empty: give a folder of videos, --config.data.path=FOLDER.")
+
         # Every video of the folder.
         listing = list_videos(root)
         if not listing.entries:
