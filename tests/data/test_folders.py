@@ -197,5 +197,5 @@ def test_a_fraction_out_of_range_is_refused(tmp_path, fraction):
 
 
 def test_no_path_is_not_the_current_folder():
-    with pytest.raises(ValueError, match="--config.data.path=FOLDER"):
+    with pytest.raises(ValueError, match=r"--config.data.path=FOLDER"):
         VideoFolder("")
