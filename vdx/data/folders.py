@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vdx.data.metadata import read_metadata
 from vdx.data.track_files import TRACK_FILES
-from vdx.data.video_files import VIDEOS
+from vdx.data.video_files import is_video
 
 __all__ = [
     "NO_CAPTION",
@@ -200,18 +200,18 @@ def _from_text_files(root: Path, walk: _Walk) -> FolderListing:
     # Captions by the name of their video, without suffix; of a.txt and a.TXT the first.
     texts: dict[str, str] = {}
     for name in reversed(walk.files):
-        if _suffix(name) == ".txt":
+        if _is_text(name):
             texts.setdefault(_stem(name), name)
 
-    videos = [name for name in walk.files if _suffix(name) in VIDEOS]
+    videos = [name for name in walk.files if is_video(root / name)]
     kept, repeated = _distinct(root, videos, texts)
     entries = [VideoEntry(name, root / texts[_stem(name)]) for name in kept if _stem(name) in texts]
 
     used = {texts[_stem(name)] for name in videos if _stem(name) in texts}
     left_out = {
         NO_CAPTION: [name for name in kept if _stem(name) not in texts],
-        NO_VIDEO: [name for name in walk.files if _suffix(name) == ".txt" and name not in used],
-        OTHER: [name for name in walk.files if _suffix(name) not in (".txt", *VIDEOS)],
+        NO_VIDEO: [name for name in walk.files if _is_text(name) and name not in used],
+        OTHER: sorted({*walk.files} - {*videos} - set(filter(_is_text, walk.files))),
         HIDDEN: walk.hidden,
         REPEATED: walk.repeated + repeated,
         UNUSABLE: walk.unusable,
@@ -254,7 +254,7 @@ def _from_rows(root: Path, walk: _Walk, rows: list[dict[str, Any]]) -> FolderLis
     named |= {file for entry in entries for _, file in entry.tracks if isinstance(file, str)}
     unknown = sorted(named - on_disk.keys())
     linked = {_identity(root / name) for name in unknown if os.path.isfile(root / name)}
-    unnamed = [name for name in walk.files if _suffix(name) in VIDEOS and name not in named]
+    unnamed = [name for name in walk.files if name not in named and is_video(root / name)]
     if linked:
         unnamed = [name for name in unnamed if _identity(root / name) not in linked]
 
@@ -289,9 +289,9 @@ def _entry(row: Mapping[str, Any], on_disk: Mapping[str, str]) -> VideoEntry:
     return VideoEntry(as_stored(row["file_name"]), row.get("caption"), row.get("sha256"), tracks)
 
 
-def _suffix(name: str) -> str:
-    """Return the suffix of a name in lower case, with its dot."""
-    return PurePosixPath(name).suffix.lower()
+def _is_text(name: str) -> bool:
+    """Return true for the name of a caption."""
+    return name.lower().endswith(".txt")
 
 
 def _stem(name: str) -> str:
