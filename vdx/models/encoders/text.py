@@ -66,7 +66,7 @@ class ByteEncoder(nn.Module):
     learns colours but not verbs. Transformer layers over the words do the rest.
     """
 
-    length: int = 256  # bytes kept of a caption, end token included; real ones have 50 to 200
+    length: int = 256  # bytes kept of a caption, end token included: about 45 English words
     words: int = 64  # kept; the last one holds the rest of the text
     width: int = 192  # features of a word
     depth: int = 2  # layers over the words
