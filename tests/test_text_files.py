@@ -86,11 +86,11 @@ def test_a_file_beyond_the_bound_is_refused(tmp_path):
 
 
 def test_a_million_characters_take_bounded_time(tmp_path):
-    begin = time.perf_counter()
+    begin = time.process_time()
     for encoding in ENCODINGS:
         for text in ("\U0001f600" * 1_000_000, "\n" * 1_000_000):
             assert len(read_text(written(tmp_path, text, encoding))) == 1_000_000
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_halves_of_surrogate_pairs_are_no_text():

@@ -118,6 +118,7 @@ def stored_name(name: str, on_disk: Mapping[str, str]) -> str:
 
 
 def _stored_names(walk: "_Walk") -> dict[str, str]:
+    """Return names and their NFC forms -> names."""
     composed = {_nfc(name): name for name in walk.files}
     return composed | {name: name for name in walk.files}
 
@@ -198,10 +199,10 @@ def _identity(path: Path) -> Any:
 def _from_text_files(root: Path, walk: _Walk) -> FolderListing:
     """Return the videos that have a text file of the same name."""
     # Captions by the name of their video, without suffix; of a.txt and a.TXT the first.
+    captions = [name for name in walk.files if name.lower().endswith(".txt")]
     texts: dict[str, str] = {}
-    for name in reversed(walk.files):
-        if _is_text(name):
-            texts.setdefault(_stem(name), name)
+    for name in reversed(captions):
+        texts.setdefault(_stem(name), name)
 
     videos = [name for name in walk.files if is_video(root / name)]
     kept, repeated = _distinct(root, videos, texts)
@@ -210,8 +211,8 @@ def _from_text_files(root: Path, walk: _Walk) -> FolderListing:
     used = {texts[_stem(name)] for name in videos if _stem(name) in texts}
     left_out = {
         NO_CAPTION: [name for name in kept if _stem(name) not in texts],
-        NO_VIDEO: [name for name in walk.files if _is_text(name) and name not in used],
-        OTHER: sorted({*walk.files} - {*videos} - set(filter(_is_text, walk.files))),
+        NO_VIDEO: [name for name in captions if name not in used],
+        OTHER: sorted({*walk.files} - {*videos} - {*captions}),
         HIDDEN: walk.hidden,
         REPEATED: walk.repeated + repeated,
         UNUSABLE: walk.unusable,
@@ -287,11 +288,6 @@ def _entry(row: Mapping[str, Any], on_disk: Mapping[str, str]) -> VideoEntry:
         (name, as_stored(row[name])) for name in TRACK_FILES if row.get(name) is not None
     )
     return VideoEntry(as_stored(row["file_name"]), row.get("caption"), row.get("sha256"), tracks)
-
-
-def _is_text(name: str) -> bool:
-    """Return true for the name of a caption."""
-    return name.lower().endswith(".txt")
 
 
 def _stem(name: str) -> str:

@@ -84,9 +84,9 @@ def test_special_tokens_in_a_caption_are_bytes():
 
 def test_a_million_characters_take_bounded_time():
     text = "\U0001f600" * 1_000_000
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert TOKENIZE.count(text) == 4_000_000 and TOKENIZE(text)[1].all()
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def test_the_default_reads_captions_of_255_bytes():
