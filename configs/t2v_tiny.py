@@ -46,7 +46,16 @@ def get_config(variant: str = "") -> ConfigDict:
                     "time_scale": 0.02,
                 },
                 "signals": {
-                    "text": {"encoder": {"name": "bytes", "width": 96, "depth": 1, "heads": 3}},
+                    "text": {
+                        "encoder": {
+                            "name": "bytes",
+                            "length": 64,  # one caption of 50 has 64 and loses its last letter
+                            "words": 24,
+                            "width": 96,
+                            "depth": 1,
+                            "heads": 3,
+                        }
+                    },
                     "fps": {},
                     "num_frames": {},
                 },

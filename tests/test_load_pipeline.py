@@ -9,7 +9,7 @@ import pytest
 
 import vdx
 from vdx.config.build import ConfigError
-from vdx.files import read_json, write_json
+from vdx.files import read_json, warn_once, write_json
 from vdx.generate.manifest import RENAMED, RunWeights
 from vdx.generate.run_pipeline import RunPipeline
 from vdx.load_pipeline import load_for_manifest
@@ -55,6 +55,17 @@ def test_a_manifest_makes_the_same_clip_again(clip, pipeline, tmp_path):
     assert again.manifest == clip.manifest
     with pytest.raises(ConfigError, match=r"out is not the name of an mp4: expected"):
         clip.save(tmp_path / "out")
+
+
+def test_a_prompt_that_is_cut_is_reported(pipeline, caplog):
+    warn_once.cache_clear()
+    pipeline.request([PROMPT, "a " * 50])
+    assert [record.message for record in caplog.records] == [
+        "1 of 2 prompts are longer than the 63 bytes that the text encoder reads, and are cut; "
+        "the longest has 100."
+    ]
+    with pytest.raises(ConfigError, match="Prompt 1 is not text: character 2"):
+        pipeline.request(["a\ud83d"])
 
 
 def test_a_list_of_prompts_gives_a_list_of_clips(clip, pipeline):

@@ -130,7 +130,8 @@ def test_sample_and_make_again(workdir, tmp_path):
 
 def test_sample_from_a_file_of_prompts(workdir, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a blue square moves up\n\na green cross grows\n")
+    lines = "a blue square moves up\r\n\r\na green\u2028cross grows\r\n"
+    prompts.write_bytes(lines.encode("utf-16"))
     out = tmp_path / "clips"
     command(
         "vdx.sample",
@@ -143,7 +144,7 @@ def test_sample_from_a_file_of_prompts(workdir, tmp_path):
     manifest = read_json(out / "manifest.json")
     assert [c["prompt"] for c in manifest["clips"]] == [
         "a blue square moves up",
-        "a green cross grows",
+        "a green\u2028cross grows",
     ]
     assert (out / "001.mp4").stat().st_size > 0
 

@@ -23,7 +23,7 @@ from vdx.config.sections import (
     Spec,
     TrainSection,
 )
-from vdx.data.pipeline import Batches, Loader, make_loader
+from vdx.data.pipeline import Batches, DataError, Loader, make_loader
 from vdx.data.record import BadRecord
 from vdx.data.signals import SIGNALS
 from vdx.data.sources import SOURCES
@@ -37,6 +37,7 @@ from vdx.generate.generator import Generator, Sampling
 from vdx.models.adapters.lora import Lora
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
+from vdx.models.encoders.tokenizer import report_cut
 from vdx.parallel import MeshSpec
 from vdx.seeds import seed_key
 from vdx.train.checkpoint import locate
@@ -151,9 +152,14 @@ class Experiment:
     # Data
 
     def source(self, validation: bool = False) -> Any:
-        """Open the data set: a row of SOURCES."""
+        """Open the data set: a row of SOURCES. Raises ConfigError and DataError."""
         replaced = self.data.validation if validation else {}
-        return build({**self.data.source, **replaced}, SOURCES, "config.data.source")
+        try:
+            return build({**self.data.source, **replaced}, SOURCES, "config.data.source")
+        except ConfigError:
+            raise
+        except ValueError as error:  # of files, which have no config
+            raise DataError(str(error)) from error
 
     def batches(
         self,
@@ -168,21 +174,26 @@ class Experiment:
         Bad records are named in the workdir's `bad_records.jsonl`; `settings` override fields
         of the loader.
         """
+        source = self.source(validation)
+
         # Record -> example; a source without clips to cut gives ready examples.
         make_example = None
         if self.clip is not None:
+            tokenizer = self.model.tokenizer()
+            if not validation and jax.process_index() == 0:
+                report_cut("captions", self.training_captions, tokenizer)
             make_example = functools.partial(
                 to_example,
                 clip=self.clip,
                 height=self.data.height,
                 width=self.data.width,
-                tokenize=self.model.tokenizer(),
+                tokenize=tokenizer,
                 signals=tuple(name for name in self.model.signals if name in SIGNALS),
             )
         seed = self.seed if seed is None else seed
 
         return make_loader(
-            self.source(validation),
+            source,
             to_example=make_example,
             num_frames=None if self.clip is None else self.clip.lengths,
             # Every process reads its own share.
@@ -191,6 +202,11 @@ class Experiment:
             bad_log=None if workdir is None else workdir / "bad_records.jsonl",
             **{"seed": seed, **self.data.loader, **settings},
         )
+
+    @functools.cached_property
+    def training_captions(self) -> list[str]:
+        """The captions of the first training clips, as many as are read quickly."""
+        return list(self.source().captions())
 
     @functools.cached_property
     def sample_prompts(self) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
 """Files: complete or absent, regular and of bounded size, JSON, JSON lines."""
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,7 +58,7 @@ def check_regular_file(path: str | Path) -> int:
     return status.st_size
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file to read its bytes. Never waits for a writer, as pipes do.
 
     Raises what `check_regular_file` raises.
@@ -117,6 +120,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def printable(text: str) -> str:
     """Return text that every stream can encode, with half surrogates as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in this process."""
+    logging.warning("%s", printable(message))
 
 
 def write_json(path: str | Path, value: Any) -> None:

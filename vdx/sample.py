@@ -31,6 +31,7 @@ from vdx.generate.pretrained_request import LORAS
 from vdx.generate.request import Request
 from vdx.generate.run_pipeline import RunPipeline
 from vdx.load_pipeline import load, load_for_manifest
+from vdx.text_files import read_lines
 
 FLAGS = flags.FLAGS
 CALIBRATION_PROMPTS = 4  # of the run, if none are given: each is drawn about ten times
@@ -146,7 +147,10 @@ def read_prompts() -> list[str]:
         raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
     if FLAGS.prompt is not None:
         return [FLAGS.prompt]
-    lines = [line.strip() for line in Path(FLAGS.prompts_file).read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in read_lines(FLAGS.prompts_file)]
+    except (ValueError, OSError) as error:
+        raise app.UsageError(f"--prompts_file: {error}") from None
     prompts = [line for line in lines if line]
     if not prompts:
         raise app.UsageError(f"{FLAGS.prompts_file} has no prompt: expected one a line.")

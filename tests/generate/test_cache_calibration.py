@@ -30,7 +30,18 @@ CLIP = {"num_frames": 1, "fps": 8.0}
 def generator(randomise):
     model = Denoiser(
         {"name": "transformer", "width": 16, "depth": 1, "heads": 2, "patch": (1, 4, 4)},
-        {"text": {"encoder": {"name": "bytes", "width": 8, "depth": 1, "heads": 1}}},
+        {
+            "text": {
+                "encoder": {
+                    "name": "bytes",
+                    "length": 64,
+                    "words": 24,
+                    "width": 8,
+                    "depth": 1,
+                    "heads": 1,
+                }
+            }
+        },
     )
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
     return Generator(

@@ -15,8 +15,10 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from vdx.data.sources import list_videos, read_metadata
-from vdx.files import FileError, append_rows, atomic_write, open_regular
+from vdx.data.folders import NO_CAPTION, list_videos, names_on_disk, stored_name
+from vdx.data.metadata import read_metadata
+from vdx.files import append_rows, atomic_write, open_regular, printable, warn_once
+from vdx.text_files import MAX_CAPTION_BYTES, read_text
 
 __all__ = ["add_checksums"]
 
@@ -34,15 +36,16 @@ def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
     """
     path = folder / "metadata.jsonl"
     rows = _read_rows(folder)
+    on_disk = names_on_disk(folder)
     found: dict[str, list[str]] = {"new": [], "same": [], "changed": [], "missing": []}
 
     # Read every file that is there.
     for row in tqdm(rows, unit="file", desc="SHA-256", dynamic_ncols=True):
         before = row.get("sha256")
         try:
-            with open_regular(folder / row["file_name"]) as file:
+            with open_regular(folder / stored_name(row["file_name"], on_disk)) as file:
                 row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        except (OSError, FileError):
+        except (OSError, ValueError):
             kind = "missing"
         else:
             kind = _kind(before, row["sha256"])
@@ -72,15 +75,16 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     if metadata.exists():
         return read_metadata(metadata)
 
-    rows = []
-    for entry in list_videos(folder):
-        row = {"file_name": entry.name}
-        if entry.caption:
-            row["caption"] = entry.caption.read_text(encoding="utf-8").strip()
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{folder} holds neither metadata.jsonl nor videos with text files.")
-    return rows
+    listing = list_videos(folder)
+    if any(listing.left_out.values()):
+        warn_once(str(listing))
+    if not listing.entries:
+        raise ValueError(f"{folder} contains neither metadata.jsonl nor videos with text files.")
+    rows: list[dict[str, Any]] = [
+        {"file_name": entry.name, "caption": read_text(entry.caption, MAX_CAPTION_BYTES).strip()}
+        for entry in listing.entries
+    ]
+    return rows + [{"file_name": name} for name in listing.left_out[NO_CAPTION]]
 
 
 def _list_names(names: list[str]) -> str:
@@ -97,12 +101,13 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("Give one folder: python -m vdx.data.checksums FOLDER")
     try:
         found = add_checksums(Path(argv[1]), FLAGS.update)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(printable(str(error))) from None
 
     print("; ".join(f"{kind}: {len(names)}" for kind, names in found.items()))
     if found["missing"]:
-        print(f"{_list_names(found['missing'])} cannot be read; their rows have no new checksum.")
+        names = printable(_list_names(found["missing"]))
+        print(f"{names} cannot be read; their rows have no new checksum.")
 
 
 if __name__ == "__main__":

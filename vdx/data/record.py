@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from vdx.text_files import check_text
+
 __all__ = ["BadRecord", "FrameFunction", "Reader", "Record", "frame_index_at"]
 
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
@@ -48,6 +50,13 @@ class Record:
     # read_each(times, each): `each(frame)` of the frames at instants, stacked. A source of large
     # frames has only one of them in memory at a time. None: `read`, then `each`.
     read_each: Callable[[np.ndarray, FrameFunction], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise BadRecord for a caption that no text encoder can read."""
+        try:
+            check_text(self.caption)
+        except ValueError as error:
+            raise BadRecord(self.key, f"not a usable caption: {error}") from None
 
     def read_frames(self, times: np.ndarray, each: FrameFunction) -> np.ndarray:
         """Return `each(frame)` of the frames at instants [t], stacked."""

@@ -6,39 +6,34 @@ SOURCES. A single file that cannot be used raises BadRecord when it is read. A d
 missing or empty raises ValueError when the source is made.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
-import json
-import re
-import stat
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from vdx.config.ranges import Fraction
+from vdx.data.folders import FolderListing, VideoEntry, list_videos, validation_names
+from vdx.data.metadata import stays_inside
 from vdx.data.record import BadRecord, Reader, Record, frame_index_at
 from vdx.data.records import check_classes, ready_example
 from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
-from vdx.data.video_files import VIDEOS, Opener, guard, is_video, video_record
+from vdx.data.video_files import VIDEOS, Opener, guard, video_record
+from vdx.files import check_regular_file, open_regular, warn_once
+from vdx.text_files import MAX_CAPTION_BYTES, check_text, read_text
 
-__all__ = ["SOURCES", "Records", "VideoEntry", "VideoFolder", "list_videos", "read_metadata"]
+__all__ = ["SOURCES", "Records", "VideoFolder"]
 
-SHA256 = re.compile("[0-9a-f]{64}")
 SPLITS = ("all", "train", "validation")
-
-
-class VideoEntry(NamedTuple):
-    """One video of a folder."""
-
-    name: str  # path relative to the folder, with / between folders
-    caption: Any  # the text, or the Path of a text file that contains it
-    sha256: str | None = None  # 64 hex digits; None: not compared
-    tracks: tuple[tuple[str, Any], ...] = ()  # (row of TRACK_FILES, file name)
+SMALL = 50  # videos of a folder whose splits are reported even if nothing is wrong
+FOLDER_SURVEYED = 10_000  # videos whose captions are surveyed; each may be a file to open
+RECORDS_SURVEYED = 256  # records whose captions are surveyed; each is read with its video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,32 +52,51 @@ class VideoFolder:
     # Without metadata.jsonl: videos with a `.txt` file of the same name that holds the caption.
     path: str
     split: Literal["all", "train", "validation"] = "all"  # the part that is read
-    validation_fraction: Fraction = 0.1  # share of the files in "validation", by a hash of the name
+    # Share of the files in "validation", by a hash of the name; 0: no validation. Of two or more
+    # files each split has at least one.
+    validation_fraction: Fraction = 0.1
     rows: tuple[VideoEntry, ...] = dataclasses.field(init=False, repr=False)  # videos of the split
 
     def __post_init__(self) -> None:
-        """List the videos of the split; raises ValueError if there are none."""
+        """List the videos of the split; raises ValueError if there are none.
+
+        Reports once what the folder contains, what is not used, and the splits.
+        """
         root = Path(self.path)
         if self.split not in SPLITS:
             raise ValueError(f"split = {self.split!r} is none of {', '.join(SPLITS)}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction = {self.validation_fraction} is not in [0, 1).")
+
+        if not self.path:
+            raise ValueError("path is empty: give a folder of videos, --config.data.path=FOLDER.")
 
         # Every video of the folder.
-        rows = list_videos(root)
-        if not rows:
+        listing = list_videos(root)
+        if not listing.entries:
             raise ValueError(
-                f"No videos in {root.resolve()}: looked for rows in metadata.jsonl, "
-                f"then for {' '.join(VIDEOS)} files with a .txt of the same name."
+                f"No videos with captions in {root.resolve()}: looked for rows in metadata.jsonl, "
+                f"then for {' '.join(VIDEOS)} files with a .txt of the same name. {listing}"
             )
+        validation = validation_names(
+            (entry.name for entry in listing.entries), self.validation_fraction
+        )
 
         # Those of the split.
-        kept = tuple(row for row in rows if self._in_split(row.name))
-        if not kept:
+        rows = tuple(listing.entries)
+        if self.split != "all":
+            wanted = self.split == "validation"
+            rows = tuple(entry for entry in rows if (entry.name in validation) == wanted)
+        if not rows:
             raise ValueError(
-                f"None of the {len(rows)} videos of {root} is in the split {self.split!r} "
-                f"with validation_fraction = {self.validation_fraction}."
+                f"{root} has {len(listing.entries)} videos with captions, of which "
+                f"validation_fraction = {self.validation_fraction} leaves none for validation. Add "
+                "videos, or train and validate on the same ones: "
+                "--config.data.source.split=all --config.data.validation.split=all."
             )
 
-        object.__setattr__(self, "rows", kept)
+        self._report(listing, len(validation))
+        object.__setattr__(self, "rows", rows)
 
     def __len__(self) -> int:
         """Return the number of videos in the split."""
@@ -92,7 +106,7 @@ class VideoFolder:
         """Return video `index`; raises BadRecord if it cannot be used."""
         entry = self.rows[index]
         path = Path(self.path).absolute() / entry.name  # FFmpeg takes a bare "x:y" for an address
-        guard(entry.name, lambda: _check_file(path))
+        guard(entry.name, lambda: check_regular_file(path))
 
         # Tracks are opened only when they are read.
         record = video_record(entry.name, _read_caption(entry), _opener(entry, path))
@@ -102,16 +116,25 @@ class VideoFolder:
         }
         return dataclasses.replace(record, tracks=tracks)
 
-    def _in_split(self, name: str) -> bool:
-        """Return true if the split contains the file.
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the first videos that can be used."""
+        for entry in self.rows[:FOLDER_SURVEYED]:
+            with contextlib.suppress(ValueError):  # of a bad record
+                caption = _read_caption(entry)
+                if isinstance(caption, str):
+                    yield check_text(caption)
 
-        Depends on the name alone, so a clip never changes sides when others are added.
-        """
-        if self.split == "all":
-            return True
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        in_validation = int.from_bytes(digest) < self.validation_fraction * 2**64
-        return in_validation == (self.split == "validation")
+    def _report(self, listing: FolderListing, in_validation: int) -> None:
+        """Log one line about the folder, if something in it is not used or it is small."""
+        line = str(listing)
+        videos = len({entry.name for entry in listing.entries})
+        if self.split != "all":
+            line += (
+                f" Splits, by hashes of the names: {videos - in_validation} for training, "
+                f"{in_validation} for validation."
+            )
+        if any(listing.left_out.values()) or (self.split != "all" and videos < SMALL):
+            warn_once(line)
 
     def _read_track(self, record: Record, track: str, file: Any, times: np.ndarray) -> np.ndarray:
         """Return a track at instants, from its file.
@@ -120,10 +143,10 @@ class VideoFolder:
         """
 
         def read() -> np.ndarray:
-            if not isinstance(file, str) or not _stays_inside(file):
+            if not isinstance(file, str) or not stays_inside(file):
                 raise ValueError("expected the name of a file inside the folder, / between folders")
             path = Path(self.path).absolute() / file
-            _check_file(path)
+            check_regular_file(path)
 
             stamps = record.timestamps
             assert stamps is not None  # a video has them
@@ -134,11 +157,14 @@ class VideoFolder:
 
 
 def _read_caption(entry: VideoEntry) -> Any:
-    """Return the caption of a video, from its text file if it has one."""
+    """Return the caption of a video, from its text file if it has one.
+
+    Raises BadRecord for a file that is no text.
+    """
     caption = entry.caption
     if not isinstance(caption, Path):
         return caption
-    return guard(entry.name, lambda: caption.read_text(encoding="utf-8").strip())
+    return guard(entry.name, lambda: read_text(caption, MAX_CAPTION_BYTES).strip(), what="caption")
 
 
 def _opener(entry: VideoEntry, path: Path) -> Opener:
@@ -150,103 +176,14 @@ def _opener(entry: VideoEntry, path: Path) -> Opener:
     return lambda: io.BytesIO(data)
 
 
-def _check_file(path: Path) -> None:
-    """Raise ValueError for anything but a file.
-
-    A pipe would never open, a device never end.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("not a file")
-
-
 def _verified_bytes(path: Path, sha256: str) -> bytes:
     """Return the bytes of a file; raises ValueError if its checksum differs."""
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise ValueError(f"its SHA-256 is {found[:12]}..., metadata.jsonl says {sha256[:12]}...")
     return data
-
-
-def list_videos(root: Path) -> list[VideoEntry]:
-    """Return the videos of a folder.
-
-    They are the rows of `metadata.jsonl`, or else files with a text file of the same name.
-    Raises ValueError if there is no folder, and for the first row that is not valid.
-    """
-    if not root.is_dir():
-        raise ValueError(f"There is no folder {root.resolve()}.")
-    metadata = root / "metadata.jsonl"
-    if metadata.exists():
-        return [_entry(row) for row in read_metadata(metadata)]
-
-    videos = sorted(path for path in root.rglob("*") if is_video(path))
-    texts = [path.with_suffix(".txt") for path in videos]
-    if not any(text.exists() for text in texts):
-        return []
-    return [
-        VideoEntry(video.relative_to(root).as_posix(), text if text.exists() else None)
-        for video, text in zip(videos, texts, strict=True)
-    ]
-
-
-def _entry(row: Mapping[str, Any]) -> VideoEntry:
-    """Return the entry of a row of `metadata.jsonl`."""
-    tracks = tuple((name, row[name]) for name in TRACK_FILES if row.get(name) is not None)
-    return VideoEntry(row["file_name"], row.get("caption"), row.get("sha256"), tracks)
-
-
-def read_metadata(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metadata.jsonl`; raises ValueError if one is not valid."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [
-        _parse_row(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-
-
-def _parse_row(line: str, where: str) -> dict[str, Any]:
-    """Return a line of `metadata.jsonl` as a row; raises ValueError naming `where`."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}. The line is {line[:80]!r}.") from None
-
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f'{where} has no "file_name": {line[:80]!r}. A row reads '
-            '{"file_name": "clip.mp4", "caption": "what it shows"}.'
-        )
-
-    if not _stays_inside(name):
-        raise ValueError(
-            f"{where}: {name!r} leaves the folder; name files inside it, with / between folders."
-        )
-
-    sha256 = row.get("sha256")
-    if sha256 is not None and not (isinstance(sha256, str) and SHA256.fullmatch(sha256)):
-        raise ValueError(
-            f'{where}: "sha256" is {sha256!r}, expected 64 of 0-9 a-f. Remove it, '
-            "and let `python -m vdx.data.checksums` write it."
-        )
-    return row
-
-
-def _stays_inside(name: str) -> bool:
-    """Return true if a name stays inside its folder on every operating system.
-
-    A plain name on one system may be a path or a drive on another.
-    """
-    path = PurePosixPath(name)
-    return not (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in name
-        or "\0" in name
-        or PureWindowsPath(name).drive
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,17 +235,27 @@ class Records:
 
     def __getitem__(self, index: int) -> Record | dict[str, Any]:
         """Return record `index`; raises BadRecord if it cannot be used."""
+        key, row = self._read_row(index)
+        if "latents" in row:
+            return ready_example(row, key, self.metadata)
+        caption = guard(key, row["caption"].decode, what="caption")
+        return video_record(key, caption, lambda: io.BytesIO(row["video"]))
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the first records that can be used."""
+        for index in range(min(RECORDS_SURVEYED, len(self.rows))):
+            with contextlib.suppress(BadRecord):
+                key, row = self._read_row(index)
+                yield guard(key, row["caption"].decode, what="caption")
+
+    def _read_row(self, index: int) -> tuple[str, Mapping[str, Any]]:
+        """Return (key, features) of record `index`; raises BadRecord for a damaged chunk."""
         key = f"{self.path}/{self.split}/{index}"
         try:
             row = self.rows[index]
         except Exception as error:  # ArrayRecord verifies a checksum of every chunk
             raise BadRecord(key, f"unreadable: {error}") from error
-
-        if row.get("key"):
-            key = row["key"].decode()
-        if "latents" in row:
-            return ready_example(row, key, self.metadata)
-        return video_record(key, row["caption"].decode(), lambda: io.BytesIO(row["video"]))
+        return row["key"].decode("utf-8", "replace") if row.get("key") else key, row
 
 
 SOURCES: dict[str, Callable[..., Any]] = {

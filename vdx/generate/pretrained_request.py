@@ -15,7 +15,7 @@ from vdx.files import read_npy
 from vdx.generate.generator import Sampling
 from vdx.generate.image_inputs import count_frames, iter_frames
 from vdx.generate.manifest import manifest_request
-from vdx.generate.request import Request, check_settings
+from vdx.generate.request import Request, check_prompt, check_settings
 from vdx.interop.family_defaults import family_defaults
 from vdx.interop.pretrained import PretrainedModel
 from vdx.seeds import seed_key
@@ -48,6 +48,11 @@ class PretrainedRequest(Request):
     init_noise: str | None = None  # a .npy file, float32 [b t h w c]; None: noise of the seeds
     lora: tuple[str, ...] = ()  # LoRA files of the transformer, each with its weight: "a:0.8"
     lora_2: tuple[str, ...] = ()  # of the second expert
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a prompt that no text encoder can read."""
+        super().__post_init__()
+        check_prompt("The negative prompt", self.negative_prompt)
 
     @property
     def references(self) -> list[str]:

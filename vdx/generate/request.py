@@ -8,6 +8,7 @@ from typing import Any, Self
 from vdx.config.build import ConfigError, nearest
 from vdx.config.ranges import Count, Positive, Seed
 from vdx.files import FileError, open_regular
+from vdx.text_files import check_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,11 @@ class Request:
     # Conditions other than the text, by the name of their flag: paths, names or numbers.
     controls: dict[str, Any] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of each input file
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a prompt that no text encoder can read."""
+        for number, prompt in enumerate(self.prompts, start=1):
+            check_prompt(f"Prompt {number}", prompt)
 
     @property
     def seeds(self) -> list[int]:
@@ -67,6 +73,16 @@ class Request:
         controls = {name: value for name, value in moved.items() if name in self.controls}
         fields = {name: value for name, value in moved.items() if name not in self.controls}
         return dataclasses.replace(self, controls={**self.controls, **controls}, **fields)
+
+
+def check_prompt(name: str, prompt: str) -> None:
+    """Raise ConfigError for text that no text encoder can read."""
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{name} is {type(prompt).__name__}, expected text.")
+    try:
+        check_text(prompt)
+    except ValueError as error:
+        raise ConfigError(f"{name} is not text: {error}.") from None
 
 
 def is_file(name: str, value: Any) -> bool:

@@ -24,6 +24,7 @@ from vdx.generate.manifest import RunWeights, manifest_request, manifest_weights
 from vdx.generate.pipeline import Pipeline
 from vdx.generate.request import Request, check_settings
 from vdx.models.adapters.lora import Adapted
+from vdx.models.encoders.tokenizer import report_cut
 from vdx.types import Params
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -132,6 +133,7 @@ class RunPipeline(Pipeline[Request]):
         except ValueError as error:  # of the network, which has no config
             raise ConfigError(f"num_frames = {request.num_frames}: {error}") from error
         self._read_controls(request)
+        report_cut("prompts", request.prompts, generator.model.tokenizer())
 
     def manifest_request(self, manifest: Mapping[str, Any], **moved: Any) -> Request:
         """Return the checked request of a manifest.

@@ -13,7 +13,7 @@ from vdx.flops import traced
 from vdx.models.adapters.lora import Adapted
 from vdx.models.conditioning.base import Drop
 from vdx.models.conditioning.conditioning import Conditioning
-from vdx.models.encoders.text import Tokenize
+from vdx.models.encoders.tokenizer import Tokenizer
 from vdx.models.mixers.context import CachePosition
 from vdx.models.transformer import Transformer
 from vdx.models.unet.unet import UNet
@@ -176,8 +176,8 @@ class Denoiser(nn.Module):
         return self.conditioning.random_drop(key, batch_size)
 
     @nn.nowrap
-    def tokenizer(self) -> Tokenize:
-        """Return the host function caption -> (ids or features, mask) of the text signal.
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the text signal.
 
         Raises:
             ConfigError: the model has no signal that reads captions, or several.

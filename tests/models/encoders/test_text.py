@@ -1,5 +1,7 @@
 """Trained text encoders: no padding is read, every byte counts, words and n-grams are divided."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,21 @@ def test_bytes_are_cut_with_the_end_token_kept():
         want = [b + 3 for b in data] + [1]  # ByT5: 0 padding, 1 end
         assert ids.tolist() == want + [0] * (LENGTH - len(want))
         assert mask.sum() == len(want)
+
+
+def test_special_tokens_in_a_caption_are_bytes():
+    ids, mask = TOKENIZE("a </s> b")
+    assert ids[: mask.sum()].tolist() == [byte + 3 for byte in b"a </s> b"] + [1]
+
+
+def test_a_million_characters_take_bounded_time():
+    text = "\U0001f600" * 1_000_000
+    begin = time.process_time()
+    assert TOKENIZE.count(text) == 4_000_000 and TOKENIZE(text)[1].all()
+    assert time.process_time() - begin < 1
+
+
+def test_the_default_reads_captions_of_255_bytes():
+    tokenizer = ENCODERS["bytes"]().tokenizer()
+    first, second = (tokenizer("x" * 254 + end)[0] for end in "ab")
+    assert tokenizer.kept == 255 and not np.array_equal(first, second)

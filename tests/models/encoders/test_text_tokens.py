@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vdx.files import warn_once
 from vdx.models.encoders.text_tokens import PromptTokenizer, clean_prompt
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "&", "the", "street"]
@@ -51,6 +52,18 @@ def test_tokens_are_the_tokenizers(folder):
         assert (ids[np.arange(len(ids)), mask.sum(1) - 1] == 1).all()  # each ends with </s>
     assert tokenize(["a"])[0].tolist() == [[3, 1, 0, 0]]
     assert PromptTokenizer(folder, (4,), clean=False)(["&amp;"])[0].tolist() == [[2, 1, 0, 0]]
+
+
+def test_cut_prompts_are_reported(folder, caplog):
+    warn_once.cache_clear()
+    tokenize = PromptTokenizer(folder, (4, 8))
+    tokenize(["a cat walks the street and a"])  # seven words and </s>
+    assert not caplog.records
+    tokenize(["a " * 500, "a cat", "a " * 8])
+    assert [record.message for record in caplog.records] == [
+        "2 of 3 prompts are longer than the 8 tokens, special ones included, that the text "
+        "encoder reads, and are cut; the longest has 501."
+    ]
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import numpy as np
@@ -33,6 +34,8 @@ from vdx.data.scenes.world import (
 
 __all__ = ["Scenes"]
 
+SURVEYED = 1000  # clips whose captions are surveyed; each takes 0.2 ms
+
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
@@ -44,18 +47,16 @@ class Scenes:
 
     height: Count = 32  # pixels
     width: Count = 32  # pixels
-    seed: Annotated[int, Interval(0, 2**62 - 1)] = (
-        0  # scene i is a function of (seed, split, i) alone
-    )
+    # Scene i is a function of (seed, split, i) alone.
+    seed: Annotated[int, Interval(0, 2**62 - 1)] = 0
     size: Count = 1_000_000  # clips
     # "train" never shows a (colour, shape, motion) of "validation"; "all" shows both.
     split: Literal["train", "validation", "all"] = "train"
     shapes: tuple[Annotated[str, OneOf(lambda: SHAPES)], ...] = SHAPES  # of objects
     colours: tuple[Annotated[str, OneOf(lambda: COLOURS)], ...] = tuple(COLOURS)  # of objects
-    motions: tuple[Annotated[str, OneOf(lambda: (*MOTIONS, COMMANDED))], ...] = (
-        MOTIONS  # of objects
-    )
-    # Plain or patterned
+    # Of objects.
+    motions: tuple[Annotated[str, OneOf(lambda: (*MOTIONS, COMMANDED))], ...] = MOTIONS
+    # Plain or patterned.
     backgrounds: tuple[Annotated[str, OneOf(lambda: BACKGROUNDS)], ...] = tuple(BACKGROUNDS)
     # Pans need a patterned background.
     cameras: tuple[Annotated[str, OneOf(lambda: CAMERAS)], ...] = tuple(CAMERAS)
@@ -115,6 +116,11 @@ class Scenes:
 
         scene = sample_scene(vocabulary, rng)
         return dataclasses.replace(scene, caption=describe(scene, rng))
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the first clips."""
+        for index in range(min(SURVEYED, self.size)):
+            yield self.scene(index).caption
 
     def __len__(self) -> int:
         """Return the number of clips."""

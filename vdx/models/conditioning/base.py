@@ -18,7 +18,7 @@ class Signal(Protocol):
 
     Where a clip's signal is dropped, it returns the signal's null value. Some signals also have
     `from_clip(key, x0) -> entries`, which makes their entries of a training batch from its clips;
-    those that read captions have `tokenizer() -> Tokenize`.
+    those that read captions have `tokenizer() -> Tokenizer`.
     """
 
     dropout: float  # probability of dropping the signal of a clip in training

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from vdx.config.build import ConfigError, build
 from vdx.config.ranges import Count, Fraction
 from vdx.models.conditioning.base import ONE_VALUE, ClipShape
-from vdx.models.encoders.text import ENCODERS, FROZEN, Tokenize
+from vdx.models.encoders.text import ENCODERS, FROZEN
+from vdx.models.encoders.tokenizer import Tokenizer
 from vdx.models.layers import MLP
 from vdx.types import Array, Batch, Bool, Float, Ports
 
@@ -35,8 +36,8 @@ class Text(nn.Module):
         return build(self.encoder, ENCODERS, "config.model.signals.text.encoder", **fields)
 
     @nn.nowrap
-    def tokenizer(self) -> Tokenize:
-        """Return the function caption -> (ids, mask)."""
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of captions."""
         return self.build_encoder(parent=None).tokenizer()
 
     @nn.nowrap
@@ -85,8 +86,8 @@ class Embeddings(nn.Module):
     dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
-    def tokenizer(self) -> Tokenize:
-        """Return the function caption -> (embeddings, mask) of the encoder.
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the encoder.
 
         Raises:
             ConfigError: there is no encoder, or it has another width.

@@ -105,6 +105,27 @@ def embed(
 
 
 @dataclasses.dataclass(frozen=True)
+class MiniLMTokenizer:
+    """Captions as features of their tokens."""
+
+    length: int  # tokens of a caption, [CLS], [SEP] and padding included
+    unit: ClassVar[str] = "tokens"
+
+    @property
+    def kept(self) -> int:
+        """The tokens of a caption that are kept."""
+        return self.length - 2
+
+    def count(self, caption: str) -> int:
+        """Return the number of tokens of a caption."""
+        return len(_network().tokenizer.encode(caption).ids) - 2
+
+    def __call__(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (features, mask)."""
+        return embed(caption, self.length)
+
+
+@dataclasses.dataclass(frozen=True)
 class MiniLM:
     """The encoder all-MiniLM-L6-v2: 22M frozen weights, English."""
 
@@ -115,7 +136,7 @@ class MiniLM:
         """Raise ConfigError for a length that BERT has no positions for."""
         check_fields(self, "minilm")
 
-    def tokenizer(self) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
-        """Return the host function caption -> (features, mask) for the data pipeline."""
+    def tokenizer(self) -> MiniLMTokenizer:
+        """Return the tokenizer for the data pipeline."""
         folder()  # a missing package raises here, not in a worker
-        return functools.partial(embed, length=self.length)
+        return MiniLMTokenizer(self.length)

@@ -2,16 +2,17 @@
 
 A row of ENCODERS is trained with the denoiser. It has two methods:
 
-    tokenizer()             returns a host function caption -> (ids int32 [l], mask bool [l])
+    tokenizer()             returns a Tokenizer, caption -> (ids int32 [l], mask bool [l])
     __call__(ids, mask)     [b l], [b l] -> (features [b m d], mask [b m])
 
-A row of FROZEN runs on the host. Its `width` is d, and its `tokenizer()` returns a host function
+A row of FROZEN runs on the host. Its `width` is d, and its `tokenizer()` returns a Tokenizer,
 caption -> (features [l d], mask bool [l]).
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,12 +23,39 @@ from vdx.config.build import ConfigError
 from vdx.config.ranges import MAX_INT, Count, Index, Interval
 from vdx.models.attention.layers import encoder_layers
 from vdx.models.encoders.minilm import MiniLM
+from vdx.models.encoders.tokenizer import Tokenizer
 from vdx.models.layers import LayerNorm
 from vdx.types import Array, Bool, Float, Int
 
-Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
 VOCABULARY = 384  # ByT5's: three special tokens, 256 bytes, and ids that no text uses
 SPACE = 3 + ord(" ")  # its id
+END = 1  # the id of the end token
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """Captions as ids of their UTF-8 bytes, as in ByT5 (Xue et al. 2022)."""
+
+    length: int  # ids of a caption, end token and padding included
+    unit: ClassVar[str] = "bytes"
+
+    @property
+    def kept(self) -> int:
+        """The bytes of a caption that are kept."""
+        return self.length - 1
+
+    def count(self, caption: str) -> int:
+        """Return the number of bytes of a caption."""
+        return len(caption.encode())
+
+    def __call__(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids int32 [length], zero on padding; mask, True on bytes and the end)."""
+        # A character has at least one byte.
+        data = caption[: self.kept].encode()[: self.kept]
+        ids = np.zeros(self.length, np.int32)
+        ids[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int32) + 3
+        ids[len(data)] = END
+        return ids, np.arange(self.length) <= len(data)
 
 
 class ByteEncoder(nn.Module):
@@ -39,26 +67,18 @@ class ByteEncoder(nn.Module):
     learns colours but not verbs. Transformer layers over the words do the rest.
     """
 
-    length: Annotated[int, Interval(2, MAX_INT)] = 64  # bytes kept of a caption, end token included
-    words: Count = 24  # kept; the last one holds the rest of the text
+    # Bytes kept of a caption, end token included: about 45 English words.
+    length: Annotated[int, Interval(2, MAX_INT)] = 256
+    words: Count = 64  # kept; the last one holds the rest of the text
     width: Count = 192  # features of a word
     depth: Index = 2  # layers over the words
     heads: Count = 6  # of attention; they divide the width
     ngrams: tuple[Count, ...] = (3, 4, 5)  # sizes, in bytes
     buckets: Count = 2048  # hashes of the n-grams of one size
 
-    def tokenizer(self) -> Tokenize:
-        """Return the host function caption -> (ids, mask) for the data pipeline."""
-        from transformers import ByT5Tokenizer  # slow to import, and only the host needs it
-
-        tokenizer = ByT5Tokenizer(extra_ids=0)
-
-        def tokenize(caption: str) -> tuple[np.ndarray, np.ndarray]:
-            out = tokenizer(caption, max_length=self.length, padding="max_length", truncation=True)
-            ids = np.asarray(out["input_ids"], np.int32)
-            return ids, np.asarray(out["attention_mask"], bool)
-
-        return tokenize
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer for the data pipeline."""
+        return ByteTokenizer(self.length)
 
     @nn.compact
     def __call__(

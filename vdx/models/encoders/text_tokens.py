@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vdx.config.build import ConfigError
+from vdx.models.encoders.tokenizer import report_lengths
 from vdx.types import Bool, Int
 
 
@@ -31,7 +32,8 @@ class PromptTokenizer:
     """Prompts to token ids and their mask, by a tokenizer from a folder.
 
     A batch has the smallest of a few lengths that holds its longest prompt, so that an encoder is
-    compiled at most once for each. Longer prompts are cut to the largest, with their end token.
+    compiled at most once for each. Longer prompts are cut to the largest, with their end token,
+    and reported.
     """
 
     def __init__(
@@ -59,8 +61,13 @@ class PromptTokenizer:
     ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Return (ids int32, mask), padded; the mask is True on tokens."""
         texts = [clean_prompt(p) if self.clean else p for p in prompts]
-        rows = self._tokenizer(texts, truncation=True, max_length=self.lengths[-1])["input_ids"]
+        longest = self.lengths[-1]
+        rows = self._tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
         sizes = np.array([len(row) for row in rows])
+        if sizes.max() == longest:
+            whole = self._tokenizer(texts, verbose=False)["input_ids"]
+            unit = "tokens, special ones included,"
+            report_lengths("prompts", list(map(len, whole)), longest, unit)
         length = next(n for n in self.lengths if n >= sizes.max())
 
         ids = np.full((len(rows), length), self._tokenizer.pad_token_id, np.int32)
