@@ -3,12 +3,10 @@
 What a file states of its frames is applied, or the file is refused. docs/inputs.md lists it.
 """
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 from PIL import Image
@@ -16,7 +14,7 @@ from PIL import Image
 from vdx.data.images import BACKGROUND, MOST_PIXELS
 from vdx.data.tone_mapping import GAMUTS, TRANSFERS, to_sdr
 
-__all__ = ["decode_frames", "decoder_of", "display_pixels"]
+__all__ = ["decoder_of", "display_pixels"]
 
 # Numbers of ITU-T H.273. Matrices: that of swscale for each matrix that it has.
 UNTAGGED = (0, 2, 3)
@@ -49,13 +47,6 @@ def decoder_of(stream: VideoStream) -> VideoCodecContext:
     decoder.options = codec.options
     decoder.thread_count = codec.thread_count
     return decoder
-
-
-def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """Yield the decoded frames of a stream from here on, with their alpha."""
-    decoder = decoder_of(stream)
-    for packet in container.demux(stream):
-        yield from decoder.decode(packet)
 
 
 def _has_alpha_stream(stream: VideoStream) -> bool:

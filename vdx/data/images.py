@@ -1,14 +1,11 @@
 """Image files as browsers show them: upright, in sRGB, opaque.
 
-One rule for training and sampling; docs/inputs.md lists it. Nothing here names the file in its
-errors: callers do.
+One rule for training and sampling; docs/inputs.md lists it. Callers add the file's name to errors.
 """
 
 import contextlib
 import io
-import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from vdx.data.tone_mapping import GAMUTS, TRANSFERS, to_sdr
+from vdx.files import open_regular
 
 __all__ = [
     "BACKGROUND",
     "MOST_PIXELS",
     "SUFFIXES",
     "ImageFile",
-    "check_regular",
     "is_animated",
     "load",
     "open_image_file",
@@ -70,18 +67,8 @@ def open_image_file(file: ImageFile) -> Iterator[Image.Image]:
             yield image
         return
 
-    check_regular(file)
-    with open(file, "rb") as opened, _open(opened) as image:
+    with open_regular(file) as opened, _open(opened) as image:
         yield image
-
-
-def check_regular(path: str | Path) -> None:
-    """Raise ValueError or OSError unless a path is a regular file.
-
-    A pipe would block, and a device never ends.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -199,7 +186,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def read_map(file: ImageFile) -> np.ndarray:
     """Return the image of a file as a map, float32 [h w] in [0, 1].
 
-    The mean of its channels. Grey levels of 16 bits and floats keep their precision. Raises ValueError.
+    The mean of its channels. Grey levels of 16 bits and floats keep their precision. Raises
+    ValueError.
     """
     with _decoded(file) as image:
         if _is_deep(image):

@@ -22,10 +22,10 @@ import numpy as np
 from vdx.config.build import lookup
 from vdx.data.animation import is_animation
 from vdx.data.camera import read_camera
-from vdx.data.images import SUFFIXES, check_regular, read_image, read_map, to_unit
+from vdx.data.images import SUFFIXES, read_image, read_map, to_unit
 from vdx.data.signals import ACTIONS
 from vdx.data.video_files import VIDEOS
-from vdx.files import read_json
+from vdx.files import read_json, read_npy
 
 __all__ = ["TRACK_FILES", "is_moving"]
 
@@ -34,10 +34,9 @@ ReadVideo = Callable[[], np.ndarray]
 
 
 def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise ValueError for a file of another kind, or what is no file at all."""
+    """Raise ValueError for a file of another kind."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"expected a file {' '.join(suffixes)}")
-    check_regular(path)
 
 
 def _take(values: np.ndarray, index: np.ndarray, frames: int) -> np.ndarray:
@@ -53,10 +52,7 @@ def _read_maps(
     """Return [t h w], or [t h w channels], of an array file."""
     _check_suffix(path, (".npy",))
     # Mapped into memory: frames that the clip leaves out are never read.
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # headers of damaged files raise many kinds
-        raise ValueError(f"holds no array that can be read: {error}") from error
+    array = read_npy(path)
 
     # [frames h w], or with channels [frames h w channels]
     expected = "[frames h w]" if channels is None else f"[frames h w {channels}]"

@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vdx.data.animation import iter_animation
-from vdx.data.display import decode_frames, display_pixels
 from vdx.data.images import SUFFIXES
 from vdx.data.record import ROUNDING
-from vdx.data.video_files import open_video, seconds_per_tick
+from vdx.data.video_files import open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -169,22 +168,15 @@ def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
 
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
-    first = None
+    opener = lambda: str(path)
     try:
-        container, stream = open_video(str(path))
-        with container:
-            for frame in decode_frames(container, stream):
-                if frame.is_corrupt or frame.pts is None:
-                    raise ValueError("damaged frames")
-                if first is None:
-                    first = frame.pts
-                yield (frame.pts - first) * seconds_per_tick(stream), display_pixels(frame, stream)
+        footage = open_footage(opener)
+        for number, frame in footage.frames(opener, range(len(footage.stamps))):
+            yield float(footage.stamps[number]), frame
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
-    if first is None:
-        raise ValueError(f"{path} has no frames.")
 
 
 def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
