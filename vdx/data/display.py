@@ -4,6 +4,7 @@ What a file states of its frames is applied, or the file is refused. docs/inputs
 """
 
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -117,10 +118,10 @@ def _levels(frame: av.VideoFrame, matrix: int, bits: int) -> np.ndarray:
     components = frame.format.components
     has_alpha = frame.format.has_palette or any(c.is_alpha for c in components)
     formats = {8: ("rgb24", "rgba"), 16: ("rgb48le", "rgba64le")}
-    options = {"src_colorspace": matrix}
-    if max(c.bits for c in components) > 8:
-        options["interpolation"] = ACCURATE
-    levels = frame.to_ndarray(format=formats[bits][has_alpha], **options)
+    interpolation = ACCURATE if max(c.bits for c in components) > 8 else None
+    levels: np.ndarray = frame.to_ndarray(
+        format=formats[bits][has_alpha], src_colorspace=matrix, interpolation=interpolation
+    )
 
     # swscale takes all grey formats for full range.
     if frame.format.name.startswith("gray") and frame.color_range == LIMITED:
@@ -163,7 +164,7 @@ def _upright(rgb: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     The matrix [a b u; c d v; x y w] of ISO/IEC 14496-12 sends (p, q), q down, to
     (a p + c q, b p + d q). Raises ValueError if that is not quarter turns and mirrors.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return rgb
     ((a, b), (c, d)) = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65_536
