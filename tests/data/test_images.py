@@ -237,7 +237,7 @@ def test_a_truncated_image_is_refused_or_whole(format):
 def test_only_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match="only regular files"):
+        with pytest.raises(ValueError, match="only regular files are read"):
             read_image(path)
     with pytest.raises(OSError, match="No such file"):
         read_image(tmp_path / "missing.png")

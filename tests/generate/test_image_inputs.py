@@ -95,9 +95,9 @@ def test_only_one_regular_image_is_a_reference(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     os.mkfifo(tmp_path / "a.npy")
     (tmp_path / "b.png").write_bytes(animation("PNG", [50] * 5))
-    with pytest.raises(ValueError, match="only regular files"):
+    with pytest.raises(ValueError, match="only regular files are read"):
         track("reference", tmp_path / "a.png")
-    with pytest.raises(ValueError, match="only regular files"):
+    with pytest.raises(ValueError, match="only regular files are read"):
         track("depth", tmp_path / "a.npy")
     with pytest.raises(ValueError, match="animated"):
         track("reference", tmp_path / "b.png")

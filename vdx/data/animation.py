@@ -25,7 +25,7 @@ class AnimationFrame(NamedTuple):
 
 
 def is_animation(file: ImageFile) -> bool:
-    """Return whether a file is an image of several frames. Raises ValueError for no image."""
+    """Return whether an image file has several frames. Raises ValueError."""
     with open_image_file(file) as image:
         return is_animated(image)
 
@@ -49,7 +49,7 @@ def iter_animation(file: ImageFile) -> Iterator[AnimationFrame]:
 
 
 def _seek(image: Image.Image, number: int) -> bool:
-    """Move to a frame; return whether there is one. Raises ValueError for truncated files."""
+    """Move to a frame; return whether there is one. Raises ValueError."""
     try:
         image.seek(number)
         return True

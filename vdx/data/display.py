@@ -1,9 +1,10 @@
-"""Decoded video frames as they are meant to be seen: upright, square pixels, SDR, on white.
+"""Decoded video frames as players show them: upright, square pixels, SDR.
 
 What a file states of its frames is applied, or the file is refused. docs/inputs.md lists it.
 """
 
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -36,7 +37,7 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 def decoder_of(stream: VideoStream) -> VideoCodecContext:
-    """Return the decoder of a stream: its own, or one that also decodes the alpha there is."""
+    """Return the decoder of a stream, one that also decodes its alpha."""
     if not _has_alpha_stream(stream):
         return stream.codec_context
     codec = stream.codec_context
@@ -55,9 +56,10 @@ def _has_alpha_stream(stream: VideoStream) -> bool:
 
 
 def display_pixels(frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
-    """Return a decoded frame as uint8 [h w 3]: upright, square pixels, SDR, on BACKGROUND.
+    """Return a decoded frame as uint8 [h w 3], as the file states it.
 
-    Raises ValueError for what cannot be shown like this.
+    Upright, with square pixels, in SDR, on BACKGROUND. Raises ValueError for what cannot be shown
+    like this.
     """
     # Levels of R'G'B', and of alpha.
     transfer, primaries, matrix = _colours(frame, stream)
@@ -75,7 +77,7 @@ def display_pixels(frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
 
 
 def _colours(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int, int]:
-    """Return transfer, primaries and matrix of a frame. Raises ValueError for unknown ones."""
+    """Return transfer, primaries and matrix of a frame. Raises ValueError."""
     codec = stream.codec_context
     transfer = codec.color_trc
     primaries = codec.color_primaries
@@ -112,14 +114,14 @@ def _usual_matrix(frame: av.VideoFrame, primaries: int) -> int:
 
 
 def _levels(frame: av.VideoFrame, matrix: int, bits: int) -> np.ndarray:
-    """Return R'G'B' with the alpha that there is, uint8 or uint16 [h w 3 or 4], full range."""
+    """Return R'G'B' and any alpha, uint8 or uint16 [h w 3 or 4], full range."""
     components = frame.format.components
     has_alpha = frame.format.has_palette or any(c.is_alpha for c in components)
     formats = {8: ("rgb24", "rgba"), 16: ("rgb48le", "rgba64le")}
-    options = {"src_colorspace": matrix}
-    if max(c.bits for c in components) > 8:
-        options["interpolation"] = ACCURATE
-    levels = frame.to_ndarray(format=formats[bits][has_alpha], **options)
+    interpolation = ACCURATE if max(c.bits for c in components) > 8 else None
+    levels: np.ndarray = frame.to_ndarray(
+        format=formats[bits][has_alpha], src_colorspace=matrix, interpolation=interpolation
+    )
 
     # swscale takes all grey formats for full range.
     if frame.format.name.startswith("gray") and frame.color_range == LIMITED:
@@ -139,7 +141,7 @@ def _composite(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _square(rgb: np.ndarray, ratio: Fraction | None) -> np.ndarray:
-    """Return frames with square pixels; the side that is too short is resampled bicubically.
+    """Return pixels resampled bicubically to squares; the shorter side grows.
 
     ratio: width of a pixel to its height. Raises ValueError for more than MOST_PIXELS.
     """
@@ -162,17 +164,17 @@ def _upright(rgb: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     The matrix [a b u; c d v; x y w] of ISO/IEC 14496-12 sends (p, q), q down, to
     (a p + c q, b p + d q). Raises ValueError if that is not quarter turns and mirrors.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return rgb
     ((a, b), (c, d)) = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65_536
 
     # Entries off the axes are at most rounding.
-    straight = min(abs(a), abs(d))
-    turned = min(abs(b), abs(c))
-    if max(abs(b), abs(c)) <= straight / 100:
+    upright = min(abs(a), abs(d))
+    quarter = min(abs(b), abs(c))
+    if max(abs(b), abs(c)) <= upright / 100:
         return np.ascontiguousarray(rgb[:: _sign(d), :: _sign(a)])
-    if max(abs(a), abs(d)) <= turned / 100:
+    if max(abs(a), abs(d)) <= quarter / 100:
         return np.ascontiguousarray(rgb.swapaxes(0, 1)[:: _sign(b), :: _sign(c)])
     raise ValueError(f"a display matrix [{a:.3g} {b:.3g}; {c:.3g} {d:.3g}] of no quarter turn")
 

@@ -1,7 +1,6 @@
-"""Image files as they are meant to be seen: upright, in sRGB, on white.
+"""Image files as browsers show them: upright, in sRGB, opaque.
 
-One rule for training and sampling; docs/inputs.md lists it. Nothing here names the file in its
-errors: callers do.
+One rule for training and sampling; docs/inputs.md lists it. Callers add the file's name to errors.
 """
 
 import contextlib
@@ -93,8 +92,8 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _read_code_points(image: Image.Image, file: BinaryIO) -> None:
-    """Store (transfer, primaries) of a PNG or AVIF, if it states them; Pillow leaves them out."""
-    place = file.tell()
+    """Store (transfer, primaries) of a PNG or AVIF; Pillow leaves them out."""
+    place = file.seek(0, io.SEEK_CUR)
     file.seek(0)
     found = CODE_POINT_CHUNKS[image.format or ""].search(file.read(HEADER))
     file.seek(place)
@@ -104,7 +103,7 @@ def _read_code_points(image: Image.Image, file: BinaryIO) -> None:
 
 def _check_trailer(file: BinaryIO) -> None:
     """Raise ValueError for a GIF without its last byte: it states no number of frames."""
-    place = file.tell()
+    place = file.seek(0, io.SEEK_CUR)
     file.seek(-1, io.SEEK_END)
     last = file.read(1)
     file.seek(place)
@@ -185,9 +184,10 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def read_map(file: ImageFile) -> np.ndarray:
-    """Return the image of a file as a map, float32 [h w] in [0, 1]: the mean of its channels.
+    """Return the image of a file as a map, float32 [h w] in [0, 1].
 
-    Grey levels of 16 bits and floats keep their precision. Raises ValueError.
+    The mean of its channels. Grey levels of 16 bits and floats keep their precision. Raises
+    ValueError.
     """
     with _decoded(file) as image:
         if _is_deep(image):

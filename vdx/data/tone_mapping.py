@@ -61,7 +61,7 @@ def light_to_pq(light: np.ndarray) -> np.ndarray:
 
 
 def hlg_to_scene(signal: np.ndarray) -> np.ndarray:
-    """Return scene light in [0, 1] of HLG signals: the inverse OETF of BT.2100, table 5."""
+    """Return scene light in [0, 1] of HLG: the inverse OETF of BT.2100, table 5."""
     a = 0.17883277
     b = 1 - 4 * a
     c = 0.5 - a * np.log(4 * a)
@@ -69,7 +69,7 @@ def hlg_to_scene(signal: np.ndarray) -> np.ndarray:
 
 
 def compress(light: np.ndarray) -> np.ndarray:
-    """Return cd/m2 up to WHITE of cd/m2 up to PEAK: the EETF of BT.2390, section 5.4.1.
+    """Return cd/m2 up to WHITE of cd/m2 up to PEAK: the EETF of BT.2390, 5.4.1.
 
     A Hermite spline in PQ signals takes over above the knee. Black stays black.
     """
@@ -106,7 +106,10 @@ def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
 
 @functools.cache
 def _signal_table(transfer: int) -> np.ndarray:
-    """Return the light of every 16-bit code, float32; what it is depends on the transfer."""
+    """Return the light of every 16-bit code, float32.
+
+    SDR light, but scene light of HLG.
+    """
     signal = np.arange(CODES + 1) / CODES
     if transfer == PQ:
         return (compress(pq_to_light(signal)) / WHITE).astype(np.float32)

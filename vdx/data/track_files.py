@@ -25,7 +25,7 @@ from vdx.data.camera import read_camera
 from vdx.data.images import SUFFIXES, read_image, read_map, to_unit
 from vdx.data.signals import ACTIONS
 from vdx.data.video_files import VIDEOS
-from vdx.files import check_regular_file, read_json, read_npy
+from vdx.files import read_json, read_npy
 
 __all__ = ["TRACK_FILES", "is_moving"]
 
@@ -34,10 +34,9 @@ ReadVideo = Callable[[], np.ndarray]
 
 
 def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise ValueError for a file of another kind, or what is no file at all."""
+    """Raise ValueError for a file of another kind."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"expected a file {' '.join(suffixes)}")
-    check_regular_file(path)
 
 
 def _take(values: np.ndarray, index: np.ndarray, frames: int) -> np.ndarray:

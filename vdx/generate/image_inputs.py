@@ -28,7 +28,7 @@ def open_image(name: str, path: str) -> Image.Image:
 
 
 def iter_frames(name: str, path: str, fps: float) -> Iterator[Image.Image]:
-    """Yield the frames of a video, or an animated image, at 0, 1/fps, 2/fps, ... seconds.
+    """Yield the frames of a video or an animation at 0, 1/fps, 2/fps, ... seconds.
 
     A file with one image yields that image without end. Raises ConfigError that names the
     flag `name`.

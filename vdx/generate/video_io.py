@@ -171,7 +171,7 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
 
 
 def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
-    """Yield the frames of an animated image on the screen at 0, 1/fps, 2/fps, ... seconds."""
+    """Yield the frames of an animation on the screen at 0, 1/fps, ... seconds."""
     count = 0
     end = 0.0
     for frame in iter_animation(path):
