@@ -6,8 +6,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def check_regular_file(path: str | Path) -> int:
     return status.st_size
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file to read its bytes. Never waits for a writer, as pipes do.
 
     Raises what `check_regular_file` raises.
