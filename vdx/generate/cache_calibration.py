@@ -19,6 +19,7 @@ from vdx.generate.generator import Generator
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.models.adapters.lora import Adapted
+from vdx.seeds import seed_words
 from vdx.types import Params
 
 FILE = "step_cache.json"
@@ -160,7 +161,7 @@ class _Clips:
         x0, evaluated = generator.from_seeds(
             self.params,
             generator.text_batch([self.prompts[i]] * rows, self.num_frames, self.fps),
-            np.full(rows, self.seeds[i]),
+            seed_words([self.seeds[i]] * rows),
             None,
             np.float32(threshold),
             (self.num_frames, *generator.frame_shape),

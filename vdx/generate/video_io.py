@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from vdx.config.build import ConfigError
 from vdx.data.animation import iter_animation
 from vdx.data.images import SUFFIXES
 from vdx.data.record import ROUNDING
@@ -25,6 +26,20 @@ LIMITED = 1  # the range of luma in H.264 that every player expects: 16 to 235
 # Constant rate factor 12 is visually lossless. x264's macroblock tree, by default on, makes
 # different bytes of the same frames from time to time.
 X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
+
+
+class NotFinite(ConfigError):
+    """Drawn pixels are NaN or infinite, with these weights and settings."""
+
+
+def check_finite(is_finite: Any) -> None:
+    """Raise NotFinite unless all pixels of a piece are finite."""
+    if not np.all(is_finite):
+        raise NotFinite(
+            "The clip has pixels that are NaN or infinite, and is not written. Either the weights "
+            "hold such numbers, or an activation overflows: try a smaller guidance scale, more "
+            "steps, dtype float32, or another checkpoint."
+        )
 
 
 def to_uint8(x: Any) -> np.ndarray:
