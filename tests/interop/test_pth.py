@@ -257,6 +257,14 @@ def test_a_directory_of_millions_of_entries_is_not_read(tmp_path):
         read_pth(path)
 
 
+def test_a_pickle_of_many_megabytes(tmp_path):
+    content = samples.dump({"note": "a" * (9 << 20), "w": samples.Tensor(ROW, 1)})
+    got = read_pth(saved(tmp_path / "w.pth", samples.pth(content)))
+    np.testing.assert_array_equal(got["w"].read(), ROW)
+    with pytest.raises(WeightsError, match="more than 33,554,432 bytes"):
+        read_pth(saved(tmp_path / "w.pth", samples.pth(bytes(2**25 + 1))))
+
+
 def test_only_regular_files(tmp_path):
     os.mkfifo(tmp_path / "w.pth")
     with pytest.raises(FileError, match=r"w\.pth is a pipe"):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vdx.files import array_bytes, excerpt, open_regular
+from vdx.files import READ_BYTES, array_bytes, excerpt, open_regular
 from vdx.interop import inert_pickle
 from vdx.interop.inert_pickle import Call, Name, Reference
 from vdx.interop.keymap import WeightsError
@@ -147,8 +147,10 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     """
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError("its entries are compressed, and PyTorch compresses none")
+    if entry.file_size > inert_pickle.MOST_BYTES:
+        raise ValueError(f"its pickle has more than {inert_pickle.MOST_BYTES:,} bytes")
     with archive.open(entry) as file:  # compares the checksum at the end of the entry
-        return file.read(inert_pickle.MOST_BYTES + 1)
+        return b"".join(iter(lambda: file.read(READ_BYTES), b""))
 
 
 def _ends(archive: zipfile.ZipFile) -> dict[int, int]:
