@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from vdx.files import read_json, write_json
+from vdx.generate.control_inputs import _read_video
 from vdx.generate.video_io import (
+    frames_at,
     read_video,
     to_uint8,
     to_uint8_on_device,
@@ -163,3 +165,35 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
         write_video(tmp_path / f"{number}.mp4", frames, 16.0)
         made.add((tmp_path / f"{number}.mp4").read_bytes())
     assert len(made) == 1
+
+
+def numbered(path, rate, frames=700):
+    """Write a video whose frame i has the grey level 5 (i % 50)."""
+    levels = np.arange(frames) % 50 * 5
+    video = np.broadcast_to(levels[:, None, None, None], (frames, 16, 16, 3)).astype(np.uint8)
+    write_video(path, video, rate, min_side=1)
+
+
+def steps(frames):
+    """Return by how many frames each frame of a numbered video follows the last."""
+    levels = np.array([frame.mean() for frame in frames])
+    return np.diff(np.rint(levels / 5)) % 50
+
+
+@pytest.mark.parametrize(
+    "rate, fps, step", [(24000 / 1001, 24.0, 1), (60000 / 1001, 30.0, 2), (30.0, 30 / 1.001, 1)]
+)
+def test_near_integer_rates_give_frames_in_a_row(tmp_path, rate, fps, step):
+    numbered(tmp_path / "a.mp4", rate)
+    frames = list(frames_at(tmp_path / "a.mp4", fps))
+    assert len(frames) == 700 // step and set(steps(frames)) == {step}
+    frames = _read_video("depth", str(tmp_path / "a.mp4"), fps, 300)
+    assert set(steps(frames)) == {step}
+
+
+def test_other_rates_keep_their_times(tmp_path):
+    numbered(tmp_path / "a.mp4", 25.0, 100)
+    frames = list(frames_at(tmp_path / "a.mp4", 24.0))
+    assert len(frames) == 96 and set(steps(frames)) == {1, 2}
+    with pytest.raises(ValueError, match=r"has 4 s, and the clip 4\.04 s"):
+        _read_video("depth", str(tmp_path / "a.mp4"), 24.0, 97)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.video_files import open_video, pixels, seconds_per_tick
+from vdx.data.record import BadRecord, clip_interval
+from vdx.data.video_files import open_video, pixels, seconds_per_tick, video_record
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -129,22 +130,35 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
     """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    Times count from the first frame. Ends where the video ends. Decodes no further than the caller
+    Near-integer rates give frames in a row (see `vdx.data.record.frame_step`). Times count from the
+    first frame. Ends where the video ends. Decodes no further than the caller
     iterates, and holds two frames. Raises ValueError as `read_video` does.
     """
+    interval = clip_interval(_timestamps(path), fps)
     count = 0
     last_second = 0.0
     last_frame = None
     for second, frame in _decode(path):
         # The last frame is the nearest until halfway to this one.
-        while last_frame is not None and count / fps < (last_second + second) / 2:
+        while last_frame is not None and count * interval < (last_second + second) / 2:
             yield last_frame
             count += 1
         last_second = second
         last_frame = frame
-    while last_frame is not None and count / fps < last_second + 0.5 / fps:
+    while last_frame is not None and count < last_second / interval + 0.5:
         yield last_frame
         count += 1
+
+
+def _timestamps(path: str | Path) -> np.ndarray:
+    """Return the presentation times of a video in seconds; raises ValueError."""
+    try:
+        stamps = video_record(str(path), "", lambda: str(path)).timestamps
+    except BadRecord as error:
+        reason = error.reason.removeprefix("not a usable video: ")
+        raise ValueError(f"{path} is not a readable video: {reason}.") from error
+    assert stamps is not None  # a video has them
+    return stamps
 
 
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
