@@ -234,7 +234,7 @@ def rated(rate, tick=None, frames=400):
 @pytest.mark.parametrize("tick", ROUNDED)
 @pytest.mark.parametrize("fps", NAMED)
 def test_near_integer_rates_give_the_frames_of_the_rates_that_name_them(fps, tick):
-    """All pairs of rates, either of them 1000/1001 of its name: frames at the ratio of the names."""
+    """Either of two rates may be 1000/1001 of its name: frames come at the ratio of the names."""
     for named in NAMED:
         step = Fraction(named, fps)
         if step < 1 or step.denominator > 8:

@@ -73,11 +73,11 @@ def frame_step(stamps: np.ndarray, fps: float) -> Fraction | None:
 
     stamps: presentation times of the frames in seconds, ascending. fps: of the clip.
 
-    Footage of 23.976 frames per second counts as footage of 24, so that a clip of 24 has its frames
-    in a row: a ratio of the two rates within 0.2 % (NEAR) of a fraction is that fraction, if its
-    denominator is at most 8. Timestamps may be rounded on top. None for any other ratio, for a single
-    frame and for uneven footage, where a frame is more than a quarter of an interval off its
-    place: there the instants decide.
+    Footage of 23.976 frames per second counts as footage of 24, so that a clip of 24 has its
+    frames in a row. A ratio of the two rates within 0.2 % (NEAR) of a fraction whose denominator is
+    at most 8 is that fraction. Timestamps may be rounded on top. None for any other ratio, for a
+    single frame, and for uneven footage, where a frame is more than a quarter of an interval
+    off its place: there the instants decide.
     """
     if len(stamps) < 2:
         return None

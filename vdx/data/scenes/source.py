@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 
@@ -67,6 +68,7 @@ class Scenes:
     sizes: tuple[str, ...] = tuple(SIZES)  # of objects
     max_objects: int = 2  # 1 or 2; with 2, half of the scenes have two
     duration: float = STAY  # seconds of a clip
+    one_shape: ClassVar[bool] = True  # all clips have one size and one duration
 
     def __post_init__(self) -> None:
         """Raise ConfigError for fields that do not fit together."""
