@@ -20,7 +20,7 @@ from PIL import Image
 from vdx.diffusion.process import RectifiedFlow
 from vdx.diffusion.samplers import Carry, StepTable
 from vdx.generate.decode import Decoder
-from vdx.generate.generator import ClampedFrames, Generator
+from vdx.generate.generator import ClampedFrames, Generator, clip_keys
 from vdx.generate.image_inputs import (
     iter_frames,
     letterbox,
@@ -241,9 +241,9 @@ class PretrainedGenerator:
             part = {name: values[start:end] for name, values in table.items()}
             for i, rows in enumerate(chunks):
                 begin = time.perf_counter()
-                seed = self.request.seed + int(rows[0])
+                seeds = np.asarray(self.request.seeds)[rows]
                 carries[i], evaluated = jax.block_until_ready(
-                    run_steps(params, conditions(rows), negative, carries[i], part, seed, clamped)
+                    run_steps(params, conditions(rows), negative, carries[i], part, seeds, clamped)
                 )
                 self.log_steps(rows, start, end, len(table["t"]), evaluated, begin)
             start = end
@@ -373,11 +373,11 @@ def _run_steps(
     negative: Batch,
     carry: Carry,
     table: StepTable,
-    seed: int,
+    seeds: Array,
     clamped: ClampedFrames | None,
 ) -> tuple[Carry, Array]:
-    key = jax.random.key(seed)
-    return generator.run_steps(params, batch, negative, carry, table, key, clamped)
+    keys = clip_keys(seeds)
+    return generator.run_steps(params, batch, negative, carry, table, keys, clamped)
 
 
 def given_mask(is_given: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:
