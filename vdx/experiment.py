@@ -178,6 +178,7 @@ class Experiment:
             host_index=jax.process_index(),
             host_count=jax.process_count(),
             bad_log=None if workdir is None else workdir / "bad_records.jsonl",
+            shapes_file=None if workdir is None else workdir / "clip_shapes.json",
             **{"seed": seed, **self.data.loader, **settings},
         )
 

@@ -11,6 +11,7 @@ from vdx.data.pipeline import DataError, make_loader
 from vdx.data.record import BadRecord, Record
 from vdx.data.stream import BatchShape
 from vdx.data.transforms import ClipSampling, to_example
+from vdx.files import read_json, write_json
 
 RNG = np.random.default_rng
 SIDES = (16, 24, 32, 48, 64, 96, 128)
@@ -112,6 +113,13 @@ class Footage:
             return np.full((len(times), height, width, 3), index, np.uint8)
 
         return Record(str(index), "", frames / 8, stamps, read)
+
+
+class Unread(Footage):
+    """Footage of which no shape can be read."""
+
+    def __getitem__(self, index):
+        raise BadRecord(str(index), "planted")
 
 
 WIDE = (8, 12, 20)
@@ -249,3 +257,20 @@ def test_one_bucket_has_the_order_of_no_buckets():
 def test_every_shape_is_compiled_ahead():
     kinds = [(count, one["video"].shape[:3]) for count, one in loader(threads=0).samples()]
     assert sorted(kinds) == sorted((n, (t, h, w)) for t, h, w, n in BUCKETS)
+
+
+def test_shapes_are_read_once_and_kept_for_the_next_start(tmp_path):
+    path = tmp_path / "clip_shapes.json"
+    first = loader(threads=0, shapes_file=path)
+    whole = take(first, 8)
+    again = loader(Unread(SHAPES), threads=0, shapes_file=path)  # of another source: read again
+    assert again._stream.members.keys() != first._stream.members.keys()
+
+    take(loader(threads=0, shapes_file=path), 1)
+    stored = read_json(path)
+    stored["shapes"] = [None] * len(SHAPES)  # a file that is of this source is believed
+    write_json(path, stored)
+    assert len(loader(threads=0, shapes_file=path)._stream.members) == 1
+    for rows in ([None], 3, [[8, 12]] * 14, [[0, 12, 20]] * 14, [["8", 12, 20]] * 14):
+        write_json(path, {"identity": stored["identity"], "shapes": rows})
+        same(take(loader(threads=0, shapes_file=path), 8), whole)

@@ -2,21 +2,26 @@
 
 One frame and the timestamps of every clip are read once, before training. A clip belongs to one
 bucket from then on. Buckets take turns in a fixed cycle, in proportion to their clips.
+`clip_shapes.json` in the workdir spares a resumed run the reading. Delete it after videos were
+replaced under their old names.
 """
 
+import hashlib
 import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vdx.data.record import BadRecord, Record
 from vdx.data.stream import BatchShape, Source
 from vdx.data.transforms import ClipSampling
+from vdx.files import read_json, write_json
 
 __all__ = ["BucketPlan", "ClipShape", "bucket_cycle", "nearest_bucket", "plan_buckets"]
 
@@ -41,16 +46,29 @@ class BucketPlan(NamedTuple):
 
 
 def plan_buckets(
-    source: Source, buckets: Sequence[BatchShape], clip: ClipSampling, threads: int
+    source: Source,
+    buckets: Sequence[BatchShape],
+    clip: ClipSampling,
+    threads: int,
+    stored: Path | None = None,
 ) -> BucketPlan:
     """Assign every record of a source to a bucket.
 
     Records that cannot be read or fit no bucket join the bucket with the most clips, where the
-    pipeline refuses them with the reason. threads: records that are read at once.
+    pipeline refuses them with the reason. threads: records that are read at once. stored: a file
+    of the shapes; written, or read if it is of this source.
     """
+    names = getattr(source, "rows", None)
+    identity = hashlib.sha256(repr((source, len(source), names, clip)).encode()).hexdigest()
+    shapes = _stored_shapes(stored, identity, len(source))
+    if shapes is None:
+        shapes = list(_read_shapes(source, clip, threads))
+        if stored is not None:
+            write_json(stored, {"identity": identity, "shapes": shapes})
+
     # The bucket of each record; -1: none.
     numbers = np.full(len(source), -1)
-    for index, shape in enumerate(_read_shapes(source, clip, threads)):
+    for index, shape in enumerate(shapes):
         nearest = None if shape is None else nearest_bucket(shape, buckets, clip)
         if nearest is not None:
             numbers[index] = nearest
@@ -87,7 +105,7 @@ def nearest_bucket(
         frames, (height, width) = _clip_of(buckets[number])
         aspect = _ratio(width * shape.height, shape.width * height)
         area = _ratio(height * width, shape.height * shape.width)
-        length = _ratio(frames, max(shape.frames, 1))
+        length = _ratio(frames, shape.frames)
         return aspect, area, length
 
     return min(filter(fits, range(len(buckets))), key=distance, default=None)
@@ -131,6 +149,28 @@ def _clip_of(bucket: BatchShape) -> tuple[int, tuple[int, int]]:
     return bucket.frames, (height, width)
 
 
+def _stored_shapes(path: Path | None, identity: str, count: int) -> list[ClipShape | None] | None:
+    """Return the shapes of all records from a file; None unless it is of this source."""
+    if path is None or not path.exists():
+        return None
+    found = read_json(path)
+    rows = found.get("shapes") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or len(rows) != count or found.get("identity") != identity:
+        return None
+    if not all(row is None or _is_shape(row) for row in rows):
+        return None
+    return [None if row is None else ClipShape(*row) for row in rows]
+
+
+def _is_shape(row: Any) -> bool:
+    """Return true if a JSON value is a ClipShape."""
+    return (
+        isinstance(row, list)
+        and len(row) == len(ClipShape._fields)
+        and all(type(value) is int and value > 0 for value in row)
+    )
+
+
 def _read_shapes(source: Source, clip: ClipSampling, threads: int) -> Iterator[ClipShape | None]:
     """Yield the shape of every record in order; None for one that cannot be read."""
 
@@ -138,7 +178,7 @@ def _read_shapes(source: Source, clip: ClipSampling, threads: int) -> Iterator[C
         try:
             record: Record = source[index]
             height, width = record.read(np.zeros(1)).shape[1:3]
-            return ClipShape(height, width, clip.frames_available(record))
+            return ClipShape(height, width, max(1, clip.frames_available(record)))
         except BadRecord:  # the pipeline counts and names it
             return None
 

@@ -226,6 +226,7 @@ def make_loader(
     host_index: int = 0,
     host_count: int = 1,
     bad_log: str | Path | None = None,
+    shapes_file: Path | None = None,
     **settings: Any,
 ) -> Batches:
     """Return the batches of a source: this host's share of every global batch.
@@ -238,6 +239,7 @@ def make_loader(
       `vdx.data.buckets`. None: buckets take turns and crop any record.
     host_index, host_count: host h has the h-th contiguous share of every global batch.
     bad_log: the JSON-lines file that names every bad record of host 0; see `bad_records`.
+    shapes_file: where the shapes of clips are kept for the next start, with several buckets.
     settings: fields of Loader.
 
     Raises DataError for an empty source and ValueError for numbers that do not fit. next() raises
@@ -255,7 +257,7 @@ def make_loader(
     # Which records a batch takes from.
     members: dict[BatchShape, np.ndarray] = {}
     if loader.buckets and clip is not None and len(set(shapes)) > 1:
-        members, shapes = plan_buckets(source, shapes, clip, loader.threads)
+        members, shapes = plan_buckets(source, shapes, clip, loader.threads, shapes_file)
 
     # From positions to examples to batches.
     stream = ExampleStream(

@@ -35,7 +35,8 @@ class ClipSampling:
     num_frames: tuple[int, ...] | int  # lengths of clips; each batch has one of them
     # Frames per second of the clip, or several rates, of which each clip draws one. Only rates up
     # to the footage's own are drawn: above it frames would repeat and the motion stutter. Of these,
-    # rates at which the footage fills the clip are preferred.
+    # rates at which the footage fills the clip are preferred. Footage of 23.976 counts as 24: see
+    # `vdx.data.record.frame_step`.
     fps: tuple[float, ...] | float | None = None
     stride: int | None = None  # instead of fps: every stride-th frame, whatever the rate
     start: str = "random"  # "random", "first" or "centre"
