@@ -18,7 +18,7 @@ import numpy as np
 from vdx.config.build import ConfigError
 from vdx.diffusion.process import FLOOR, Process
 from vdx.diffusion.step_cache import StepCache, StepCacheState
-from vdx.types import Array, PRNGKeyArray
+from vdx.types import Array, Key
 
 StepTable = dict[str, np.ndarray]  # name -> coefficients of all evaluations, [evaluations]
 Row = Mapping[str, Any]  # name -> coefficient of one evaluation, traced
@@ -60,7 +60,7 @@ def sample(
     sampler: Sampler,
     x: Array,
     times: np.ndarray,
-    keys: PRNGKeyArray | None = None,
+    keys: Key[Array, "b"] | None = None,
 ) -> Array:
     """Return the video at times[-1] from `x` at times[0], float32 [b t h w c].
 
@@ -90,7 +90,7 @@ def run_steps(
     sampler: Sampler,
     carry: Carry,
     table: Mapping[str, np.ndarray | Array],  # a StepTable, or a part of one, traced
-    keys: PRNGKeyArray | None = None,  # [b], one a clip; only stochastic samplers need them
+    keys: Key[Array, "b"] | None = None,  # [b], one a clip; only stochastic samplers need them
     step_cache: StepCache | None = None,
 ) -> Steps:
     """Run some consecutive rows of a step table.
@@ -130,7 +130,7 @@ def run_steps(
     return Steps(carry, evaluated)
 
 
-def fresh_noise(keys: PRNGKeyArray, index: Array, shape: tuple[int, ...]) -> Array:
+def fresh_noise(keys: Key[Array, "b"], index: Array, shape: tuple[int, ...]) -> Array:
     """Return the noise [b ...] that evaluation `index` [] draws for clips of `shape`.
 
     Clip i draws from fold_in(keys[i], index), so that it is the same in any batch.

@@ -25,7 +25,7 @@ from vdx.generate.generator import Generator, clip_keys, constrain_batch
 from vdx.models.adapters.lora import Adapted
 from vdx.models.mixers.context import CachePosition
 from vdx.parallel import BATCH
-from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
+from vdx.types import Array, Batch, Key, Params, Ports, PRNGKeyArray
 
 Cache = Any  # a tree of keys and values [layers b t h w n d]
 CACHE = P(None, BATCH, None, None, None, "tensor", None)
@@ -97,7 +97,7 @@ class BlockwiseGenerator(Generator):
         params: Params | Adapted,
         batch: Batch,
         noise: Array,
-        keys: PRNGKeyArray,
+        keys: Key[Array, "b"],
         threshold: float | Array | None = None,
     ) -> tuple[Array, Array]:
         """Return (x0 [b t h w c], bool [evaluations]: all were made). Pure.
@@ -271,7 +271,7 @@ class BlockwiseGenerator(Generator):
         guidance: Guidance,
         index: Array,
         noise: Array,
-        keys: PRNGKeyArray,
+        keys: Key[Array, "b"],
         blocks: int,
     ) -> tuple[Array, Cache]:
         """Return (x0 [b t h w c] of block number `index`, the cache with it). Pure.

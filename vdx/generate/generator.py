@@ -26,7 +26,7 @@ from vdx.models.adapters.lora import Adapted
 from vdx.models.conditioning.text_signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
-from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
+from vdx.types import Array, Batch, Key, Params, Ports, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Generator:
         params: Params | Adapted,
         batch: Batch,
         noise: Array,
-        keys: PRNGKeyArray,
+        keys: Key[Array, "b"],
         threshold: float | Array | None = None,
     ) -> tuple[Array, Array]:
         """Return (x0 [b t h w c], bool [steps]: which evaluations were made). Pure.
@@ -256,7 +256,7 @@ class Generator:
         negative: Batch | None,
         carry: Carry,
         table: StepTable,
-        keys: PRNGKeyArray,
+        keys: Key[Array, "b"],
         clamped: ClampedFrames | None = None,
         threshold: float | Array | None = None,
     ) -> tuple[Carry, Array]:
@@ -356,7 +356,7 @@ class Generator:
         return (self.timesteps or self.process).network_time(t)
 
 
-def clip_keys(seeds: Array) -> PRNGKeyArray:
+def clip_keys(seeds: Array) -> Key[Array, "b"]:
     """Return a key for each clip, [b], from seeds [b]: all randomness of a clip comes from it."""
     return jax.vmap(jax.random.key)(seeds)
 
