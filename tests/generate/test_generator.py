@@ -78,7 +78,7 @@ def test_pretrained_steps_have_a_key_for_each_clip():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [Generator, BlockwiseGenerator])
-def test_a_stochastic_clip_of_a_network_is_the_same_alone_and_in_a_batch(make, randomise, quickly):
+def test_a_stochastic_clip_of_a_network_is_the_same_alone_and_in_a_batch(make, randomise):
     """Up to the rounding of products of another batch; without keys of its own it is another."""
     model = model_of(({"name": "full", "block": 2},))
     params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
