@@ -1,4 +1,4 @@
-"""Buckets: batches of several shapes, each of the clips that are nearest to its shape.
+"""Buckets: batches of several shapes, each of the clips nearest to its shape.
 
 One frame and the timestamps of every clip are read once, before training. A clip belongs to one
 bucket from then on. Buckets take turns in a fixed cycle, in proportion to their clips.
@@ -87,7 +87,7 @@ def plan_buckets(
 def nearest_bucket(
     shape: ClipShape, buckets: Sequence[BatchShape], clip: ClipSampling
 ) -> int | None:
-    """Return the number of the bucket that is nearest to a clip; None if it fits no bucket.
+    """Return the number of the bucket nearest to a clip, or None.
 
     Only buckets that `clip` can fill count: not longer than the record unless short clips repeat,
     not larger than its frames unless small ones are enlarged. Of these the nearest has the

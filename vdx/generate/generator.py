@@ -357,7 +357,10 @@ class Generator:
 
 
 def clip_keys(seeds: Array) -> Key[Array, "b"]:
-    """Return a key for each clip, [b], from seeds [b]: all randomness of a clip comes from it."""
+    """Return the keys of clips, [b], from their seeds [b].
+
+    All randomness of a clip comes from its key.
+    """
     return jax.vmap(jax.random.key)(seeds)
 
 
