@@ -10,6 +10,7 @@ import numpy as np
 __all__ = [
     "NEAR",
     "BadRecord",
+    "FrameFunction",
     "Reader",
     "Record",
     "clip_interval",
@@ -25,6 +26,8 @@ EVEN = 0.25  # intervals that an even frame may be off; one frame too few or too
 
 # read(times float64 [t], in seconds) -> array; of frames, uint8 [t h w 3]
 Reader = Callable[[np.ndarray], np.ndarray]
+# A function of one frame uint8 [h w 3], for example its resizing.
+FrameFunction = Callable[[np.ndarray], np.ndarray]
 
 
 class BadRecord(ValueError):
@@ -56,6 +59,15 @@ class Record:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Control signals by name, read at the same instants; `vdx.data.signals` lists the formats.
     tracks: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+    # read_each(times, each): `each(frame)` of the frames at instants, stacked. A source of large
+    # frames has only one of them in memory at a time. None: `read`, then `each`.
+    read_each: Callable[[np.ndarray, FrameFunction], np.ndarray] | None = None
+
+    def read_frames(self, times: np.ndarray, each: FrameFunction) -> np.ndarray:
+        """Return `each(frame)` of the frames at instants [t], stacked."""
+        if self.read_each is not None:
+            return self.read_each(times, each)
+        return np.stack([each(frame) for frame in self.read(times)])
 
 
 def frame_index_at(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.record import BadRecord, clip_interval
-from vdx.data.video_files import open_video, pixels, seconds_per_tick, video_record
+from vdx.data.animation import iter_animation
+from vdx.data.images import SUFFIXES
+from vdx.data.record import ROUNDING, clip_interval
+from vdx.data.video_files import Footage, open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -131,10 +133,15 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
     """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
     Near-integer rates give frames in a row (see `vdx.data.record.frame_step`). Times count from the
-    first frame. Ends where the video ends. Decodes no further than the caller
+    first frame. Ends where the video ends. Of an animated image, whose frames have durations of
+    their own, those that are on the screen at these instants. Decodes no further than the caller
     iterates, and holds two frames. Raises ValueError as `read_video` does.
     """
-    interval = clip_interval(_timestamps(path), fps)
+    if Path(path).suffix.lower() in SUFFIXES:
+        yield from _animation_at(path, fps)
+        return
+
+    interval = clip_interval(_open(path).stamps, fps)
     count = 0
     last_second = 0.0
     last_frame = None
@@ -150,35 +157,38 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         count += 1
 
 
-def _timestamps(path: str | Path) -> np.ndarray:
-    """Return the presentation times of a video in seconds; raises ValueError."""
-    try:
-        stamps = video_record(str(path), "", lambda: str(path)).timestamps
-    except BadRecord as error:
-        reason = error.reason.removeprefix("not a usable video: ")
-        raise ValueError(f"{path} is not a readable video: {reason}.") from error
-    assert stamps is not None  # a video has them
-    return stamps
+def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
+    """Yield the frames of an animated image on the screen at 0, 1/fps, 2/fps, ... seconds."""
+    count = 0
+    end = 0.0
+    for frame in iter_animation(path):
+        end += frame.seconds
+        while count / fps < end - ROUNDING:
+            yield frame.pixels
+            count += 1
 
 
-def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
-    first = None
+def _open(path: str | Path) -> Footage:
+    """Open a video. Raises ValueError, naming the file."""
     try:
-        container, stream = open_video(str(path))
-        with container:
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.pts is None:
-                    raise ValueError("damaged frames")
-                if first is None:
-                    first = frame.pts
-                yield (frame.pts - first) * seconds_per_tick(stream), pixels(frame)
+        return open_footage(lambda: str(path))
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
-    if first is None:
-        raise ValueError(f"{path} has no frames.")
+
+
+def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
+    opener = lambda: str(path)
+    try:
+        footage = open_footage(opener)
+        for number, frame in footage.frames(opener, range(len(footage.stamps))):
+            yield float(footage.stamps[number]), frame
+    except (av.error.FFmpegError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
+        ) from error
 
 
 def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
