@@ -135,8 +135,8 @@ class Pair:
         @jax.jit
         def draw(params: Params, text: Batch, negative: Batch, noise: Array) -> Array:
             start = generator.start(noise)
-            key = jax.random.key(0)
-            carry, *_ = generator.run_steps(params, text, negative, start, step_table, key)
+            keys = jax.random.key(0)[None]
+            carry, *_ = generator.run_steps(params, text, negative, start, step_table, keys)
             return carry[0]
 
         def run() -> np.ndarray:

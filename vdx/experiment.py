@@ -191,15 +191,19 @@ class Experiment:
                 signals=tuple(name for name in self.model.signals if name in SIGNALS),
             )
         seed = self.seed if seed is None else seed
+        source = self.source(validation)
 
         return make_loader(
             source,
             to_example=make_example,
             num_frames=None if self.clip is None else self.clip.lengths,
+            # Clips of one shape have no nearest bucket: all buckets take turns.
+            clip=None if getattr(source, "one_shape", False) else self.clip,
             # Every process reads its own share.
             host_index=jax.process_index(),
             host_count=jax.process_count(),
             bad_log=None if workdir is None else workdir / "bad_records.jsonl",
+            shapes_file=None if workdir is None else workdir / "clip_shapes.json",
             **{"seed": seed, **self.data.loader, **settings},
         )
 

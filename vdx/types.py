@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import numpy as np
 from jax.typing import DTypeLike  # "bfloat16", jnp.bfloat16 or a np.dtype
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
 if TYPE_CHECKING:
     from jax import Array
@@ -25,6 +25,7 @@ __all__ = [
     "DTypeLike",
     "Float",
     "Int",
+    "Key",
     "PRNGKeyArray",
     "Params",
     "Ports",

@@ -1,10 +1,12 @@
 """The instants that a clip takes, and its frames after resizing."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from vdx.config.build import fill
-from vdx.data.record import BadRecord, Record
+from vdx.data.record import BadRecord, Record, clip_times, frame_index_at, frame_step
 from vdx.data.resize import resize
 from vdx.data.transforms import ClipSampling, to_example
 
@@ -215,3 +217,70 @@ def test_frames_of_another_kind_are_a_bad_record():
             num_frames=8,
             rng=RNG(0),
         )
+
+
+NAMED = (12, 15, 24, 25, 30, 48, 50, 60, 120)  # rates by name; some of them are NTSC's too
+ROUNDED = (None, 1e-3, 1 / 600, 1 / 90000)  # seconds; ticks of containers, None: exact
+
+
+def rated(rate, tick=None, frames=400):
+    """Return footage at a rate, its timestamps rounded as a container does."""
+    stamps = np.arange(frames) / rate
+    if tick is not None:
+        stamps = np.round(stamps / tick) * tick
+    return footage(timestamps=stamps, fps=rate)
+
+
+@pytest.mark.parametrize("tick", ROUNDED)
+@pytest.mark.parametrize("fps", NAMED)
+def test_near_integer_rates_give_the_frames_of_the_rates_that_name_them(fps, tick):
+    """Either of two rates may be 1000/1001 of its name: frames come at the ratio of the names."""
+    for named in NAMED:
+        step = Fraction(named, fps)
+        if step < 1 or step.denominator > 8:
+            continue
+        want = [i * step.numerator // step.denominator for i in range(int(390 / step))]
+        for rate, asked in (
+            (named / 1.001, fps),
+            (named, fps / 1.001),
+            (named, fps),
+            (named * 1.001, fps),
+        ):
+            record = rated(rate, tick)
+            clip = ClipSampling(len(want), fps=float(asked), start="first")
+            times, told = clip.times(record, len(want), RNG(0))
+            found = frame_index_at(record.timestamps, times)
+            assert found.tolist() == want and told == asked, (rate, asked)
+            assert clip_times(record, asked, len(want)).tolist() == times.tolist()
+
+
+@pytest.mark.parametrize("rate", [24000 / 1001, 24024 / 1000])
+def test_a_near_rate_fills_exactly_the_clips_that_it_has_frames_for(rate):
+    clip = ClipSampling((81, 82), fps=24.0)
+    record = rated(rate, frames=81)
+    assert clip.frames_available(record) == 81
+    assert shown(clip, record, 81, 7)[0] == list(range(81))
+    with pytest.raises(BadRecord, match=r"too short: needs 3\.42 s, has 3\.38 s"):
+        clip.times(record, 82, RNG(0))
+    for short, last in (("hold", 80), ("loop", 0)):
+        frames, _ = shown(ClipSampling(82, fps=24.0, short=short), record, 82)
+        assert frames == [*range(81), last]
+
+
+def test_other_ratios_and_uneven_footage_keep_their_times():
+    assert frame_step(rated(25.0).timestamps, 24.0) is None  # another rate, not another name
+    assert frame_step(rated(24.06).timestamps, 24.0) is None  # 0.25 % off
+    assert frame_step(rated(24.04).timestamps, 24.0) == 1
+    assert frame_step(np.array([0.0]), 24.0) is None
+    even = rated(24000 / 1001).timestamps
+    assert frame_step(even, 24.0) == 1
+    for missing in (1, 200, 398):  # one frame left out anywhere is uneven
+        assert frame_step(np.delete(even, missing), 24.0) is None
+    jitter = RNG(0).uniform(-0.1, 0.1, even.shape) / 24
+    assert frame_step(even + jitter, 24.0) == 1
+    times = ClipSampling(50, fps=24.0, start="first").times(
+        footage(timestamps=np.delete(even, 200), fps=24), 50, RNG(0)
+    )[0]
+    np.testing.assert_allclose(times, np.arange(50) / 24)
+    record = procedural()  # any instant may be read
+    np.testing.assert_array_equal(clip_times(record, 8.0, 4), np.arange(4) / 8)

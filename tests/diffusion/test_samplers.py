@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from vdx.config.build import ConfigError
+from vdx.diffusion import samplers
 from vdx.diffusion.process import PREDICTIONS, PROCESSES, RectifiedFlow, VariancePreserving, expand
-from vdx.diffusion.samplers import SAMPLERS, sample
+from vdx.diffusion.samplers import DDIM, SAMPLERS, fresh_noise, sample
 from vdx.diffusion.timesteps import TIMESTEPS, uniform_timesteps
+from vdx.parallel import MeshSpec, batch_sharding
 
 MEAN = np.array([0.8, -0.5, 0.1, 0.0, -1.2])
 VARIANCE = np.array([0.04, 0.5, 1.0, 0.001, 2.0])
@@ -57,7 +59,8 @@ def at_start(process, start, b):
 
 
 def run(process, sampler, x, times, denoise=None, key=None):
-    go = jax.jit(lambda x: sample(denoise or oracle(process), process, sampler, x, times, key))
+    keys = None if key is None else jax.random.split(key, len(x))
+    go = jax.jit(lambda x: sample(denoise or oracle(process), process, sampler, x, times, keys))
     return np.asarray(go(x))
 
 
@@ -171,9 +174,10 @@ def test_the_network_is_traced_once(name, row):
         return oracle(process)(x, t).astype(jnp.bfloat16)
 
     times = uniform_timesteps(process, 6)
-    go = jax.jit(lambda x, key: sample(denoise, process, SAMPLERS[row](), x, times, key))
-    out = go(at_start(process, 1.0, 2).astype(jnp.bfloat16), jax.random.key(0))
-    again = go(at_start(process, 1.0, 2).astype(jnp.bfloat16), jax.random.key(1))
+    go = jax.jit(lambda x, keys: sample(denoise, process, SAMPLERS[row](), x, times, keys))
+    x = at_start(process, 1.0, 2).astype(jnp.bfloat16)
+    out = go(x, jax.random.split(jax.random.key(0)))
+    again = go(x, jax.random.split(jax.random.key(1)))
     assert calls == [(2,)]
     assert out.dtype == jnp.float32 and np.all(np.isfinite(out))
     assert np.array_equal(out, again) == (row != "ddpm")
@@ -196,6 +200,41 @@ def test_few_steps_are_exact_for_one_video(name, row, steps):
         process, SAMPLERS[row](), x, uniform_timesteps(process, steps), denoise, jax.random.key(1)
     )
     np.testing.assert_allclose(got, jnp.broadcast_to(point, x.shape), atol=1e-4)
+
+
+ROWS = [*(SAMPLERS[name]() for name in SAMPLERS), DDIM(eta=0.6)]
+
+
+@pytest.mark.parametrize("sampler", ROWS, ids=str)
+def test_a_clip_is_the_same_alone_in_any_batch_and_on_any_mesh(sampler):
+    process = RectifiedFlow()
+    times = uniform_timesteps(process, 5)
+    # A clip of 128 numbers and one product: no shape makes XLA round in another order.
+    x = np.random.default_rng(0).normal(size=(8, 4, 4, 2, 4)).astype(np.float32)
+    seeds = np.arange(20, 28)
+
+    @jax.jit
+    def draw(x, seeds):
+        keys = jax.vmap(jax.random.key)(seeds)
+        return sample(lambda x, t: expand(t, x) * x, process, sampler, x, times, keys)
+
+    whole = np.asarray(draw(x, seeds))
+    assert np.unique(whole, axis=0).shape == whole.shape
+    for rows in ([0], [5], [7, 2], [3, 3, 6, 0, 1]):
+        np.testing.assert_array_equal(draw(x[rows], seeds[rows]), whole[rows])
+    for shape in ({"data": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 1, "tensor": 2}):
+        mesh = MeshSpec(**{"data": 1, **shape}).make(jax.devices())
+        placed = jax.device_put((x, seeds), batch_sharding(mesh))
+        np.testing.assert_array_equal(draw(*placed), whole)
+
+
+def test_fresh_noise_is_that_of_the_clips_key():
+    """The bits of a clip drawn alone by a stochastic sampler are those that they always were."""
+    keys = jax.vmap(jax.random.key)(np.arange(3))
+    found = fresh_noise(keys, jnp.int32(4), (2, 3))
+    for seed in range(3):
+        key = jax.random.fold_in(jax.random.key(seed), 4)
+        np.testing.assert_array_equal(found[seed], jax.random.normal(key, (1, 2, 3))[0])
 
 
 def test_grid():
@@ -244,7 +283,7 @@ def first_noise():
     return np.random.default_rng(0).normal(size=(2, 3, 2, 2, 4)).astype(np.float32)
 
 
-def fresh_noise():
+def drawn_noise():
     """What both sides draw at each step, in place of their own generators."""
     return np.random.default_rng(1).normal(size=(STEPS, 2, 3, 2, 2, 4)).astype(np.float32)
 
@@ -257,10 +296,10 @@ def our_states(process, sampler, x, times, monkeypatch, network_time=lambda t: t
         jax.debug.callback(lambda x: states.append(np.asarray(x)), x, ordered=True)
         return toy(jnp, x, network_time(t[0]))
 
-    table = jnp.asarray(fresh_noise())
-    monkeypatch.setattr(jax.random, "fold_in", lambda key, i: i)
-    monkeypatch.setattr(jax.random, "normal", lambda i, shape: table[i])
-    out = sample(denoise, process, sampler, jnp.asarray(x), times, jax.random.key(0))
+    table = jnp.asarray(drawn_noise())
+    monkeypatch.setattr(samplers, "fresh_noise", lambda keys, i, shape: table[i])
+    keys = jax.random.split(jax.random.key(0), len(x))
+    out = sample(denoise, process, sampler, jnp.asarray(x), times, keys)
     jax.effects_barrier()
     return [*states, np.asarray(out)]
 
@@ -271,7 +310,7 @@ def their_states(scheduler, x, times, monkeypatch, scale=None, step_args=None):
     scale = np.ones(len(times) + 1) if scale is None else scale
     x = torch.from_numpy(x).double() * scale[0]
     states = [x / scale[0]]
-    draws = iter(torch.from_numpy(fresh_noise()))
+    draws = iter(torch.from_numpy(drawn_noise()))
     # A scheduler draws only when it uses the noise, in the order of the steps.
     monkeypatch.setattr(
         type(scheduler).__module__ + ".randn_tensor", lambda *_, **__: next(draws), raising=False

@@ -108,7 +108,7 @@ def test_threshold_0_is_the_plain_program(generator):
     """The very same operations."""
     plain, params = generator
     text = [
-        jax.jit(lambda p, b, n, g=g: g.draw(p, b, n, jax.random.key(0)))
+        jax.jit(lambda p, b, n, g=g: g.draw(p, b, n, jax.random.split(jax.random.key(0))))
         .lower(params, g.text_batch(PROMPTS, 1, 8.0), np.zeros((2, 1, 12, 12, 3), np.float32))
         .as_text()
         for g in (

@@ -52,7 +52,7 @@ def programs(randomise):
         generator = (BlockwiseGenerator if kind == "blocks" else Generator)(
             model, RectifiedFlow(), SAMPLING, (4, 4, 2)
         )
-        args = params, BATCH, NOISE, jax.random.key(0)
+        args = params, BATCH, NOISE, jax.random.split(jax.random.key(0), len(NOISE))
         draw = jax.jit(lambda *args: generator.draw(*args)[0])
         return draw.lower(*args).compile(), args
 

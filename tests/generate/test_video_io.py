@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from vdx.files import read_json, write_json
+from vdx.generate.control_inputs import _read_video
 from vdx.generate.video_io import (
+    frames_at,
     read_video,
     to_uint8,
     to_uint8_on_device,
@@ -163,3 +165,37 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
         write_video(tmp_path / f"{number}.mp4", frames, 16.0)
         made.add((tmp_path / f"{number}.mp4").read_bytes())
     assert len(made) == 1
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A video of 23.976 frames per second, whose frame i has the grey level 10 (i % 25)."""
+    path = tmp_path_factory.mktemp("film") / "a.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=Fraction(24000, 1001))
+        stream.width = stream.height = 16
+        for number in range(540):  # the last ones are half a frame off their places at 24
+            pixels = np.full((16, 16, 3), 10 * (number % 25), np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode(None))
+    return str(path)
+
+
+def steps(frames):
+    """Return by how many frames each frame of a film follows the last."""
+    levels = np.array([frame.mean() for frame in frames])
+    return set(np.diff(np.rint(levels / 10)) % 25)
+
+
+@pytest.mark.parametrize("fps, step", [(24.0, 1), (24 / 1.001, 1), (12.0, 2)])
+def test_near_integer_rates_give_frames_in_a_row(film, fps, step):
+    frames = list(frames_at(film, fps))
+    assert len(frames) == 540 // step and steps(frames) == {step}
+    assert steps(_read_video("depth", film, fps, 200)) == {step}
+
+
+def test_other_rates_keep_their_times(film):
+    frames = list(frames_at(film, 22.0))
+    assert len(frames) == 496 and steps(frames) == {1, 2}
+    with pytest.raises(ValueError, match=r"has 22.5 s, and the clip 22\.6 s"):
+        _read_video("depth", film, 22.0, 498)

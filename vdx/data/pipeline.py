@@ -20,6 +20,7 @@ from vdx.config.build import check_fields
 from vdx.config.ranges import Count, Fraction, Index, Seed
 from vdx.data import workers
 from vdx.data.bad_records import read_bad_records
+from vdx.data.buckets import plan_buckets
 from vdx.data.stream import (
     BatchSchedule,
     BatchShape,
@@ -29,6 +30,7 @@ from vdx.data.stream import (
     Source,
     StreamItem,
 )
+from vdx.data.transforms import ClipSampling
 from vdx.files import append_rows, host_file, printable
 
 __all__ = ["Batches", "DataError", "Loader", "make_loader"]
@@ -52,9 +54,9 @@ class Loader:
     threads: Index = 4  # reading threads in each process; 0 reads inside next(), to debug
     prefetch: Index = 2  # batches read ahead: one is consumed while the next is read
     max_bad_rate: Fraction = 0.01  # the run stops when clearly more than this share is bad
-    # (frames, height, width, examples) of the batches, in turn. Chosen so that batches of long,
-    # tall and wide clips have about the same number of tokens. A record is cropped to the bucket
-    # of its batch, whatever its own shape. Empty: global_batch clips of the usual size.
+    # (frames, height, width, examples) of the batches. Chosen so that batches of long, tall and
+    # wide clips have about the same number of tokens. A clip goes to the bucket that is nearest in
+    # shape and length (vdx.data.buckets). Empty: global_batch clips of the usual size.
     buckets: tuple[tuple[Count, Count, Count, Count], ...] = ()
 
     def __post_init__(self) -> None:
@@ -225,9 +227,11 @@ def make_loader(
     *,
     to_example: Callable[..., Example] | None = None,
     num_frames: tuple[int, ...] | None = None,
+    clip: ClipSampling | None = None,
     host_index: int = 0,
     host_count: int = 1,
     bad_log: str | Path | None = None,
+    shapes_file: Path | None = None,
     **settings: Any,
 ) -> Batches:
     """Return the batches of a source: this host's share of every global batch.
@@ -236,8 +240,11 @@ def make_loader(
       With buckets it also takes height= and width=. A source of ready examples needs none.
     num_frames: lengths of clips in frames; batch k has length num_frames[k % len(num_frames)].
       None for ready examples of any length.
+    clip: assigns every record to one of several buckets, before the first batch; see
+      `vdx.data.buckets`. None: buckets take turns and crop any record.
     host_index, host_count: host h has the h-th contiguous share of every global batch.
     bad_log: the JSON-lines file that names every bad record of host 0; see `bad_records`.
+    shapes_file: where the shapes of clips are kept for the next start, with several buckets.
     settings: fields of Loader.
 
     Raises DataError for an empty source and ValueError for numbers that do not fit. next() raises
@@ -250,6 +257,11 @@ def make_loader(
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
 
+    # Which records a batch takes from.
+    members: dict[BatchShape, np.ndarray] = {}
+    if loader.buckets and clip is not None and len(set(shapes)) > 1:
+        members, shapes = plan_buckets(source, shapes, clip, loader.threads, shapes_file)
+
     # From positions to examples to batches.
     stream = ExampleStream(
         source=source,
@@ -257,6 +269,7 @@ def make_loader(
         schedule=BatchSchedule(shapes, host_index, host_count),
         seed=loader.seed,
         shuffle=loader.shuffle,
+        members=members,
     )
     return Batches(stream, loader, Path(bad_log) if bad_log is not None else None)
 

@@ -19,7 +19,7 @@ def shuffled_index(place: int, size: int, seed: int, epoch: int) -> int:
     return index_shuffle(place, max_index=size - 1, seed=shuffle_seed, rounds=4)
 
 
-@functools.lru_cache(maxsize=4)  # read-ahead crosses the border of two epochs, not of more
+@functools.lru_cache(maxsize=64)  # two epochs, which read-ahead may cross, of 32 buckets
 def _epoch_order(size: int, seed: int, epoch: int) -> tuple[int, np.ndarray | None]:
     """Return the seed of an epoch, and its permutation [size] or None.
 

@@ -2,15 +2,17 @@
 
 A global position p counts examples since the start of training, all hosts together. It fixes the
 epoch p // len(source), the place in the permutation of that epoch, the random numbers of the
-example, and the shape of its batch. An example therefore does not depend on threads, workers,
-hosts or interruptions.
+example, and the shape of its batch. With buckets of clips each bucket counts its own positions and
+has its own epochs. An example therefore does not depend on threads, workers, hosts or
+interruptions.
 """
 
 import bisect
+import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,8 +75,8 @@ StreamItem = tuple[Example | None, list[RefusedRecord]]
 class BatchSchedule:
     """Global positions of every batch, and the share of one host.
 
-    Batch k has the shape shapes[k % len(shapes)], whatever its clips are. Host h has the h-th
-    contiguous share of every batch.
+    Batch k has the shape shapes[k % len(shapes)]. Host h has the h-th contiguous share of every
+    batch.
     """
 
     shapes: tuple[BatchShape, ...]  # taken in turn
@@ -102,6 +104,14 @@ class BatchSchedule:
         cycles, rest = divmod(position, self._ends[-1])
         return cycles * len(self.shapes) + bisect.bisect_right(self._ends, rest)
 
+    def position_in_bucket(self, position: int) -> int:
+        """Return how many positions before this one are in batches of the same shape."""
+        batch = self.batch_of(position)
+        cycles, rest = divmod(batch, len(self.shapes))
+        shape = self.shapes[rest]
+        batches = cycles * self._batches[shape] + self._batches_before[rest]
+        return batches * shape.batch + position - self.first_position(batch)
+
     def host_of(self, position: int) -> int:
         """Return the host whose share contains a global position."""
         batch = self.batch_of(position)
@@ -122,6 +132,21 @@ class BatchSchedule:
         """The positions, within one cycle of shapes, at which the batches end."""
         return list(itertools.accumulate(shape.batch for shape in self.shapes))
 
+    @functools.cached_property
+    def _batches(self) -> Mapping[BatchShape, int]:
+        """The batches of each shape in one cycle."""
+        return collections.Counter(self.shapes)
+
+    @functools.cached_property
+    def _batches_before(self) -> list[int]:
+        """For each batch of one cycle, the batches of its shape before it."""
+        counts: collections.Counter[BatchShape] = collections.Counter()
+        before = []
+        for shape in self.shapes:
+            before.append(counts[shape])
+            counts[shape] += 1
+        return before
+
 
 @dataclasses.dataclass(frozen=True)
 class ExampleStream:
@@ -137,6 +162,8 @@ class ExampleStream:
     seed: int
     shuffle: bool  # False: every epoch in the order of the source
     start: int = 0  # batch of item 0
+    # Ascending indices of the records of each bucket; empty: every batch takes from all records.
+    members: Mapping[BatchShape, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return a number that no training reaches."""
@@ -160,9 +187,9 @@ class ExampleStream:
         # After a bad record, records drawn at random until one can be used.
         for attempt in range(ATTEMPTS if size > 1 else 1):
             rng = np.random.default_rng([self.seed, EXAMPLE_STREAM, position, attempt])
-            index = self._record_index(position)
-            if attempt:  # any record but the first choice
-                index = (index + 1 + int(rng.integers(size - 1))) % size
+            index = self._record_index(position, shape)
+            if attempt:
+                index = self._substitute(index, attempt, shape, rng)
 
             try:
                 return self._read(index, shape, rng), refused
@@ -173,12 +200,27 @@ class ExampleStream:
                 raise
         return None, refused
 
-    def _record_index(self, position: int) -> int:
+    def _record_index(self, position: int, shape: BatchShape) -> int:
         """Return the record whose turn it is at a global position."""
-        epoch, place = divmod(position, len(self.source))
-        if not self.shuffle:
-            return place
-        return shuffled_index(place, len(self.source), self.seed, epoch)
+        records: Sequence[int] | np.ndarray = range(len(self.source))
+        if self.members:
+            records = self.members[shape]
+            position = self.schedule.position_in_bucket(position)
+
+        epoch, place = divmod(position, len(records))
+        if self.shuffle:
+            place = shuffled_index(place, len(records), self.seed, epoch)
+        return int(records[place])
+
+    def _substitute(
+        self, index: int, attempt: int, shape: BatchShape, rng: np.random.Generator
+    ) -> int:
+        """Return any record but `index`, of the same bucket while that may have another."""
+        records: Sequence[int] | np.ndarray = self.members.get(shape, ())
+        if len(records) <= attempt:
+            records = range(len(self.source))
+        place = bisect.bisect_left(records, index)
+        return int(records[(place + 1 + int(rng.integers(len(records) - 1))) % len(records)])
 
     def _read(self, index: int, shape: BatchShape, rng: np.random.Generator) -> Example:
         """Return record `index` as an example of a shape."""

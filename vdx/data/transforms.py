@@ -4,14 +4,16 @@ There is no horizontal flip: captions say left and right.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 
 from vdx.config.build import ConfigError, check_fields
 from vdx.config.ranges import Count, Index, Positive
-from vdx.data.record import BadRecord, Record
+from vdx.data.record import BadRecord, Record, frame_step
 from vdx.data.resize import resize
 from vdx.data.signals import Clip, read_signals
 
@@ -21,7 +23,7 @@ __all__ = ["ClipSampling", "Tokenize", "to_example"]
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 ROUNDING = 1e-3  # seconds; containers round timestamps by as much
-RATE_SLACK = 1.01  # footage of 23.976 frames per second passes for 24
+RATE_SLACK = 1.01  # uneven footage has a little less than its nominal rate on average
 END_MARGIN = 1e-6  # seconds before the end of a procedural clip, where an instant still exists
 
 
@@ -32,7 +34,8 @@ class ClipSampling:
     num_frames: tuple[Count, ...] | Count  # lengths of clips; each batch has one of them
     # Frames per second of the clip, or several rates, of which each clip draws one. Only rates up
     # to the footage's own are drawn: above it frames would repeat and the motion stutter. Of these,
-    # rates at which the footage fills the clip are preferred.
+    # rates at which the footage fills the clip are preferred. Footage of 23.976 counts as 24: see
+    # `vdx.data.record.frame_step`.
     fps: tuple[Positive, ...] | Positive | None = None
     stride: Count | None = None  # instead of fps: every stride-th frame, whatever the rate
     start: Literal["random", "first", "centre"] = "random"  # place of the clip in the record
@@ -86,54 +89,71 @@ class ClipSampling:
             raise ValueError(f"{record.key} has no frames of its own to stride over: set fps.")
         return self._times_by_stride(record, record.timestamps, self.stride, num_frames, rng)
 
+    def frames_available(self, record: Record) -> int:
+        """Return the length of the longest clip that a record fills, in frames.
+
+        Raises BadRecord if the record is too slow.
+        """
+        stamps = record.timestamps
+        if self.stride is not None and stamps is not None:
+            return (len(stamps) - 1) // self.stride + 1
+        return max(_frames_at(record, rate) for rate in self._possible_rates(record))
+
     def _times_at_rate(
         self, record: Record, num_frames: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, float]:
         """Return the instants and the rate of a clip at one of the rates."""
         stamps = record.timestamps
         fps = self._draw_rate(record, num_frames, rng)
-        span = num_frames / fps
-        times = np.arange(num_frames) / fps
+        available = _frames_at(record, fps)
+        if num_frames > available:
+            self._check_short(record, f"{num_frames / fps:.3g} s", f"{available / fps:.3g} s")
+
+        # Frames of the footage at a fixed step, whatever the rounding of their timestamps.
+        step = _step_of(record, fps)
+        if stamps is not None and step is not None:
+            starts = len(stamps) - math.ceil(num_frames * step) + 1
+            return stamps[self._frames(len(stamps), step, starts, num_frames, rng)], fps
 
         # A record that is shorter than the clip repeats.
-        if span > record.duration + ROUNDING:
-            self._check_short(record, f"{span:.3g} s", f"{record.duration:.3g} s")
+        times = np.arange(num_frames) / fps
+        if num_frames > available:
             if self.short == "loop":
                 return times % record.duration, fps
             last = record.duration - END_MARGIN if stamps is None else stamps[-1]
             return np.minimum(times, last), fps
 
-        # Else the clip starts anywhere in the room that remains.
-        room = max(record.duration - span, 0.0)
+        # Else the clip starts anywhere in the room that remains, on a frame if there are frames.
+        room = max(record.duration - num_frames / fps, 0.0)
         if stamps is None:
             return times + room * self._start_fraction(rng), fps
+        on_frames = stamps[stamps <= room + ROUNDING]
+        return times + on_frames[self._pick_start(len(on_frames), rng)], fps
 
-        # Start on a frame: between two, the rounding of timestamps would make motion judder.
-        starts = stamps[stamps <= room + ROUNDING]
-        return times + starts[self._pick_start(len(starts), rng)], fps
+    def _possible_rates(self, record: Record) -> tuple[float, ...]:
+        """Return the rates that the footage has; above its own, frames would repeat.
+
+        Raises BadRecord if there is none.
+        """
+        if record.timestamps is None or len(record.timestamps) < 2:
+            return self.rates
+        footage_rate = 1 / np.mean(np.diff(record.timestamps))
+        rates = tuple(rate for rate in self.rates if rate <= footage_rate * RATE_SLACK)
+        if not rates:
+            raise BadRecord(
+                record.key,
+                f"too slow: needs {min(self.rates):g} frames per second, has {footage_rate:.4g}",
+            )
+        return rates
 
     def _draw_rate(self, record: Record, num_frames: int, rng: np.random.Generator) -> float:
         """Draw one of the rates that the footage has.
 
         Rates at which the footage fills the clip go first. Raises BadRecord if it has none.
         """
-        rates = self.rates
-        # Above the rate of the footage frames would repeat.
-        if record.timestamps is not None and len(record.timestamps) > 1:
-            footage_rate = 1 / np.mean(np.diff(record.timestamps))
-            rates = tuple(rate for rate in rates if rate <= footage_rate * RATE_SLACK)
-            if not rates:
-                raise BadRecord(
-                    record.key,
-                    f"too slow: needs {min(self.rates):g} frames per second, "
-                    f"has {footage_rate:.4g}",
-                )
-
-        # Preferably a rate at which the footage is long enough.
-        longest = record.duration + ROUNDING
-        filled = tuple(rate for rate in rates if num_frames / rate <= longest)
+        rates = self._possible_rates(record)
+        filled = tuple(rate for rate in rates if num_frames <= _frames_at(record, rate))
         rates = filled or rates
-
         return float(rates[rng.integers(len(rates))])
 
     def _times_by_stride(
@@ -146,22 +166,29 @@ class ClipSampling:
     ) -> tuple[np.ndarray, float]:
         """Return the instants of every stride-th frame, and the mean rate that results."""
         needed = (num_frames - 1) * stride + 1
-        index = np.arange(num_frames) * stride
-        interval = stride * record.duration / len(stamps)  # seconds, the mean over the record
-
-        # A record that is shorter than the clip repeats; a longer one leaves room for the start.
         if needed > len(stamps):
             self._check_short(record, f"{needed} frames", f"{len(stamps)}")
-            if self.short == "loop":
-                index = index % len(stamps)
-            else:
-                index = np.minimum(index, len(stamps) - 1)
-        else:
-            index += self._pick_start(len(stamps) - needed + 1, rng)
-            if num_frames > 1:
-                interval = float(np.mean(np.diff(stamps[index])))
+        starts = len(stamps) - needed + 1
+        index = self._frames(len(stamps), Fraction(stride), starts, num_frames, rng)
 
+        interval = stride * record.duration / len(stamps)  # seconds, the mean over the record
+        if starts > 0 and num_frames > 1:
+            interval = float(np.mean(np.diff(stamps[index])))
         return stamps[index], float(1 / interval)
+
+    def _frames(
+        self, count: int, step: Fraction, starts: int, num_frames: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Return the frames int [t] of a clip, of footage with `count` frames.
+
+        starts: how many frames the clip may start on; without one the footage repeats.
+        """
+        index = np.arange(num_frames) * step.numerator // step.denominator
+        if starts > 0:
+            return index + self._pick_start(starts, rng)
+        if self.short == "loop":
+            return index % count
+        return np.minimum(index, count - 1)
 
     def _check_short(self, record: Record, needs: str, has: str) -> None:
         """Raise BadRecord if a record that is too short is an error."""
@@ -234,6 +261,25 @@ def to_example(
         "key": record.key,
         **read_signals(signals, source),
     }
+
+
+def _frames_at(record: Record, fps: float) -> int:
+    """Return how many frames a clip at `fps` may have, from start to end of a record."""
+    step = _step_of(record, fps)
+    if record.timestamps is None or step is None:
+        return int((record.duration + ROUNDING) * fps)
+    return len(record.timestamps) // step
+
+
+def _step_of(record: Record, fps: float) -> Fraction | None:
+    """Return `frame_step` of a record; None if its last frame stays longer than the others."""
+    stamps = record.timestamps
+    if stamps is None or len(stamps) < 2:
+        return None
+    interval = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    if record.duration - stamps[-1] > 1.5 * interval:
+        return None
+    return frame_step(stamps, fps)
 
 
 def _check_frame(record: Record, frame: np.ndarray) -> None:

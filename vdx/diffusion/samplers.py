@@ -19,7 +19,7 @@ from vdx.config.build import check_fields
 from vdx.config.ranges import Fraction
 from vdx.diffusion.process import FLOOR, Process
 from vdx.diffusion.step_cache import StepCache, StepCacheState
-from vdx.types import Array, PRNGKeyArray
+from vdx.types import Array, Key
 
 StepTable = dict[str, np.ndarray]  # name -> coefficients of all evaluations, [evaluations]
 Row = Mapping[str, Any]  # name -> coefficient of one evaluation, traced
@@ -61,18 +61,18 @@ def sample(
     sampler: Sampler,
     x: Array,
     times: np.ndarray,
-    key: PRNGKeyArray | None = None,
+    keys: Key[Array, "b"] | None = None,
 ) -> Array:
     """Return the video at times[-1] from `x` at times[0], float32 [b t h w c].
 
     denoise(x_t, t [b]) -> prediction of the process's kind. times: concrete floats [n + 1],
-    decreasing, normally from 1 to 0. key: needed by stochastic samplers; evaluation i draws from
-    fold_in(key, i). Raises ValueError for times that do not decrease within [0, 1], a missing
-    key, or a start where the prediction does not determine x0.
+    decreasing, normally from 1 to 0. keys: [b], one a clip, needed by stochastic samplers; see
+    `fresh_noise`. Raises ValueError for times that do not decrease within [0, 1], missing
+    keys, or a start where the prediction does not determine x0.
     """
     table = step_table(process, sampler, times)
     start = sampler.start(x.astype(jnp.float32))
-    return run_steps(denoise, process, sampler, start, table, key).carry[0]
+    return run_steps(denoise, process, sampler, start, table, keys).carry[0]
 
 
 def step_table(process: Process, sampler: Sampler, times: np.ndarray) -> StepTable:
@@ -91,7 +91,7 @@ def run_steps(
     sampler: Sampler,
     carry: Carry,
     table: Mapping[str, np.ndarray | Array],  # a StepTable, or a part of one, traced
-    key: PRNGKeyArray | None = None,
+    keys: Key[Array, "b"] | None = None,  # [b], one a clip; only stochastic samplers need them
     step_cache: StepCache | None = None,
 ) -> Steps:
     """Run some consecutive rows of a step table.
@@ -99,8 +99,8 @@ def run_steps(
     Several networks can take turns over one table. The carry starts as `sampler.start(x)`, and x is
     always its first array. Without `step_cache` every row evaluates the network.
     """
-    if sampler.stochastic and key is None:
-        raise ValueError(f"{sampler} draws noise: pass a key.")
+    if sampler.stochastic and keys is None:
+        raise ValueError(f"{sampler} draws noise: pass a key for each clip.")
     if step_cache is None:
         required = jnp.ones(len(table["t"]), bool)
         cached = None
@@ -123,12 +123,20 @@ def run_steps(
 
         x0, noise = process.to_x0_noise(prediction, x, t)
         fresh = None
-        if sampler.stochastic and key is not None:
-            fresh = jax.random.normal(jax.random.fold_in(key, row["index"]), x.shape)
+        if sampler.stochastic and keys is not None:
+            fresh = fresh_noise(keys, row["index"], x.shape[1:])
         return (sampler.step(carry, x0, noise, row, fresh), cached), evaluated
 
     (carry, _), evaluated = jax.lax.scan(evaluate, (carry, cached), (table, required))
     return Steps(carry, evaluated)
+
+
+def fresh_noise(keys: Key[Array, "b"], index: Array, shape: tuple[int, ...]) -> Array:
+    """Return the noise [b ...] that evaluation `index` [] draws for clips of `shape`.
+
+    Clip i draws from fold_in(keys[i], index), so that it is the same in any batch.
+    """
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
 def clamp_known_frames(

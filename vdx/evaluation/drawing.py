@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.data.record import BadRecord, Record
+from vdx.data.record import BadRecord, Record, clip_times
 from vdx.data.resize import resize
 from vdx.experiment import Experiment
 from vdx.generate.run_pipeline import RunPipeline
@@ -82,7 +82,7 @@ class ClipDrawer:
         if last >= record.duration:
             return None
         try:
-            frames = record.read(self.times)
+            frames = record.read(clip_times(record, self.fps, self.num_frames))
         except BadRecord:
             return None
         return resize(frames, self.experiment.data.height, self.experiment.data.width)

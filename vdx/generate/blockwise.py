@@ -26,7 +26,7 @@ from vdx.models.adapters.lora import Adapted
 from vdx.models.mixers.context import CachePosition
 from vdx.parallel import BATCH
 from vdx.seeds import seed_keys, seed_words
-from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
+from vdx.types import Array, Batch, Key, Params, Ports, PRNGKeyArray
 
 Cache = Any  # a tree of keys and values [layers b t h w n d]
 CACHE = P(None, BATCH, None, None, None, "tensor", None)
@@ -98,7 +98,7 @@ class BlockwiseGenerator(Generator):
         params: Params | Adapted,
         batch: Batch,
         noise: Array,
-        key: PRNGKeyArray,
+        keys: Key[Array, "b"],
         threshold: float | Array | None = None,
     ) -> tuple[Array, Array]:
         """Return (x0 [b t h w c], bool [evaluations]: all were made). Pure.
@@ -125,7 +125,7 @@ class BlockwiseGenerator(Generator):
         def draw_one(cache: Cache, block: tuple[Array, Array]) -> tuple[Cache, Array]:
             index, noise = block
             state = start._replace(cache=cache)
-            x0, cache = self.draw_block(params, state, guidance, index, noise, key, count)
+            x0, cache = self.draw_block(params, state, guidance, index, noise, keys, count)
             return cache, x0
 
         _, clips = jax.lax.scan(draw_one, start.cache, (jnp.arange(count), blocks))
@@ -230,7 +230,7 @@ class BlockwiseGenerator(Generator):
             keys = seed_keys(seeds)
             noise = jax.vmap(self.block_noise, in_axes=(0, None))(keys, index)
             state = ClipState(conditions, cross_kv, cache)
-            x0, cache = self.draw_block(params, state, guidance, index, noise, keys[0], blocks)
+            x0, cache = self.draw_block(params, state, guidance, index, noise, keys, blocks)
             return x0 + self.mean, cache
 
         return jax.jit(
@@ -272,10 +272,13 @@ class BlockwiseGenerator(Generator):
         guidance: Guidance,
         index: Array,
         noise: Array,
-        key: PRNGKeyArray,
+        keys: Key[Array, "b"],
         blocks: int,
     ) -> tuple[Array, Cache]:
-        """Return (x0 [b t h w c] of block number `index`, the cache with it). Pure."""
+        """Return (x0 [b t h w c] of block number `index`, the cache with it). Pure.
+
+        keys: [b], one a clip.
+        """
         position = CachePosition(index * self.network.block(), blocks)
         state = state._replace(conditions=self.block_conditions(state.conditions, index))
 
@@ -285,14 +288,14 @@ class BlockwiseGenerator(Generator):
                 params, x, time, ports, position, cross_kv=state.cross_kv, cache=state.cache
             )
 
-        # Samplers that draw noise have a key of their own for each block.
+        # Samplers that draw noise have a key of their own for each block of each clip.
         carry, _ = run_steps(
             guided_denoiser(network, state.conditions, guidance),
             self.process,
             SAMPLERS[self.sampling.sampler](),
             self.start(noise),
             self.step_table(),
-            jax.random.fold_in(key, index),
+            jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index),
         )
 
         x0 = carry[0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vdx.config.build import ConfigError, lookup
-from vdx.data.record import BadRecord, Record
+from vdx.data.record import NEAR, BadRecord, Record, clip_times
 from vdx.data.resize import resize
 from vdx.data.signals import ACTIONS, Clip, read_signals
 from vdx.data.track_files import TRACK_FILES
@@ -55,7 +55,7 @@ def read_controls(
 
     # Files of tracks, through the functions that read them in training.
     tracks = {
-        name: functools.partial(_read_track, name, value)
+        name: functools.partial(_read_track, name, value, fps)
         for name, value in controls.items()
         if name not in (*KNOWN, *NUMBERS)
     }
@@ -120,13 +120,13 @@ def _known_frames(
     return {"known": known, "known_mask": mask}
 
 
-def _read_track(name: str, value: Any, times: np.ndarray) -> np.ndarray:
+def _read_track(name: str, value: Any, fps: float, times: np.ndarray) -> np.ndarray:
     """Return the entries of a track at `times` [t]; its file has one for each."""
     if name == "actions" and not str(value).endswith(".json"):
         return _parse_actions(str(value), len(times))
 
     def video() -> np.ndarray:
-        return _read_video(name, str(value), times)
+        return _read_video(name, str(value), fps, len(times))
 
     try:
         read = lookup(name, TRACK_FILES, "signals")
@@ -144,13 +144,12 @@ def _parse_actions(names: str, frames: int) -> np.ndarray:
     return np.array(actions, np.int32)
 
 
-def _read_video(name: str, path: str, times: np.ndarray) -> np.ndarray:
-    """Return the frames of a video at `times`, uint8 [t h w 3]."""
+def _read_video(name: str, path: str, fps: float, num_frames: int) -> np.ndarray:
+    """Return the frames of a video for a clip from its start, uint8 [t h w 3]."""
     record = video_record(path, "", lambda: path)
-    step = times[1] - times[0] if len(times) > 1 else 0.0
-    seconds = times[-1] + step
-    if record.duration + TOLERANCE < seconds:
+    seconds = num_frames / fps
+    if record.duration * (1 + NEAR) + TOLERANCE < seconds:
         raise ValueError(
             f"--{name}={path} has {record.duration:.3g} s, and the clip {seconds:.3g} s."
         )
-    return record.read(times)
+    return record.read(clip_times(record, fps, num_frames))

@@ -28,7 +28,7 @@ from vdx.models.conditioning.text_signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
 from vdx.seeds import seed_keys, seed_words
-from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
+from vdx.types import Array, Batch, Key, Params, Ports, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +186,11 @@ class Generator:
             threshold: Array | None,
             shape: tuple[int, ...],
         ) -> tuple[Array, Array]:
-            # One key a clip for its noise; that of the first clip for stochastic samplers.
+            # One key a clip, for its noise and that of stochastic samplers.
+            keys = seed_keys(seeds)
             if noise is None:
-                noise = jax.vmap(lambda key: self.noise(key, shape))(seed_keys(seeds))
-            key = seed_keys(seeds)[0]
-            return self.draw(params, constrain_batch(batch), noise, key, threshold)
+                noise = jax.vmap(lambda key: self.noise(key, shape))(keys)
+            return self.draw(params, constrain_batch(batch), noise, keys, threshold)
 
         return jax.jit(draw, static_argnums=5, out_shardings=replicated)
 
@@ -203,12 +203,13 @@ class Generator:
         params: Params | Adapted,
         batch: Batch,
         noise: Array,
-        key: PRNGKeyArray,
+        keys: Key[Array, "b"],
         threshold: float | Array | None = None,
     ) -> tuple[Array, Array]:
         """Return (x0 [b t h w c], bool [steps]: which evaluations were made). Pure.
 
-        noise: [b t h w c]. threshold: replaces `sampling.cache_threshold`.
+        noise: [b t h w c]. keys: [b], one a clip, of stochastic samplers. threshold: replaces
+        `sampling.cache_threshold`.
         """
         # A given first frame stays as it is, at time 0.
         conditions = dict(batch)
@@ -222,7 +223,7 @@ class Generator:
             )
 
         carry, evaluated = self.run_steps(
-            params, conditions, None, self.start(noise), self.step_table(), key, clamped, threshold
+            params, conditions, None, self.start(noise), self.step_table(), keys, clamped, threshold
         )
 
         # The first array of the carry is the clip [b t h w c].
@@ -257,14 +258,15 @@ class Generator:
         negative: Batch | None,
         carry: Carry,
         table: StepTable,
-        key: PRNGKeyArray,
+        keys: Key[Array, "b"],
         clamped: ClampedFrames | None = None,
         threshold: float | Array | None = None,
     ) -> tuple[Carry, Array]:
         """Return (carry after the steps of `table`, bool [steps]: evaluated). Pure.
 
         The clip is the first array of the carry. Guidance leads from the conditions `negative`
-        to those of `batch`; None: to those of `batch` from the same without their text.
+        to those of `batch`; None: to those of `batch` from the same without their text. keys:
+        [b], one a clip.
         threshold: replaces `sampling.cache_threshold`.
         """
         conditions = self.conditions(params, batch, negative, carry[0].shape)
@@ -290,7 +292,7 @@ class Generator:
             SAMPLERS[self.sampling.sampler](),
             carry,
             table,
-            key,
+            keys,
             self.step_cache(threshold),
         )
 

@@ -242,9 +242,9 @@ class PretrainedGenerator:
             part = {name: values[start:end] for name, values in table.items()}
             for i, rows in enumerate(chunks):
                 begin = time.perf_counter()
-                seed = seed_words([self.request.seeds[rows[0]]])
+                seeds = seed_words(self.request.seeds[row] for row in rows)
                 carries[i], evaluated = jax.block_until_ready(
-                    run_steps(params, conditions(rows), negative, carries[i], part, seed, clamped)
+                    run_steps(params, conditions(rows), negative, carries[i], part, seeds, clamped)
                 )
                 self.log_steps(rows, start, end, len(table["t"]), evaluated, begin)
             start = end
@@ -374,11 +374,11 @@ def _run_steps(
     negative: Batch,
     carry: Carry,
     table: StepTable,
-    seed: Array,
+    seeds: Array,
     clamped: ClampedFrames | None,
 ) -> tuple[Carry, Array]:
-    key = seed_keys(seed)[0]
-    return generator.run_steps(params, batch, negative, carry, table, key, clamped)
+    keys = seed_keys(seeds)
+    return generator.run_steps(params, batch, negative, carry, table, keys, clamped)
 
 
 def given_mask(is_given: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:

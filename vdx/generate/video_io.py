@@ -14,8 +14,8 @@ from PIL import Image
 from vdx.config.build import ConfigError
 from vdx.data.animation import iter_animation
 from vdx.data.images import SUFFIXES
-from vdx.data.record import ROUNDING
-from vdx.data.video_files import open_footage
+from vdx.data.record import ROUNDING, clip_interval
+from vdx.data.video_files import Footage, open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -147,25 +147,27 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
     """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    Times count from the first frame. Ends where the video ends. Of an animated image, whose frames
-    have durations of their own, those that are on the screen at these instants. Decodes no further
-    than the caller iterates, and holds two frames. Raises ValueError as `read_video` does.
+    Near-integer rates give frames in a row (see `vdx.data.record.frame_step`). Times count from the
+    first frame. Ends where the video ends. Of an animated image, whose frames have durations of
+    their own, those that are on the screen at these instants. Decodes no further than the caller
+    iterates, and holds two frames. Raises ValueError as `read_video` does.
     """
     if Path(path).suffix.lower() in SUFFIXES:
         yield from _animation_at(path, fps)
         return
 
+    interval = clip_interval(_open(path).stamps, fps)
     count = 0
     last_second = 0.0
     last_frame = None
     for second, frame in _decode(path):
         # The last frame is the nearest until halfway to this one.
-        while last_frame is not None and count / fps < (last_second + second) / 2:
+        while last_frame is not None and count * interval < (last_second + second) / 2:
             yield last_frame
             count += 1
         last_second = second
         last_frame = frame
-    while last_frame is not None and count / fps < last_second + 0.5 / fps:
+    while last_frame is not None and count < last_second / interval + 0.5:
         yield last_frame
         count += 1
 
@@ -179,6 +181,16 @@ def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         while count / fps < end - ROUNDING:
             yield frame.pixels
             count += 1
+
+
+def _open(path: str | Path) -> Footage:
+    """Open a video. Raises ValueError, naming the file."""
+    try:
+        return open_footage(lambda: str(path))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
+        ) from error
 
 
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:

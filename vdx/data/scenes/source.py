@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
@@ -64,6 +64,7 @@ class Scenes:
     sizes: tuple[Annotated[str, OneOf(lambda: SIZES)], ...] = tuple(SIZES)  # of objects
     max_objects: Literal[1, 2] = 2  # with 2, half of the scenes have two
     duration: Positive = STAY  # seconds of a clip
+    one_shape: ClassVar[bool] = True  # all clips have one size and one duration
 
     def __post_init__(self) -> None:
         """Raise ConfigError for fields that do not fit together."""
