@@ -18,7 +18,8 @@ LEVELS = [
     {"interop", "metrics"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"config", "compilation_cache", "files", "flops", "hardware", "types"},
+    {"programs"},
+    {"config", "compilation_cache", "exits", "files", "flops", "hardware", "output_paths", "types"},
 ]
 # Siblings that must not know one another.
 APART = {

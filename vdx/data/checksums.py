@@ -8,15 +8,15 @@ checksum is compared, and replaced only with --update.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from vdx.data.sources import list_videos, read_metadata
 from vdx.files import append_rows, atomic_write
+from vdx.programs import run_program
 
 __all__ = ["add_checksums"]
 
@@ -91,20 +91,18 @@ def _list_names(names: list[str]) -> str:
     return f"{len(names)} files ({listed})"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(folder: str) -> None:
     """Add checksums to one folder and print how many files were of each kind."""
-    if len(argv) != 2:
-        raise app.UsageError("Give one folder: python -m vdx.data.checksums FOLDER")
-    try:
-        found = add_checksums(Path(argv[1]), FLAGS.update)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-
+    found = add_checksums(Path(folder), FLAGS.update)
     print("; ".join(f"{kind}: {len(names)}" for kind, names in found.items()))
     if found["missing"]:
         print(f"{_list_names(found['missing'])} cannot be read; their rows have no new checksum.")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Define the flags."""
     flags.DEFINE_bool("update", False, "Replace the checksums of files that have changed.")
-    app.run(main)
+
+
+if __name__ == "__main__":
+    run_program(main, define_flags, argument="FOLDER")
