@@ -191,7 +191,11 @@ MISTAKES = [
     (("vdx.sample", RUN, PROMPT, "--out={at}/clip.mp4"), 1, "exists and is not a file"),
     (("vdx.sample", RUN, PROMPT, "--out={at}/file/a.mp4"), 1, "file is a file, not a folder"),
     (("vdx.sample", RUN, PROMPT, "--out=/proc/a.mp4"), 1, "--out=/proc/a.mp4 cannot be written"),
-    (("vdx.sample", RUN, PROMPT, "--out={at}/a.avi"), 1, "in .avi cannot be written; expected .mp4"),
+    (
+        ("vdx.sample", RUN, PROMPT, "--out={at}/a.avi"),
+        1,
+        "in .avi cannot be written; expected .mp4",
+    ),
     (("vdx.sample", RUN, PROMPT, "--out={at}/a.json"), 1, "in .json cannot be written"),
     (("vdx.sample", RUN, PROMPT, "--out={at}/file"), 1, "exists and is not a folder"),
     (("vdx.sample", RUN, PROMPT, "--save_array={at}/a.npz"), 1, "--save_array=.*expected .npy"),
@@ -265,10 +269,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "message"), MISTAKES, ids=lambda v: " ".join(v)[:60] if isinstance(v, tuple) else ""
+    ("command", "code", "message"),
+    MISTAKES,
+    ids=[" ".join([command[0], *command[-1:]]) for command, *_ in MISTAKES],
 )
 def test_a_mistake_ends_in_a_message(command, code, message, at, capsys):
     import re
+
     before = sorted(at.rglob("*"))
     ended = run_here(capsys, *(part.format(at=at) for part in command))
     assert "Traceback" not in ended.err, ended.err

@@ -347,5 +347,7 @@ def load(workdir: Path) -> Experiment:
             "Train first: python -m vdx.main --config=... --workdir=..."
         )
     config = read_json(path)
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{path} is not a config: expected a JSON object with its sections.")
     check_renamed_keys(config, source=str(path))
     return Experiment(config)
