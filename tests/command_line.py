@@ -1,4 +1,4 @@
-"""Programs run in this process as `python -m vdx.NAME` runs them, without its seconds of imports."""
+"""Programs run in this process as `python -m vdx.NAME` runs them, without starting one."""
 
 import os
 import runpy

@@ -1,6 +1,6 @@
 """Mistakes at the command line end in a message: what was given, what was expected, what to do."""
 
-import json
+import re
 
 import pytest
 
@@ -18,7 +18,7 @@ USAGE = 2
 
 CONFIGS = {
     "syntax": "def get_config(:\n",
-    "name": "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDct()\n",
+    "name": "\n\n\ndef get_config():\n    return ConfigDct()\n",
     "import": "\nimport no_such_package\n",
     "relative": "from configs import no_such_config\n",
     "empty": "",
@@ -60,6 +60,8 @@ def at(tmp_path_factory):
     (at / "utf16.txt").write_text("a red circle", "utf-16")
 
     config = resolve(f"{ROOT}/configs/t2v_tiny.py", MICRO)
+    config["eval"] = {"loss": {"every": 3, "clips": 8}}
+    config["data"]["mean"] = 0.0
     for name in ("run", "half_run", "list_run", "typo_run"):
         (at / name).mkdir()
     write_json(at / "run" / "config.json", config)
@@ -224,9 +226,8 @@ MISTAKES = [
     (("vdx.evaluate", "--workdir={at}/none"), 1, "not the workdir of a run"),
     (("vdx.evaluate", "--workdir={at}/file"), 1, "{at}/file"),
     (("vdx.evaluate", "--workdir={at}/half_run"), 1, "config.json cannot be read as JSON"),
-    (("vdx.evaluate", RUN, "--rows=flikcer"), 1, "Did you mean 'flicker'"),
-    (("vdx.evaluate", RUN), 1, "{at}/run"),
-    (("vdx.evaluate", RUN, "--step=3"), 1, "{at}/run"),
+    (("vdx.evaluate", RUN, "--rows=los"), 1, "Did you mean 'loss'"),
+    (("vdx.evaluate", RUN), 1, "No checkpoint in {at}/run"),
     (("vdx.evaluate", RUN, "--step=newest"), 1, "newest"),
     (("vdx.sample", RUN, PROMPT, "--sampler=dpm"), 1, "Did you mean 'ddpm'"),
     (("vdx.sample", RUN, PROMPT, "--timesteps=wan"), 1, "timesteps"),
@@ -274,9 +275,7 @@ MISTAKES = [
     ids=[" ".join([command[0], *command[-1:]]) for command, *_ in MISTAKES],
 )
 def test_a_mistake_ends_in_a_message(command, code, message, at, capsys):
-    import re
 
-    before = sorted(at.rglob("*"))
     ended = run_here(capsys, *(part.format(at=at) for part in command))
     assert "Traceback" not in ended.err, ended.err
     assert ended.code == code, ended.err
