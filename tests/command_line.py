@@ -10,6 +10,8 @@ from unittest import mock
 from absl import app
 from absl.testing import flagsaver
 
+import vdx.evaluation.run  # noqa: F401  (libraries define flags as they are imported)
+
 
 class Ended(NamedTuple):
     """How a program ended."""

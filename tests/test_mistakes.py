@@ -1,11 +1,16 @@
 """Mistakes at the command line end in a message: what was given, what was expected, what to do."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from tests.command_line import run_here
-from tests.micro_run import MICRO, ROOT
+from tests.micro_run import MICRO, ROOT, command
 from vdx.config.loader import resolve
 from vdx.files import write_json
 
@@ -172,24 +177,19 @@ MISTAKES = [
     (("vdx.main", TINY, NEW, "--config.seed.a=1"), 1, "is a value, not a section"),
     (("vdx.main", TINY, NEW, "--config.mesh={{1, 2}}"), 1, "config.mesh is set"),
     (("vdx.main", TINY, NEW, "--config.mesh={{'data': [}}"), 1, "config.mesh = .* is str"),
-    (("vdx.main", TINY, NEW, "--config.mesh.fsdp=3"), 1, "mesh"),
     (("vdx.main", TINY, NEW, "--config.mesh.rows=2"), 1, "Unknown key config.mesh.rows"),
     (("vdx.main", TINY, NEW, "--config.sample.sampler=dpm"), 1, "Did you mean 'ddpm'"),
     (("vdx.main", TINY, NEW, "--config.trainable=(["), 1, "config.trainable"),
     (("vdx.main", TINY, NEW, "--config.data.source.name=video"), 1, "unknown name 'video'"),
     (("vdx.main", TINY, NEW, "--config.data.source={at}"), 1, "config.data.source"),
-    (("vdx.main", TINY, NEW, "--config.data.loader.global_batch=0"), 1, "global_batch"),
     (("vdx.main", FOLDER, NEW, "--config.data.path={at}/none"), 1, "{at}/none"),
     (("vdx.main", FOLDER, NEW, "--config.data.path={at}/empty"), 1, "{at}/empty"),
     (("vdx.main", FOLDER, NEW, "--config.data.path={at}/file"), 1, "{at}/file"),
-    (("vdx.main", TINY, NEW, "--config.init={at}/none"), 1, "{at}/none"),
-    (("vdx.main", TINY, NEW, "--config.resume={at}/empty"), 1, "{at}/empty"),
-    (("vdx.main", TINY, NEW, "--config.weights={at}/weights.safetensors"), 1, "safetensors"),
     # Places to write
     (("vdx.main", TINY, "--workdir={at}/file"), 1, "exists and is not a folder"),
     (("vdx.main", TINY, "--workdir={at}/file/run"), 1, "file is a file, not a folder"),
     (("vdx.main", TINY, "--workdir=/proc/run"), 1, "--workdir=/proc/run cannot be written"),
-    (("vdx.main", TINY, "--workdir={at}/" + "x" * 300), 1, "cannot be written: File name too long"),
+    (("vdx.main", TINY, "--workdir={at}/" + "x" * 300), 1, "File name too long"),
     (("vdx.sample", RUN, PROMPT, "--out={at}/clip.mp4"), 1, "exists and is not a file"),
     (("vdx.sample", RUN, PROMPT, "--out={at}/file/a.mp4"), 1, "file is a file, not a folder"),
     (("vdx.sample", RUN, PROMPT, "--out=/proc/a.mp4"), 1, "--out=/proc/a.mp4 cannot be written"),
@@ -227,17 +227,13 @@ MISTAKES = [
     (("vdx.evaluate", "--workdir={at}/file"), 1, "{at}/file"),
     (("vdx.evaluate", "--workdir={at}/half_run"), 1, "config.json cannot be read as JSON"),
     (("vdx.evaluate", RUN, "--rows=los"), 1, "Did you mean 'loss'"),
-    (("vdx.evaluate", RUN), 1, "No checkpoint in {at}/run"),
-    (("vdx.evaluate", RUN, "--step=newest"), 1, "newest"),
     (("vdx.sample", RUN, PROMPT, "--sampler=dpm"), 1, "Did you mean 'ddpm'"),
     (("vdx.sample", RUN, PROMPT, "--timesteps=wan"), 1, "timesteps"),
     (("vdx.sample", RUN, PROMPT, "--num_frames=7"), 1, "num_frames = 7"),
     (("vdx.sample", RUN, PROMPT, "--image={at}/none.png"), 1, "image"),
     (("vdx.sample", RUN, PROMPT, "--camera={at}/half.json"), 1, "camera"),
     (("vdx.sample", RUN, PROMPT), 1, "{at}/run"),
-    (("vdx.sample", RUN, PROMPT, "--step=7"), 1, "{at}/run"),
     (("vdx.sample", RUN, PROMPT, "--step=bset"), 1, "bset"),
-    (("vdx.sample", RUN, "--calibrate_cache=0.9"), 1, "{at}/run"),
     (("vdx.convert", "--source={at}/none", "--out={at}/o"), 1, "{at}/none"),
     (("vdx.convert", "--source={at}/empty", "--out={at}/o"), 1, "{at}/empty"),
     (("vdx.convert", "--source={at}/model", "--out={at}/o"), 1, "model_index.json"),
@@ -268,12 +264,26 @@ MISTAKES = [
     ),
 ]
 
+# The same where seconds pass before the mistake is found
+SLOW = [
+    (("vdx.main", TINY, NEW, "--config.mesh.fsdp=3"), 1, "mesh"),
+    (("vdx.main", TINY, NEW, "--config.data.loader.global_batch=0"), 1, "global_batch"),
+    (("vdx.main", TINY, NEW, "--config.init={at}/none"), 1, "{at}/none"),
+    (("vdx.main", TINY, NEW, "--config.resume={at}/empty"), 1, "{at}/empty"),
+    (("vdx.main", TINY, NEW, "--config.weights={at}/weights.safetensors"), 1, "safetensors"),
+    (("vdx.evaluate", RUN), 1, "No checkpoint in {at}/run"),
+    (("vdx.evaluate", RUN, "--step=newest"), 1, "newest"),
+    (("vdx.sample", RUN, PROMPT, "--step=7"), 1, "{at}/run"),
+    (("vdx.sample", RUN, "--calibrate_cache=0.9"), 1, "{at}/run"),
+]
 
-@pytest.mark.parametrize(
-    ("command", "code", "message"),
-    MISTAKES,
-    ids=[" ".join([command[0], *command[-1:]]) for command, *_ in MISTAKES],
-)
+
+def name(row):
+    command, *_ = row
+    return " ".join([command[0], *command[-1:]])[:60]
+
+
+@pytest.mark.parametrize(("command", "code", "message"), MISTAKES, ids=map(name, MISTAKES))
 def test_a_mistake_ends_in_a_message(command, code, message, at, capsys):
 
     ended = run_here(capsys, *(part.format(at=at) for part in command))
@@ -282,3 +292,46 @@ def test_a_mistake_ends_in_a_message(command, code, message, at, capsys):
     assert re.search(message.format(at=at), ended.err, re.DOTALL), ended.err
     assert len(ended.err.strip().splitlines()) <= 6, ended.err
     assert ("--help` lists the flags" in ended.err) == (code == USAGE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "code", "message"), SLOW, ids=map(name, SLOW))
+def test_a_mistake_that_is_found_later(command, code, message, at, capsys):
+    test_a_mistake_ends_in_a_message(command, code, message, at, capsys)
+
+
+PROGRAMS = ["main", "sample", "evaluate", "convert", "plan", "reference", "data.checksums"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_has_examples_and_the_programs_own_flags(program, capsys):
+    ended = run_here(capsys, f"vdx.{program}", "--help")
+    assert ended.code == 0 and not ended.err
+    assert f"    python -m vdx.{program}" in ended.out and "--helpfull" in ended.out
+    assert "--verbosity" not in ended.out and len(ended.out.splitlines()) < 110
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    done = command("vdx.reference", "--ouf=x", check=False)
+    assert done.returncode == USAGE and "'ouf'. Did you mean: out" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3 and not done.stdout
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
+def test_launch_scripts_answer_help(script):
+    done = subprocess.run([script, "--help"], text=True, capture_output=True, check=False)
+    assert done.returncode == 0 and f"launch/{script.name}" in done.stdout and not done.stderr
+
+
+def test_interrupt_while_libraries_are_imported():
+    with subprocess.Popen(
+        [sys.executable, "-m", "vdx.reference", "--out=/proc/x.md"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONVERBOSE": ""},
+    ) as process:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.strip() == "vdx: interrupted."

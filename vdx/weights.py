@@ -300,6 +300,7 @@ def open_trained(
         raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")
     abstract = abstract_params(experiment.weights.new_shapes(), mesh)
     best_metric = experiment.training.best_metric
+    number = None if step == "best" else parse_step(step)
     with Checkpoints(workdir, best_metric=best_metric, read_only=True) as checkpoints:
-        number = checkpoints.best_step() if step == "best" else parse_step(step)
+        number = checkpoints.best_step() if step == "best" else number
         return checkpoints.restore_params(abstract, item, number)

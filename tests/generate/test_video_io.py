@@ -15,6 +15,7 @@ from vdx.generate.video_io import (
     read_video,
     to_uint8,
     to_uint8_on_device,
+    write_gif,
     write_video,
     write_webp,
 )
@@ -163,3 +164,25 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
         write_video(tmp_path / f"{number}.mp4", frames, 16.0)
         made.add((tmp_path / f"{number}.mp4").read_bytes())
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("fps", [4.0, 16.0, 24000 / 1001, 50.0])
+def test_gif_has_the_colours_and_the_duration_of_the_clip(fps, tmp_path):
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (200, 3), np.uint8)
+    frames = colours[rng.integers(0, 200, (20, 48, 64))]
+    write_gif(tmp_path / "a.gif", (frame for frame in frames), fps)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.format == "GIF" and gif.n_frames == 20 and gif.info["loop"] == 0
+        milliseconds = 0
+        for number, frame in enumerate(frames):
+            gif.seek(number)
+            milliseconds += gif.info["duration"]
+            shown = np.asarray(gif.convert("RGB"))[::3, ::3]  # enlarged to 144 rows
+            np.testing.assert_array_equal(shown, frame)
+    assert abs(milliseconds - 20_000 / fps) <= 5
+
+
+def test_gif_of_more_frames_than_browsers_show_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at most 50 frames per second, not 60"):
+        write_gif(tmp_path / "a.gif", clip(), 60)
