@@ -1,6 +1,7 @@
 """Programs: which errors are for the user, and what Ctrl-C leaves."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
@@ -31,7 +32,7 @@ def caught(raises) -> BaseException:
         (lambda: fill(int, {}, "section"), False),  # TypeError inside vdx
         (lambda: int("x"), False),  # not raised by vdx
         (lambda: exec("assert False"), False),
-        (lambda: open("/none"), True),
+        (lambda: Path("/none").read_text(), True),
         (lambda: (_ for _ in ()).throw(MemoryError()), True),
         (lambda: (_ for _ in ()).throw(WorkerDied("x")), True),
         (lambda: (_ for _ in ()).throw(ConfigError("x")), True),  # of another process

@@ -10,9 +10,9 @@ __all__ = ["check_output_file", "check_output_folder"]
 
 
 def check_output_file(path: Path, flag: str, suffixes: Collection[str]) -> None:
-    """Raise ConfigError if a file cannot be written; folders above it are made when it is.
+    """Raise ConfigError if a file cannot be written.
 
-    flag: the flag that names the path. suffixes: those that can be written, such as ".mp4".
+    Folders above it need not exist yet. flag: the flag that names the path. suffixes: those that can be written, such as ".mp4".
     """
     if path.suffix.lower() not in suffixes:
         raise ConfigError(
@@ -25,9 +25,9 @@ def check_output_file(path: Path, flag: str, suffixes: Collection[str]) -> None:
 
 
 def check_output_folder(path: Path, flag: str) -> None:
-    """Raise ConfigError if nothing can be written into a folder, which need not exist yet.
+    """Raise ConfigError if nothing can be written into a folder.
 
-    flag: the flag that names the path.
+    It need not exist yet. flag: the flag that names the path.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--{flag}={path} exists and is not a folder; name another one.")
@@ -35,7 +35,7 @@ def check_output_folder(path: Path, flag: str) -> None:
 
 
 def _check_writable(folder: Path, name: str, where: str) -> None:
-    """Write and remove an empty file in a folder, or in the nearest one above it that exists."""
+    """Write and remove an empty file in a folder, or the nearest one above it."""
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -31,7 +31,7 @@ def run_program(
     argument: str | None = None,
     takes_config: bool = False,
 ) -> None:
-    """Run an entry point: parse its flags, call `main`, end with a message for a mistake.
+    """Run an entry point: parse its flags, call `main`, report mistakes.
 
     required: flags without which the program cannot run. argument: the one argument without a
     flag, which `main` receives. takes_config: --config.KEY=VALUE is allowed. --help prints the
@@ -106,7 +106,7 @@ def _check_required(names: Sequence[str]) -> None:
 
 
 def start() -> None:
-    """Find the devices and enable the compilation cache. Raises UsageError without a device."""
+    """Find the devices and enable the compilation cache. Raises UsageError."""
     try:
         jax.devices()
     except RuntimeError as error:
@@ -119,7 +119,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error(command: str) -> Iterator[None]:
-    """End the program with a message, not a stack trace, where a person can mend the cause.
+    """End the program with a message where a person can mend the cause of an error.
 
     command: the program, for the message about wrong flags. Everything else that is raised is a
     bug, and passes.

@@ -111,14 +111,14 @@ def draw() -> None:
 
 
 def check_outputs(out: Path, count: int) -> None:
-    """Raise ConfigError if the clips, their manifest or --save_array cannot be written."""
+    """Raise ConfigError if the clips or the array cannot be written."""
     check_output(out, count)
     if FLAGS.save_array:
         check_output_file(Path(FLAGS.save_array), "save_array", (".npy",))
 
 
 def requested(out: Path) -> tuple[Pipeline[Any], Request]:
-    """Return the pipeline and the request that the flags describe, after a check of `out`."""
+    """Return what the flags describe, after a check of the outputs."""
     options: dict[str, Any] = {}
     if FLAGS.workdir:
         options = {"step": FLAGS.step, "averaged": FLAGS.averaged}

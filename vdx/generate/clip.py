@@ -37,7 +37,7 @@ class Clip:
     manifest: dict[str, Any]  # what made it; see vdx.generate.manifest
 
     def save(self, path: str | Path) -> None:
-        """Write the clip as a row of WRITERS, and its manifest to the same name with .json.
+        """Write the clip in a format of WRITERS, and its manifest next to it as .json.
 
         Of several processes only the first one writes. Raises ConfigError for another suffix.
         """
@@ -88,7 +88,7 @@ def write_clips(
 
 
 def check_output(out: Path, count: int) -> None:
-    """Raise ConfigError if `count` clips and their manifest cannot be written to a path."""
+    """Raise ConfigError if clips and their manifest cannot be written to a path."""
     if not is_clip_file(out):
         check_output_folder(out, "out")
         return
@@ -115,7 +115,7 @@ def is_clip_file(out: Path) -> bool:
 def write_stream(
     clips: Iterable[Pieces], request: Request, weights: Weights | None, out: Path
 ) -> None:
-    """Write clips while they are decoded; an mp4 never has all of its frames in memory.
+    """Write clips while they are decoded; an mp4 is never in memory as a whole.
 
     One prompt: a file of a suffix in WRITERS, and its .json. Several: a folder of clips and its
     manifest.json.

@@ -112,7 +112,7 @@ def check_manifest(manifest: Any, where: str) -> None:
 
 
 def _is_manifest(value: Any) -> bool:
-    """Return whether a JSON value has the parts of a manifest; their keys are checked later."""
+    """Return whether a JSON value has the parts of a manifest, whatever their keys."""
     if not isinstance(value, Mapping) or not {"request", "weights"} <= set(value):
         return False
     if not isinstance(value["weights"], Mapping | None):

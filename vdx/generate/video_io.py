@@ -210,7 +210,7 @@ def write_webp(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> No
 def write_gif(
     path: str | Path, frames: Iterable[np.ndarray], fps: float, min_side: int = 128
 ) -> None:
-    """Write frames as an animated GIF that repeats, each with the 256 colours that suit it best.
+    """Write frames as an animated GIF that repeats, each with 256 colours of its own.
 
     frames: uint8 [t h w 3], or an iterable of [h w 3]; small ones are enlarged as `write_video`
     does. A frame of at most 256 colours is exact. Durations are whole hundredths of a second and
@@ -233,7 +233,7 @@ def write_gif(
 
 
 def _images(frames: Iterable[np.ndarray], fps: float, min_side: int) -> list[Image.Image]:
-    """Return enlarged frames as images. Raises ValueError for other arrays than write_video's."""
+    """Return enlarged frames as images. Raises ValueError as `write_video` does."""
     frames = frames if isinstance(frames, np.ndarray) else np.stack(list(frames))
     _check(frames, fps)
     factor = _enlargement(frames[0], min_side)
