@@ -1,4 +1,4 @@
-"""How programs end: exit codes, last words, and Ctrl-C while libraries are imported.
+"""The ends of programs: exit codes, last words, and Ctrl-C during imports.
 
 The launch scripts start a run again after PREEMPTED and STUCK.
 """
@@ -39,13 +39,13 @@ def exit_now(code: int, message: str) -> NoReturn:
 
 
 def exit_at_interrupts() -> None:
-    """Let Ctrl-C end the program at once; a signal that is ignored stays ignored."""
+    """Let Ctrl-C end the program at once, unless the signal is ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 
 
 def raise_interrupts() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, so that half-written files are removed."""
+    """Let Ctrl-C raise KeyboardInterrupt again, which removes half-written files."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -12,7 +12,8 @@ __all__ = ["check_output_file", "check_output_folder"]
 def check_output_file(path: Path, flag: str, suffixes: Collection[str]) -> None:
     """Raise ConfigError if a file cannot be written.
 
-    Folders above it need not exist yet. flag: the flag that names the path. suffixes: those that can be written, such as ".mp4".
+    Folders above it need not exist yet. flag: the flag that names the path. suffixes: those that
+    can be written, such as ".mp4".
     """
     if path.suffix.lower() not in suffixes:
         raise ConfigError(

@@ -58,7 +58,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def _call_get_config(module: ModuleType, name: str, variant: str) -> ConfigDict:
-    """Return the config of a module. Raises ConfigError for another kind of module."""
+    """Return the config of a module. Raises ConfigError if it has none."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise ConfigError(
@@ -86,7 +86,7 @@ def _place(error: Exception, config: Path) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Return the message of an error; its type too, unless a config has raised it on purpose."""
+    """Return the message of an error, with its type unless it is a ValueError."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}."
     if type(error) is ValueError:
@@ -142,7 +142,7 @@ def resolve(spec: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _to_json(config: ConfigDict, spec: str) -> str:
-    """Return a config as JSON. Raises ConfigError that names a key with another kind of value."""
+    """Return a config as JSON. Raises ConfigError for values of other kinds."""
     for key, value in _leaves(config, "config"):
         try:
             json.dumps(value, cls=CustomJSONEncoder)

@@ -43,7 +43,7 @@ def periodic_tasks(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[P
 
 
 def check_rows(experiment: Experiment, names: Iterable[str]) -> None:
-    """Raise ConfigError for a row that `config.eval` does not turn on, or see make_evaluators."""
+    """Raise ConfigError for a row that is not on, and see make_evaluators."""
     evaluators = make_evaluators(experiment)
     for name in names:
         lookup(name, evaluators, "The rows that config.eval turns on")
