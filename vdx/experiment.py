@@ -31,7 +31,7 @@ from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import LOSS_TERMS, LossTerm
 from vdx.diffusion.process import PROCESSES
 from vdx.diffusion.time_sampling import TIME_SAMPLERS
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.generator import Generator, Sampling
 from vdx.models.adapters.lora import Lora
@@ -312,7 +312,7 @@ def earlier_mean(experiment: Experiment, workdir: Path) -> float | None:
     for folder in folders:
         path = folder / "config.json"
         if path.exists():
-            mean = read_json(path)["data"].get("mean")
+            mean = read_json_object(path)["data"].get("mean")
             if mean is not None:
                 return mean
     return None
@@ -346,8 +346,6 @@ def load(workdir: Path) -> Experiment:
             f"{path} does not exist: {workdir} is not the workdir of a run. "
             "Train first: python -m vdx.main --config=... --workdir=..."
         )
-    config = read_json(path)
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"{path} is not a config: expected a JSON object with its sections.")
+    config = read_json_object(path)
     check_renamed_keys(config, source=str(path))
     return Experiment(config)

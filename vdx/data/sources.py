@@ -23,7 +23,7 @@ from vdx.data.record import BadRecord, Reader, Record, frame_index_at
 from vdx.data.records import check_classes, ready_example
 from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
-from vdx.data.video_files import VIDEOS, Opener, guard, video_record
+from vdx.data.video_files import VIDEOS, Opener, guard, is_video, video_record
 
 __all__ = ["SOURCES", "Records", "VideoEntry", "VideoFolder", "list_videos", "read_metadata"]
 
@@ -179,7 +179,7 @@ def list_videos(root: Path) -> list[VideoEntry]:
     if metadata.exists():
         return [_entry(row) for row in read_metadata(metadata)]
 
-    videos = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEOS)
+    videos = sorted(path for path in root.rglob("*") if is_video(path))
     texts = [path.with_suffix(".txt") for path in videos]
     if not any(text.exists() for text in texts):
         return []

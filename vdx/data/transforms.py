@@ -216,20 +216,29 @@ def to_example(
     cannot be used, and ConfigError for an unknown signal.
     """
     times, fps = clip.times(record, num_frames, rng)
-    frames = record.read(times)  # [t h w 3]
-    _check_frames(record, frames, num_frames)
-    if clip.small == "error":
-        _check_size(record, frames, height, width)
+    size = (height, width)  # of the footage, once a frame is decoded
+
+    def fit(frame: np.ndarray) -> np.ndarray:
+        nonlocal size
+        _check_frame(record, frame)
+        size = frame.shape[:2]
+        if clip.small == "error":
+            _check_size(record, size, height, width)
+        return resize(frame[None], height, width)[0]
+
+    # Frames are resized one by one: a clip of large footage would fill the memory.
+    video = record.read_frames(times, fit)  # [t height width 3]
+    if len(video) != num_frames:
+        raise BadRecord(record.key, f"gave {len(video)} frames, expected {num_frames}")
 
     # The clip itself, and the signals that belong to it.
     text, mask = tokenize(record.caption)
-    video = resize(frames, height, width)  # [t height width 3]
     source = Clip(
         record=record,
         times=times,
         fps=fps,
         video=video,
-        size=frames.shape[1:3],
+        size=size,
         flow_points=clip.flow_points,
         rng=rng,
     )
@@ -244,18 +253,17 @@ def to_example(
     }
 
 
-def _check_frames(record: Record, frames: np.ndarray, num_frames: int) -> None:
-    """Raise BadRecord unless the frames are uint8 [num_frames h w 3]."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (num_frames, 3):
+def _check_frame(record: Record, frame: np.ndarray) -> None:
+    """Raise BadRecord unless a frame is uint8 [h w 3]."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
         raise BadRecord(
-            record.key,
-            f"gave frames {frames.dtype} {frames.shape}, expected uint8 ({num_frames}, h, w, 3)",
+            record.key, f"gave frames {frame.dtype} {frame.shape}, expected uint8 (h, w, 3)"
         )
 
 
-def _check_size(record: Record, frames: np.ndarray, height: int, width: int) -> None:
+def _check_size(record: Record, size: tuple[int, int], height: int, width: int) -> None:
     """Raise BadRecord if the frames are smaller than the clip."""
-    found_height, found_width = frames.shape[1:3]
+    found_height, found_width = size
     if max(height / found_height, width / found_width) > 1:
         raise BadRecord(
             record.key,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vdx.config.build import ConfigError, fill
-from vdx.files import read_json, write_json
+from vdx.files import read_json_object, write_json
 from vdx.generate.generator import Generator
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
@@ -69,7 +69,7 @@ def read_calibration(workdir: Path) -> CacheCalibration:
             f"{workdir} has no {FILE}: find a threshold first, "
             f"python -m vdx.sample --workdir={workdir} --calibrate_cache=0.95"
         )
-    return fill(CacheCalibration, read_json(workdir / FILE), FILE)
+    return fill(CacheCalibration, read_json_object(workdir / FILE), FILE)
 
 
 def relevant_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:

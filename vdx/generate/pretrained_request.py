@@ -10,6 +10,7 @@ import numpy as np
 
 from vdx.config.build import ConfigError, fill
 from vdx.diffusion.timesteps import TIMESTEPS
+from vdx.files import read_npy
 from vdx.generate.generator import Sampling
 from vdx.generate.image_inputs import count_frames, iter_frames
 from vdx.generate.manifest import manifest_request
@@ -229,7 +230,7 @@ def start_noise(request: PretrainedRequest, model: PretrainedModel) -> np.ndarra
         keys = [jax.random.key(seed) for seed in request.seeds]
         return np.stack([jax.random.normal(key, shape) for key in keys])
     try:
-        noise = np.load(request.init_noise, mmap_mode="r", allow_pickle=False)
+        noise = read_npy(request.init_noise)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"init_noise = {request.init_noise} is not a .npy file: {error}."

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from vdx.config.build import ConfigError, nearest
+from vdx.files import FileError, open_regular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,12 @@ def is_file(name: str, value: Any) -> bool:
 def file_digest(name: str, path: str) -> str:
     """Return the SHA-256 of a file. Raises ConfigError that names the flag `name`."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"--{name}={path} cannot be read: {error.strerror}.") from error
+    except FileError as error:
+        raise ConfigError(f"--{name}: {error}") from error
 
 
 def check_settings(

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.video_files import open_video, pixels, seconds_per_tick
+from vdx.data.animation import iter_animation
+from vdx.data.images import SUFFIXES
+from vdx.data.record import ROUNDING
+from vdx.data.video_files import open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -149,9 +152,14 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
     """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    Times count from the first frame. Ends where the video ends. Decodes no further than the caller
-    iterates, and holds two frames. Raises ValueError as `read_video` does.
+    Times count from the first frame. Ends where the video ends. Of an animated image, whose frames
+    have durations of their own, those that are on the screen at these instants. Decodes no further
+    than the caller iterates, and holds two frames. Raises ValueError as `read_video` does.
     """
+    if Path(path).suffix.lower() in SUFFIXES:
+        yield from _animation_at(path, fps)
+        return
+
     count = 0
     last_second = 0.0
     last_frame = None
@@ -167,24 +175,28 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         count += 1
 
 
+def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
+    """Yield the frames of an animated image on the screen at 0, 1/fps, 2/fps, ... seconds."""
+    count = 0
+    end = 0.0
+    for frame in iter_animation(path):
+        end += frame.seconds
+        while count / fps < end - ROUNDING:
+            yield frame.pixels
+            count += 1
+
+
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
-    first = None
+    opener = lambda: str(path)
     try:
-        container, stream = open_video(str(path))
-        with container:
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.pts is None:
-                    raise ValueError("damaged frames")
-                if first is None:
-                    first = frame.pts
-                yield (frame.pts - first) * seconds_per_tick(stream), pixels(frame)
+        footage = open_footage(opener)
+        for number, frame in footage.frames(opener, range(len(footage.stamps))):
+            yield float(footage.stamps[number]), frame
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
-    if first is None:
-        raise ValueError(f"{path} has no frames.")
 
 
 def write_webp(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:

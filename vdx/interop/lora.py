@@ -11,7 +11,6 @@ names. `.alpha` scales by alpha / rank. Without it, or an alpha in the metadata,
 the order of their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -24,7 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vdx.config.build import lookup
-from vdx.files import read_json
+from vdx.files import parse_json, read_json_object
 from vdx.interop.keymap import (
     LINEAR,
     Layout,
@@ -156,14 +155,17 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
     folder = path if path.is_dir() else path.parent
     settings_file = folder / "adapter_config.json"
     if settings_file.is_file() and any(key.startswith("base_model.") for key in source):
-        settings = read_json(settings_file)
+        settings = read_json_object(settings_file)
 
     # The headers that diffusers writes.
     files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
     prefix = f"{part}."
     for file in files:
         metadata = read_file(file).metadata
-        for key, value in json.loads(metadata.get(METADATA, "{}")).items():
+        stored = parse_json(metadata.get(METADATA, "{}"), f"{METADATA} in {file}")
+        if not isinstance(stored, dict):
+            raise WeightsError(f"{METADATA} in {file} is no object.")
+        for key, value in stored.items():
             if key.startswith(prefix):
                 settings[key.removeprefix(prefix)] = value
 
