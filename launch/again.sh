@@ -6,6 +6,7 @@
 # minute. A death by signal (the memory killer, or JAX when a peer has ended) counts as 75.
 # SIGTERM and SIGINT are passed to the command; after them nothing restarts. Exits with the
 # command's code.
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; }
 set -um     # m: a process group for the command, so that Ctrl-C reaches it once, from here
 export PYTHONUNBUFFERED=1     # a death by signal would take the last lines with it
 left=${RESTARTS:-20} pause=1 asked=0 child=

@@ -3,6 +3,7 @@
 #   launch/detached.sh COMMAND...    if one runs already, follows that one
 #   launch/detached.sh               stops it with SIGTERM and waits for its end
 # The output is in /tmp/vdx-UID/log.
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; }
 set -uo pipefail
 at=${TMPDIR:-/tmp}/vdx-$UID        # empty after a reboot, so that it holds no stale process id
 mkdir -p "$at"

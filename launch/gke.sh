@@ -5,6 +5,7 @@
 # IMAGE holds the code (launch/Dockerfile). CLAIM is a volume claim that all pods can write; it is
 # /mnt/shared in them. ACCELERATOR and TOPOLOGY are labels of the node pool, CHIPS is what one of
 # its nodes has. Called again it stops the job, which saves, and starts a new one; --dry-run prints.
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; }
 set -euo pipefail
 dry=
 [[ ${1:-} != --dry-run ]] || { dry=1; shift; }

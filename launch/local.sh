@@ -4,6 +4,7 @@
 # Each process has `devices` CPU devices, or the accelerators that CUDA_VISIBLE_DEVICES lists split
 # between them. Ends with the exit code of the run: 0 done, 1 an error to fix. After 42 (preempted)
 # and 75 (stuck, or a process lost) again.sh restarts all of them.
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; }
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # again.sh calls this script a second time, for one life of all processes.

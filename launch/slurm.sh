@@ -13,6 +13,7 @@
 # From the repository's root, with the environment active; options of sbatch replace those above.
 # 120 s before the time limit the tasks save and end with 42. After 42 and 75 the job is requeued,
 # at most RESTARTS times (20).
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^[^#]/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"; exit 0; }
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a job: sbatch launch/slurm.sh CONFIG WORKDIR}"
 config=${1:?a config, e.g. configs/t2v_base.py} workdir=${2:?a workdir that every node can write}

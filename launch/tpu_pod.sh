@@ -5,6 +5,7 @@
 # as a spot slice with SPOT=1, and waits for it in the queue. The hosts get the code as committed.
 # They keep running when this command is interrupted. Called again it stops them, which saves,
 # sends the current code, and they resume.
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TPU:?the name of the TPU slice}" "${ZONE:?its zone}"

@@ -18,7 +18,19 @@ LEVELS = [
     {"interop", "metrics"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"config", "compilation_cache", "files", "flops", "hardware", "seeds", "text_files", "types"},
+    {"programs"},
+    {
+        "config",
+        "compilation_cache",
+        "exits",
+        "files",
+        "flops",
+        "hardware",
+        "output_paths",
+        "seeds",
+        "text_files",
+        "types",
+    },
 ]
 # Siblings that must not know one another.
 APART = {

@@ -1,5 +1,10 @@
 """The notebooks run from top to bottom at a very small size."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbclient
@@ -9,10 +14,11 @@ import pytest
 from tests.micro_run import MICRO
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, tmp_path, monkeypatch):
     monkeypatch.setenv("VDX_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("VDX_OPTIONS", " ".join(f'"{option}"' for option in MICRO))
@@ -26,3 +32,55 @@ def test_notebook(path, tmp_path, monkeypatch):
     assert "Open" in text and "chance" in text  # trained, evaluated
     videos = sum(o["data"].get("text/html", "").count("<video") for o in outputs if "data" in o)
     assert videos == 4  # two of the sample grid, two that the last cell generates
+
+
+def first_cell(path: Path) -> str:
+    cells = json.loads(path.read_text())["cells"]
+    return "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"])
+
+
+def run_first_cell(path: Path, folder: Path, repository: str) -> subprocess.CompletedProcess:
+    """Run the first cell of a notebook in a folder, without vdx on the path."""
+    return subprocess.run(
+        [sys.executable, "-c", first_cell(path)],
+        cwd=folder,
+        env={**os.environ, "VDX_REPOSITORY": repository, "PYTHONPATH": ""},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository of the files here, to clone without a network."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "vdx").mkdir()
+    shutil.copy(ROOT / "vdx" / "main.py", folder / "vdx")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "."]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_first_cell_clones_where_there_is_no_clone(path, repository, tmp_path):
+    for _ in range(2):  # run again it takes the clone that is there
+        done = run_first_cell(path, tmp_path, f"file://{repository}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"vdx is in {tmp_path / 'vdx'}\n"
+    assert (tmp_path / "vdx" / "configs" / "t2v_tiny.py").exists()
+
+    (tmp_path / "vdx" / "colab").mkdir()
+    inside = run_first_cell(path, tmp_path / "vdx" / "colab", "")
+    assert inside.stdout == f"vdx is in {tmp_path / 'vdx'}\n"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_first_cell_says_what_it_cannot_clone(path, tmp_path):
+    nowhere = run_first_cell(path, tmp_path, f"file://{tmp_path / 'none'}")
+    assert nowhere.returncode == 1 and "does not exist" in nowhere.stderr
+    unset = run_first_cell(path, tmp_path, "")
+    assert unset.returncode == 1 and "set REPOSITORY above" in unset.stderr
+    assert "Traceback" not in nowhere.stderr + unset.stderr

@@ -53,7 +53,7 @@ def test_a_manifest_makes_the_same_clip_again(clip, pipeline, tmp_path):
     again = pipeline.remake(tmp_path / "out.json")
     np.testing.assert_array_equal(again.frames, clip.frames)
     assert again.manifest == clip.manifest
-    with pytest.raises(ConfigError, match=r"out is not the name of an mp4: expected"):
+    with pytest.raises(ConfigError, match=r"out is not the name of a clip: expected"):
         clip.save(tmp_path / "out")
 
 

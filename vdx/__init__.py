@@ -8,7 +8,10 @@ Names are imported when they are first used, so that `import vdx` is cheap.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from vdx.exits import exit_at_interrupts
 
 if TYPE_CHECKING:
     from vdx.generate.clip import Clip as Clip
@@ -24,6 +27,9 @@ _MODULES = {
     "Pipeline": "vdx.generate.pipeline",
     "load": "vdx.load_pipeline",
 }
+
+if sys.argv[:1] == ["-m"]:  # `python -m vdx.NAME` imports this package before the module
+    exit_at_interrupts()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,62 +1,11 @@
-"""Arguments, flags and errors, as all entry points treat them."""
+"""Flags as values: what an entry point's text flags mean."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from vdx.compilation_cache import enable_compilation_cache
-from vdx.config.build import ConfigError
-from vdx.data.pipeline import DataError
-from vdx.data.workers import WorkerDied
-from vdx.interop.keymap import WeightsError
-from vdx.train.checkpoint import CheckpointError
-from vdx.train.loop import BadNumbers
-from vdx.train.preemption import STUCK, WorkdirInUse, exit_now
-
 FLAGS = flags.FLAGS
 MAPS = ("depth", "pose", "flow")  # the dense maps of --control
-
-
-def start(argv: Sequence[str]) -> None:
-    """Refuse stray arguments and enable the compilation cache."""
-    refuse_arguments(argv)
-    enable_compilation_cache()
-
-
-def refuse_arguments(argv: Sequence[str]) -> None:
-    """Raise UsageError for arguments that are no flags."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {list(argv[1:])}; options start with --.")
-
-
-@contextlib.contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the program with a message, not a stack trace, where that is enough."""
-    try:
-        yield
-    except (
-        ConfigError,
-        DataError,
-        WorkerDied,
-        WeightsError,
-        CheckpointError,
-        BadNumbers,
-        WorkdirInUse,
-        OSError,
-    ) as error:
-        # Notes say where the error happened, such as the name of a record.
-        lines = [str(error), *getattr(error, "__notes__", [])]
-
-        if isinstance(error, OSError):
-            lines.append(
-                "Checkpoints saved before are whole: repair the cause, and the same command "
-                "resumes the run."
-            )
-
-        # STUCK has whatever restarts the run start it again.
-        exit_now(STUCK if isinstance(error, WorkerDied) else 1, "\n".join(lines))
 
 
 def given_flags(*names: str) -> dict[str, Any]:

@@ -14,17 +14,19 @@ nothing is rounded, the way back gives every bit, and no host holds more than on
 layer.
 """
 
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from vdx.config.build import ConfigError
+from vdx.files import printable
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import INDEX, PretrainedModel, open_pretrained
+from vdx.interop.save import empty_folder
 from vdx.interop.wan_original import LOCATIONS, open_original
+from vdx.output_paths import check_output_folder
+from vdx.programs import run_program
 
 FLAGS = flags.FLAGS
 PARTS = tuple(part for part in LOCATIONS if part != "transformer")
@@ -45,30 +47,30 @@ def open_source(source: Path, given: Mapping[str, str | Path]) -> PretrainedMode
     return open_pretrained(source)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Convert the model that the flags name. Exits with a message if it cannot be."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    if not FLAGS.source or not FLAGS.out:
-        raise app.UsageError("Give --source and --out.")
+def main() -> None:
+    """Convert the model that the flags name."""
+    started = time.perf_counter()
+    out = Path(FLAGS.out)
+    check_output_folder(out, "out")
+    empty_folder(out)
 
-    start = time.perf_counter()
     locations = {part: getattr(FLAGS, part) for part in PARTS}
     given = {part: location for part, location in locations.items() if location}
-    try:
-        model = open_source(Path(FLAGS.source), given)
-        for name, component in model.components.items():
-            print(f"{name}: {component.size / 1e6:,.1f}M parameters", flush=True)
-        model.save(Path(FLAGS.out), own=FLAGS.to == "vdx")
-    except (ConfigError, WeightsError) as error:
-        sys.exit(f"vdx.convert: {error}")
-    print(f"Wrote {FLAGS.out} ({time.perf_counter() - start:.1f} s)")
+    model = open_source(Path(FLAGS.source), given)
+    for name, component in model.components.items():
+        print(f"{name}: {component.size / 1e6:,.1f}M parameters", flush=True)
+    model.save(out, own=FLAGS.to == "vdx")
+    print(f"Wrote {printable(FLAGS.out)} ({time.perf_counter() - started:.1f} s)")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Define the flags."""
     flags.DEFINE_string("source", None, "A folder, or the file of a transformer.")
     flags.DEFINE_string("out", None, "A new folder.")
     flags.DEFINE_enum("to", "vdx", ["vdx", "diffusers"], "The layout to write.")
     for part in PARTS:
         flags.DEFINE_string(part, None, f"Where the {part} is, if not in --source.")
-    app.run(main)
+
+
+if __name__ == "__main__":
+    run_program(main, define_flags, required=("source", "out"))

@@ -6,28 +6,28 @@ Runs the rows of the config's `eval` section on a run's weights, prints their sc
 `eval.json`, the clips of `eval/` and the report. `--rows=flicker,control` runs only these.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from vdx.compilation_cache import enable_compilation_cache
 from vdx.evaluation.report import write_report
-from vdx.evaluation.run import evaluate_run, format_scores
+from vdx.evaluation.run import check_rows, evaluate_run, format_scores
 from vdx.experiment import load
+from vdx.output_paths import check_output_folder
+from vdx.programs import run_program, start
 from vdx.weights import open_params
 
 FLAGS = flags.FLAGS
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Evaluate the run that the flags name."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}; options start with --.")
-    enable_compilation_cache()
     workdir = Path(FLAGS.workdir)
     experiment = load(workdir)
+    check_output_folder(workdir, "workdir")
+    check_rows(experiment, FLAGS.rows)
+    start()
     mesh = experiment.mesh_spec.make()
     with jax.set_mesh(mesh):
         params, step, _ = open_params(experiment, workdir, mesh, step=FLAGS.step)
@@ -36,9 +36,13 @@ def main(argv: Sequence[str]) -> None:
     print(f"Open {write_report(workdir)}")
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The workdir of a run of vdx.main.", required=True)
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_string("workdir", None, "The workdir of a run of vdx.main.")
     flags.DEFINE_string("step", None, 'A step, or "best"; default: the newest that verifies.')
     flags.DEFINE_list("rows", [], "Rows of config.eval; default: all.")
+
+
+if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    run_program(main, define_flags, required=("workdir",))

@@ -36,8 +36,8 @@ if __name__ == "__main__":
 import contextlib
 import datetime
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,37 +46,56 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 
 import vdx
-from vdx.cli import exit_on_user_error, start
-from vdx.config.loader import is_override, resolve
+from vdx.config.loader import resolve
 from vdx.config.ranges import Count, Index, define_number
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.generate.sample_grid import draw_sample_grid
 from vdx.load_pipeline import params_pipeline
+from vdx.output_paths import check_output_folder
+from vdx.programs import run_program, start
 from vdx.train.config_changes import check_config, list_changes
 from vdx.train.loop import PeriodicTask, TrainedRun, train
 from vdx.train.preemption import PreemptionHandler, exit_if_peer_lost, lock_workdir
 from vdx.types import Params
 
 FLAGS = flags.FLAGS
+SAVED = (
+    "Checkpoints saved before are whole: repair the cause, and the same command resumes the run."
+)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Train as the flags say."""
-    start(argv)
-    if FLAGS.coordinator:
-        jax.distributed.initialize(
-            FLAGS.coordinator,
-            FLAGS.num_processes,
-            FLAGS.process_id,
-            heartbeat_timeout_seconds=FLAGS.heartbeat,
+    workdir = Path(FLAGS.workdir)
+    check_output_folder(workdir, "workdir")
+    config = resolve(FLAGS.config, sys.argv[1:])
+    join_processes()
+    start()
+    with exit_if_peer_lost(), PreemptionHandler() as preemption:
+        run(config, workdir, preemption, FLAGS.allow_config_change)
+
+
+def join_processes() -> None:
+    """Join the other processes of the run, if the flags name any. Raises UsageError."""
+    numbers = (FLAGS.num_processes, FLAGS.process_id)
+    if not FLAGS.coordinator:
+        if numbers != (None, None):
+            raise app.UsageError("--num_processes and --process_id need --coordinator=HOST:PORT.")
+        if FLAGS.distributed:
+            jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
+        return
+
+    if not re.fullmatch(r".+:\d+", FLAGS.coordinator):
+        raise app.UsageError(f"--coordinator={FLAGS.coordinator} is not like host:1234.")
+    if None in numbers or FLAGS.process_id >= FLAGS.num_processes:
+        raise app.UsageError(
+            "--coordinator needs --num_processes=N, and a --process_id from 0 to N - 1."
         )
-    elif FLAGS.distributed:
-        jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
-    with exit_on_user_error(), exit_if_peer_lost(), PreemptionHandler() as preemption:
-        config = resolve(FLAGS.config, sys.argv[1:])
-        run(config, Path(FLAGS.workdir), preemption, FLAGS.allow_config_change)
+    jax.distributed.initialize(
+        FLAGS.coordinator, *numbers, heartbeat_timeout_seconds=FLAGS.heartbeat
+    )
 
 
 def run(
@@ -93,8 +112,12 @@ def run(
         if changes and primary:
             print(f"{workdir} continues with another config:{list_changes(changes)}")
         mesh = experiment.mesh_spec.make()
-        with jax.set_mesh(mesh):
-            done = train_and_evaluate(experiment, workdir, mesh, preemption)
+        try:
+            with jax.set_mesh(mesh):
+                done = train_and_evaluate(experiment, workdir, mesh, preemption)
+        except OSError as error:
+            error.add_note(SAVED)
+            raise
         if primary:
             page = write_report(workdir)
             print(f"Trained {int(done.state.step)} steps in {done.seconds:.0f} s. Open {page}")
@@ -165,16 +188,14 @@ def commit_of_code() -> str | None:
     return done.stdout.strip() or None
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Define the flags."""
     flags.DEFINE_string(
         "config",
         None,
         "The experiment, e.g. configs/t2v_tiny.py. Set any of its values: --config.train.steps=100",
-        required=True,
     )
-    flags.DEFINE_string(
-        "workdir", None, "The folder of checkpoints, logs and the report.", required=True
-    )
+    flags.DEFINE_string("workdir", None, "The folder of checkpoints, logs and the report.")
     flags.DEFINE_bool(
         "allow_config_change",
         False,
@@ -196,5 +217,8 @@ if __name__ == "__main__":
         Count,
         "Seconds after which a silent process counts as dead, and the others end.",
     )
+
+
+if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))
+    run_program(main, define_flags, required=("config", "workdir"), takes_config=True)

@@ -34,22 +34,23 @@ if __name__ == "__main__":
     prepare_compiler()  # before jax is imported
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 
-from vdx.cli import exit_on_user_error, parse_mesh, refuse_arguments
+from vdx.cli import parse_mesh
 from vdx.config.build import lookup
-from vdx.config.loader import is_override, resolve
+from vdx.config.loader import resolve
 from vdx.config.ranges import Count, NonNegative, define_number
 from vdx.experiment import Experiment
 from vdx.files import write_json
+from vdx.output_paths import check_output_file
 from vdx.planning.job import Job, Slice, complete_shapes
 from vdx.planning.planner import plan_job
 from vdx.planning.programs import PROGRAMS
 from vdx.planning.search import search
 from vdx.planning.table import ranking, table
+from vdx.programs import run_program
 
 FLAGS = flags.FLAGS
 
@@ -76,13 +77,15 @@ def job_from_flags() -> Job:
     return Job(experiment, FLAGS.what, clip, text)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Plan, print, and write the plan if --out is given."""
-    refuse_arguments(argv)
-    with exit_on_user_error():
-        job = job_from_flags()
-        slice_ = Slice(FLAGS.topology)
-        plans = search(job, slice_, FLAGS.most) if FLAGS.search else [plan_job(job, slice_)]
+    if FLAGS["most"].present and not FLAGS.search:
+        raise app.UsageError("--most is the number of variants of --search: give both.")
+    if FLAGS.out:
+        check_output_file(Path(FLAGS.out), "out", (".json",))
+    job = job_from_flags()
+    slice_ = Slice(FLAGS.topology)
+    plans = search(job, slice_, FLAGS.most) if FLAGS.search else [plan_job(job, slice_)]
 
     for plan in plans[:1]:
         print(table(plan, job.experiment.training.steps, FLAGS.price))
@@ -93,16 +96,14 @@ def main(argv: Sequence[str]) -> None:
         write_json(Path(FLAGS.out), rows if FLAGS.search else rows[0])
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Define the flags."""
     flags.DEFINE_string(
         "config",
         None,
         "The experiment, as for vdx.main, with any --config.KEY=VALUE.",
-        required=True,
     )
-    flags.DEFINE_string(
-        "topology", None, "Chips: v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8, ...", required=True
-    )
+    flags.DEFINE_string("topology", None, "Chips: v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8, ...")
     flags.DEFINE_string(
         "mesh", None, "Devices along the axes, such as fsdp=8,tensor=2; default: config.mesh."
     )
@@ -118,5 +119,8 @@ if __name__ == "__main__":
     define_number("most", 8, Count, "With --search: the number of variants that are planned.")
     define_number("price", None, NonNegative, "US dollars a chip-hour.")
     flags.DEFINE_string("out", None, "Write the plan to this .json file.")
+
+
+if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))
+    run_program(main, define_flags, required=("config", "topology"), takes_config=True)

@@ -5,12 +5,10 @@
 The text is generated from the classes that configs fill, so it cannot differ from the code.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from vdx.cli import refuse_arguments
 from vdx.config.reference import Section, render
 from vdx.config.sections import DataSection, ExperimentSections, ModelSection, TrainSection
 from vdx.data.pipeline import Loader
@@ -26,7 +24,9 @@ from vdx.models.conditioning.table import SIGNALS
 from vdx.models.denoiser import BACKBONES
 from vdx.models.encoders.text import ENCODERS, FROZEN
 from vdx.models.mixers.table import MIXERS
+from vdx.output_paths import check_output_file
 from vdx.parallel import MeshSpec
+from vdx.programs import run_program
 from vdx.train.optim import Optimizer
 
 FLAGS = flags.FLAGS
@@ -79,14 +79,18 @@ SECTIONS = [
 ]
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Write the reference to --out."""
-    refuse_arguments(argv)
     path = Path(FLAGS.out)
+    check_output_file(path, "out", (".md",))
     path.write_text(render(TITLE, SECTIONS), encoding="utf-8")
     print(f"Wrote {path}")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Define the flags."""
     flags.DEFINE_string("out", "docs/config.md", "The Markdown file to write.")
-    app.run(main)
+
+
+if __name__ == "__main__":
+    run_program(main, define_flags)

@@ -1,8 +1,11 @@
 """Generate clips from the command line.
 
     python -m vdx.sample --workdir=runs/tiny --prompt="a red circle moves right" --out=out.mp4
+    python -m vdx.sample --workdir=runs/tiny --prompts_file=prompts.txt --out=clips
+    python -m vdx.sample --workdir=runs/tiny --from_manifest=out.json --out=again.mp4
+    python -m vdx.sample --weights=FOLDER --prompt="a cat walks in the rain" --out=cat.gif
 
-With pretrained weights (docs/weights.md), --weights=FOLDER takes the place of --workdir.
+--weights is a folder of pretrained weights (docs/weights.md).
 
 A JSON manifest next to the mp4 holds everything that went into it: `--from_manifest=out.json`
 makes the same clip again, bit for bit on the same machine. `--prompts_file` has one prompt a line,
@@ -10,7 +13,7 @@ and --out is then a folder. `vdx.load` does the same from Python.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,17 @@ from vdx.config.ranges import Count, Fraction, NonNegative, Positive, Seed, defi
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.diffusion.timesteps import TIMESTEPS
 from vdx.experiment import load as load_experiment
+from vdx.files import atomic_write, printable
 from vdx.generate.cache_calibration import FILE as CALIBRATION
-from vdx.generate.clip import Pieces, check_output, join_pieces, write_stream
+from vdx.generate.clip import Pieces, check_output, check_rate, join_pieces, write_stream
 from vdx.generate.manifest import read_manifest
 from vdx.generate.pipeline import Pipeline
 from vdx.generate.pretrained_request import LORAS
 from vdx.generate.request import Request
 from vdx.generate.run_pipeline import RunPipeline
 from vdx.load_pipeline import load, load_for_manifest
+from vdx.output_paths import check_output_file, check_output_folder
+from vdx.programs import run_program, start
 from vdx.text_files import read_lines
 
 FLAGS = flags.FLAGS
@@ -42,40 +48,51 @@ PRETRAINED = ("negative_prompt", "control_mask", "init_noise", "height", "width"
 # Flags of --workdir alone, and of --weights alone.
 RUN_ONLY = ("step", "averaged", "signal_guidance", "calibrate_cache", "step_cache", *SIGNALS)
 WEIGHTS_ONLY = (*PRETRAINED, *LORAS, "dtype", "mesh")
+# Flags of what a manifest holds; files and the mesh may be elsewhere than they were.
+IN_MANIFEST = (
+    *("prompt", "prompts_file", "seed", "step", "averaged", "dtype", *SAMPLING, "height", "width"),
+    *("guidance", "signal_guidance", "negative_prompt", "motion", "calibrate_cache", "step_cache"),
+)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Draw the clips that the flags describe, or calibrate the step cache of a run."""
-    cli.start(argv)
     check_flags()
-    with cli.exit_on_user_error():
-        if FLAGS.calibrate_cache is not None:
-            calibrate_cache()
-        else:
-            draw()
+    start()
+    if FLAGS.calibrate_cache is not None:
+        calibrate_cache()
+    else:
+        draw()
 
 
 def check_flags() -> None:
     """Raise UsageError for flags that exclude each other."""
     # Also with a manifest, which never chooses a folder: one from elsewhere could name any.
-    if (FLAGS.workdir is None) == (FLAGS.weights is None):
+    if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise app.UsageError(
             "Give --workdir, the workdir of a run of vdx.main, or --weights, a "
             "folder of pretrained weights."
         )
     kind, others = ("workdir", WEIGHTS_ONLY) if FLAGS.workdir else ("weights", RUN_ONLY)
-    wrong = [name for name in others if FLAGS[name].present]
-    if wrong:
-        raise app.UsageError(f"--{', --'.join(wrong)}: not with --{kind}.")
-    if FLAGS.from_manifest and FLAGS.step_cache:
-        raise app.UsageError("--step_cache: a manifest has the threshold that it was drawn with.")
+    refuse(others, f"not with --{kind}")
+    if FLAGS.from_manifest:
+        refuse(IN_MANIFEST, "a manifest has them, and makes the same clips again")
+    if FLAGS.calibrate_cache is not None:
+        refuse(("out", "save_array", "step_cache"), "not with --calibrate_cache, which draws none")
+
+
+def refuse(names: Iterable[str], reason: str) -> None:
+    """Raise UsageError if any of these flags is given."""
+    given = [name for name in names if FLAGS[name].present]
+    if given:
+        raise app.UsageError(f"--{', --'.join(given)}: {reason}.")
 
 
 def draw() -> None:
     """Draw the clips and write them with their manifest."""
-    pipeline, request = restored() if FLAGS.from_manifest else requested()
     out = Path(FLAGS.out)
-    check_output(request, out)
+    pipeline, request = restored(out) if FLAGS.from_manifest else requested(out)
+    check_rate(out, request.fps)
     if FLAGS.step_cache and isinstance(pipeline, RunPipeline):
         request = pipeline.with_calibrated_cache(request)
 
@@ -89,26 +106,37 @@ def draw() -> None:
         return
     write_stream(clips, request, pipeline.weights(), out)
     if FLAGS.save_array:
-        np.save(FLAGS.save_array, np.stack(arrays))
-    print(f"Wrote {FLAGS.out}")
+        with atomic_write(FLAGS.save_array) as part:
+            np.save(part, np.stack(arrays))
+    print(f"Wrote {printable(FLAGS.out)}")
 
 
-def requested() -> tuple[Pipeline[Any], Request]:
-    """Return the pipeline and the request that the flags describe."""
+def check_outputs(out: Path, count: int) -> None:
+    """Raise ConfigError if the clips or the array cannot be written."""
+    check_output(out, count)
+    if FLAGS.save_array:
+        check_output_file(Path(FLAGS.save_array), "save_array", (".npy",))
+
+
+def requested(out: Path) -> tuple[Pipeline[Any], Request]:
+    """Return what the flags describe, after a check of the outputs."""
     options: dict[str, Any] = {}
     if FLAGS.workdir:
         options = {"step": FLAGS.step, "averaged": FLAGS.averaged}
     else:
         options = {"dtype": FLAGS.dtype, "mesh": cli.parse_mesh(FLAGS.mesh), "log": log()}
     prompts = read_prompts()
+    given = settings()
+    check_outputs(out, len(prompts))
     pipeline = load(FLAGS.workdir or FLAGS.weights, **options)
     check_kind(pipeline)
-    return pipeline, pipeline.request(prompts, seed=FLAGS.seed, **settings())
+    return pipeline, pipeline.request(prompts, seed=FLAGS.seed, **given)
 
 
-def restored() -> tuple[Pipeline[Any], Request]:
+def restored(out: Path) -> tuple[Pipeline[Any], Request]:
     """Return the pipeline and the request of a manifest; flags name moved files."""
     manifest = read_manifest(FLAGS.from_manifest)
+    check_outputs(out, len(manifest["request"]["prompts"]))
     mesh = cli.parse_mesh(FLAGS.mesh)
     pipeline = load_for_manifest(FLAGS.workdir or FLAGS.weights, manifest, mesh, log())
     check_kind(pipeline)
@@ -146,6 +174,8 @@ def read_prompts() -> list[str]:
     if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
         raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
     if FLAGS.prompt is not None:
+        if not FLAGS.prompt.strip():
+            raise app.UsageError("--prompt is empty: write what the clip shows.")
         return [FLAGS.prompt]
     try:
         lines = [line.strip() for line in read_lines(FLAGS.prompts_file)]
@@ -172,6 +202,7 @@ def log() -> Callable[[str], None]:
 def calibrate_cache() -> None:
     """Find the threshold of the step cache of a run, and write it into the workdir."""
     workdir = Path(FLAGS.workdir)
+    check_output_folder(workdir, "workdir")
     if FLAGS.prompt or FLAGS.prompts_file:
         prompts = read_prompts()
     else:
@@ -195,7 +226,7 @@ def define_flags() -> None:
     text("from_manifest", None, "Make the clips of this manifest again.")
     text("step", None, 'A step, or "best"; default: the newest that verifies.')
     flags.DEFINE_bool("averaged", True, "The averaged weights, or those of the step itself.")
-    text("out", "out.mp4", "An mp4, or a folder for several prompts.")
+    text("out", "out.mp4", "An mp4, GIF or WebP, or a folder for several prompts.")
     text("save_array", None, "Also save float32 [n t h w c] in [-1, 1] as .npy.")
     types = ["float32", "bfloat16"]
     flags.DEFINE_enum("dtype", None, types, "Default: float32 on a CPU, else bfloat16.")
@@ -252,6 +283,5 @@ def define_condition_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    run_program(main, define_flags)

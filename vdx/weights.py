@@ -278,6 +278,13 @@ def open_params(
     return OpenedParams(params, number, digest([identity, base]))
 
 
+def parse_step(step: int | str | None) -> int | None:
+    """Return the number of a step. Raises CheckpointError for other text."""
+    if step is None or str(step).isdecimal():
+        return None if step is None else int(step)
+    raise CheckpointError(f"step = {step!r} is neither the number of a step nor 'best'.")
+
+
 def open_trained(
     experiment: TrainedExperiment,
     workdir: Path,
@@ -294,6 +301,7 @@ def open_trained(
         raise CheckpointError(f"The weights of a step are 'ema' or 'params', not {item!r}.")
     abstract = abstract_params(experiment.weights.new_shapes(), mesh)
     best_metric = experiment.training.best_metric
+    number = None if step == "best" else parse_step(step)
     with Checkpoints(workdir, best_metric=best_metric, read_only=True) as checkpoints:
-        number = checkpoints.best_step() if step == "best" else step
-        return checkpoints.restore_params(abstract, item, None if number is None else int(number))
+        number = checkpoints.best_step() if step == "best" else number
+        return checkpoints.restore_params(abstract, item, number)

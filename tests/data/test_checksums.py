@@ -96,4 +96,4 @@ def test_the_command(folder):
     assert refused.returncode == 1 and "a.mp4) changed" in refused.stderr
     accepted = run(folder, "--update").stdout
     assert "changed: 1; missing: 1" in accepted and "sub/b.mp4) cannot be read" in accepted
-    assert run(folder / "nowhere").returncode == 1 and run().returncode == 1
+    assert run(folder / "nowhere").returncode == 1 and run().returncode == 2

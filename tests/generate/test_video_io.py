@@ -17,6 +17,7 @@ from vdx.generate.video_io import (
     read_video,
     to_uint8,
     to_uint8_on_device,
+    write_gif,
     write_video,
     write_webp,
 )
@@ -199,3 +200,25 @@ def test_other_rates_keep_their_times(film):
     assert len(frames) == 496 and steps(frames) == {1, 2}
     with pytest.raises(ValueError, match=r"has 22.5 s, and the clip 22\.6 s"):
         _read_video("depth", film, 22.0, 498)
+
+
+@pytest.mark.parametrize("fps", [4.0, 16.0, 24000 / 1001, 50.0])
+def test_gif_has_the_colours_and_the_duration_of_the_clip(fps, tmp_path):
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (200, 3), np.uint8)
+    frames = colours[rng.integers(0, 200, (20, 48, 64))]
+    write_gif(tmp_path / "a.gif", (frame for frame in frames), fps)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.format == "GIF" and gif.n_frames == 20 and gif.info["loop"] == 0
+        milliseconds = 0
+        for number, frame in enumerate(frames):
+            gif.seek(number)
+            milliseconds += gif.info["duration"]
+            shown = np.asarray(gif.convert("RGB"))[::3, ::3]  # enlarged to 144 rows
+            np.testing.assert_array_equal(shown, frame)
+    assert abs(milliseconds - 20_000 / fps) <= 5
+
+
+def test_gif_of_more_frames_than_browsers_show_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at most 50 frames per second, not 60"):
+        write_gif(tmp_path / "a.gif", clip(), 60)

@@ -8,16 +8,16 @@ checksum is compared, and replaced only with --update.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from vdx.data.folders import NO_CAPTION, list_videos, names_on_disk, stored_name
 from vdx.data.metadata import read_metadata
 from vdx.files import append_rows, atomic_write, open_regular, printable, warn_once
+from vdx.programs import run_program
 from vdx.text_files import MAX_CAPTION_BYTES, read_text
 
 __all__ = ["add_checksums"]
@@ -95,21 +95,19 @@ def _list_names(names: list[str]) -> str:
     return f"{len(names)} files ({listed})"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(folder: str) -> None:
     """Add checksums to one folder and print how many files were of each kind."""
-    if len(argv) != 2:
-        raise app.UsageError("Give one folder: python -m vdx.data.checksums FOLDER")
-    try:
-        found = add_checksums(Path(argv[1]), FLAGS.update)
-    except (ValueError, OSError) as error:
-        raise SystemExit(printable(str(error))) from None
-
+    found = add_checksums(Path(folder), FLAGS.update)
     print("; ".join(f"{kind}: {len(names)}" for kind, names in found.items()))
     if found["missing"]:
         names = printable(_list_names(found["missing"]))
         print(f"{names} cannot be read; their rows have no new checksum.")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Define the flags."""
     flags.DEFINE_bool("update", False, "Replace the checksums of files that have changed.")
-    app.run(main)
+
+
+if __name__ == "__main__":
+    run_program(main, define_flags, argument="FOLDER")

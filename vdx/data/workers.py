@@ -23,6 +23,8 @@ from typing import TypeVar
 import grain
 from absl import flags
 
+from vdx.exits import STUCK
+
 __all__ = ["WorkerDied", "close", "died", "dump_workers", "kill_workers", "with_workers"]
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ _open: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()  # readers to 
 
 class WorkerDied(RuntimeError):
     """The death of a process that reads data; next() begins the same batch again."""
+
+    exit_code = STUCK  # whatever restarts the run starts it again
 
 
 def with_workers(

@@ -17,7 +17,7 @@ from vdx.files import read_json, write_json
 from vdx.train.loop import PeriodicTask
 from vdx.types import Params
 
-__all__ = ["evaluate_run", "format_scores", "periodic_tasks", "rows_at_end"]
+__all__ = ["check_rows", "evaluate_run", "format_scores", "periodic_tasks", "rows_at_end"]
 
 
 def rows_at_end(experiment: Experiment) -> list[str]:
@@ -42,6 +42,13 @@ def periodic_tasks(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[P
     return tuple(tasks)
 
 
+def check_rows(experiment: Experiment, names: Iterable[str]) -> None:
+    """Raise ConfigError for a row that is not on, and see make_evaluators."""
+    evaluators = make_evaluators(experiment)
+    for name in names:
+        lookup(name, evaluators, "The rows that config.eval turns on")
+
+
 def evaluate_run(
     experiment: Experiment,
     params: Params,
@@ -59,8 +66,7 @@ def evaluate_run(
     """
     evaluators = make_evaluators(experiment)
     chosen = list(evaluators) if rows is None else list(rows)
-    for name in chosen:
-        lookup(name, evaluators, "The rows that config.eval turns on")
+    check_rows(experiment, chosen)
 
     # Scores are written after each row, so that an error in a later row loses none.
     context = EvaluationContext(experiment, workdir, jax.sharding.get_mesh())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,22 @@ from vdx.config.build import ConfigError
 from vdx.files import write_json
 from vdx.generate.manifest import Weights, make_manifest
 from vdx.generate.request import Request
-from vdx.generate.video_io import check_finite, to_uint8, write_video
+from vdx.generate.video_io import (
+    MAX_GIF_FPS,
+    check_finite,
+    to_uint8,
+    write_gif,
+    write_video,
+    write_webp,
+)
+from vdx.output_paths import check_output_file, check_output_folder
 
+# Suffix of a file -> what writes a clip into it.
+WRITERS: dict[str, Callable[[Path, Iterable[np.ndarray], float], None]] = {
+    ".mp4": write_video,
+    ".gif": write_gif,
+    ".webp": write_webp,
+}
 # The frames of a clip in pieces [t h w 3], uint8 or float32 in [-1, 1].
 Pieces = Iterable[np.ndarray]
 
@@ -30,15 +44,18 @@ class Clip:
     manifest: dict[str, Any]  # what made it; see vdx.generate.manifest
 
     def save(self, path: str | Path) -> None:
-        """Write the clip as an mp4, and its manifest to the same name with .json.
+        """Write the clip in a format of WRITERS, and its manifest next to it as .json.
 
         Of several processes only the first one writes. Raises ConfigError for another suffix.
         """
         path = Path(path)
-        if path.suffix != ".mp4":
-            raise ConfigError(f"{path} is not the name of an mp4: expected a name such as out.mp4.")
+        if path.suffix.lower() not in WRITERS:
+            raise ConfigError(
+                f"{path} is not the name of a clip: expected a name such as out.mp4, with one of "
+                f"{', '.join(WRITERS)}."
+            )
         if jax.process_index() == 0:
-            write_video(path, self.frames, self.fps)
+            write_clip(path, self.frames, self.fps)
             write_json(path.with_suffix(".json"), self.manifest)
 
 
@@ -54,6 +71,11 @@ def iter_uint8_frames(pieces: Pieces) -> Iterator[np.ndarray]:
             check_finite(np.isfinite(piece))
             piece = to_uint8(piece)
         yield from piece
+
+
+def write_clip(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Write frames, uint8 [h w 3] each, in the format of the suffix, a row of WRITERS."""
+    WRITERS[path.suffix.lower()](path, frames, fps)
 
 
 def write_clips(
@@ -75,18 +97,38 @@ def write_clips(
     return written
 
 
-def check_output(request: Request, out: Path) -> None:
-    """Raise ConfigError for several clips that should go into one file."""
-    if len(request.prompts) > 1 and out.suffix:
-        raise ConfigError(f"{len(request.prompts)} prompts need a folder: --out={out.stem}")
+def check_output(out: Path, count: int) -> None:
+    """Raise ConfigError if clips and their manifest cannot be written to a path."""
+    if not is_clip_file(out):
+        check_output_folder(out, "out")
+        return
+    if count > 1:
+        raise ConfigError(f"{count} prompts need a folder: --out={out.with_suffix('')}")
+    check_output_file(out, "out", WRITERS)
+    check_output_file(out.with_suffix(".json"), "out", (".json",))
+
+
+def check_rate(out: Path, fps: float) -> None:
+    """Raise ConfigError for more frames per second than the format of a path shows."""
+    if is_clip_file(out) and out.suffix.lower() == ".gif" and fps > MAX_GIF_FPS:
+        raise ConfigError(
+            f"A GIF shows at most {MAX_GIF_FPS} frames per second, and the clip has {fps:g}: "
+            f"--out={out.with_suffix('.mp4')}."
+        )
+
+
+def is_clip_file(out: Path) -> bool:
+    """Return whether clips go into a file of this name, not into a folder."""
+    return bool(out.suffix) and not (out.is_dir() and out.suffix.lower() not in WRITERS)
 
 
 def write_stream(
     clips: Iterable[Pieces], request: Request, weights: Weights | None, out: Path
 ) -> None:
-    """Write clips while they are decoded; memory never holds a whole clip.
+    """Write clips while they are decoded; an mp4 is never in memory as a whole.
 
-    One prompt: out.mp4 and out.json. Several: a folder of clips and its manifest.json.
+    One prompt: a file of a suffix in WRITERS, and its .json. Several: a folder of clips and its
+    manifest.json.
     """
     digest = hashlib.sha256()  # of all frames, in the order of the prompts
 
@@ -97,8 +139,8 @@ def write_stream(
 
     # Nothing is decoded before a writer reads its frames.
     videos = (hashed(pieces) for pieces in clips)
-    if len(request.prompts) == 1 and out.suffix:
-        write_video(out, next(videos), request.fps)
+    if is_clip_file(out):
+        write_clip(out, next(videos), request.fps)
         path = out.with_suffix(".json")
         more = {}
     else:

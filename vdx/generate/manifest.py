@@ -103,17 +103,38 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 def check_manifest(manifest: Any, where: str) -> None:
     """Raise ConfigError for a value that is no manifest, or has a renamed key."""
-    if not isinstance(manifest, Mapping) or not {"request", "weights"} <= set(manifest):
+    if not _is_manifest(manifest):
         raise ConfigError(
             f"{where} is not a manifest of vdx.sample: expected a JSON object with the keys "
-            "request and weights."
+            "request, which has a list of prompts, and weights."
         )
     check_renamed_keys(manifest["request"], RENAMED, "request", where)
 
 
+def _is_manifest(value: Any) -> bool:
+    """Return whether a JSON value has the parts of a manifest, whatever their keys."""
+    if not isinstance(value, Mapping) or not {"request", "weights"} <= set(value):
+        return False
+    if not isinstance(value["weights"], Mapping | None):
+        return False
+    request = value["request"]
+    prompts = request.get("prompts") if isinstance(request, Mapping) else None
+    if not isinstance(prompts, list | tuple) or not prompts:
+        return False
+    return value.get("index", 0) in range(len(prompts))
+
+
 def manifest_request(manifest: Mapping[str, Any], kind: type[R]) -> R:
-    """Return the request of a manifest. Raises ConfigError for keys that `kind` lacks."""
-    return fill(kind, manifest["request"], "manifest.request")
+    """Return the request of a manifest.
+
+    Raises ConfigError for keys that `kind` lacks, and for values of another type.
+    """
+    request = fill(kind, manifest["request"], "manifest.request")
+    for name, value in request.controls.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) or name == "motion" for one in values):
+            raise ConfigError(f"manifest.request.controls.{name} = {value!r:.80} is no file.")
+    return request
 
 
 def manifest_weights(manifest: Mapping[str, Any], kind: type[Any]) -> Any:

@@ -223,7 +223,8 @@ def remake(fields: Mapping[str, Any], moved: Mapping[str, Any]) -> PretrainedReq
     mesh = moved.pop("mesh", request.mesh)
     if "reference" in moved:
         moved["reference"] = list(moved["reference"])
-    return dataclasses.replace(request.relocated(moved), mesh=mesh)
+    sampling = _checked_sampling(request.sampling)
+    return dataclasses.replace(request.relocated(moved), mesh=mesh, sampling=sampling)
 
 
 def start_noise(request: PretrainedRequest, model: PretrainedModel) -> np.ndarray:

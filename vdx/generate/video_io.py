@@ -1,4 +1,4 @@
-"""Clips on disk: mp4 and WebP out, frames with their times in."""
+"""Clips on disk: mp4, GIF and WebP out, frames with their times in."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -19,13 +19,23 @@ from vdx.data.video_files import Footage, open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
-__all__ = ["frames_at", "read_video", "to_uint8", "to_uint8_on_device", "write_video", "write_webp"]
+__all__ = [
+    "frames_at",
+    "read_video",
+    "to_uint8",
+    "to_uint8_on_device",
+    "write_gif",
+    "write_video",
+    "write_webp",
+]
 
 BT709 = 1  # the number of this colour matrix, its primaries and its curve in H.264
 LIMITED = 1  # the range of luma in H.264 that every player expects: 16 to 235
 # Constant rate factor 12 is visually lossless. x264's macroblock tree, by default on, makes
 # different bytes of the same frames from time to time.
 X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
+
+MAX_GIF_FPS = 50  # browsers show frames of less than 20 ms for 100 ms
 
 
 class NotFinite(ConfigError):
@@ -84,7 +94,7 @@ def write_video(
     _check(first[None], fps)
 
     # The size of the video, and its exact rate.
-    factor = -(-min_side // min(first.shape[:2]))
+    factor = _enlargement(first, min_side)
     height = factor * first.shape[0]
     width = factor * first.shape[1]
     rate = Fraction(fps).limit_denominator(1001)  # 24000 / 1001 as well as 12
@@ -96,12 +106,22 @@ def write_video(
         # H.264 with 4:2:0 needs even sides.
         stream = _add_stream(out, rate, height + height % 2, width + width % 2)
         for number, frame in enumerate(frames):
-            enlarged = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+            enlarged = _enlarge(frame, factor)
             even = np.pad(enlarged, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             out.mux(stream.encode(_yuv_frame(even, number, rate)))
 
         # The frames that the encoder still holds.
         out.mux(stream.encode(None))
+
+
+def _enlargement(frame: np.ndarray, min_side: int) -> int:
+    """Return the whole factor that gives the shorter side at least `min_side` pixels."""
+    return -(-min_side // min(frame.shape[:2]))
+
+
+def _enlarge(frame: np.ndarray, factor: int) -> np.ndarray:
+    """Repeat every pixel of [h w 3] in both directions."""
+    return frame.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _add_stream(out: Any, rate: Fraction, height: int, width: int) -> Any:
@@ -206,23 +226,63 @@ def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
         ) from error
 
 
-def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 [t h w 3] as an animated lossless WebP, which a README shows.
+def write_webp(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Write frames as an animated lossless WebP, which a README shows.
 
-    Raises ValueError for other arrays.
+    frames: uint8 [t h w 3], or an iterable of [h w 3]. Raises ValueError for other arrays.
     """
-    _check(frames, fps)
-    # Rounded ends, not rounded durations, so that milliseconds do not drift.
-    ends = np.rint(np.arange(len(frames) + 1) * 1000 / fps).astype(int)
-    images = [Image.fromarray(frame) for frame in frames]
+    images = _images(frames, fps, min_side=1)
+    milliseconds = _durations(len(images), fps, tick=1)
     with atomic_write(path) as part:
         images[0].save(
             part,
             format="WEBP",
             save_all=True,
             append_images=images[1:],
-            duration=np.diff(ends).tolist(),
+            duration=milliseconds,
             loop=0,
             lossless=True,
             quality=100,
         )
+
+
+def write_gif(
+    path: str | Path, frames: Iterable[np.ndarray], fps: float, min_side: int = 128
+) -> None:
+    """Write frames as an animated GIF that repeats, each with 256 colours of its own.
+
+    frames: uint8 [t h w 3], or an iterable of [h w 3]; small ones are enlarged as `write_video`
+    does. A frame of at most 256 colours is exact. Durations are whole hundredths of a second and
+    do not drift. Raises ValueError for other arrays, and above MAX_GIF_FPS.
+    """
+    if fps > MAX_GIF_FPS:
+        raise ValueError(f"A GIF shows at most {MAX_GIF_FPS} frames per second, not {fps:g}.")
+    images = [image.quantize(256) for image in _images(frames, fps, min_side)]
+    milliseconds = _durations(len(images), fps, tick=10)
+    with atomic_write(path) as part:
+        images[0].save(
+            part,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=milliseconds,
+            loop=0,
+            disposal=1,
+        )
+
+
+def _images(frames: Iterable[np.ndarray], fps: float, min_side: int) -> list[Image.Image]:
+    """Return enlarged frames as images. Raises ValueError as `write_video` does."""
+    frames = frames if isinstance(frames, np.ndarray) else np.stack(list(frames))
+    _check(frames, fps)
+    factor = _enlargement(frames[0], min_side)
+    return [Image.fromarray(_enlarge(frame, factor)) for frame in frames]
+
+
+def _durations(count: int, fps: float, tick: int) -> list[int]:
+    """Return the milliseconds of each frame, multiples of `tick`.
+
+    Ends are rounded, not durations, so that the sum does not drift.
+    """
+    ends = np.rint(np.arange(count + 1) * 1000 / fps / tick).astype(int) * tick
+    return np.diff(ends).tolist()

@@ -1,8 +1,6 @@
 """Orderly ends of a run: preemption, a stuck step, a lost peer, a workdir in use.
 
-Exit codes: 0 done; 1 an error that a person has to fix, with a message; 42 preempted, the state
-is saved and the same command resumes; 75 (EX_TEMPFAIL of sysexits.h) stuck, or without a worker
-or peer, and the same command may succeed. The launch scripts start again on 42 and 75.
+Exit codes: PREEMPTED when a signal stops the run, STUCK for a stuck run or a lost worker or peer.
 """
 
 import contextlib
@@ -19,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+
+from vdx.exits import PREEMPTED, STUCK, exit_now
 
 __all__ = [
     "PREEMPTED",
@@ -35,9 +34,6 @@ __all__ = [
     "exit_now",
     "lock_workdir",
 ]
-
-PREEMPTED = 42
-STUCK = 75
 
 # A terminal and a launcher may both pass on one request; a second signal this many seconds later
 # is a new request.
@@ -181,17 +177,6 @@ class Watchdog:
             helper.join(self.grace)
         sys.stderr.flush()
         os._exit(STUCK)
-
-
-def exit_now(code: int, message: str) -> NoReturn:
-    """End the program at once, with a message as its last words.
-
-    Python's own exit waits for the other processes, which wait in turn for this one, and has
-    Orbax's threads print pages about a failed save.
-    """
-    sys.stdout.flush()
-    print(f"\nvdx: {message}", file=sys.stderr, flush=True)
-    os._exit(code)
 
 
 @contextlib.contextmanager
