@@ -65,7 +65,7 @@ def draw_sample_grid(pipeline: Pipeline, prompts: Sequence[str], folder: Path) -
 
     Every process draws. The first one writes the clips, `samples.json`, and all clips as one
     animation, `sample_grid.webp`. Clips that are not finite are reported and not written: the
-    training that draws them goes on.
+    training that draws them continues.
     """
     try:
         clips = pipeline(prompts, seed=0)
