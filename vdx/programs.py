@@ -68,7 +68,9 @@ def _list_flags(names: Sequence[str]) -> str:
     for name in names:
         flag = FLAGS[name]
         name = f"[no]{name}" if flag.boolean else name
-        default = "" if flag.default in (None, []) else f" [{flag.default_as_str.strip(chr(39))}]"
+        default = (
+            "" if flag.default in (None, []) else f" [{str(flag.default_as_str).strip(chr(39))}]"
+        )
         text = f"--{name}: {flag.help}{default}"
         lines.append(flags.text_wrap(text, indent="      ", firstline_indent="  "))
     return "\n".join([*lines, "  --helpfull: Print the flags of the libraries too."])

@@ -159,8 +159,9 @@ def check_fields(instance: Any, where: str = "") -> None:
 
     For `__post_init__` of classes that programs build directly, without `fill`.
     """
-    for name, hint in configurable_fields(type(instance)).items():
-        _convert(getattr(instance, name), hint, f"{where or type(instance).__name__}.{name}")
+    cls: Any = type(instance)
+    for name, hint in configurable_fields(cls).items():
+        _convert(getattr(instance, name), hint, f"{where or cls.__name__}.{name}")
 
 
 def convert(

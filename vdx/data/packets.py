@@ -136,6 +136,13 @@ def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[Decoded]:
                 continue
             packet.pts = number  # the decoder hands it on to the frame
             for frame in decoder.decode(packet):
-                yield Decoded(frame.pts, frame, stream)
+                yield Decoded(_number(frame), frame, stream)
         for frame in decoder.decode(None):
-            yield Decoded(frame.pts, frame, stream)
+            yield Decoded(_number(frame), frame, stream)
+
+
+def _number(frame: av.VideoFrame) -> int:
+    """Return the number of a frame's packet. Raises ValueError for a frame of no packet."""
+    if frame.pts is None:
+        raise ValueError("the decoder gave a frame without its packet")
+    return frame.pts
