@@ -220,7 +220,7 @@ def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
         footage = open_footage(opener)
         for number, frame in footage.frames(opener, range(len(footage.stamps))):
             yield float(footage.stamps[number]), frame
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
