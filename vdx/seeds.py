@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vdx.types import Array, PRNGKeyArray
@@ -28,7 +29,7 @@ def seed_keys(words: np.ndarray | Array) -> PRNGKeyArray:
 
     Below 2^32 it is `jax.random.key(seed)`.
     """
-    return jax.random.wrap_key_data(words, impl=IMPLEMENTATION)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=IMPLEMENTATION)
 
 
 def seed_key(seed: int) -> PRNGKeyArray:

@@ -154,13 +154,14 @@ def _finite(value: float, where: str) -> float:
     return float(value)
 
 
-def check_fields(instance: Any, where: str = "") -> None:
+def check_fields(instance: object, where: str = "") -> None:
     """Raise ConfigError for a field of a dataclass that its annotation excludes.
 
     For `__post_init__` of classes that programs build directly, without `fill`.
     """
-    for name, hint in configurable_fields(type(instance)).items():
-        _convert(getattr(instance, name), hint, f"{where or type(instance).__name__}.{name}")
+    cls: Any = type(instance)
+    for name, hint in configurable_fields(cls).items():
+        _convert(getattr(instance, name), hint, f"{where or cls.__name__}.{name}")
 
 
 def convert(

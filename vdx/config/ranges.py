@@ -99,7 +99,7 @@ def define_number(
     """Define a flag whose range is that of `hint`, such as Count."""
     kind, interval = typing.get_args(hint)[:2]
     expected = f"{kind.__name__} {interval}".strip()
-    define = flags.DEFINE_integer if kind is int else flags.DEFINE_float
+    define: Any = flags.DEFINE_integer if kind is int else flags.DEFINE_float
     define(name, default, text, flag_values=flag_values)
     flags.register_validator(
         name,

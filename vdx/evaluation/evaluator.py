@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
-from vdx.config.build import check_fields
+from vdx.config.build import ConfigError, check_fields
 from vdx.config.ranges import Index
 from vdx.data.scenes.source import Scenes
 from vdx.data.sources import SOURCES

@@ -113,19 +113,19 @@ class Transformer(nn.Module):
         pattern = self.pattern
         if isinstance(pattern, str):
             pattern = lookup(pattern, PATTERNS, "model.pattern")
-        pattern = tuple({"name": row} if isinstance(row, str) else dict(row) for row in pattern)
-        for spec in pattern:
+        specs = tuple({"name": row} if isinstance(row, str) else dict(row) for row in pattern)
+        for spec in specs:
             standalone_mixer(spec, heads)
 
         # The other names, and the divisions.
         lookup(self.cross, CROSS, "model.cross")
         lookup(self.attention, {"auto": None, **BACKENDS}, "model.attention")
         lookup(self.context, CONTEXTS, "model.context")
-        if depth % len(pattern):
-            raise ConfigError(f"model.depth = {depth} is not a multiple of the pattern {pattern}.")
+        if depth % len(specs):
+            raise ConfigError(f"model.depth = {depth} is not a multiple of the pattern {specs}.")
         if width % (2 * heads):
             raise ConfigError(f"model.width = {width} over {heads} heads is not an even number.")
-        return TransformerDims(width, depth, heads, pattern)
+        return TransformerDims(width, depth, heads, specs)
 
     def over_time(self) -> list[Any]:
         """Return the mixers of the pattern through which a token reads other frames."""

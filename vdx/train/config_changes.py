@@ -149,7 +149,7 @@ def _flat_with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
             node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict):
             continue
-        row = contents.get(node.get("name")) if isinstance(contents, Mapping) else contents
+        row = contents.get(str(node.get("name"))) if isinstance(contents, Mapping) else contents
         if row is not None:
             node.update({**_defaults(row), **node})
     # As JSON has them: tuples are lists.
