@@ -154,7 +154,7 @@ def _finite(value: float, where: str) -> float:
     return float(value)
 
 
-def check_fields(instance: Any, where: str = "") -> None:
+def check_fields(instance: object, where: str = "") -> None:
     """Raise ConfigError for a field of a dataclass that its annotation excludes.
 
     For `__post_init__` of classes that programs build directly, without `fill`.
