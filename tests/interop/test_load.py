@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from tests.interop.small_weights import ABSTRACT, LAYERS, ROWS, THEIRS, normal, save
 from vdx.interop.keymap import WeightsError, gather
 from vdx.interop.load import abstract_params, load_params, open_weights
-from vdx.interop.stored_array import StoredArray
+from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.parallel import MeshSpec
 
 
@@ -143,6 +144,27 @@ def test_what_does_not_fit_is_reported_before_anything_is_read(file, reads, tmp_
     with pytest.raises(WeightsError, match=r"norm/scale .*: not in the file"):
         load_params(source, ABSTRACT, ROWS)
     assert not reads
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", THEIRS)
+def test_values_that_are_not_finite_are_refused_with_their_key(key, value, tmp_path):
+    changed = {**THEIRS, key: THEIRS[key].copy()}
+    where = np.random.default_rng(len(key)).integers(changed[key].size)
+    changed[key].reshape(-1)[where] = value
+    path = save(tmp_path / "w.safetensors", changed)
+    with pytest.raises(WeightsError, match=rf"w.safetensors: {re.escape(key)} holds NaN or inf"):
+        load_params(open_weights(path), ABSTRACT, ROWS)
+
+
+def test_every_part_of_a_large_array_is_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr("vdx.interop.stored_array.CHUNK", 24)  # three rows of blocks.0.q
+    for row in range(8):
+        array = THEIRS["blocks.0.q.weight"].copy()
+        array[row, row] = np.nan
+        path = save(tmp_path / f"{row}.safetensors", {"q": array})
+        with pytest.raises(WeightsError, match="q holds NaN"):
+            read_finite("q", open_weights(path)["q"])
 
 
 def test_a_file_of_torch(tmp_path, file):

@@ -28,7 +28,7 @@ from vdx.interop.load import (
     open_weights,
 )
 from vdx.interop.save import write_shards
-from vdx.interop.stored_array import StoredArray
+from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan
@@ -82,7 +82,10 @@ class Component:
             output.key: (converted_shape(output.convert, output.stored.shape), output.stored.dtype)
             for output in outputs
         }
-        arrays = ((output.key, output.convert(output.stored.read())) for output in outputs)
+        arrays = (
+            (output.key, output.convert(read_finite(output.old_key, output.stored)))
+            for output in outputs
+        )
         write_shards(folder, "model" if own else self.stem, plan, arrays)
         write_json(folder / "config.json", self.config)
 
@@ -93,13 +96,14 @@ class Component:
             assert found is not None, slot.name
             new_key, layout = found
             convert = _compose(slot.layout.ours, layout.theirs)
-            yield _Output(new_key, self.source[key], convert)
+            yield _Output(new_key, key, self.source[key], convert)
 
 
 class _Output(NamedTuple):
     """An array that is to be written."""
 
     key: str  # in the new file
+    old_key: str  # in the old file
     stored: StoredArray  # in the old file
     convert: Callable[[np.ndarray], np.ndarray]  # from the old layout to the new
 
