@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.interop.small_weights import ABSTRACT, LAYERS, ROWS, THEIRS, normal, save
+from vdx.interop.components import open_component
 from vdx.interop.keymap import WeightsError, gather
 from vdx.interop.load import abstract_params, load_params, open_weights
 from vdx.interop.stored_array import StoredArray, read_finite
@@ -238,3 +239,17 @@ def test_the_host_holds_one_parameter_in_addition_to_the_model(tmp_path):
     gigabytes = {name: f"{size / 1e9:.2f} GB" for name, size in found.items() if name != "seconds"}
     print(f"{found['seconds']:.0f} s; {gigabytes}; in addition {additional / 1e9:.2f} GB")
     assert additional < found["largest"] + 1e9
+
+
+@pytest.mark.parametrize(
+    "prefix", ["generator_ema.model.", "generator.model._fsdp_wrapped_module.", "model."]
+)
+def test_a_distilled_generator_is_no_pipeline(prefix, tmp_path):
+    key = "blocks.0.self_attn.q.weight"
+    path = save(tmp_path / "self_forcing.safetensors", {f"{prefix}{key}": normal(8, 8)})
+    with pytest.raises(WeightsError, match=r"few-step sampler that it needs is not there yet"):
+        open_component("transformer", path, "float32")
+    # ComfyUI's prefix is that of an ordinary file.
+    path = save(tmp_path / "comfy.safetensors", {f"model.diffusion_model.{key}": normal(8, 8)})
+    with pytest.raises(WeightsError, match="These are not the weights of a Wan transformer"):
+        open_component("transformer", path, "float32")

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from vdx.files import read_json, write_json
 from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
-from vdx.interop.keymap import KEEP, Row, assign, flat, key_finder
+from vdx.interop.keymap import KEEP, Row, WeightsError, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
     converted_shape,
@@ -33,7 +33,7 @@ from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan
 from vdx.interop.wan_config import wan_from_config
-from vdx.interop.wan_keys import wan_transformer_rows
+from vdx.interop.wan_keys import distilled_prefix, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
@@ -139,9 +139,18 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
     """Open a Wan transformer as a Denoiser.
 
     config: that of vdx's layout if its folder has none. Other layouts have it next to the weights,
-    or it follows from the arrays.
+    or it follows from the arrays. Raises WeightsError for a generator that was distilled to draw in
+    a few steps: no pipeline here samples it as its makers do.
     """
     source = open_weights(path)
+    prefix = distilled_prefix(source)
+    if prefix is not None:
+        raise WeightsError(
+            f"{path} holds a generator of Self-Forcing or CausVid: its keys begin with {prefix!r}. "
+            "It was distilled to draw a clip block by block in a few steps, and the few-step "
+            "sampler that it needs is not there yet; an ordinary pipeline would draw wrong clips. "
+            "Training reads it (config.weights, docs/temporal.md)."
+        )
 
     # The config and, for keys in another layout, the names of diffusers.
     if is_own(source):
