@@ -4,8 +4,8 @@ Blocks over space and over time alternate. Only blocks over space attend to the 
 fixed and added. The network also predicts a variance, the second half of its output channels,
 which is not used here.
 
-References: `LatteTransformer3DModel` of diffusers; `LatteT2V` of the repository Vchitect/Latte, whose
-folder has the same arrays and one more.
+References: `LatteTransformer3DModel` of diffusers; `LatteT2V` of the repository Vchitect/Latte,
+whose folder has the same arrays and one more.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from vdx.types import Params
 
 CLASS = "LatteTransformer3DModel"
 MAKERS_CLASS = "LatteT2V"
-# Of the makers' folder: replaced captions in the training of an earlier model. No forward pass reads it.
+# Of the makers' folder. No forward pass reads it.
 UNUSED = "caption_projection.y_embedding"
 # Fields that have these values in every published model.
 FIXED = {
@@ -225,9 +225,9 @@ def load_latte(
 ) -> Params:
     """Return the parameters of `model` from a Latte transformer, on the mesh.
 
-    path: its folder of diffusers or of its makers. dtype, trained: see `load_model`. Raises WeightsError for files
-    as `open_weights` does, for a `config.json` as `latte_denoiser` does, and for a model that is
-    another network than theirs.
+    path: its folder of diffusers or of its makers. dtype, trained: see `load_model`. Raises
+    WeightsError for files as `open_weights` does, for a `config.json` as `latte_denoiser` does, and
+    for a model that is another network than theirs.
     """
     config_file = Path(path) / "config.json"
     if not config_file.is_file():
