@@ -3,7 +3,6 @@
 All of it is set before anything imports jax or vdx.
 """
 
-import functools
 import os
 import tempfile
 
@@ -33,22 +32,6 @@ jaxtyping.install_import_hook(["vdx.diffusion", "vdx.models"], "beartype.beartyp
 from vdx.parallel import MeshSpec  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-@pytest.fixture(scope="session")
-def quick():
-    """Options of jax.jit for programs that run a few times: LLVM's optimizations are half of the
-    time to compile, and change nothing of what is tested."""
-    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@pytest.fixture(scope="module")
-def quickly(quick):
-    """Every jax.jit of a module takes `quick`: for modules of which each program runs a few
-    steps, which name this in their `pytestmark`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
-        yield
 
 
 @pytest.fixture(scope="session")

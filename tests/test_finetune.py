@@ -33,7 +33,6 @@ from vdx.train.objectives.times import give_first_frame
 from vdx.train.preemption import PreemptionHandler
 from vdx.weights import open_params, open_trained
 
-pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]
 CONFIGS = ["wan21_t2v_1p3b", "wan21_t2v_1p3b_lora", "wan21_i2v_14b_lora", "wan22_ti2v_5b_lora"]
 LORA = "wan21_t2v_1p3b_lora"
@@ -133,10 +132,7 @@ def leaves(workdir: Path, step: int = 4) -> dict:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in (CONFIGS[0], LORA) else [pytest.mark.slow])
-        for name in CONFIGS
-    ],
+    [pytest.param(name, marks=[] if name == LORA else [pytest.mark.slow]) for name in CONFIGS],
 )
 def test_it_trains_from_files_of_weights(name, runs, place, mesh):
     workdir, run = runs(name)

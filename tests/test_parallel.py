@@ -33,7 +33,7 @@ COLLECTIVE = re.compile(
     r"(?:replica_groups|source_target_pairs)=((?:mesh)?[\[{].*?)(?:, [a-z]\w+=[^(]|$)",
     re.M,
 )
-QUICK = ("fsdp8", "fsdp2_context2_tensor2")
+QUICK = ("fsdp2_context2_tensor2",)  # has every kind of axis but data
 STEPS = 3
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -87,7 +87,7 @@ def keep_gradient() -> optax.GradientTransformation:
 class Steps:
     """A few training steps on a mesh, as vdx.train.loop takes them."""
 
-    def __init__(self, experiment, params, batch, quick, spec, devices):
+    def __init__(self, experiment, params, batch, spec, devices):
         self.mesh = MeshSpec(**{"data": 1, **spec}).make(devices)
         tx = optax.chain(keep_gradient(), experiment.tx)
         with jax.set_mesh(self.mesh):
@@ -102,7 +102,6 @@ class Steps:
                 make_train_step(experiment.objective, tx, 0.99),
                 donate_argnums=0,
                 out_shardings=(self.shardings, replicated(self.mesh)),
-                compiler_options=quick,
             )
             COMPILED.clear()
             self.text = step.lower(state, batch).compile().as_text()
@@ -153,8 +152,8 @@ def device_groups(text: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(experiment, params, batch, quick):
-    return Steps(experiment, params, batch, quick, {}, jax.devices()[:1])
+def alone(experiment, params, batch):
+    return Steps(experiment, params, batch, {}, jax.devices()[:1])
 
 
 @pytest.fixture(
@@ -163,9 +162,9 @@ def alone(experiment, params, batch, quick):
         pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MESHES
     ],
 )
-def together(request, experiment, params, batch, quick):
+def together(request, experiment, params, batch):
     sizes = {axis: size for axis, (size, _) in MESHES[request.param].items()}
-    steps = Steps(experiment, params, batch, quick, sizes, jax.devices())
+    steps = Steps(experiment, params, batch, sizes, jax.devices())
     steps.expected = {axis: names for axis, (_, names) in MESHES[request.param].items()}
     return steps
 
@@ -269,11 +268,11 @@ def test_parameters_that_cannot_be_laid_out_are_all_named():
 
 
 @pytest.mark.parametrize("config", ["t2v_base", "i2v_base", "motion_module_sd15"])
-@pytest.mark.parametrize("chips", [32, 64])
-def test_the_pod_configs_fit_on_pods(config, chips):
-    """Every parameter of their full size can be split over that many chips."""
+def test_the_pod_configs_fit_on_pods(config):
+    """Every parameter of their full size can be split over 32 and over 64 chips."""
     shapes = Experiment(resolve(f"configs/{config}.py", [])).shapes
-    param_shardings(jax.sharding.AbstractMesh((1, chips, 1, 1), AXES), shapes)
+    for chips in (32, 64):
+        param_shardings(jax.sharding.AbstractMesh((1, chips, 1, 1), AXES), shapes)
 
 
 def test_a_rule_with_an_unknown_axis():

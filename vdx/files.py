@@ -1,11 +1,76 @@
-"""Files that are complete or absent, JSON, and JSON lines."""
+"""Files: complete or absent, regular and of bounded size, JSON, JSON lines."""
 
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+# What a path may lead to instead of a regular file.
+OTHER_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class FileError(ValueError):
+    """A file that cannot be used. The message names it."""
+
+
+def check_regular_file(path: str | Path) -> int:
+    """Return the size of a regular file in bytes. Links are followed.
+
+    A pipe may never end, and a device may fill the memory. Raises FileError for whatever is no
+    regular file, and OSError for a file that is missing or not accessible.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a name with NUL
+        raise FileError(f"{str(path)!r} cannot be the name of a file: {error}.") from error
+    _check_kind(path, status)
+    return status.st_size
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes. Never waits for a writer, as pipes do.
+
+    Raises what `check_regular_file` raises.
+    """
+    check_regular_file(path)
+
+    # The path may lead to another file by now.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _check_kind(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_kind(path: str | Path, status: os.stat_result) -> None:
+    """Raise FileError for whatever is no regular file."""
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        found = OTHER_KINDS.get(kind, "no file")
+        raise FileError(f"{path} is {found}; only regular files are read.")
+
+
+def read_bounded(path: str | Path, most: int) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises FileError for more than `most` bytes, and what `check_regular_file` raises.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise FileError(f"{path} is longer than {most:,} bytes, the most that is read of it.")
+    return content
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from vdx.generate.video_io import write_video
 from vdx.metrics.tracking import foreground
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("quickly", "at_root")
+pytestmark = pytest.mark.usefixtures("at_root")
 
 SMALL = [
     "--config.data.loader.global_batch=4",
@@ -80,7 +80,7 @@ def numbers(value):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, mesh, quickly):
+def run(tmp_path_factory, mesh):
     """(experiment, parameters, workdir, result) of all rows on one small random model."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.chdir(ROOT)

@@ -21,7 +21,6 @@ from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.models.denoiser import Denoiser
 
-pytestmark = pytest.mark.usefixtures("quickly")
 PROMPTS = ("a red circle moves right", "a blue square")
 FLOOR = 0.995
 CLIP = {"num_frames": 1, "fps": 8.0}

@@ -32,7 +32,7 @@ NOISE = RNG.normal(size=(2, 4, 4, 4, 2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def programs(randomise, quick):
+def programs(randomise):
     """(kind) -> the compiled draw and its arguments."""
 
     def make(kind):
@@ -53,7 +53,7 @@ def programs(randomise, quick):
             model, RectifiedFlow(), SAMPLING, (4, 4, 2)
         )
         args = params, BATCH, NOISE, jax.random.key(0)
-        draw = jax.jit(lambda *args: generator.draw(*args)[0], compiler_options=quick)
+        draw = jax.jit(lambda *args: generator.draw(*args)[0])
         return draw.lower(*args).compile(), args
 
     return make

@@ -58,13 +58,14 @@ def test_the_simple_subset_is_read():
     assert result["accuracy"]["all"] == 1.0, result["confusion"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames, fps, size", [(8, 8.0, 32), (16, 16.0, 32), (12, 8.0, 64)])
 def test_other_lengths_rates_and_sizes_are_read(frames, fps, size):
     result = score(*clips(FULL, 40, frames, fps, size), fps=fps)
     assert result["accuracy"]["all"] >= 0.98, result["confusion"]
 
 
-@pytest.mark.parametrize("noise", [8.0, 16.0])
+@pytest.mark.parametrize("noise", [pytest.param(8.0, marks=pytest.mark.slow), 16.0])
 def test_imperfect_clips_are_read(noise):
     videos, wanted = clips(FULL, 60)
     rng = np.random.default_rng(0)

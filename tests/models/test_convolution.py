@@ -36,7 +36,7 @@ def conv_by_loop(p, x, kernel, stride, causal, padding, depthwise):
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_convolution_is_its_definition(causal, padding, depthwise, randomise, quick):
+def test_convolution_is_its_definition(causal, padding, depthwise, randomise):
     features = 3 if depthwise else 4
     fields = [
         dict(kernel=kernel, stride=stride, causal=causal, padding=padding, depthwise=depthwise)
@@ -47,14 +47,13 @@ def test_convolution_is_its_definition(causal, padding, depthwise, randomise, qu
     params = [randomise(jax.eval_shape(m.init, jax.random.key(0), X)["params"]) for m in modules]
     run = jax.jit(
         lambda params: [m.apply({"params": p}, X) for m, p in zip(modules, params, strict=True)],
-        compiler_options=quick,
     )
     for one, p, got in zip(fields, params, run(params), strict=True):
         np.testing.assert_allclose(got, conv_by_loop(p, X, **one), atol=2e-6, err_msg=str(one))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_form_for_accelerators_is_that_for_cpus(dtype, monkeypatch, quick):
+def test_the_form_for_accelerators_is_that_for_cpus(dtype, monkeypatch):
     """Values and gradients, with strides and padding."""
     kernel = RNG.normal(size=(3, 3, 1, 3, 4)).astype(dtype)
 
@@ -65,7 +64,7 @@ def test_the_form_for_accelerators_is_that_for_cpus(dtype, monkeypatch, quick):
             y = convolution.convolve(x, kernel, (2, 1, 2), ((1, 0), (0, 1))).astype(jnp.float32)
             return jnp.sum(jnp.sin(y)), y
 
-        out = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=quick)
+        out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
         return out(X.astype(dtype), kernel)
 
     cpu, other = found("cpu"), found("tpu")

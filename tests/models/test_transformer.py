@@ -40,21 +40,16 @@ def test_modulation():
     np.testing.assert_allclose(got, plain * (1 + scale) + shift, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def value_and_grad(quick):
-    return lambda model: _value_and_grad(model, quick)
-
-
-def _value_and_grad(model, quick):
+def value_and_grad(model):
     def loss(params):
         out = model.apply({"params": params}, CLIP, TIME, PORTS)
         return jnp.square(out).mean(), out
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.fixture(scope="module")
-def reference(randomise, value_and_grad):
+def reference(randomise):
     """(parameters, outputs, gradients) of the factorized transformer without remat."""
     model = Transformer(**SMALL, pattern="factorized")
     params = randomise(shapes(model))
@@ -86,13 +81,9 @@ def test_skip_maps_concatenated_channels_to_their_own_patch(randomise):
 
 @pytest.mark.parametrize(
     "remat",
-    [
-        pytest.param(r, marks=pytest.mark.slow) if r == "offload" else r
-        for r in REMAT
-        if r != "none"
-    ],
+    [pytest.param(r, marks=pytest.mark.slow) if r != "full" else r for r in REMAT if r != "none"],
 )
-def test_remat_changes_nothing(remat, reference, value_and_grad):
+def test_remat_changes_nothing(remat, reference):
     params, out, grads = reference
     run = value_and_grad(Transformer(**SMALL, pattern="factorized", remat=remat))
     (_, got), got_grads = run(params)
@@ -121,6 +112,7 @@ def gradients_of():
     return make
 
 
+@pytest.mark.slow
 def test_remat_recomputes_what_it_says(gradients_of):
     """Matrix products of attention (they have axes of batch), and all, of a block and its
     control block."""
@@ -142,12 +134,12 @@ def test_remat_recomputes_what_it_says(gradients_of):
     assert saved[0] <= plain[0] + 2 and saved[1] - saved[0] == full[1] - full[0]
 
 
-def test_remat_keeps_less(gradients_of, quick):
+def test_remat_keeps_less(gradients_of):
     """By the compiler's account of the bytes that live between the passes."""
 
     def kept(remat):
         run, params = gradients_of(remat, {}, depth=8)
-        made = jax.jit(run, compiler_options=quick).lower(params).compile()
+        made = jax.jit(run).lower(params).compile()
         return made.memory_analysis().temp_size_in_bytes
 
     none, attention, full = map(kept, ("none", "save_attention", "full"))
@@ -157,12 +149,12 @@ def test_remat_keeps_less(gradients_of, quick):
 
 
 @pytest.mark.slow
-def test_remat_of_control_blocks_on_two_devices_changes_nothing(gradients_of, randomise, quick):
+def test_remat_of_control_blocks_on_two_devices_changes_nothing(gradients_of, randomise):
     mesh, out = MeshSpec().make(jax.devices()[:2]), []
     with jax.set_mesh(mesh):
         for remat in ("none", "save_attention", "offload"):
             run, tree = gradients_of(remat, CONTROL, depth=2)
-            out.append(jax.jit(run, compiler_options=quick)(randomise(tree)))
+            out.append(jax.jit(run)(randomise(tree)))
     for other in out[1:]:
         assert relative(other[0], out[0][0]) < 1e-6
         assert max(jax.tree.leaves(jax.tree.map(relative, other[1], out[0][1]))) < 1e-5
@@ -178,7 +170,7 @@ def test_offload_needs_memory_of_the_host():
         check_remat("offload", bare)
 
 
-def test_scan_is_the_loop(reference, value_and_grad):
+def test_scan_is_the_loop(reference):
     """Periods scanned over the depth against the same layers written one after another."""
     params, out, grads = reference
     once = Transformer(**{**SMALL, "depth": 4}, pattern=PATTERNS["factorized"] * 2)
@@ -194,7 +186,8 @@ def test_scan_is_the_loop(reference, value_and_grad):
     assert max(jax.tree.leaves(jax.tree.map(relative, got_grads["layers"]["block_2"], want))) < 1e-5
 
 
-def test_bfloat16_is_close_to_float32(reference, value_and_grad):
+@pytest.mark.slow
+def test_bfloat16_is_close_to_float32(reference):
     params, out, grads = reference
     (_, got), got_grads = value_and_grad(
         Transformer(**SMALL, pattern="factorized", dtype="bfloat16")
@@ -219,17 +212,15 @@ SPELLED = {"mixed": ("space", "full", "time", {"name": "time", "window": 1})}
 @pytest.mark.parametrize(
     "pattern",
     [
-        name
-        if name in ("full", "factorized", "mixed")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("full", "mixed") else pytest.param(name, marks=pytest.mark.slow)
         for name in SEEN
     ],
 )
 def test_a_fresh_transformer_predicts_zero_and_a_trained_one_sees_what_it_should(
-    pattern, randomise, quick
+    pattern, randomise
 ):
     model = Transformer(**SMALL, pattern=SPELLED.get(pattern, pattern))
-    run = jax.jit(lambda p, x: model.apply({"params": p}, x, TIME, PORTS), compiler_options=quick)
+    run = jax.jit(lambda p, x: model.apply({"params": p}, x, TIME, PORTS))
     tree = shapes(model)
     zero_ends = randomise(tree)
     zero_ends["unpatch"] = jax.tree.map(np.zeros_like, zero_ends["unpatch"])
@@ -248,7 +239,7 @@ OVER_TIME = ("time", {"name": "conv", "kernel": (3, 1, 1)}, "recurrent")
 IMAGE = dict(width=24, depth=1, heads=2, patch=(1, 2, 2), pattern=("space",))
 
 
-def test_an_image_is_a_clip_of_one_frame(randomise, quick):
+def test_an_image_is_a_clip_of_one_frame(randomise):
     """It passes by the blocks that work over time alone: what is left is the model of images."""
     image = Transformer(**IMAGE)
     model = Transformer(**IMAGE | {"depth": 4, "pattern": ("space", *OVER_TIME)})
@@ -261,12 +252,12 @@ def test_an_image_is_a_clip_of_one_frame(randomise, quick):
     ] == [{"space"}, {"time"}, {"conv"}, {"recurrent"}]
     few = {**params, "layers": {"block_0": blocks["block_0"]}}
     run = lambda model, params: jax.jit(
-        lambda p: model.apply({"params": p}, CLIP[:, :1], TIME, PORTS), compiler_options=quick
+        lambda p: model.apply({"params": p}, CLIP[:, :1], TIME, PORTS)
     )(params)
     np.testing.assert_array_equal(run(model, params), run(image, few))
 
 
-def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
+def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise):
     """A frame that has a past is no image, and passes by no block."""
     model = Transformer(
         **IMAGE | {"depth": 3, "pattern": ("space", {"name": "time", "block": 1}, "recurrent")}
@@ -282,23 +273,21 @@ def test_frame_by_frame_with_a_past_it_is_the_whole_clip(randomise, quick):
             CachePosition(start, frames),
             mutable=["cache"],
         ),
-        compiler_options=quick,
     )
     empty = jax.eval_shape(step, {}, CLIP[:, :1], jnp.int32(0))[1]
     cache, out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty), []
     for i in range(frames):
         y, cache = step(cache, CLIP[:, i : i + 1], jnp.int32(i))
         out.append(y)
-    whole = jax.jit(
-        lambda: model.apply({"params": params}, CLIP, TIME, PORTS), compiler_options=quick
-    )()
+    whole = jax.jit(lambda: model.apply({"params": params}, CLIP, TIME, PORTS))()
     np.testing.assert_allclose(np.concatenate(out, 1), whole, atol=1e-5)
 
 
-def test_independent_frames_are_as_many_images(randomise, quick):
+@pytest.mark.slow
+def test_independent_frames_are_as_many_images(randomise):
     model = Transformer(**IMAGE | {"depth": 2, "pattern": "frames"})
     params = randomise(shapes(model))
-    run = jax.jit(lambda x: model.apply({"params": params}, x, TIME, PORTS), compiler_options=quick)
+    run = jax.jit(lambda x: model.apply({"params": params}, x, TIME, PORTS))
     frames = np.concatenate([run(CLIP[:, i : i + 1]) for i in range(CLIP.shape[1])], 1)
     np.testing.assert_allclose(run(CLIP), frames, atol=1e-5)
 

@@ -34,11 +34,11 @@ MASK = np.arange(12) < np.array([8, 12, 4])[:, None]
 
 
 @pytest.fixture(scope="module")
-def run(quick):
+def run():
     def run(model, file, *inputs):
         like = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
         params = gather(file.get, file, like, clip_rows(file, model))
-        return jax.jit(model.apply, compiler_options=quick)({"params": params}, *inputs)
+        return jax.jit(model.apply)({"params": params}, *inputs)
 
     return run
 
@@ -233,36 +233,34 @@ def wan_vision(public_file):
     return file, out.hidden_states[-2]
 
 
-def see(path, quick):
+def see(path):
     """The features that Wan reads, of the vision model in a file."""
     part = open_component("image_encoder", path, "float32", clip_vision_config(open_weights(path)))
     params = part.load(MeshSpec().make(jax.devices()[:1]))
-    return jax.jit(part.module.apply, compiler_options=quick)(
-        {"params": params}, PIXELS
-    ).penultimate
+    return jax.jit(part.module.apply)({"params": params}, PIXELS).penultimate
 
 
-def test_the_original_wans_file_is_that_of_transformers(wan_vision, tmp_path, quick):
+def test_the_original_wans_file_is_that_of_transformers(wan_vision, tmp_path):
     file, want = wan_vision
     path = save_pth(wan_clip(file), tmp_path / "models_clip.pth")
     config = clip_vision_config(open_weights(path))
     theirs = transformers.CLIPVisionConfig(**WAN_CLIP).to_dict()
     assert config.pop("architectures") and {k: theirs[k] for k in config} == config
-    assert_near(see(path, quick), want)
+    assert_near(see(path), want)
     save_file(wan_clip(file), tmp_path / "clip.safetensors")
-    np.testing.assert_array_equal(see(tmp_path / "clip.safetensors", quick), see(path, quick))
+    np.testing.assert_array_equal(see(tmp_path / "clip.safetensors"), see(path))
     for order in ("kqv", "vkq", "qvk"):
-        wrong = see(save_pth(wan_clip(file, order), tmp_path / "wrong.pth"), quick)
+        wrong = see(save_pth(wan_clip(file, order), tmp_path / "wrong.pth"))
         assert np.abs(wrong - want.detach().numpy()).max() > 1e-2
 
 
-def test_a_file_that_is_not_the_original_wans_clip(wan_vision, tmp_path, quick):
+def test_a_file_that_is_not_the_original_wans_clip(wan_vision, tmp_path):
     file = wan_clip(wan_vision[0])
 
     def message(changes, lost=()):
         kept = {k: v for k, v in (file | changes).items() if k not in lost}
         with pytest.raises(WeightsError) as error:
-            see(save_pth(kept, tmp_path / "x.pth"), quick)
+            see(save_pth(kept, tmp_path / "x.pth"))
         return str(error.value)
 
     assert "not the weights of CLIP's vision model. They begin with a and lack" in message(

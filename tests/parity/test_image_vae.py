@@ -71,18 +71,23 @@ class Case:
         self.params = gather(self.file.get, self.file, shapes(self.vae), image_vae_rows())
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name == "flux" else []) for name in CONFIGS
+    ],
+)
 def case(request, tmp_path_factory):
     return Case(CONFIGS[request.param], tmp_path_factory.mktemp("vae"))
 
 
-def test_encode_and_decode_are_the_references(case, quick):
+def test_encode_and_decode_are_the_references(case):
     rng, vae = np.random.default_rng(0), case.vae
     video = np.tanh(rng.normal(size=(2, 3, 8, 12, 3))).astype(np.float32)
     frames = video.reshape(6, 8, 12, 3)
     z = rng.normal(size=(2, 3, 4, 6, vae.latent_channels)).astype(np.float32)
     encode, decode = (
-        jax.jit(lambda p, x, m=m: vae.apply({"params": p}, x, method=m), compiler_options=quick)
+        jax.jit(lambda p, x, m=m: vae.apply({"params": p}, x, method=m))
         for m in ("encode", "decode")
     )
 
@@ -102,9 +107,9 @@ def test_encode_and_decode_are_the_references(case, quick):
 
 
 @pytest.mark.parametrize("case", ["no_attention"], indirect=True)
-def test_images_are_clips_of_one_frame(case, quick):
+def test_images_are_clips_of_one_frame(case):
     image = np.tanh(np.random.default_rng(1).normal(size=(1, 8, 8, 3))).astype(np.float32)
-    run = jax.jit(lambda p, x: case.vae.apply({"params": p}, x), compiler_options=quick)
+    run = jax.jit(lambda p, x: case.vae.apply({"params": p}, x))
     (one, posterior), (clip, _) = run(case.params, image), run(case.params, image[None])
     assert one.shape == image.shape and posterior.kl().shape == (1,)
     np.testing.assert_allclose(one, clip[0], atol=1e-6)

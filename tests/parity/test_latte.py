@@ -100,7 +100,7 @@ def randomised(config):
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory, quick):
+def case(tmp_path_factory):
     rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("latte")
     reference = randomised(TINY)
     reference.save_pretrained(folder)
@@ -117,7 +117,6 @@ def case(tmp_path_factory, quick):
         np.zeros(0),
         model,
         params,
-        quick,
     )
     made.want = made.reference_prediction(x, text, made.time)
     return made

@@ -47,8 +47,7 @@ def every_program_is_kept():
 
 
 @pytest.fixture
-def draw(quick, monkeypatch):
-    monkeypatch.setattr(pretrained.jax, "jit", functools.partial(jax.jit, compiler_options=quick))
+def draw():
     mesh = MeshSpec().make(jax.devices()[:1])
 
     def draw(folder, settings, mesh=mesh):
@@ -169,6 +168,7 @@ def write_lora_file(weights: dict, path) -> dict:
     return changes
 
 
+@pytest.mark.slow
 def test_a_lora_draws_what_merged_weights_draw(case, draw, tmp_path):
     c, lora = case("t2v"), tmp_path / "style.safetensors"
     merged = shutil.copytree(c.folder, tmp_path / "merged")

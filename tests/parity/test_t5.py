@@ -45,11 +45,9 @@ def difference(got, want):
 
 
 @pytest.fixture(scope="module")
-def run(quick):
+def run():
     def run(model, params, ids=IDS, mask=MASK):
-        return np.asarray(
-            jax.jit(model.apply, compiler_options=quick)({"params": params}, ids, mask)
-        )
+        return np.asarray(jax.jit(model.apply)({"params": params}, ids, mask))
 
     return run
 
@@ -113,7 +111,7 @@ def test_buckets_are_transformers(buckets, farthest):
     np.testing.assert_array_equal(distance_buckets(600, buckets, farthest), want)
 
 
-def test_sharded_over_eight_devices(randomise, quick, run):
+def test_sharded_over_eight_devices(randomise, run):
     model = T5Encoder(vocabulary=50, width=16, depth=2, heads=4, head_width=6, hidden=32)
     params = randomise(shapes(model))
     mesh = MeshSpec(data=1, fsdp=4, tensor=2).make()

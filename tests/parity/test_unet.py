@@ -152,17 +152,17 @@ def case(request, tmp_path_factory, mesh):
     return Case(request.param, tmp_path_factory.mktemp("unet"), mesh)
 
 
-def run(case, quick, params, x, time, ports, model=None):
+def run(case, params, x, time, ports, model=None):
     model = model or case.model
-    apply = jax.jit(lambda p, x, t, ports: model.run(p, x, t, ports), compiler_options=quick)
+    apply = jax.jit(lambda p, x, t, ports: model.run(p, x, t, ports))
     return apply(params, x, time, ports)
 
 
-def test_it_is_the_reference(case, quick):
+def test_it_is_the_reference(case):
     x, time, tokens = case.inputs()
     want = case.reference(x, time, tokens)
     ports = Ports(tokens=jnp.asarray(tokens), concat=x[..., 4:] if x.shape[-1] > 4 else None)
-    got = run(case, quick, case.params, x[..., :4], time, ports)
+    got = run(case, case.params, x[..., :4], time, ports)
     assert want.std() > 0.1 and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
@@ -300,14 +300,13 @@ class Controlled:
     [("image", "image"), ("sparse", "motion"), ("sparse_latents", "motion")],
     indirect=["case"],
 )
-def test_control_is_the_reference(kind, case, quick, tmp_path):
+def test_control_is_the_reference(kind, case, tmp_path):
     both = Controlled(kind, case, tmp_path / "control")
     x, time, tokens = case.inputs()
     scale = np.array([0.0, 0.7], np.float32)
     want, plain = both.reference(x, time, tokens, scale), case.reference(x, time, tokens)
     got = run(
         case,
-        quick,
         both.params,
         x,
         time,

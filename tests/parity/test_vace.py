@@ -80,13 +80,12 @@ def once(method):
 
 
 @pytest.fixture(scope="module")
-def control(model, files, mesh, quick):
+def control(model, files, mesh):
     """control(names, **change): what our control blocks read [1 t h w c].
 
     The encoder is read and compiled once.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained.jax, "jit", functools.partial(jax.jit, compiler_options=quick))
         for name in ("load", "compile_call"):
             patch.setattr(PretrainedGenerator, name, once(getattr(PretrainedGenerator, name)))
 

@@ -96,8 +96,8 @@ def reference(config):
 class CompiledVAE:
     """Runs a VAE's methods on clips of its own, each program compiled once."""
 
-    def __init__(self, vae, params, quick):
-        self.vae, self.params, self.quick = vae, params, quick
+    def __init__(self, vae, params):
+        self.vae, self.params = vae, params
         rng, (_, side) = np.random.default_rng(0), vae.rates
         self.video = np.tanh(rng.normal(size=(2, 17, 2 * side, 3 * side, 3))).astype(np.float32)
         self.latents = rng.normal(size=(2, 5, 2, 3, vae.z_dim)).astype(np.float32)
@@ -111,7 +111,6 @@ class CompiledVAE:
         program = (
             jax.jit(
                 lambda p, x: self.vae.apply({"params": p}, x, *args, method=method),
-                compiler_options=self.quick,
             )
             .lower(self.params, x)
             .compile()
@@ -127,7 +126,7 @@ class CompiledVAE:
 class Case:
     """A reference, its files, and our VAE with the weights read from them."""
 
-    def __init__(self, config, folder, quick):
+    def __init__(self, config, folder):
         self.torch = reference(config)
         self.torch.save_pretrained(folder)
         self.config = json.loads((folder / "config.json").read_text())
@@ -136,7 +135,7 @@ class Case:
         self.rows = video_vae_rows(self.vae)
         self.like = shapes(self.vae)
         self.params = gather(self.file.get, self.file, self.like, self.rows)
-        self.ours = CompiledVAE(self.vae, self.params, quick)
+        self.ours = CompiledVAE(self.vae, self.params)
         self.mean, self.std = (np.float32(config[f"latents_{k}"]) for k in ("mean", "std"))
 
 
@@ -145,8 +144,8 @@ def shapes(vae):
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def case(request, tmp_path_factory, quick):
-    return Case(CONFIGS[request.param], tmp_path_factory.mktemp("vae"), quick)
+def case(request, tmp_path_factory):
+    return Case(CONFIGS[request.param], tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(
@@ -155,12 +154,12 @@ def case(request, tmp_path_factory, quick):
         pytest.param(name, marks=[pytest.mark.slow] if name == "residual" else []) for name in LIGHT
     ],
 )
-def light(request, randomise, quick):
+def light(request, randomise):
     """All kinds of layers, few of each: what does not need a reference is tested on it."""
     vae = VideoVAE(**LIGHT[request.param])
     params = randomise(shapes(vae))
     params["decoder"]["conv_out"]["kernel"] /= 4  # pixels of the size of pixels
-    return CompiledVAE(vae, params, quick)
+    return CompiledVAE(vae, params)
 
 
 @pytest.mark.parametrize(("length", "chunk"), RUNS)
@@ -218,12 +217,10 @@ def test_pieces_for_the_screen_are_the_clip(light, decoder, latents, chunk, size
 
 
 @pytest.fixture(scope="module")
-def decoder(light, quick):
+def decoder(light):
     @functools.cache
     def make(chunk):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
-            return [Decoder(light.vae, light.params, chunk, exact) for exact in (True, False)]
+        return [Decoder(light.vae, light.params, chunk, exact) for exact in (True, False)]
 
     return make
 
@@ -440,7 +437,7 @@ def test_split_over_space_is_one_device(light):
 
 
 @pytest.mark.slow
-def test_gradients_split_over_space_are_those_of_one_device(light, quick):
+def test_gradients_split_over_space_are_those_of_one_device(light):
     """On the way down rows, then columns are what divides: a kernel's gradient sums over both."""
     side = light.vae.rates[1]
     video = np.random.default_rng(1).normal(size=(2, 5, 6 * side, 4 * side, 3)).astype(np.float32)
@@ -450,7 +447,7 @@ def test_gradients_split_over_space_are_those_of_one_device(light, quick):
             pixels, posterior = light.vae.apply({"params": params}, video)
             return jnp.square(pixels - video).mean() + posterior.kl().mean()
 
-        return jax.jit(jax.grad(loss), compiler_options=quick)(light.params, video)
+        return jax.jit(jax.grad(loss))(light.params, video)
 
     want = grads()
     with jax.set_mesh(MeshSpec(data=2, context=4).make()):
@@ -461,7 +458,7 @@ def test_gradients_split_over_space_are_those_of_one_device(light, quick):
         assert np.abs(a - b).max() < 1e-4 * np.abs(a).max() + 1e-8, path
 
 
-def test_every_parameter_learns(randomise, quick):
+def test_every_parameter_learns(randomise):
     vae = VideoVAE(
         base_dim=4, z_dim=2, dim_mult=(1, 2), num_res_blocks=1, temperal_downsample=(True,)
     )
@@ -473,7 +470,7 @@ def test_every_parameter_learns(randomise, quick):
         pixels, posterior = vae.apply(params, video, jax.random.key(1))
         return jnp.square(pixels - video).mean() + 1e-3 * posterior.kl().mean()
 
-    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=quick)(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, path
@@ -481,7 +478,7 @@ def test_every_parameter_learns(randomise, quick):
 
 @pytest.mark.parametrize("light", ["residual"], indirect=True)
 def test_bfloat16_products_of_float32_parameters(light):
-    half = CompiledVAE(light.vae.clone(dtype="bfloat16"), light.params, light.quick)
+    half = CompiledVAE(light.vae.clone(dtype="bfloat16"), light.params)
     assert {p.dtype for p in jax.tree.leaves(shapes(half.vae))} == {np.dtype(np.float32)}
     (want, _), (got, _) = light.run("decode", 9), half.run("decode", 9)
     assert got.dtype == jnp.float32

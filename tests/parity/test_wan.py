@@ -142,7 +142,7 @@ def randomised(config):
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory, quick):
+def cases(tmp_path_factory):
     """kind -> Case, each made once."""
 
     @functools.cache
@@ -200,9 +200,7 @@ def cases(tmp_path_factory, quick):
 
         folder = tmp_path_factory.mktemp(kind)
         reference.save_pretrained(folder)
-        return Case(
-            folder, batch, x, time, predict, predict(reference), reference, *load(folder), quick
-        )
+        return Case(folder, batch, x, time, predict, predict(reference), reference, *load(folder))
 
     return make
 
@@ -286,6 +284,7 @@ def test_a_fault_in_the_network_is_seen(fault, cases, monkeypatch):
     assert case.error() > 1e-3
 
 
+@pytest.mark.slow
 def test_every_parameter_is_seen(cases):
     """Changed one by one, each parameter changes the prediction: every one is used, and no bias is
     missing. The bias of a key would shift all scores by the same amount, but a norm follows it."""
@@ -321,7 +320,7 @@ def test_in_bfloat16_it_is_close(cases):
 
 
 @pytest.mark.parametrize("kind", ["i2v", "vace"])
-def test_on_eight_devices_it_is_that_of_one(kind, cases, quick):
+def test_on_eight_devices_it_is_that_of_one(kind, cases):
     case, wan = cases(kind), open_wan(cases(kind).folder)
     mesh = MeshSpec(data=1, fsdp=2, context=2, tensor=2).make()
     params = load_params(wan.source, abstract(case.model, mesh), wan_transformer_rows(case.model))

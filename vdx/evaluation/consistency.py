@@ -1,16 +1,20 @@
-"""The parts that the rows of temporal consistency share: clips, means, tables."""
+"""The base of the rows that score drawn clips next to the data's own."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from vdx.evaluation.drawing import ClipDrawer
-from vdx.evaluation.evaluator import Scores
-from vdx.evaluation.html import format_number, table
+from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores
+from vdx.evaluation.html import LoggedRows, format_number, table
 from vdx.types import Params
 
-__all__ = ["PairedClips", "comparison_table", "comparison_text", "mean_of", "paired_clips"]
+__all__ = ["ConsistencyEvaluator", "PairedClips", "mean_of", "paired_clips"]
 
 
 class PairedClips(NamedTuple):
@@ -35,24 +39,55 @@ def mean_of(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def comparison_text(title: str, labels: Mapping[str, str], scores: Scores) -> str:
-    """Format scores next to those of the data's own clips, for a terminal."""
-    heading = f"{title}, {scores['clips']} clips"
-    lines = [f"{heading:34}{'model':>9}{'true':>9}"]
-    for key, label in labels.items():
-        model = format_number(scores[key])
-        true = format_number(scores["true"][key])
-        lines.append(f"{label:34}{model:>9}{true:>9}")
-    return "\n".join(lines)
+@dataclasses.dataclass(frozen=True)
+class ConsistencyEvaluator(Evaluator):
+    """One consistency of clips drawn for validation captions, and of the data's own.
 
+    Scores: `clips`, the number of drawn clips; a number for each of `labels`; the same numbers
+    for the data's own clips under `true`.
+    """
 
-def comparison_table(labels: Mapping[str, str], scores: Scores) -> str:
-    """Format scores next to those of the data's own clips, as HTML; "" for none."""
-    if "clips" not in scores:
-        return ""
-    true = scores.get("true", {})
-    lines = [
-        [label, format_number(scores.get(key)), format_number(true.get(key))]
-        for key, label in labels.items()
-    ]
-    return table(["", "generated clips", "clips of the data"], lines, "values")
+    clips: int = 8  # drawn clips
+
+    name: ClassVar[str]  # the row's name in EVALUATORS and in the log
+    labels: ClassVar[dict[str, str]]  # score -> what it is, for people
+    needs: ClassVar[tuple[str, ...]] = ("clips",)
+
+    @abc.abstractmethod
+    def score_clips(self, videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
+        """Return a number for each of `labels`, of clips that are each uint8 [t h w 3]."""
+
+    def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
+        """See Evaluator."""
+        return functools.partial(self._run, context)
+
+    def _run(self, context: EvaluationContext, params: Params) -> Scores:
+        pairs = paired_clips(context.drawing, params, self.clips)
+        drawn = self.score_clips(pairs.drawn, context.drawing.fps)
+        true = self.score_clips(pairs.true, context.drawing.fps)
+        return {"clips": len(pairs.drawn), **drawn, "true": true}
+
+    def logged(self, scores: Scores) -> dict[str, float]:
+        """Return the numbers of the drawn clips; see Evaluator."""
+        return {f"{self.name}/{key}": scores[key] for key in self.labels}
+
+    def text(self, scores: Scores) -> str:
+        """Format a line for each number; see Evaluator."""
+        heading = f"{self.title.lower()}, {scores['clips']} clips"
+        lines = [f"{heading:34}{'model':>9}{'true':>9}"]
+        for key, label in self.labels.items():
+            model = format_number(scores[key])
+            true = format_number(scores["true"][key])
+            lines.append(f"{label:34}{model:>9}{true:>9}")
+        return "\n".join(lines)
+
+    def section(self, scores: Scores, workdir: Path, logged: LoggedRows) -> str:
+        """Show the drawn clips' numbers next to the data's; see Evaluator."""
+        if "clips" not in scores:
+            return ""
+        true = scores.get("true", {})
+        lines = [
+            [label, format_number(scores.get(key)), format_number(true.get(key))]
+            for key, label in self.labels.items()
+        ]
+        return table(["", "generated clips", "clips of the data"], lines, "values")

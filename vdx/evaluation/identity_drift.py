@@ -1,20 +1,15 @@
 """Identity drift: a subject whose colours change while the clip runs."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from vdx.data.motion import motion_score
-from vdx.evaluation.consistency import comparison_table, comparison_text, mean_of, paired_clips
-from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores
-from vdx.evaluation.html import LoggedRows
+from vdx.evaluation.consistency import ConsistencyEvaluator, mean_of
 from vdx.metrics.temporal_consistency import identity_drift
 from vdx.metrics.tracking import foreground
-from vdx.types import Params
 
 __all__ = ["IdentityDrift", "subject_masks"]
 
@@ -23,72 +18,48 @@ LEAST_PIXELS = 12  # of a subject, before its edge is left out
 LARGEST = 0.5  # share of a frame; a larger "subject" is a background that was not recognized
 COMPACT = 0.6  # 1 for a disc; single objects of scenes have 0.65 and more, two together less
 
-LABELS = {
-    "drift": "identity drift (0 to 1)",
-    "motion": "motion score",
-    "conclusive": "share of conclusive clips",
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class IdentityDrift(Evaluator):
+class IdentityDrift(ConsistencyEvaluator):
     """Drift of the subject and motion of clips drawn for validation captions.
 
-    The subject is one object over a plain or known background at
-    rest. A clip in which no subject can be found is inconclusive, never good.
-    Scores: `clips`; `drift` from 0 to 1, the mean over the conclusive clips; `motion`,
-    the mean motion score of all clips; `conclusive`, the share of conclusive clips; the
-    same for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
+    The subject is one object over a plain or known background at rest. A clip in which no
+    subject can be found is inconclusive, never good. Scores: `clips`; `drift` from 0 to 1, the
+    mean over the conclusive clips; `motion`, the mean motion score of all clips; `conclusive`,
+    the share of conclusive clips; the same for the data's own clips under `true`. A mean over
+    no clip is NaN: inconclusive.
     """
 
     clips: int = 24  # clips without a subject that can be followed are left out of the mean
 
+    name: ClassVar[str] = "identity_drift"
     title: ClassVar[str] = "Identity drift"
     about: ClassVar[str] = (
         "Change of the colours of the subject, from 0 (none) to 1; lower is better. A frozen clip "
         "does not drift: read it together with the motion score. Clips whose subject cannot be "
         "followed are inconclusive."
     )
-    needs: ClassVar[tuple[str, ...]] = ("clips",)
-
-    def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
-        """See Evaluator."""
-        return functools.partial(self._run, context)
-
-    def _run(self, context: EvaluationContext, params: Params) -> Scores:
-        pairs = paired_clips(context.drawing, params, self.clips)
-        drawn = score_clips(pairs.drawn, context.drawing.fps)
-        true = score_clips(pairs.true, context.drawing.fps)
-        return {"clips": len(pairs.drawn), **drawn, "true": true}
-
-    def logged(self, scores: Scores) -> dict[str, float]:
-        """Return drift, motion and the share of conclusive clips; see Evaluator."""
-        return {f"identity_drift/{name}": scores[name] for name in LABELS}
-
-    def text(self, scores: Scores) -> str:
-        """Format a line for each number; see Evaluator."""
-        return comparison_text("identity drift", LABELS, scores)
-
-    def section(self, scores: Scores, workdir: Path, logged: LoggedRows) -> str:
-        """Show drawn clips and the data's own; see Evaluator."""
-        return comparison_table(LABELS, scores)
-
-
-def score_clips(videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
-    """Score clips, each uint8 [t h w 3]: drift, motion, and share conclusive."""
-    values = []
-    for video in videos:
-        masks = subject_masks(video)
-        if masks is None:
-            continue
-        value, share = identity_drift(video, masks)
-        if share >= LEAST_SHARE:
-            values.append(value)
-    return {
-        "drift": mean_of(values),
-        "motion": mean_of([motion_score(video, fps) for video in videos]),
-        "conclusive": len(values) / max(len(videos), 1),
+    labels: ClassVar[dict[str, str]] = {
+        "drift": "identity drift (0 to 1)",
+        "motion": "motion score",
+        "conclusive": "share of conclusive clips",
     }
+
+    def score_clips(self, videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
+        """Return drift, motion and the share of conclusive clips."""
+        values = []
+        for video in videos:
+            masks = subject_masks(video)
+            if masks is None:
+                continue
+            value, share = identity_drift(video, masks)
+            if share >= LEAST_SHARE:
+                values.append(value)
+        return {
+            "drift": mean_of(values),
+            "motion": mean_of([motion_score(video, fps) for video in videos]),
+            "conclusive": len(values) / max(len(videos), 1),
+        }
 
 
 def subject_masks(video: np.ndarray) -> np.ndarray | None:

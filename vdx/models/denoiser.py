@@ -1,7 +1,7 @@
 """The model that is trained: conditioning signals and a backbone."""
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -161,7 +161,7 @@ class Denoiser(nn.Module):
         return self.conditioning.from_clip(key, x0)
 
     @nn.nowrap
-    def missing_signals(self, batch: Container[str]) -> set[str]:
+    def missing_signals(self, batch: Collection[str]) -> set[str]:
         """Call `Conditioning.missing_signals`."""
         return self.conditioning.missing_signals(batch)
 

@@ -82,17 +82,15 @@ def params(model, randomise):
     return randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
 
 
-def runner(model, quick):
+def runner(model):
     """Jitted: parameters, with or without adapters -> prediction."""
     keep = model.drop_masks(B, False)
-    return jax.jit(
-        lambda p: model.run(p, X, TIME, BATCH, keep, method="train_view"), compiler_options=quick
-    )
+    return jax.jit(lambda p: model.run(p, X, TIME, BATCH, keep, method="train_view"))
 
 
 @pytest.fixture(scope="module")
-def run(model, quick):
-    return runner(model, quick)
+def run(model):
+    return runner(model)
 
 
 def drawn(lora: Lora, kernels, seed=0):
@@ -139,6 +137,7 @@ def test_every_adapter_acts(run, params, kernels):
         assert np.abs(got - want).max() > 1e-4, path
 
 
+@pytest.mark.slow
 def test_several_at_once(run, params, kernels):
     """Of other ranks, in other places and of other strengths: the sum of all that they do."""
     one = WeightDelta(drawn(EVERY, kernels), weight=0.5)
@@ -171,10 +170,11 @@ def test_joined_ranks():
     )
 
 
-def test_in_bfloat16_they_add_to_what_the_layer_gives(run, params, kernels, quick):
+@pytest.mark.slow
+def test_in_bfloat16_they_add_to_what_the_layer_gives(run, params, kernels):
     half = Denoiser({**BACKBONE, "dtype": "bfloat16"}, SIGNALS)
     adapted = EVERY.combine(params, drawn(EVERY, kernels))
-    want, got = run(adapted), runner(half, quick)(adapted)
+    want, got = run(adapted), runner(half)(adapted)
     assert got.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
 
@@ -187,6 +187,7 @@ def arrays_of(jaxpr):
             yield from arrays_of(inner)
 
 
+@pytest.mark.slow
 def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
     """Neither W + A B nor a gradient of W: the products of the program are all smaller."""
     odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)  # no other such sizes
@@ -261,12 +262,12 @@ def test_layers_of_a_scan_drop_differently():
     assert np.abs(y[0] - y[1]).max() > 0 and np.abs(y[1] - y[2]).max() > 0
 
 
-def test_layers_of_the_transformer_drop(randomise, quick):
+def test_layers_of_the_transformer_drop(randomise):
     plain = Denoiser({**BACKBONE, "depth": 2}, {"embeddings": {"features": 16}})
     params = randomise(jax.eval_shape(plain.new_params, jax.random.key(0)))
     lora, run = (
         Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)),
-        runner(plain, quick),
+        runner(plain),
     )
     factors = drawn(lora, lora.select_kernels(dense_kernels(plain.new_params)))
     one, other = (run(lora.combine(params, factors, jax.random.key(i))) for i in (0, 1))
@@ -360,7 +361,7 @@ def trained(randomise):
     return made, randomise(made.shapes), drawn(made.lora, made.kernels), batch
 
 
-def two_steps(trained, quick, devices, **sizes):
+def two_steps(trained, devices, **sizes):
     """Losses, the first gradient, the state and the frozen weights after two steps."""
     made, frozen, factors, batch = trained
     mesh = MeshSpec(**{"data": 1, **sizes}).make(devices)
@@ -377,7 +378,6 @@ def two_steps(trained, quick, devices, **sizes):
             make_train_step(made.objective, optax.chain(keep, made.tx), 0.99),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
-            compiler_options=quick,
         )
         losses, gradient = [], None
         for _ in range(2):
@@ -389,9 +389,9 @@ def two_steps(trained, quick, devices, **sizes):
 
 
 @pytest.mark.slow
-def test_eight_devices_are_one(trained, quick):
-    losses, gradient, *_ = two_steps(trained, quick, jax.devices()[:1])
-    many, spread, state, frozen = two_steps(trained, quick, jax.devices(), fsdp=4, tensor=2)
+def test_eight_devices_are_one(trained):
+    losses, gradient, *_ = two_steps(trained, jax.devices()[:1])
+    many, spread, state, frozen = two_steps(trained, jax.devices(), fsdp=4, tensor=2)
     np.testing.assert_allclose(many, losses, rtol=1e-6)
     assert losses[0] != losses[1]
     for (path, want), got in zip(

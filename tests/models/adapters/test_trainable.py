@@ -24,7 +24,6 @@ from vdx.train.preemption import PreemptionHandler
 from vdx.types import Ports
 from vdx.weights import open_params
 
-pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[3]
 NULL = np.linspace(-1, 1, 77 * 16).reshape(77, 16).astype(np.float32)
 TREE = {"a": {"kernel": 1, "bias": 2}, "b": {"motion": {"kernel": 3}}}

@@ -98,7 +98,7 @@ HERE = [name for name in BACKENDS if name != "cudnn"]  # which needs a GPU
 
 
 @pytest.fixture(scope="module")
-def wanted(quick):
+def wanted():
     """wanted(case): (q, k, v, dy), (y, dq, dk, dv)."""
 
     @functools.cache
@@ -106,7 +106,7 @@ def wanted(quick):
         queries, keys, width, hides = CASES[case]
         args = arrays(queries, keys, width)
         run = with_gradients(functools.partial(definition, **hides))
-        return args, jax.jit(run, compiler_options=quick)(*args)
+        return args, jax.jit(run)(*args)
 
     return make
 
@@ -121,7 +121,7 @@ def wanted(quick):
         for case in CASES
     ],
 )
-def test_backends_are_the_definition(backend, case, wanted, quick):
+def test_backends_are_the_definition(backend, case, wanted):
     hides = CASES[case][3]
     args, want = wanted(case)
     run = with_gradients(lambda *a: attend(*a, backend=backend, **hides))
@@ -129,27 +129,25 @@ def test_backends_are_the_definition(backend, case, wanted, quick):
         with pytest.raises(ConfigError, match=f"model.attention = '{backend}'.*'auto' takes"):
             run(*args)
     else:
-        got = jax.jit(run, compiler_options=quick)(*args)
+        got = jax.jit(run)(*args)
         assert difference(got, want) < 5e-6
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_in_bfloat16_they_round_no_more_than_the_plain_one(backend, wanted, quick):
+def test_in_bfloat16_they_round_no_more_than_the_plain_one(backend, wanted):
     args, want = wanted("plain")
     half = [a.astype(jnp.bfloat16) for a in args]
-    got = jax.jit(with_gradients(lambda *a: attend(*a, backend=backend)), compiler_options=quick)(
-        *half
-    )
+    got = jax.jit(with_gradients(lambda *a: attend(*a, backend=backend)))(*half)
     assert all(g.dtype == jnp.bfloat16 for g in got)
     assert difference(got, want) < 0.012
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-def test_more_of_the_batch_may_follow_b(backend, quick):
+def test_more_of_the_batch_may_follow_b(backend):
     """As places do in attention over time; a mask is then the same for all of a clip."""
     q, k, v, _ = arrays(9, 9, 8, batch=(2, 3, 2))
     mask = RNG.random((2, 9, 9)) < 0.6
-    got = jax.jit(lambda *a: attend(*a, mask, backend=backend), compiler_options=quick)(q, k, v)
+    got = jax.jit(lambda *a: attend(*a, mask, backend=backend))(q, k, v)
     for clip in range(2):
         for place in np.ndindex(3, 2):
             one = (a[clip][place][None] for a in (q, k, v))
@@ -159,7 +157,7 @@ def test_more_of_the_batch_may_follow_b(backend, quick):
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_cudnn_is_given_what_it_takes(mask, monkeypatch, quick):
+def test_cudnn_is_given_what_it_takes(mask, monkeypatch):
     """The call, on the plain implementation: a GPU is not at hand."""
     plain, asked = jax.nn.dot_product_attention, []
 
@@ -235,13 +233,11 @@ def test_what_was_selected_can_be_listed():
     assert "1234 queries, 1234 keys of 16 in bfloat16: blockwise" in selected_backends()
 
 
-def test_blockwise_never_holds_all_scores(quick):
+def test_blockwise_never_holds_all_scores():
     """Forward and backward at 8,192 tokens and 4 heads, by the compiler's account: what is kept
     is a few arrays of the size of q, and not the scores, which are 1 GiB."""
     one = jax.ShapeDtypeStruct((1, 8192, 4, 64), jnp.float32)
-    run = jax.jit(
-        with_gradients(lambda *a: attend(*a, backend="blockwise")), compiler_options=quick
-    )
+    run = jax.jit(with_gradients(lambda *a: attend(*a, backend="blockwise")))
     memory = run.lower(one, one, one, one).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**30 / 8
 
@@ -262,7 +258,7 @@ MESHES = {
     ],
 )
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_on_several_devices_it_is_that_of_one(context, case, quick):
+def test_on_several_devices_it_is_that_of_one(context, case):
     """Values and gradients, with and without a mask."""
     spec, (b, tokens, heads, width) = MESHES[case]
     args = arrays(tokens, tokens, width, heads, (b,))
@@ -270,7 +266,7 @@ def test_on_several_devices_it_is_that_of_one(context, case, quick):
     want = with_gradients(lambda *a: definition(*a, mask))(*args)
     with jax.set_mesh(spec.make()):
         run = with_gradients(lambda *a: attend(*a, mask, backend="blockwise", context=context))
-        program = jax.jit(run, compiler_options=quick).lower(*args).compile()
+        program = jax.jit(run).lower(*args).compile()
         assert difference(program(*args), want) < 2e-6
     text = program.as_text()
     assert ("all-to-all" in text) == (context == "ulysses")
@@ -282,13 +278,13 @@ def test_on_several_devices_it_is_that_of_one(context, case, quick):
     ("backend", "batch"),
     [("splash", (2,)), ("splash", (2, 4)), ("blockwise", (2, 4)), ("blockwise", (4, 2, 3))],
 )
-def test_kernels_attend_for_their_own_share(backend, batch, quick):
+def test_kernels_attend_for_their_own_share(backend, batch):
     args = arrays(20, 20, 64, 2, batch)
     mask = RNG.random((1, 20)) < 0.7
     want = with_gradients(lambda *a: definition(*a, mask[:, None]))(*args)
     with jax.set_mesh(MeshSpec(data=2, context=2, tensor=2).make()):
         run = with_gradients(lambda *a: attend(*a, mask, backend=backend))
-        assert difference(jax.jit(run, compiler_options=quick)(*args), want) < 5e-6
+        assert difference(jax.jit(run)(*args), want) < 5e-6
 
 
 def test_tokens_that_do_not_see_the_same_are_gathered():

@@ -131,7 +131,7 @@ def mix_by_loop(p, x, spec, sees):
 
 
 @pytest.fixture(scope="module")
-def mixer(randomise, quick):
+def mixer(randomise):
     """mixer(case): (module, parameters, function of params and x, the same jitted)."""
 
     @functools.cache
@@ -139,7 +139,7 @@ def mixer(randomise, quick):
         module = mixer_of(case)
         params = randomise(jax.eval_shape(module.init, jax.random.key(0), X32, CONTEXT)["params"])
         run = lambda p, x: module.apply({"params": p}, x, CONTEXT)
-        return module, params, run, jax.jit(run, compiler_options=quick)
+        return module, params, run, jax.jit(run)
 
     return make
 
@@ -152,9 +152,9 @@ def test_attention_is_its_definition(case, mixer):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mixers_see_what_they_should_and_nothing_else(case, mixer, quick):
+def test_mixers_see_what_they_should_and_nothing_else(case, mixer):
     module, params, run, _ = mixer(case)
-    jacobian = jax.jit(jax.jacrev(lambda x: run(params, x).sum(-1)), compiler_options=quick)
+    jacobian = jax.jit(jax.jacrev(lambda x: run(params, x).sum(-1)))
     touched = np.abs(jacobian(X32)).max(-1)  # b a.. b b..
     for a in PLACES:
         for b in PLACES:
@@ -166,18 +166,16 @@ def test_mixers_see_what_they_should_and_nothing_else(case, mixer, quick):
 
 
 @each_row
-def test_mixers_in_bfloat16_are_close(case, mixer, quick):
+def test_mixers_in_bfloat16_are_close(case, mixer):
     _, params, _, run = mixer(case)
     half = mixer_of(case, dtype=jnp.bfloat16)
-    got = jax.jit(half.apply, compiler_options=quick)(
-        {"params": params}, X32.astype(jnp.bfloat16), CONTEXT
-    )
+    got = jax.jit(half.apply)({"params": params}, X32.astype(jnp.bfloat16), CONTEXT)
     assert got.dtype == jnp.bfloat16
     want = np.asarray(run(params, X32))
     assert np.linalg.norm(got.astype(np.float32) - want) < 0.02 * np.linalg.norm(want)
 
 
-def on_eight_devices(mixer, case, quick, **how):
+def on_eight_devices(mixer, case, **how):
     """Values and gradients, with tokens, features and weights split, against those of one."""
     module, params, *_ = mixer(case)
     x = RNG.normal(size=(2, 4, 2, 4, WIDTH)).astype(np.float32)
@@ -188,13 +186,11 @@ def on_eight_devices(mixer, case, quick, **how):
         return jnp.square(y).sum(), y
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    want = jax.jit(run, compiler_options=quick)(params, x)
+    want = jax.jit(run)(params, x)
     mesh = MeshSpec(data=1, fsdp=2, context=2, tensor=2).make()
     with jax.set_mesh(mesh):
         shardings = param_shardings(mesh, params), batch_sharding(mesh)
-        got = jax.jit(run, in_shardings=shardings, compiler_options=quick)(
-            *jax.device_put((params, x), shardings)
-        )
+        got = jax.jit(run, in_shardings=shardings)(*jax.device_put((params, x), shardings))
     norm, leaves = np.linalg.norm, dict(jax.tree_util.tree_leaves_with_path(want))
     for path, ours in jax.tree_util.tree_leaves_with_path(got):
         # Some are zero but for rounding: without a norm, that of the keys' bias.
@@ -203,20 +199,20 @@ def on_eight_devices(mixer, case, quick, **how):
 
 
 @each_row
-def test_on_eight_devices_it_is_that_of_one(case, mixer, quick):
-    on_eight_devices(mixer, case, quick)
+def test_on_eight_devices_it_is_that_of_one(case, mixer):
+    on_eight_devices(mixer, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_however_its_tokens_meet_on_eight_devices(context, mixer, quick):
+def test_however_its_tokens_meet_on_eight_devices(context, mixer):
     """As above, with kernels that XLA cannot split, and keys that travel."""
-    on_eight_devices(mixer, "full", quick, attention="blockwise", context_parallel=context)
+    on_eight_devices(mixer, "full", attention="blockwise", context_parallel=context)
 
 
 @pytest.mark.parametrize("grid", [(128, 2, 2), (2, 12, 12)])
 @each_row
-def test_the_cost_is_what_xla_counts(case, grid, quick):
+def test_the_cost_is_what_xla_counts(case, grid):
     """XLA also counts what is no matrix product: a little more, of which the most, 4 %, is where
     it computes the first of two separable convolutions again for each tap of the second. A loop it
     counts once, so that attention is not to run in blocks."""
@@ -225,7 +221,7 @@ def test_the_cost_is_what_xla_counts(case, grid, quick):
     x = jax.ShapeDtypeStruct((1, *grid, width), jnp.float32)
     context = MixContext(rope=rope_table(grid, width // HEADS), attention="xla")
     params = jax.eval_shape(module.init, jax.random.key(0), x, context)
-    program = jax.jit(lambda p, x: module.apply(p, x, context), compiler_options=quick)
+    program = jax.jit(lambda p, x: module.apply(p, x, context))
     counted = program.lower(params, x).compile().cost_analysis()["flops"]
     assert 1 <= counted / module.flops(grid, width) < 1.05
 

@@ -37,11 +37,11 @@ def gelu(x):
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["forward", "both"])
-def made(request, randomise, quick):
+def made(request, randomise):
     """(module, parameters, what it makes of X)."""
     module = Recurrent(heads=1, bidirectional=request.param)
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), X[:, :1], None)["params"])
-    run = jax.jit(lambda p, x: module.apply({"params": p}, x, None), compiler_options=quick)
+    run = jax.jit(lambda p, x: module.apply({"params": p}, x, None))
     return module, params, run(params, X)
 
 
@@ -56,33 +56,29 @@ def test_the_scan_is_the_formula_frame_by_frame(made):
 
 
 @pytest.mark.parametrize("made", [False], indirect=True)
-def test_steps_and_windows_are_the_whole(made, quick):
+def test_steps_and_windows_are_the_whole(made):
     """A body of jax.lax.scan that keeps one frame, and two windows with a state between them."""
     module, p, want = made
-    run = jax.jit(
-        lambda state, x: module.apply({"params": p}, state, x, method="run"), compiler_options=quick
-    )
+    run = jax.jit(lambda state, x: module.apply({"params": p}, state, x, method="run"))
     state, first = run(module.new_state(X), X[:, :24])
     end, second = run(state, X[:, 24:])
     np.testing.assert_allclose(np.concatenate([first, second], 1), want, atol=1e-5)
     assert np.abs(run(module.new_state(X), X[:, 24:])[1] - second).max() > 0.1
 
     step = lambda state, x: module.apply({"params": p}, state, x, method="step")
-    last, frames = jax.jit(
-        lambda x: jax.lax.scan(step, module.new_state(x), x.swapaxes(0, 1)), compiler_options=quick
-    )(X)
+    last, frames = jax.jit(lambda x: jax.lax.scan(step, module.new_state(x), x.swapaxes(0, 1)))(X)
     np.testing.assert_allclose(frames.swapaxes(0, 1), want, atol=1e-5)
     np.testing.assert_allclose(last, end, atol=1e-5)
     assert last.shape == X[:, 0].shape and last.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3])
-def test_gradients_are_finite(size, randomise, quick):
+def test_gradients_are_finite(size, randomise):
     """Also where a gate is shut or open in every bit, and the root's slope without bound."""
     module = Recurrent(heads=1, bidirectional=True)
     params = randomise(jax.eval_shape(module.init, jax.random.key(0), X, None)["params"])
     loss = lambda p, x: jnp.square(module.apply({"params": p}, x, None)).mean()
-    grads = jax.jit(jax.grad(loss, (0, 1)), compiler_options=quick)(params, size * X)
+    grads = jax.jit(jax.grad(loss, (0, 1)))(params, size * X)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 

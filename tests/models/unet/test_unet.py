@@ -64,9 +64,9 @@ def shapes(made: Denoiser):
     return jax.eval_shape(made.new_params, jax.random.key(0))
 
 
-def apply(quick, made: Denoiser, params, x, time, **ports):
+def apply(made: Denoiser, params, x, time, **ports):
     ports = Ports(**{name: jnp.asarray(value) for name, value in ports.items()})
-    return jax.jit(lambda *args: made.run(*args), compiler_options=quick)(params, x, time, ports)
+    return jax.jit(lambda *args: made.run(*args))(params, x, time, ports)
 
 
 # Parts
@@ -89,7 +89,7 @@ def test_group_norm_of_frames_and_of_clips():
 
 
 @pytest.mark.parametrize("joint", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_motion_module_with_either_norm(joint, randomise, quick):
+def test_a_motion_module_with_either_norm(joint, randomise):
     """Of frames each by itself, as AnimateDiff's own code has it, the reference is diffusers' with
     its norm given frames."""
     torch = pytest.importorskip("torch")
@@ -122,7 +122,7 @@ def test_a_motion_module_with_either_norm(joint, randomise, quick):
         theirs.norm.forward = frames
     y = theirs(torch.from_numpy(x).flatten(0, 1).movedim(-1, 1), num_frames=3)
     want = y.movedim(1, -1).reshape(x.shape).numpy()
-    got = jax.jit(lambda p, x: ours.apply({"params": p}, x), compiler_options=quick)(params, x)
+    got = jax.jit(lambda p, x: ours.apply({"params": p}, x))(params, x)
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
@@ -147,7 +147,7 @@ def test_what_is_between_frames():
     ],
     ids=["motion", "3d", "mixer"],
 )
-def test_fresh_it_is_the_image_network(temporal, randomise, quick):
+def test_fresh_it_is_the_image_network(temporal, randomise):
     """On every frame, in every bit; and once it is trained frames do exchange."""
     image, clip = model(), model(temporal=temporal)
     params = randomise(shapes(image))
@@ -166,15 +166,13 @@ def test_fresh_it_is_the_image_network(temporal, randomise, quick):
             {k: v for part in (fresh, old, *changes) for k, v in part.items()}, sep="/"
         )
 
-    want = apply(quick, image, params, X, TIME, tokens=TOKENS)
-    run = jax.jit(
-        lambda p: clip.run(p, X, TIME, Ports(tokens=jnp.asarray(TOKENS))), compiler_options=quick
-    )
+    want = apply(image, params, X, TIME, tokens=TOKENS)
+    run = jax.jit(lambda p: clip.run(p, X, TIME, Ports(tokens=jnp.asarray(TOKENS))))
     np.testing.assert_array_equal(run(whole(zeros)), want)
     assert np.std(want) > 0.1 and np.abs(run(whole()) - want).max() > 1e-2
 
 
-def test_what_begins_at_zero(quick):
+def test_what_begins_at_zero():
     """The last projections, so that the last test's zeros are what is made."""
     config = BlockConfig(2, 0, 4, True, Temporal(), jnp.float32)
     x = X[:1, :1, :2, :2].repeat(2, -1)
@@ -185,22 +183,21 @@ def test_what_begins_at_zero(quick):
         (Hint((), 8, jnp.float32), (x,), "conv_in"),
         (Hint((4, 6), 8, jnp.float32), (x,), "conv_out"),
     ):
-        made = jax.jit(module.init, compiler_options=quick)(jax.random.key(0), *inputs)["params"]
+        made = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(made[name]))
         assert any(np.any(leaf) for leaf in jax.tree.leaves(made)) or len(made) == 1
 
 
 @pytest.mark.slow
-def test_a_fresh_control_branch_is_nothing(randomise, quick):
+def test_a_fresh_control_branch_is_nothing(randomise):
     signals = {**TEXT, "control": {"channels": 4, "side": 1}}
     made = model(signals, control="image", hint=())
-    params = jax.jit(made.new_params, compiler_options=quick)(jax.random.key(0))
+    params = jax.jit(made.new_params)(jax.random.key(0))
     network = randomise(shapes(model()))["network"] | {"control": params["network"]["control"]}
     params = {"network": network, "conditioning": params["conditioning"]}
     control = 9 * RNG.normal(size=X.shape).astype(np.float32)
     got = [
         apply(
-            quick,
             made,
             params,
             X,
@@ -258,7 +255,8 @@ def test_ports_that_are_not_there(signals, message):
         shapes(model({**TEXT, **signals}))
 
 
-def test_times_of_frames_a_vector_and_a_mask(randomise, quick):
+@pytest.mark.slow
+def test_times_of_frames_a_vector_and_a_mask(randomise):
     """A clip whose frames have one time is one with that time; tokens that are masked are not
     there; a vector and the time of one frame change what they should."""
     made = model(attention=(True, True))
@@ -267,7 +265,6 @@ def test_times_of_frames_a_vector_and_a_mask(randomise, quick):
         lambda t, tokens, mask, vector: made.run(
             params, X, t, Ports(tokens=tokens, tokens_mask=mask, vector=vector)
         ),
-        compiler_options=quick,
     )
     mask, vector = np.arange(5) < np.array([[3], [5]]), np.zeros((2, 32), np.float32)
     frames = np.repeat(TIME[:, None], 3, 1)
@@ -275,7 +272,7 @@ def test_times_of_frames_a_vector_and_a_mask(randomise, quick):
     other = np.where(mask[..., None], TOKENS, 9.0).astype(np.float32)
     np.testing.assert_allclose(run(frames, other, mask, vector), want, atol=1e-5)
     np.testing.assert_allclose(
-        apply(quick, made, params, X, TIME, tokens=TOKENS, tokens_mask=mask), want, atol=1e-5
+        apply(made, params, X, TIME, tokens=TOKENS, tokens_mask=mask), want, atol=1e-5
     )
     changed = np.abs(run(frames + np.array([0, 90, 0], np.float32), TOKENS, mask, vector) - want)
     assert changed[:, 1].max() > 1e-2 and changed[:, 0].max() < 1e-5  # images do not mix
@@ -300,7 +297,7 @@ def test_maps_of_another_size(randomise):
         )
 
 
-def test_a_stem_is_a_rearrangement(randomise, quick):
+def test_a_stem_is_a_rearrangement(randomise):
     """Patches in, patches out: with a network that is the identity nothing moves."""
     made = model(stem=(1, 2, 3), attention=(False, False))
     assert made.backbone.patch == (1, 4, 6)
@@ -310,7 +307,7 @@ def test_a_stem_is_a_rearrangement(randomise, quick):
     zeros = randomise(params)
     zeros["network"]["conv_out"]["kernel"] *= 0
     zeros["network"]["conv_out"]["bias"] = np.arange(24, dtype=np.float32)
-    got = apply(quick, made, zeros, X, TIME, tokens=TOKENS)
+    got = apply(made, zeros, X, TIME, tokens=TOKENS)
     np.testing.assert_array_equal(got[0, 0, :2, :3], np.arange(24).reshape(2, 3, 4))
 
 

@@ -4,7 +4,7 @@
 (classifier-free dropout) and in sampling (guidance), by the same `drop` masks.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial, reduce
 from typing import Any
 
@@ -60,7 +60,7 @@ class Conditioning(nn.Module):
         return entries
 
     @nn.nowrap
-    def missing_signals(self, batch: Container[str]) -> set[str]:
+    def missing_signals(self, batch: Collection[str]) -> set[str]:
         """Return the signals for which a batch has no entry, of those that are not text.
 
         Raises:
