@@ -121,14 +121,16 @@ def bicubic(x: Float[np.ndarray, "h w c"], height: int, width: int) -> np.ndarra
     """
     for axis, size in enumerate((height, width)):
         length = x.shape[axis]
-        position = (np.arange(size) + 0.5) * (length / size) - 0.5
+        # Scale and positions are float32, as torch's: their rounding shows in the fifth digit.
+        scale = float(np.float32(length) / np.float32(size))
+        position = np.float32(scale * (np.arange(size) + 0.5) - 0.5)
         first = np.floor(position).astype(int)
         shape = [1] * x.ndim
         shape[axis] = size
 
         taps = np.zeros((), np.float32)
         for offset in range(-1, 3):
-            weight = _cubic(np.abs(position - (first + offset))).astype(np.float32)
+            weight = _cubic(np.abs(position - np.float32(first + offset)))
             index = np.clip(first + offset, 0, length - 1)
             taps = taps + weight.reshape(shape) * x.take(index, axis)
         x = taps
