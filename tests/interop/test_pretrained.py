@@ -1,5 +1,6 @@
 """Folders of pretrained models: opened, refused, checked against requests, converted and back."""
 
+import dataclasses
 import functools
 import shutil
 from pathlib import Path
@@ -241,16 +242,18 @@ def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
         complete(open_pretrained(path), {"prompts": ("a",), "mesh": {}})
 
 
-def official(copy, kind):
-    """A model of the kind as vdx.convert leaves it, from the makers' own folder."""
-    path = copy(kind)
-    edit(path / "model_index.json", _defaults="official")
-    return open_pretrained(path)
+def official(model, **scheduler):
+    """The same model as vdx.convert leaves it, from the makers' own folder."""
+    return dataclasses.replace(
+        model,
+        index={**model.index, "_defaults": "official"},
+        scheduler={**model.scheduler, **scheduler},
+    )
 
 
-def test_a_folder_of_the_makers_has_their_defaults(copy, picture, monkeypatch):
+def test_a_folder_of_the_makers_has_their_defaults(opened, picture, monkeypatch):
     def defaults(kind, **given):
-        request = complete(official(copy, kind), {"prompts": ("a",), "mesh": {}, **given})
+        request = complete(official(opened(kind)), {"prompts": ("a",), "mesh": {}, **given})
         return request, request.sampling["shift"]
 
     # Here every scheduler has shift 3. Times are the makers', the negative prompt too.
@@ -269,11 +272,8 @@ def test_a_folder_of_the_makers_has_their_defaults(copy, picture, monkeypatch):
     assert request.preprocess == "official"
 
 
-def test_the_shift_of_image_to_video_depends_on_the_size(copy, picture):
-    path = copy("i2v")
-    edit(path / "model_index.json", _defaults="official")
-    edit(path / "scheduler" / "scheduler_config.json", flow_shift=5.0)
-    model = open_pretrained(path)
+def test_the_shift_of_image_to_video_depends_on_the_size(opened, picture):
+    model = official(opened("i2v"), flow_shift=5.0)
     for given, shift in (
         ({}, 3.0),
         ({"height": 480, "width": 832}, 3.0),
@@ -289,7 +289,7 @@ def test_the_makers_negative_prompt_is_named_by_a_word(opened, picture):
     assert request.negative_prompt == NEGATIVE
 
 
-def test_how_images_are_prepared(opened, copy, picture, tmp_path, mesh):
+def test_how_images_are_prepared(opened, picture, tmp_path, mesh):
     given = {"prompts": ("a",), "mesh": {}, "image": picture}
     model = opened("i2v")
     assert complete(model, given).preprocess == "diffusers"
@@ -297,9 +297,11 @@ def test_how_images_are_prepared(opened, copy, picture, tmp_path, mesh):
         (r.height, r.width)
         for r in (complete(model, given | {"preprocess": name}) for name in CHOICES)
     ]
+    with Image.open(picture) as image:
+        width, height = image.size
     assert sizes == [
-        floored_size(480 * 832, 16, *Image.open(picture).size),
-        rounded_size(480 * 832, 16, *Image.open(picture).size),
+        floored_size(480 * 832, 16, width, height),
+        rounded_size(480 * 832, 16, width, height),
     ]
     with pytest.raises(ConfigError, match=r"preprocess = 'other': expected one of official"):
         complete(model, given | {"preprocess": "other"})
