@@ -89,7 +89,7 @@ def nearest_size(area: int, unit: int, width: int, height: int) -> FrameSize:
 
 
 def squeeze(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "h w 3"]:
-    """Resize an image by bicubic interpolation without antialiasing; proportions are not kept."""
+    """Resize an image by `bicubic`; proportions are not kept."""
     pixels = np.asarray(image, np.float32) / 255
     return bicubic((pixels - 0.5) / 0.5, height, width)
 
@@ -138,7 +138,10 @@ def bicubic(x: Float[np.ndarray, "h w c"], height: int, width: int) -> np.ndarra
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Return the weight of a pixel at each distance in [0, 2] (Keys 1981, eq. 4 with a = CUBIC)."""
+    """Return the weight of a pixel at each distance in [0, 2].
+
+    Keys 1981, equation 4 with a = CUBIC.
+    """
     near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
     far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
     return np.where(distance <= 1, near, far)

@@ -245,7 +245,7 @@ def _undotted(layer: str) -> str:
 
 
 def _layer_names(plan: Mapping[str, Any]) -> dict[str, str]:
-    """Return {a layer's name in any layout, without dots: its name in diffusers}."""
+    """Return {name of a layer in any layout, without dots: in diffusers}."""
     layers = {key.removesuffix(".weight").removesuffix(".bias") for key in plan}
     theirs = {_undotted(original_name(layer)): layer for layer in layers}
     return theirs | {_undotted(layer): layer for layer in layers}

@@ -86,9 +86,10 @@ class PretrainedModel:
         return self.index.get(DEFAULTS) == OFFICIAL
 
     def schedule(self) -> Schedule:
-        """Return the sampler of the model's scheduler, with the makers' times if it is theirs.
+        """Return the sampler of the model's scheduler.
 
-        Raises WeightsError for a scheduler that vdx does not have.
+        Its times are the makers' in a folder converted from theirs. Raises WeightsError for a
+        scheduler that vdx does not have.
         """
         schedule = schedule_of(self.scheduler, self.path)
         if not self.official:

@@ -115,7 +115,8 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> UNetFiles:
     # A branch without a config has the other sizes of the network.
     inherited = {key: files.base[key] for key in INHERITED if key in files.base}
     completed = {
-        name: inherited | config if name in CONTROLS else config for name, config in configs.items()
+        name: {**inherited, **config} if name in CONTROLS else config
+        for name, config in configs.items()
     }
     return UNetFiles(completed, source)
 
@@ -146,7 +147,7 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
 
 
 def _control_keys(name: str, arrays: dict[str, StoredArray]) -> dict[str, StoredArray]:
-    """Return arrays under keys that are not those of the way down, if they are of a branch."""
+    """Return arrays, those of a branch under keys of its own."""
     if name not in CONTROLS:
         return arrays
     return {f"{CONTROL}{key}": stored for key, stored in arrays.items()}
