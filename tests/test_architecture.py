@@ -18,7 +18,7 @@ LEVELS = [
     {"interop", "metrics"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"config", "compilation_cache", "files", "flops", "hardware", "types"},
+    {"config", "compilation_cache", "files", "flops", "hardware", "seeds", "types"},
 ]
 # Siblings that must not know one another.
 APART = {

@@ -1,11 +1,26 @@
 """Only regular files are opened, and none is read beyond its bound."""
 
+import codecs
+import json
+import math
 import os
 import socket
 
+import numpy as np
 import pytest
 
-from vdx.files import FileError, check_regular_file, open_regular, read_bounded
+from vdx.files import (
+    FileError,
+    append_rows,
+    check_regular_file,
+    open_regular,
+    parse_json,
+    read_bounded,
+    read_json,
+    read_json_object,
+    read_npy,
+    read_rows,
+)
 
 
 @pytest.fixture
@@ -45,6 +60,7 @@ def test_a_regular_file_is_read_through_links_and_to_its_bound(tmp_path):
     assert read_bounded(tmp_path / "link", 5) == b"12345"
     with pytest.raises(FileError, match="file is longer than 4 bytes"):
         read_bounded(tmp_path / "file", 4)
+    assert read_bounded(tmp_path / "file", 1 << 60) == b"12345"  # reserves no more than it reads
 
 
 def test_names_that_no_file_can_have(tmp_path):
@@ -52,3 +68,147 @@ def test_names_that_no_file_can_have(tmp_path):
         open_regular("a\0b")
     with pytest.raises(FileNotFoundError, match="absent"):
         open_regular(tmp_path / "absent")
+
+
+def short(value):
+    """Return the name of a case: a file may have megabytes."""
+    return repr(value)[:40]
+
+
+# JSON
+
+
+def draw_value(rng, levels=4):
+    """A random JSON value."""
+    kind = rng.integers(7 if levels else 5)
+    if kind == 5:
+        return [draw_value(rng, levels - 1) for _ in range(rng.integers(4))]
+    if kind == 6:
+        names = [draw_text(rng) for _ in range(rng.integers(4))]
+        return {name: draw_value(rng, levels - 1) for name in names}
+    draws = [
+        None,
+        bool(rng.integers(2)),
+        int(rng.integers(-(2**63), 2**63 - 1)) + 2**63 * int(rng.integers(2)),
+        float(rng.normal() * 10.0 ** rng.integers(-300, 300)),
+        draw_text(rng),
+    ]
+    return draws[kind]
+
+
+def draw_text(rng):
+    """A short text of any characters but halves of surrogate pairs."""
+    points = rng.choice([rng.integers(0, 128, 5), rng.integers(0xE000, 0x110000, 5)])
+    return "".join(map(chr, points[: rng.integers(6)]))
+
+
+def test_json_is_what_was_written():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        value = draw_value(rng)
+        text = json.dumps(value, ensure_ascii=bool(rng.integers(2)))
+        assert parse_json(text, "x") == value
+        assert parse_json(codecs.BOM_UTF8 + text.encode(), "x") == value
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the name 'c' stands twice in one object"),
+        (b'{"\\u001b": 1, "\\u001b": 2}', r"the name '\\x1b' stands twice"),
+        (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
+        (b"[" * 10**6, "nested more than 64 deep"),
+        (b'{"a":' * 10**5, "nested more than 64 deep"),
+        (b"[NaN]", "NaN is no number"),
+        (b"[-Infinity]", "-Infinity is no number"),
+        (b"[1e999]", "the number '1e999' is too large"),
+        (b"[18446744073709551616]", "the integer 18446744073709551616... has more than 64 bits"),
+        (b"9" * 10**6, "has more than 64 bits"),
+        (b'"\xff"', "is not UTF-8 text: byte 1 fits nothing"),
+        ("{}".encode("utf-16"), "is not UTF-8 text: byte 0"),
+        (b"[" + b"0," * 10**6 + b"0]", "more than 1,000,000 values"),
+        (b'"' + b"a" * 2**25 + b'"', "longer than 33,554,432 bytes"),
+        (b"{", "Expecting property name"),
+        (b"", "Expecting value"),
+    ],
+    ids=short,
+)
+def test_json_that_is_refused(content, reason, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=f"file.json .*{reason}"):
+        read_json(path)
+
+
+def test_a_json_object(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text('{"a": [1]}')
+    assert read_json_object(path) == {"a": [1]}
+    for text, kind in [("[1]", "a list"), ("null", "null"), ('"x"', "a text"), ("1.5", "a number")]:
+        path.write_text(text)
+        with pytest.raises(FileError, match=f"file.json holds {kind}, expected a JSON object"):
+            read_json_object(path)
+    with pytest.raises(FileError, match=r"absent.json cannot be read as JSON"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_rows_of_a_log_skip_half_lines_and_keep_numbers_that_are_not_finite(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_rows(path, [{"step": 1}, {"loss": math.inf}, [2]])
+    with path.open("ab") as out:
+        out.write(b"[" * 10**5 + b"\n\xff\n" + b'{"step": ' + b"9" * 5000 + b"}\n{")
+    append_rows(path, [{"step": 2}])
+    assert read_rows(path) == [{"step": 1}, {"loss": math.inf}, {"step": 2}]
+    assert read_rows(tmp_path / "absent.jsonl") == []
+
+
+# Arrays
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "|u1", "<i8", ">i2", "|b1"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3, 4)])
+def test_an_npy_file_is_the_array_that_was_saved(shape, order, dtype, tmp_path):
+    entries = np.random.default_rng(0).integers(0, 256, shape)
+    want = np.asarray(entries.astype(dtype), order=order)
+    np.save(tmp_path / "a.npy", want)
+    got = read_npy(tmp_path / "a.npy")
+    assert got.dtype == want.dtype and got.shape == want.shape
+    np.testing.assert_array_equal(got, want)
+
+
+def npy(shape="(3,)", dtype="'<f4'", content=bytes(12)):
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (npy(content=bytes(11)), "has 79 bytes, and its header requires 80: it is cut off"),
+        (npy(content=bytes(24)), "or holds more than one array"),
+        (npy(dtype="'|O'"), "holds entries of type 'object', expected numbers"),
+        (npy(dtype="'<U3'"), "expected numbers"),
+        (npy(dtype="[('a', '<f4')]"), "expected numbers"),
+        (npy(dtype="('<f4', (2,))"), "expected numbers"),
+        (npy(shape="(-3,)"), "no shape of an array"),
+        (npy(shape="(True,)", content=bytes(4)), "no shape of an array"),
+        (npy(shape="(1,) * 33"), "not a .npy file"),
+        (npy(shape=f"({'1, ' * 33})", content=bytes(4)), "no shape of an array"),
+        (npy(shape=f"({'9' * 40},)"), "no shape of an array"),
+        (npy(shape=f"(0, {2**40}, {2**40})", content=b""), "shape is too large"),
+        (npy(shape="(" * 2000), "not a .npy file"),
+        (npy(shape="-" * 3000 + "1"), "not a .npy file"),
+        (npy(shape=" " * 9000 + "(3,)"), "not a .npy file"),
+        (b"PK\x03\x04" + bytes(99), "not a .npy file of one array"),
+        (b"\x93NUMPY\x09\0" + bytes(99), "not a .npy file of one array"),
+        (b"\x93NUMPY\x01", "not a .npy file of one array"),
+        (b"", "not a .npy file of one array"),
+    ],
+    ids=short,
+)
+def test_an_npy_file_that_is_refused(content, reason, tmp_path):
+    path = tmp_path / "file.npy"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=f"file.npy .*{reason}"):
+        read_npy(path)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.micro_run import MICRO, ROOT, command, config
+from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
 from vdx.experiment import load
@@ -77,6 +78,18 @@ def test_resume_is_exact(workdir, tmp_path):
     assert whole == parts and len(whole) > 10
     # The copy held rows of step 6 already; the second part must have written its own.
     assert sum(r["step"] == 6 for r in read_rows(halved / "metrics.jsonl")) == 4
+
+
+def test_another_config_is_refused_and_overwrites_nothing(workdir, tmp_path):
+    """Of keys that decide what is learned; see vdx.train.config_changes for the others."""
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for override in ("optim.learning_rate=0.5", "model.backbone.width=64", "seed=1"):
+        with pytest.raises(ConfigError, match=override.partition("=")[0]):
+            run(config(f"--config.{override}"), copy, PreemptionHandler())
+    after = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def weights(workdir: Path) -> str:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from vdx.config.build import ConfigError, build, fill, lookup
+from vdx.config.build import ConfigError, build, check_spec, fill, lookup
 from vdx.config.renamed import check_renamed_keys
 from vdx.config.sections import (
     DataSection,
@@ -31,13 +31,14 @@ from vdx.data.transforms import ClipSampling, to_example
 from vdx.diffusion.losses import LOSS_TERMS, LossTerm
 from vdx.diffusion.process import PROCESSES
 from vdx.diffusion.time_sampling import TIME_SAMPLERS
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.generator import Generator, Sampling
 from vdx.models.adapters.lora import Lora
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
+from vdx.seeds import seed_key
 from vdx.train.checkpoint import locate
 from vdx.train.job import TrainJob
 from vdx.train.objectives import OBJECTIVES, Objective
@@ -69,7 +70,9 @@ class Experiment:
         self.mesh_spec = fill(MeshSpec, sections.mesh, "config.mesh")
         self.sampling = fill(Sampling, sections.sample, "config.sample")
 
-        # Data
+        # Data, which is opened later
+        for replaced in ({}, self.data.validation):
+            check_spec({**self.data.source, **replaced}, SOURCES, "config.data.source")
         self.clip: ClipSampling | None = None
         if self.data.clip is not None:
             self.clip = fill(ClipSampling, self.data.clip, "config.data.clip")
@@ -101,7 +104,7 @@ class Experiment:
         check_first_frame(sections, self.model)
         self.process = build(sections.process, PROCESSES, "config.process")
         self.objective = self.build_objective(sections)
-        self.check_blocks()
+        self.check_shapes()
 
     @property
     def trained_part(self) -> Lora | Trainable | None:
@@ -122,12 +125,23 @@ class Experiment:
             diffusion_forcing=sections.diffusion_forcing,
         )
 
-    def check_blocks(self) -> None:
-        """Raise ConfigError if a clip is no number of the blocks it is drawn in."""
+    def check_shapes(self) -> None:
+        """Raise ConfigError if the model cannot draw a clip of the data, or take one in."""
+        if self.clip is None:
+            return
+        height, width = self.data.height, self.data.width
+        trained = [(frames, height, width) for frames in self.clip.lengths]
+        if self.loader.buckets:
+            trained = [bucket[:3] for bucket in self.loader.buckets]
+
+        frames, _ = self.clip_default()
         generator = self.generator()
-        if isinstance(generator, BlockwiseGenerator) and self.clip is not None:
-            frames, _ = self.clip_default()
+        try:
+            for shape in trained:
+                self.model.num_tokens((1, *shape))
             generator.check((frames, *generator.frame_shape))
+        except ValueError as error:  # of the network, which has no config
+            raise ConfigError(f"config.data.clip, height and width: {error}") from error
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -203,9 +217,7 @@ class Experiment:
 
         Traceable, so that jit creates every array where it is sharded.
         """
-        return init_state(
-            self.weights.complete(params, jax.random.key(self.seed)), self.tx, self.seed
-        )
+        return init_state(self.weights.complete(params, seed_key(self.seed)), self.tx, self.seed)
 
     def job(self) -> TrainJob:
         """Return the experiment as the training loop sees it."""
@@ -312,7 +324,7 @@ def earlier_mean(experiment: Experiment, workdir: Path) -> float | None:
     for folder in folders:
         path = folder / "config.json"
         if path.exists():
-            mean = read_json(path)["data"].get("mean")
+            mean = read_json_object(path)["data"].get("mean")
             if mean is not None:
                 return mean
     return None
@@ -346,6 +358,6 @@ def load(workdir: Path) -> Experiment:
             f"{path} does not exist: {workdir} is not the workdir of a run. "
             "Train first: python -m vdx.main --config=... --workdir=..."
         )
-    config = read_json(path)
+    config = read_json_object(path)
     check_renamed_keys(config, source=str(path))
     return Experiment(config)

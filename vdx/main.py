@@ -48,12 +48,13 @@ from jax.sharding import Mesh
 import vdx
 from vdx.cli import exit_on_user_error, start
 from vdx.config.loader import is_override, resolve
+from vdx.config.ranges import Count, Index, define_number
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
-from vdx.files import write_json
 from vdx.generate.sample_grid import draw_sample_grid
 from vdx.load_pipeline import params_pipeline
+from vdx.train.config_changes import check_config, list_changes
 from vdx.train.loop import PeriodicTask, TrainedRun, train
 from vdx.train.preemption import PreemptionHandler, exit_if_peer_lost, lock_workdir
 from vdx.types import Params
@@ -74,14 +75,23 @@ def main(argv: Sequence[str]) -> None:
     elif FLAGS.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
     with exit_on_user_error(), exit_if_peer_lost(), PreemptionHandler() as preemption:
-        run(resolve(FLAGS.config, sys.argv[1:]), Path(FLAGS.workdir), preemption)
+        config = resolve(FLAGS.config, sys.argv[1:])
+        run(config, Path(FLAGS.workdir), preemption, FLAGS.allow_config_change)
 
 
-def run(config: Spec, workdir: Path, preemption: PreemptionHandler) -> None:
-    """Train a resolved config, evaluate the result and write the report."""
+def run(
+    config: Spec, workdir: Path, preemption: PreemptionHandler, allow_change: bool = False
+) -> None:
+    """Train a resolved config, evaluate the result and write the report.
+
+    allow_change: a workdir may be continued with a config that learns something else.
+    """
     primary = jax.process_index() == 0
     with lock_workdir(workdir) if primary else contextlib.nullcontext():
         experiment = with_pixel_mean(config, workdir)
+        changes = check_config(workdir, experiment.config, allow_change)
+        if changes and primary:
+            print(f"{workdir} continues with another config:{list_changes(changes)}")
         mesh = experiment.mesh_spec.make()
         with jax.set_mesh(mesh):
             done = train_and_evaluate(experiment, workdir, mesh, preemption)
@@ -94,8 +104,6 @@ def train_and_evaluate(
     experiment: Experiment, workdir: Path, mesh: Mesh, preemption: PreemptionHandler
 ) -> TrainedRun:
     """Train, with the evaluations and samples of the config, and evaluate the result."""
-    if jax.process_index() == 0:
-        write_json(workdir / "run.json", run_facts(experiment, mesh))
     done = train(
         experiment.job(),
         workdir,
@@ -103,6 +111,7 @@ def train_and_evaluate(
         preemption,
         evaluations=periodic_tasks(experiment, workdir, mesh),
         samples=[sample_task(experiment, workdir, mesh)],
+        facts=run_facts(experiment, mesh),
     )
     rows = rows_at_end(experiment)
     if rows:
@@ -167,6 +176,11 @@ if __name__ == "__main__":
         "workdir", None, "The folder of checkpoints, logs and the report.", required=True
     )
     flags.DEFINE_bool(
+        "allow_config_change",
+        False,
+        "Continue a workdir also with keys that change what is learned, such as a model's.",
+    )
+    flags.DEFINE_bool(
         "distributed",
         False,
         "One of several processes (hosts) of a run, which jax.distributed.initialize() finds.",
@@ -174,13 +188,13 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "coordinator", None, "host:port of the first process, where JAX cannot find it by itself."
     )
-    flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "The number of this process, with --coordinator.")
-    flags.DEFINE_integer(
+    define_number("num_processes", None, Count, "The number of processes, with --coordinator.")
+    define_number("process_id", None, Index, "The number of this process, with --coordinator.")
+    define_number(
         "heartbeat",
         100,
+        Count,
         "Seconds after which a silent process counts as dead, and the others end.",
-        lower_bound=1,
     )
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

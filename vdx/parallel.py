@@ -14,19 +14,21 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vdx.config.build import ConfigError
+from vdx.config.build import ConfigError, check_fields
+from vdx.config.ranges import Count
 from vdx.types import Array, Batch, Float
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the batch
 
+Size = Literal[-1] | Count  # devices along an axis of the mesh; -1: those that are left
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 # (regex over the parameter's path, mesh axes of its LAST dimensions). Dimensions further left,
@@ -57,10 +59,13 @@ PARAM_RULES: Rules = (
 class MeshSpec:
     """Devices along each axis; one axis may be -1, the devices that are left."""
 
-    data: int = -1  # splits the batch; weights are copied
-    fsdp: int = 1  # splits the batch and the weights
-    context: int = 1  # splits the tokens of a clip
-    tensor: int = 1  # splits heads and hidden features
+    data: Size = -1  # splits the batch; weights are copied
+    fsdp: Size = 1  # splits the batch and the weights
+    context: Size = 1  # splits the tokens of a clip
+    tensor: Size = 1  # splits heads and hidden features
+
+    def __post_init__(self) -> None:
+        check_fields(self, "config.mesh")
 
     def make(self, devices: Sequence[Any] | None = None) -> Mesh:
         """Return the mesh over `devices` (default: all).
@@ -81,8 +86,8 @@ class MeshSpec:
         sizes = [getattr(self, axis) for axis in AXES]
         fixed = math.prod(size for size in sizes if size != -1)
         is_open = -1 in sizes
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ConfigError(f"mesh {self}: sizes are positive, and at most one is -1.")
+        if sizes.count(-1) > 1:
+            raise ConfigError(f"mesh {self}: at most one size is -1.")
         if count % fixed or (not is_open and fixed != count):
             raise ConfigError(
                 f"mesh {self} needs {'a multiple of ' if is_open else ''}{fixed} "

@@ -42,6 +42,7 @@ from absl import app, flags, logging
 from vdx.cli import exit_on_user_error, parse_mesh, refuse_arguments
 from vdx.config.build import lookup
 from vdx.config.loader import is_override, resolve
+from vdx.config.ranges import Count, NonNegative, define_number
 from vdx.experiment import Experiment
 from vdx.files import write_json
 from vdx.planning.job import Job, Slice, complete_shapes
@@ -112,14 +113,10 @@ if __name__ == "__main__":
         "Frames, height and width of a clip as the model sees it, "
         "such as 16,32,32; default: those of the data.",
     )
-    flags.DEFINE_integer(
-        "text", None, "Tokens of a cached caption; default: those of the data.", lower_bound=1
-    )
+    define_number("text", None, Count, "Tokens of a cached caption; default: those of the data.")
     flags.DEFINE_bool("search", False, "Try meshes, remat policies and batches.")
-    flags.DEFINE_integer(
-        "most", 8, "With --search: the number of variants that are planned.", lower_bound=1
-    )
-    flags.DEFINE_float("price", None, "US dollars a chip-hour.", lower_bound=0.0)
+    define_number("most", 8, Count, "With --search: the number of variants that are planned.")
+    define_number("price", None, NonNegative, "US dollars a chip-hour.")
     flags.DEFINE_string("out", None, "Write the plan to this .json file.")
     logging.set_verbosity(logging.ERROR)
     app.run(main, flags_parser=lambda argv: FLAGS([a for a in argv if not is_override(a)]))

@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from vdx import cli
+from vdx.config.ranges import Count, Fraction, NonNegative, Positive, Seed, define_number
 from vdx.diffusion.samplers import SAMPLERS
 from vdx.diffusion.timesteps import TIMESTEPS
 from vdx.experiment import load as load_experiment
@@ -203,24 +204,25 @@ def define_flags() -> None:
 def define_sampling_flags() -> None:
     """Define the flags of the clip's size, of the sampler and of the step cache."""
     text = flags.DEFINE_string
-    integer = flags.DEFINE_integer
-    number = flags.DEFINE_float
-    integer("seed", 0, "Clip i takes seed + i.")
-    integer("num_frames", None, "Frames of the clip.", lower_bound=1)
-    number("fps", None, "Frames per second; some models read it.", lower_bound=0.1)
-    integer("height", None, "Pixels.", lower_bound=1)
-    integer("width", None, "Pixels.", lower_bound=1)
+    number = define_number
+    number("seed", 0, Seed, "Clip i takes seed + i.")
+    number("num_frames", None, Count, "Frames of the clip.")
+    number("fps", None, Positive, "Frames per second; some models read it.")
+    number("height", None, Count, "Pixels.")
+    number("width", None, Count, "Pixels.")
     text("sampler", None, f"One of {', '.join(SAMPLERS)}.")
     rows = ", ".join(TIMESTEPS)
     text("timesteps", None, f"Times of the steps: one of {rows}; see docs/weights.md.")
-    integer("steps", None, "Sampler steps.", lower_bound=1)
-    number("shift", None, "Time shift: above 1, more steps at high noise.")
+    number("steps", None, Count, "Sampler steps.")
+    number("shift", None, Positive, "Time shift: above 1, more steps at high noise.")
     text("guidance", None, "Scale, 1 is none; 4,3: of the experts for high and low noise.")
     text("signal_guidance", None, "Scales of other signals, such as depth=2,flow=1.5.")
-    number("cache_threshold", None, "Step cache (vdx.diffusion.step_cache); 0 is exact.", 0.0)
+    text_of_cache = "Step cache (vdx.diffusion.step_cache); 0 is exact."
+    number("cache_threshold", None, NonNegative, text_of_cache)
     number(
         "calibrate_cache",
         None,
+        Fraction,
         "Instead of drawing: find the largest --cache_threshold whose clips have at least this "
         f"SSIM to the exact ones, and write it to {CALIBRATION} of the workdir. Prompts: --prompt, "
         "--prompts_file, or the first sample prompts of the run.",
@@ -246,7 +248,7 @@ def define_condition_flags() -> None:
     text("flow", None, "A .npy file [t h w 2]: pixels to the next frame.")
     text("camera", None, "A .json file of cameras in the format of vdx.data.camera.")
     text("actions", None, "One for each frame, with commas between them, or a .json file.")
-    flags.DEFINE_float("motion", None, "Strength of motion (vdx.data.motion).", lower_bound=0.0)
+    define_number("motion", None, NonNegative, "Strength of motion (vdx.data.motion).")
     text("init_noise", None, "A .npy file, float32 [b t h w c], instead of noise of the seeds.")
     text("lora", None, "LoRA files with weights: style.safetensors:0.8,other.safetensors.")
     text("lora_2", None, "The same for the second of two experts.")

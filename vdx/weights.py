@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from vdx.config.build import ConfigError
 from vdx.config.sections import TrainSection
+from vdx.files import read_npy
 from vdx.interop.load import abstract_params
 from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
@@ -272,7 +273,7 @@ def open_params(
     # The run kept the embedding of dropped captions: its data may not be here.
     saved_null = Path(workdir) / "null.npy"
     if saved_null.exists():
-        frozen = add_deltas(frozen, {NULL: np.load(saved_null, allow_pickle=False)})
+        frozen = add_deltas(frozen, {NULL: np.asarray(read_npy(saved_null))})
     params = experiment.objective.network_params(trained, frozen)
     return OpenedParams(params, number, digest([identity, base]))
 

@@ -365,9 +365,9 @@ def test_ready_examples_pass_through_and_their_length_is_checked():
         ({"host_index": 1}, r"not in 0 \.\. 0"),
         ({"num_frames": ()}, "positive lengths"),
         ({"num_frames": (0,)}, "positive lengths"),
-        ({"buckets": ((2, 4, 4, 0),)}, "positive frames, height"),
+        ({"buckets": ((2, 4, 4, 0),)}, "buckets = 0 is out of range"),
         ({"buckets": ((2, 4, 4, 6),), "host_count": 4}, "batch of a bucket = 6 cannot be shared"),
-        ({"workers": -1}, "cannot be negative"),
+        ({"workers": -1}, "workers = -1 is out of range"),
         ({"source": Toy(0)}, "The data set is empty: Toy"),
     ],
 )

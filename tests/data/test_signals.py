@@ -360,7 +360,7 @@ def test_track_files_are_read_at_the_instants_of_the_clip(folder, fps, step):
         ("depth", "x.npy", np.array([None] * 9), "pickle|object"),
         ("depth", "x.npy", np.zeros((9, 8, 8, 3)), r"expected \[frames h w\]"),
         ("pose", "x.mp4", "no video", "Invalid data"),
-        ("reference", "x.png", "no picture", "identify"),
+        ("reference", "x.png", "no picture", "not an image of the formats"),
         ("flow", "x.npy", np.zeros((9, 8, 8, 3)), r"expected \[frames h w 2\]"),
         ("camera", "x.json", "{}", "x.json: expected .*intrinsics"),
         ("actions", "x.json", '["jump"]', "entry 0: unknown name 'jump'.*Known: stay"),

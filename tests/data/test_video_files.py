@@ -6,9 +6,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
+from PIL import Image
 
+from tests.data import video_grid as grid
+from vdx.data import video_files
 from vdx.data.record import BadRecord
-from vdx.data.video_files import video_record
+from vdx.data.video_files import is_video, video_record
 from vdx.generate.video_io import write_video
 
 UNEVEN = [0.0, 0.1, 0.15, 0.4, 1.0, 1.04, 1.5]  # seconds; a variable frame rate
@@ -89,7 +93,7 @@ def test_a_file_cut_between_two_frames_is_found_before_it_is_decoded(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as video:
         ends = [p.pos for p in video.demux(video.streams.video[0]) if p.size]
     (tmp_path / "a.mp4").write_bytes(data[: sorted(ends)[6]])
-    with pytest.raises(BadRecord, match=r"truncated: [0-9] of 10 frames"):
+    with pytest.raises(BadRecord, match=r"truncated: [0-9]+ of [0-9]+ bytes"):
         video_record("a", "", lambda: str(tmp_path / "a.mp4"))
 
 
@@ -111,3 +115,95 @@ def test_a_frame_that_the_decoder_paints_over_is_a_bad_record(tmp_path):
         except BadRecord as error:
             reasons.append(error.reason)
     assert sum("damaged frame" in r for r in reasons) >= 6, reasons
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.ts", "a.mpg", "a.webm"])
+def test_a_cut_file_shows_true_frames_or_is_refused(tmp_path, name):
+    codec = {"a.mpg": "mpeg2 open", "a.webm": "vp9", "a.avi": "mpeg4 B"}.get(name, "h264 closed")
+    grid.write(grid.encode(grid.STREAMS[codec], tmp_path / "template"), tmp_path / name)
+    data, read = (tmp_path / name).read_bytes(), 0
+    for end in np.linspace(len(data) * 0.3, len(data) - 1, 12).astype(int):
+        (tmp_path / name).write_bytes(data[:end])
+        try:
+            record = video_record("a", "", lambda: str(tmp_path / name))
+            shown = grid.numbers(record.read(record.timestamps))
+        except BadRecord:
+            continue
+        read += 1
+        assert shown == np.rint(record.timestamps * grid.RATE).astype(int).tolist()
+    assert read == 0 or name in ("a.ts", "a.mpg"), "these declare how long they are"
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".apng"])
+def test_an_animated_image_is_a_clip(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    frames = [Image.fromarray(grid.draw(number)) for number in range(6)]
+    durations = [40, 100, 50, 200, 70, 90]  # milliseconds
+    frames[0].save(
+        path,
+        format="PNG" if suffix == ".apng" else None,
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+    )
+    assert is_video(path)
+    record = video_record("a", "", lambda: str(path))
+    np.testing.assert_allclose(record.timestamps, np.cumsum([0, *durations[:-1]]) / 1000)
+    assert record.duration == pytest.approx(sum(durations) / 1000)
+    for window in ([0, 1, 2, 3, 4, 5], [3], [5, 1, 1], [4, 5]):
+        assert grid.numbers(record.read(record.timestamps[window])) == window
+
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 4])
+    with pytest.raises(BadRecord, match=r"truncated|damaged"):
+        video_record("a", "", lambda: str(path)).read(record.timestamps)
+
+
+def test_a_still_image_is_no_clip(tmp_path):
+    Image.fromarray(grid.draw(1)).save(tmp_path / "a.png")
+    (tmp_path / "b.webp").write_bytes(b"RIFF")
+    assert not is_video(tmp_path / "a.png") and not is_video(tmp_path / "b.webp")
+
+
+def test_a_frame_is_changed_as_soon_as_it_is_decoded(tmp_path, monkeypatch):
+    path = make_clip(tmp_path / "a.mp4", np.arange(8) / 8)
+    record = video_record("a", "", lambda: path)
+    whole = record.read(record.timestamps)
+    monkeypatch.setattr(video_files, "MOST_BYTES", whole[0].nbytes)
+    with pytest.raises(BadRecord, match="8 frames of 32x48 take 36864 bytes, more than 4608"):
+        record.read(record.timestamps)
+    corners = record.read_frames(record.timestamps, lambda frame: frame[:4, :4])
+    np.testing.assert_array_equal(corners, whole[:, :4, :4])
+
+
+def test_files_joined_without_new_times_are_refused(tmp_path):
+    grid.write(grid.encode(grid.STREAMS["mpeg2 open"], tmp_path / "template"), tmp_path / "a.ts")
+    (tmp_path / "b.ts").write_bytes(2 * (tmp_path / "a.ts").read_bytes())
+    with pytest.raises(BadRecord, match=r"times of its frames go back|is incomplete"):
+        video_record("b", "", lambda: str(tmp_path / "b.ts"))
+
+
+def test_a_header_that_counts_otherwise_is_no_truncation(tmp_path):
+    path = Path(make_clip(tmp_path / "a.mp4", np.arange(8) / 8))
+    data = path.read_bytes()
+    path.write_bytes(data + bytes(1000))  # and padding is no truncation either
+    assert video_record("a", "", lambda: str(path)).read(np.zeros(1)).shape == (1, 32, 48, 3)
+
+
+def test_the_cover_of_a_film_is_not_its_video(tmp_path):
+    grid.write(grid.encode(grid.STREAMS["h264 closed"], tmp_path / "template"), tmp_path / "a.mkv")
+    with av.open(str(tmp_path / "a.mkv")) as film, av.open(str(tmp_path / "b.mp4"), "w") as out:
+        cover = out.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        video = out.add_stream_from_template(film.streams.video[0], opaque=True)
+        image = av.VideoFrame.from_ndarray(grid.draw(500), "rgb24").reformat(format="yuvj420p")
+        image.pts, image.time_base = 0, Fraction(1, 1)
+        out.mux(cover.encode(image))
+        out.mux(cover.encode(None))
+        for packet in film.demux(film.streams.video[0]):
+            if packet.size:
+                packet.stream = video
+                out.mux(packet)
+    record = video_record("b", "", lambda: str(tmp_path / "b.mp4"))
+    assert grid.numbers(record.read(record.timestamps)) == list(range(grid.FRAMES))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdx.data import records, video_files
+from vdx.data import containers, records
 from vdx.data.bad_records import read_bad_records
 from vdx.data.checksums import add_checksums
 from vdx.data.pipeline import DataError, make_loader
@@ -397,7 +397,7 @@ def test_a_name_that_ffmpeg_takes_for_an_address_is_the_file_of_that_name(
 def test_frames_that_would_take_all_memory_are_refused(tmp_path, monkeypatch, most, reason):
     changing_size(tmp_path / "a.mp4", {"sha256": None})  # 32x32 by its header, later 48x48
     write_rows(tmp_path, [{"file_name": "a.mp4", "caption": "x"}])
-    monkeypatch.setattr(video_files, "MOST_PIXELS", most)
+    monkeypatch.setattr(containers, "MOST_PIXELS", most)
     with pytest.raises(BadRecord, match=reason):
         VideoFolder(str(tmp_path))[0].read(np.arange(24) / 12)
 

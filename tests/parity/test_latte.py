@@ -60,7 +60,6 @@ class Case:
     want: np.ndarray
     model: Denoiser
     params: Any
-    options: dict
 
     @functools.cached_property
     def run(self):
@@ -69,8 +68,7 @@ class Case:
         return jax.jit(
             lambda p, batch, x: self.model.run(
                 p, x, self.time, batch, self.model.drop_masks(B, False), method="train_view"
-            ),
-            compiler_options=self.options,
+            )
         )
 
     @torch.no_grad()

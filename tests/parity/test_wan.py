@@ -86,7 +86,6 @@ class Case:
     reference: Any
     model: Denoiser
     params: Any
-    options: dict
 
     @functools.cached_property
     def run(self):
@@ -106,7 +105,7 @@ class Case:
             call = lambda p, batch: self.model.run(
                 p, self.x, self.time, batch, keep, method="train_view"
             )
-        return jax.jit(call, compiler_options=self.options)
+        return jax.jit(call)
 
     def error(self, params=None) -> float:
         got = self.run(self.params if params is None else params, self.batch)

@@ -102,6 +102,17 @@ def test_large_gradients_are_clipped():
     )
 
 
+def test_clipping_at_0_is_off():
+    """It once made every gradient zero, and left the weights to the decay alone."""
+    huge = jax.tree.map(lambda g: 1e6 * g, GRADS)
+    for grads in (GRADS, huge):
+        tx = Optimizer(warmup_steps=0, max_grad_norm=0.0, weight_decay=0.0).make(10)
+        wide = Optimizer(warmup_steps=0, max_grad_norm=1e30, weight_decay=0.0).make(10)
+        got = kernel(tx.update(grads, tx.init(PARAMS), PARAMS)[0])
+        np.testing.assert_array_equal(got, kernel(wide.update(grads, wide.init(PARAMS), PARAMS)[0]))
+        assert np.abs(got).max() > 0
+
+
 @pytest.mark.parametrize("field", ["name", "schedule"])
 def test_unknown_names_list_the_known(field):
     with pytest.raises(ConfigError, match=f"config.optim.{field}"):

@@ -8,10 +8,13 @@ command line fails before anything is compiled.
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from vdx.config.ranges import MAX_FLOAT, Interval, OneOf
 
 T = TypeVar("T")
 _FLAX_FIELDS = {"parent", "name"}
@@ -21,18 +24,23 @@ class ConfigError(ValueError):
     """A config that has no meaning; the message says what to write instead."""
 
 
+class _OutOfRange(ConfigError):
+    """A value of the right type that a range or a choice excludes."""
+
+
 def nearest(name: str, known: Iterable[Any]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+@functools.cache
 def configurable_fields(cls: Any) -> dict[str, Any]:
-    """Return the fields of a class that a config may set, with their types.
+    """Return the fields of a class that a config may set, with their types and ranges.
 
     cls: a dataclass or a flax module.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     if "parent" in names:  # a flax module, whose `parent` and `name` flax itself sets
         names = [name for name in names if name not in _FLAX_FIELDS]
@@ -40,25 +48,39 @@ def configurable_fields(cls: Any) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """Return how a type reads in a message, such as "int" or "tuple[float, ...]"."""
-    return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
+    """Return how a type reads in a message, such as "int >= 1"."""
+    if hint is Ellipsis:
+        return "..."
+    if hint is type(None):
+        return "None"
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if origin is Annotated:
+        ranges = [str(limit) for limit in args[1:] if isinstance(limit, Interval)]
+        return " ".join([type_name(args[0]), *filter(None, ranges)])
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(map(type_name, args))
+    name = getattr(origin or hint, "__name__", str(hint))
+    return f"{name}[{', '.join(map(type_name, args))}]" if args else name
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Convert a value to the annotated type.
+    """Convert a value to the annotated type, and check its range.
 
     int becomes float and list becomes tuple, nothing else.
     """
+    origin = typing.get_origin(hint)
     if hint is Any:
         return value
-    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _check_limits(_convert(value, hint.__origin__, where), hint, where)
+    if origin is Literal:
+        return _choose(value, hint, where)
     if origin in (types.UnionType, typing.Union):
-        for option in typing.get_args(hint):
-            try:
-                return _convert(value, option, where)
-            except ConfigError:
-                continue
-    elif origin is tuple and isinstance(value, list | tuple):
+        return _convert_union(value, hint, where)
+    if origin is tuple and isinstance(value, list | tuple):
         args = typing.get_args(hint)
         if args[-1] is Ellipsis:
             args = args[:1] * len(value)
@@ -68,17 +90,87 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if hint is bool:
             return value
     elif hint is float and isinstance(value, int | float):
-        return float(value)
+        return _finite(value, where)
+    elif isinstance(value, Mapping) and isinstance(value, origin or hint):
+        of = (*typing.get_args(hint), Any, Any)[1]
+        return {k: _convert(v, of, f"{where}.{k}") for k, v in value.items()}
     elif isinstance(value, origin or hint):
-        return dict(value) if isinstance(value, Mapping) else value
+        return value
     raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {type_name(hint)}.")
 
 
-def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given: Any) -> T:
-    """Build the dataclass or module `cls` from a section of a config.
+def _convert_union(value: Any, hint: Any, where: str) -> Any:
+    """Convert a value to the first of several types that it fits."""
+    errors = []
+    for option in typing.get_args(hint):
+        try:
+            return _convert(value, option, where)
+        except _OutOfRange as error:
+            errors.append(error)
+        except ConfigError:
+            continue
+    if len(errors) == 1:  # the one option whose type the value has
+        raise errors[0]
+    if errors:
+        raise _OutOfRange(f"{where} = {value!r} is out of range, expected {type_name(hint)}.")
+    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {type_name(hint)}.")
+
+
+def _check_limits(value: Any, hint: Any, where: str) -> Any:
+    """Return a converted value that is inside every range of its annotation."""
+    for limit in hint.__metadata__:
+        if isinstance(limit, OneOf):
+            _check_name(value, limit.names(), where)
+        if isinstance(limit, Interval) and value not in limit:
+            raise _OutOfRange(f"{where} = {value!r} is out of range, expected {type_name(hint)}.")
+    return value
+
+
+def _choose(value: Any, hint: Any, where: str) -> Any:
+    """Return a value that is one of the choices of a Literal."""
+    choices = typing.get_args(hint)
+    if type(value) not in map(type, choices):
+        raise ConfigError(
+            f"{where} = {value!r} is {type(value).__name__}, expected {type_name(hint)}."
+        )
+    _check_name(value, choices, where)
+    return value
+
+
+def _check_name(name: Any, known: Iterable[Any], where: str) -> None:
+    """Raise ConfigError for a name that is not known."""
+    known = list(known)
+    if name not in known:
+        raise _OutOfRange(
+            f"{where}: unknown name {name!r}.{nearest(name, known)} "
+            f"Known: {', '.join(map(str, known))}."
+        )
+
+
+def _finite(value: float, where: str) -> float:
+    """Return a number as float. Raises ConfigError unless float32 holds it."""
+    if not abs(value) <= MAX_FLOAT:
+        raise _OutOfRange(f"{where} = {value!r} is not a finite number of float32.")
+    return float(value)
+
+
+def check_fields(instance: Any, where: str = "") -> None:
+    """Raise ConfigError for a field of a dataclass that its annotation excludes.
+
+    For `__post_init__` of classes that programs build directly, without `fill`.
+    """
+    for name, hint in configurable_fields(type(instance)).items():
+        _convert(getattr(instance, name), hint, f"{where or type(instance).__name__}.{name}")
+
+
+def convert(
+    cls: Callable[..., Any], spec: Mapping[str, Any], where: str, given: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the checked fields of the class `cls` in a section of a config.
 
     where: the section's dotted name, for messages. given: fields that the program supplies and
-    the config may not set. Raises ConfigError for an unknown key, a wrong type or a missing key.
+    the config may not set. Raises ConfigError for an unknown key, a wrong type, a value out of
+    range or a missing key.
     """
     hints = configurable_fields(cls)
     allowed = [key for key in hints if key not in given]
@@ -100,16 +192,17 @@ def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given: An
     missing = [key for key in allowed if key in required and key not in values]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}.")
-    return cls(**values, **given)
+    return values
+
+
+def fill(cls: Callable[..., T], spec: Mapping[str, Any], where: str, **given: Any) -> T:
+    """Build the dataclass or module `cls` from a section; see `convert`."""
+    return cls(**convert(cls, spec, where, given), **given)
 
 
 def lookup(name: str, table: Mapping[str, T], where: str) -> T:
     """Return the row `name` of a table. Raises ConfigError that lists the rows."""
-    if name not in table:
-        raise ConfigError(
-            f"{where}: unknown name {name!r}.{nearest(name, table)} "
-            f"Known: {', '.join(map(str, table))}."
-        )
+    _check_name(name, table, where)
     return table[name]
 
 
@@ -117,8 +210,23 @@ def build(
     spec: Mapping[str, Any], table: Mapping[str, Callable[..., T]], where: str, **given: Any
 ) -> T:
     """Build the object that a spec `{"name": ..., **fields}` names in a table."""
+    row, fields = _row_of(spec, table, where)
+    return fill(row, fields, where, **given)
+
+
+def check_spec(
+    spec: Mapping[str, Any], table: Mapping[str, Callable[..., Any]], where: str
+) -> None:
+    """Raise ConfigError for a spec that `build` would refuse; builds nothing."""
+    row, fields = _row_of(spec, table, where)
+    convert(row, fields, where)
+
+
+def _row_of(
+    spec: Mapping[str, Any], table: Mapping[str, Callable[..., T]], where: str
+) -> tuple[Callable[..., T], dict[str, Any]]:
+    """Return the row that a spec names in a table, and the fields that it gives."""
     if "name" not in spec:
         raise ConfigError(f"{where} lacks a name. Known: {', '.join(table)}.")
     row = lookup(spec["name"], table, where)
-    fields = {key: value for key, value in spec.items() if key != "name"}
-    return fill(row, fields, where, **given)
+    return row, {key: value for key, value in spec.items() if key != "name"}

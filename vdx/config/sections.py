@@ -7,9 +7,19 @@ it stays a mapping here and is checked where the row is built.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from vdx.config.build import ConfigError
+from vdx.config.build import check_fields
+from vdx.config.ranges import (
+    Count,
+    Decay,
+    Fraction,
+    Index,
+    Interval,
+    NonNegative,
+    Positive,
+    Seed,
+)
 
 __all__ = [
     "DataSection",
@@ -36,11 +46,11 @@ class DataSection:
     # Fields of `source` that replace those above for the validation clips.
     validation: Spec = dataclasses.field(default_factory=dict)
     clip: Spec | None = None  # fields of ClipSampling; None: the source gives ready examples
-    height: int = 32  # pixels; ready examples ignore it
-    width: int = 32  # pixels
+    height: Count = 32  # pixels; ready examples ignore it
+    width: Count = 32  # pixels
     # Mean of the pixels in [-1, 1], which training subtracts, as the mean of a VAE's latents is
     # subtracted when they are cached. None: `vdx.experiment.with_pixel_mean` measures it.
-    mean: float | None = None
+    mean: Annotated[float, Interval(-1, 1)] | None = None
     path: str | None = None  # a place that `source` can refer to, for a short command line
 
 
@@ -48,35 +58,31 @@ class DataSection:
 class TrainSection:
     """`config.train`: how long a run is, and the work between its steps.
 
-    Intervals are in steps; 0 turns the work off. Raises ConfigError for limits below 1.
+    Intervals are in steps; 0 turns the work off.
     """
 
-    steps: int  # optimizer steps of the whole run
-    ema: float = 0.999  # decay of the averaged parameters
-    log_every: int = 20  # steps between rows of metrics.jsonl
-    sample_every: int = 500  # steps between sample grids
-    save_every: int = 500  # steps between checkpoints
-    max_to_keep: int = 2  # newest checkpoints kept; 2, so that a damaged one has a predecessor
-    keep_period: int = 0  # checkpoints at multiples of it are kept too
+    steps: Count  # optimizer steps of the whole run
+    ema: Decay = 0.999  # decay of the averaged parameters
+    log_every: Index = 20  # steps between rows of metrics.jsonl
+    sample_every: Index = 500  # steps between sample grids
+    save_every: Index = 500  # steps between checkpoints
+    max_to_keep: Count = 2  # newest checkpoints kept; 2, so that a damaged one has a predecessor
+    keep_period: Index = 0  # checkpoints at multiples of it are kept too
     # The checkpoint with the lowest value of this metric, such as "validation/loss", is kept too.
     best_metric: str = ""
     # A batch is refused if its gradient norm exceeds the running mean of the norms this many
     # times; 0: only if it is not finite.
-    max_grad_norm_ratio: float = 20.0
-    max_bad_steps: int = 3  # refused batches in a row that send the run back to a checkpoint
-    max_rollbacks: int = 2  # returns to a checkpoint before the run stops with an error
-    watchdog_seconds: float = 1800.0  # without a step, after which the program ends
-    loss_bins: int = 5  # equal intervals of diffusion time that the training loss is logged for
+    max_grad_norm_ratio: NonNegative = 20.0
+    max_bad_steps: Count = 3  # refused batches in a row that send the run back to a checkpoint
+    max_rollbacks: Index = 2  # returns to a checkpoint before the run stops with an error
+    watchdog_seconds: Positive = 1800.0  # without a step, after which the program ends
+    loss_bins: Count = 5  # equal intervals of diffusion time that the training loss is logged for
     # Prompts of the samples drawn during training, with seeds 0, 1, ...; empty: the first
     # captions of the data.
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_to_keep < 1 or self.max_bad_steps < 1:
-            raise ConfigError(
-                f"config.train.max_to_keep = {self.max_to_keep} and max_bad_steps = "
-                f"{self.max_bad_steps} must be at least 1."
-            )
+        check_fields(self, "config.train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +109,7 @@ class ExperimentSections:
     model: Spec  # ModelSection
     process: Spec  # a row of PROCESSES with its fields
     train: Spec  # TrainSection
-    seed: int = 0  # of new parameters, of the order of the clips and of every draw in training
+    seed: Seed = 0  # of new parameters, of the order of the clips and of every draw in training
     # A row of TIME_SAMPLERS with its fields.
     time_sampler: Spec = dataclasses.field(default_factory=lambda: {"name": "uniform"})
     # Rows of LOSS_TERMS by name, each with its fields; their weighted sum is minimised.
@@ -122,7 +128,7 @@ class ExperimentSections:
     # A regex of parameter paths that are trained; those that `weights` lacks start new.
     trainable: str | None = None
     # Share of the clips whose first latent frame is given: without noise, at time 0.
-    first_frame: float = 0.0
+    first_frame: Fraction = 0.0
     # Every block of a clip has a time of its own; a network with blocks then draws clips block
     # by block.
     diffusion_forcing: bool = False

@@ -16,7 +16,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from vdx.data.sources import list_videos, read_metadata
-from vdx.files import append_rows, atomic_write
+from vdx.files import FileError, append_rows, atomic_write, open_regular
 
 __all__ = ["add_checksums"]
 
@@ -40,9 +40,9 @@ def add_checksums(folder: Path, update: bool = False) -> dict[str, list[str]]:
     for row in tqdm(rows, unit="file", desc="SHA-256", dynamic_ncols=True):
         before = row.get("sha256")
         try:
-            with (folder / row["file_name"]).open("rb") as file:
+            with open_regular(folder / row["file_name"]) as file:
                 row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
+        except (OSError, FileError):
             kind = "missing"
         else:
             kind = _kind(before, row["sha256"])

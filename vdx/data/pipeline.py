@@ -16,6 +16,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from vdx.config.build import check_fields
+from vdx.config.ranges import Count, Fraction, Index, Seed
 from vdx.data import workers
 from vdx.data.bad_records import read_bad_records
 from vdx.data.stream import (
@@ -43,17 +45,20 @@ class DataError(ValueError):
 class Loader:
     """How batches are read; the section `data.loader` of a config."""
 
-    global_batch: int  # examples in a batch, all hosts together
-    seed: int = 0
+    global_batch: Count  # examples in a batch, all hosts together
+    seed: Seed = 0
     shuffle: bool = True  # False: every epoch in the order of the source
-    workers: int = 0  # processes that read and decode; 0: threads of this process
-    threads: int = 4  # reading threads in each process; 0 reads inside next(), to debug
-    prefetch: int = 2  # batches read ahead: one is consumed while the next is read
-    max_bad_rate: float = 0.01  # the run stops when clearly more than this share is bad
+    workers: Index = 0  # processes that read and decode; 0: threads of this process
+    threads: Index = 4  # reading threads in each process; 0 reads inside next(), to debug
+    prefetch: Index = 2  # batches read ahead: one is consumed while the next is read
+    max_bad_rate: Fraction = 0.01  # the run stops when clearly more than this share is bad
     # (frames, height, width, examples) of the batches, in turn. Chosen so that batches of long,
     # tall and wide clips have about the same number of tokens. A record is cropped to the bucket
     # of its batch, whatever its own shape. Empty: global_batch clips of the usual size.
-    buckets: tuple[tuple[int, int, int, int], ...] = ()
+    buckets: tuple[tuple[Count, Count, Count, Count], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "config.data.loader")
 
 
 class Batches:
@@ -242,8 +247,6 @@ def make_loader(
     loader = Loader(**settings)
     shapes = _batch_shapes(loader, num_frames, to_example is not None)
     _check_hosts(loader, shapes, host_index, host_count)
-    if min(loader.seed, loader.workers, loader.threads, loader.prefetch) < 0:
-        raise ValueError(f"seed, workers, threads and prefetch cannot be negative: {loader}.")
     if len(source) == 0:
         raise DataError(f"The data set is empty: {source!r:.500}.")
 
@@ -268,10 +271,10 @@ def _batch_shapes(
     # Clips that are cut from footage need lengths; ready examples may do without.
     if (num_frames or cuts_clips) and min(num_frames or (0,)) < 1:
         raise ValueError(f"num_frames = {num_frames}: give one or more positive lengths.")
-    if any(min(bucket) < 1 for bucket in loader.buckets) or (loader.buckets and not cuts_clips):
+    if loader.buckets and not cuts_clips:
         raise ValueError(
-            f"buckets = {loader.buckets}: positive frames, height, width and examples "
-            "of clips that are cut from footage; ready examples keep their shape."
+            f"buckets = {loader.buckets} are of clips that are cut from footage; ready examples "
+            "keep their shape."
         )
 
     if loader.buckets:
@@ -291,7 +294,7 @@ def _check_hosts(
     """
     name = "batch of a bucket" if loader.buckets else "global_batch"
     for shape in shapes:
-        if shape.batch < 1 or shape.batch % host_count:
+        if shape.batch % host_count:
             raise ValueError(
                 f"{name} = {shape.batch} cannot be shared by {host_count} hosts; make it a "
                 f"multiple of {host_count}."

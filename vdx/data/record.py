@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BadRecord", "Reader", "Record", "frame_index_at"]
+__all__ = ["BadRecord", "FrameFunction", "Reader", "Record", "frame_index_at"]
 
 ROUNDING = 1e-3  # seconds; Matroska rounds timestamps to milliseconds
 
 # read(times float64 [t], in seconds) -> array; of frames, uint8 [t h w 3]
 Reader = Callable[[np.ndarray], np.ndarray]
+# A function of one frame uint8 [h w 3], for example its resizing.
+FrameFunction = Callable[[np.ndarray], np.ndarray]
 
 
 class BadRecord(ValueError):
@@ -43,6 +45,15 @@ class Record:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Control signals by name, read at the same instants; `vdx.data.signals` lists the formats.
     tracks: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+    # read_each(times, each): `each(frame)` of the frames at instants, stacked. A source of large
+    # frames has only one of them in memory at a time. None: `read`, then `each`.
+    read_each: Callable[[np.ndarray, FrameFunction], np.ndarray] | None = None
+
+    def read_frames(self, times: np.ndarray, each: FrameFunction) -> np.ndarray:
+        """Return `each(frame)` of the frames at instants [t], stacked."""
+        if self.read_each is not None:
+            return self.read_each(times, each)
+        return np.stack([each(frame) for frame in self.read(times)])
 
 
 def frame_index_at(stamps: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -15,15 +15,16 @@ import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vdx.config.ranges import Fraction
 from vdx.data.record import BadRecord, Reader, Record, frame_index_at
 from vdx.data.records import check_classes, ready_example
 from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
-from vdx.data.video_files import VIDEOS, Opener, guard, video_record
+from vdx.data.video_files import VIDEOS, Opener, guard, is_video, video_record
 
 __all__ = ["SOURCES", "Records", "VideoEntry", "VideoFolder", "list_videos", "read_metadata"]
 
@@ -55,8 +56,8 @@ class VideoFolder:
     # files of control signals, under the keys of `vdx.data.track_files`; other keys are ignored.
     # Without metadata.jsonl: videos with a `.txt` file of the same name that holds the caption.
     path: str
-    split: str = "all"  # "all", "train" or "validation"
-    validation_fraction: float = 0.1  # share of the files in "validation", by a hash of the name
+    split: Literal["all", "train", "validation"] = "all"  # the part that is read
+    validation_fraction: Fraction = 0.1  # share of the files in "validation", by a hash of the name
     rows: tuple[VideoEntry, ...] = dataclasses.field(init=False, repr=False)  # videos of the split
 
     def __post_init__(self) -> None:
@@ -179,7 +180,7 @@ def list_videos(root: Path) -> list[VideoEntry]:
     if metadata.exists():
         return [_entry(row) for row in read_metadata(metadata)]
 
-    videos = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEOS)
+    videos = sorted(path for path in root.rglob("*") if is_video(path))
     texts = [path.with_suffix(".txt") for path in videos]
     if not any(text.exists() for text in texts):
         return []

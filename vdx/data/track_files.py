@@ -2,41 +2,42 @@
 
 A row of `metadata.jsonl` names them under the name of the track:
 
-    depth      .npy [frames h w] in [0, 1] (or uint8), 1 the nearest; or a grey video
-    pose       .npy [frames h w 3] in [0, 1] (or uint8); or a video
+    depth      .npy [frames h w] in [0, 1], 1 the nearest; or a grey video or image
+    pose       .npy [frames h w 3] in [0, 1]; or a video or image
     flow       .npy [frames h w 2]: pixels of this map to the next frame, x to the right, y down
     camera     .json in the format of `vdx.data.camera`
     actions    .json, a list of indices into ACTIONS or their names, one a frame
-    reference  an image: .png .jpg .jpeg .webp
+    reference  an image
 
-A file that is not an image or a video has an entry for each frame of the clip. A video is read
-at the instants of the clip, whatever its own frame rate.
+An array of uint8 is divided by 255, one of uint16 by 65,535. A file that is not an image or a video
+has an entry for each frame of the clip. A video, or an animated image, is read at the instants of
+the clip, whatever its own frame rate. An image is the map of all frames.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vdx.config.build import lookup
+from vdx.data.animation import is_animation
 from vdx.data.camera import read_camera
+from vdx.data.images import SUFFIXES, read_image, read_map, to_unit
 from vdx.data.signals import ACTIONS
 from vdx.data.video_files import VIDEOS
-from vdx.files import read_json
+from vdx.files import check_regular_file, read_json, read_npy
 
-__all__ = ["TRACK_FILES"]
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+__all__ = ["TRACK_FILES", "is_moving"]
 
 # Returns uint8 [t h w 3]: the file, if it is a video, at the instants of the clip.
 ReadVideo = Callable[[], np.ndarray]
 
 
 def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise ValueError for a file of another kind."""
+    """Raise ValueError for a file of another kind, or what is no file at all."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"expected a file {' '.join(suffixes)}")
+    check_regular_file(path)
 
 
 def _take(values: np.ndarray, index: np.ndarray, frames: int) -> np.ndarray:
@@ -52,7 +53,7 @@ def _read_maps(
     """Return [t h w], or [t h w channels], of an array file."""
     _check_suffix(path, (".npy",))
     # Mapped into memory: frames that the clip leaves out are never read.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = read_npy(path)
 
     # [frames h w], or with channels [frames h w channels]
     expected = "[frames h w]" if channels is None else f"[frames h w {channels}]"
@@ -60,7 +61,7 @@ def _read_maps(
     if not fits:
         raise ValueError(f"holds {list(array.shape)}, expected {expected}")
     if array.dtype.kind not in "fu":
-        raise ValueError(f"holds {array.dtype}, expected floats or uint8")
+        raise ValueError(f"holds {array.dtype}, expected floats, uint8 or uint16")
 
     maps = _take(array, index, frames)
     if not np.isfinite(maps).all():
@@ -68,27 +69,31 @@ def _read_maps(
     return maps
 
 
-def _to_unit(values: np.ndarray) -> np.ndarray:
-    """Return uint8 levels, or numbers in [0, 1], as float32 in [0, 1]."""
-    if values.dtype == np.uint8:
-        return values.astype(np.float32) / np.float32(255.0)
-    if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"holds {values.min():.4g} to {values.max():.4g}, expected [0, 1]")
-    return values.astype(np.float32)
+def is_moving(path: Path) -> bool:
+    """Return whether a file is a video or an animated image. Raises ValueError."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return is_animation(path)
+    return suffix in VIDEOS
 
 
 def _depth(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.ndarray:
     """Return nearness, float32 [t h w 1]."""
-    if path.suffix.lower() in VIDEOS:
-        return _to_unit(video()).mean(-1, keepdims=True)
-    return _to_unit(_read_maps(path, index, frames))[..., None]
+    if is_moving(path):
+        return to_unit(video()).mean(-1, keepdims=True)
+    if path.suffix.lower() in SUFFIXES:
+        nearness = read_map(path)[None, ..., None]
+        return np.repeat(nearness, len(index), axis=0)
+    return to_unit(_read_maps(path, index, frames))[..., None]
 
 
 def _pose(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.ndarray:
     """Return images of the skeleton, float32 [t h w 3]."""
-    if path.suffix.lower() in VIDEOS:
-        return _to_unit(video())
-    return _to_unit(_read_maps(path, index, frames, 3))
+    if is_moving(path):
+        return to_unit(video())
+    if path.suffix.lower() in SUFFIXES:
+        return np.repeat(to_unit(read_image(path))[None], len(index), axis=0)
+    return to_unit(_read_maps(path, index, frames, 3))
 
 
 def _flow(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.ndarray:
@@ -119,9 +124,7 @@ def _actions(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np
 
 def _reference(path: Path, index: np.ndarray, frames: int, video: ReadVideo) -> np.ndarray:
     """Return the image of the subject, uint8 [1 h w 3]."""
-    _check_suffix(path, IMAGES)
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))[None]
+    return read_image(path)[None]
 
 
 # read(file, index, frames, video) -> the track in the format of `vdx.data.signals`.

@@ -5,10 +5,12 @@ There is no horizontal flip: captions say left and right.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from vdx.config.build import ConfigError, check_fields
+from vdx.config.ranges import Count, Index, Positive
 from vdx.data.record import BadRecord, Record
 from vdx.data.resize import resize
 from vdx.data.signals import Clip, read_signals
@@ -18,9 +20,6 @@ __all__ = ["ClipSampling", "Tokenize", "to_example"]
 # tokenize(caption) -> (token ids int32 [l], mask bool [l])
 Tokenize = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
-STARTS = ("random", "first", "centre")
-SHORT = ("error", "hold", "loop")
-SMALL = ("error", "enlarge")
 ROUNDING = 1e-3  # seconds; containers round timestamps by as much
 RATE_SLACK = 1.01  # footage of 23.976 frames per second passes for 24
 END_MARGIN = 1e-6  # seconds before the end of a procedural clip, where an instant still exists
@@ -30,49 +29,33 @@ END_MARGIN = 1e-6  # seconds before the end of a procedural clip, where an insta
 class ClipSampling:
     """The choice of a clip's instants in a record; section `data.clip` of a config."""
 
-    num_frames: tuple[int, ...] | int  # lengths of clips; each batch has one of them
+    num_frames: tuple[Count, ...] | Count  # lengths of clips; each batch has one of them
     # Frames per second of the clip, or several rates, of which each clip draws one. Only rates up
     # to the footage's own are drawn: above it frames would repeat and the motion stutter. Of these,
     # rates at which the footage fills the clip are preferred.
-    fps: tuple[float, ...] | float | None = None
-    stride: int | None = None  # instead of fps: every stride-th frame, whatever the rate
-    start: str = "random"  # "random", "first" or "centre"
+    fps: tuple[Positive, ...] | Positive | None = None
+    stride: Count | None = None  # instead of fps: every stride-th frame, whatever the rate
+    start: Literal["random", "first", "centre"] = "random"  # place of the clip in the record
     # A record shorter than the clip: "error" refuses it, "hold" repeats its last frame, "loop"
     # begins again.
-    short: str = "error"
+    short: Literal["error", "hold", "loop"] = "error"
     # Frames that must be enlarged to cover the clip: "error" refuses the record, since enlarged
     # footage teaches blur; "enlarge" accepts it.
-    small: str = "error"
-    flow_points: int = 0  # pixels whose optical flow is given as a hint; 0: all of them
+    small: Literal["error", "enlarge"] = "error"
+    flow_points: Index = 0  # pixels whose optical flow is given as a hint; 0: all of them
 
     def __post_init__(self) -> None:
-        """Raise ValueError for fields that do not fit together."""
-        # One rule for the instants, and only one.
+        """Raise ConfigError for values out of range, or that do not fit together."""
+        where = "config.data.clip"
+        check_fields(self, where)
         if (self.fps is None) == (self.stride is None):
-            raise ValueError(
-                "ClipSampling needs either fps or stride: "
-                f"fps = {self.fps}, stride = {self.stride}."
+            raise ConfigError(
+                f"{where} needs either fps or stride: fps = {self.fps}, stride = {self.stride}."
             )
-
-        # Numbers.
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"num_frames = {self.num_frames}: give positive lengths.")
-        if min(self.rates, default=1.0) <= 0 or (self.stride is not None and self.stride < 1):
-            raise ValueError(f"fps = {self.fps} and stride = {self.stride} must be positive.")
-
-        if self.flow_points < 0:
-            raise ValueError(f"flow_points = {self.flow_points} cannot be negative.")
+        if not self.lengths:
+            raise ConfigError(f"{where}.num_frames is empty: give one or more lengths.")
         if self.fps is not None and not self.rates:
-            raise ValueError("fps is empty: give one or more rates.")
-
-        # Names.
-        for name, value, known in (
-            ("start", self.start, STARTS),
-            ("short", self.short, SHORT),
-            ("small", self.small, SMALL),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} = {value!r} is none of {', '.join(known)}.")
+            raise ConfigError(f"{where}.fps is empty: give one or more rates.")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -216,20 +199,29 @@ def to_example(
     cannot be used, and ConfigError for an unknown signal.
     """
     times, fps = clip.times(record, num_frames, rng)
-    frames = record.read(times)  # [t h w 3]
-    _check_frames(record, frames, num_frames)
-    if clip.small == "error":
-        _check_size(record, frames, height, width)
+    size = (height, width)  # of the footage, once a frame is decoded
+
+    def fit(frame: np.ndarray) -> np.ndarray:
+        nonlocal size
+        _check_frame(record, frame)
+        size = frame.shape[:2]
+        if clip.small == "error":
+            _check_size(record, size, height, width)
+        return resize(frame[None], height, width)[0]
+
+    # Frames are resized one by one: a clip of large footage would fill the memory.
+    video = record.read_frames(times, fit)  # [t height width 3]
+    if len(video) != num_frames:
+        raise BadRecord(record.key, f"gave {len(video)} frames, expected {num_frames}")
 
     # The clip itself, and the signals that belong to it.
     text, mask = tokenize(record.caption)
-    video = resize(frames, height, width)  # [t height width 3]
     source = Clip(
         record=record,
         times=times,
         fps=fps,
         video=video,
-        size=frames.shape[1:3],
+        size=size,
         flow_points=clip.flow_points,
         rng=rng,
     )
@@ -244,18 +236,17 @@ def to_example(
     }
 
 
-def _check_frames(record: Record, frames: np.ndarray, num_frames: int) -> None:
-    """Raise BadRecord unless the frames are uint8 [num_frames h w 3]."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (num_frames, 3):
+def _check_frame(record: Record, frame: np.ndarray) -> None:
+    """Raise BadRecord unless a frame is uint8 [h w 3]."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
         raise BadRecord(
-            record.key,
-            f"gave frames {frames.dtype} {frames.shape}, expected uint8 ({num_frames}, h, w, 3)",
+            record.key, f"gave frames {frame.dtype} {frame.shape}, expected uint8 (h, w, 3)"
         )
 
 
-def _check_size(record: Record, frames: np.ndarray, height: int, width: int) -> None:
+def _check_size(record: Record, size: tuple[int, int], height: int, width: int) -> None:
     """Raise BadRecord if the frames are smaller than the clip."""
-    found_height, found_width = frames.shape[1:3]
+    found_height, found_width = size
     if max(height / found_height, width / found_width) > 1:
         raise BadRecord(
             record.key,

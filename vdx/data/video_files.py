@@ -1,156 +1,73 @@
-"""Encoded video files: timestamps from the packets, frames at chosen instants.
+"""Encoded video files and animated images: their frames in display order, by random access.
 
-Whatever a damaged or hostile file makes the decoder raise becomes BadRecord.
+Containers differ in what their times mean, and files in what their headers claim. The order of
+the decoder's output is the display order, and every read is compared with it. Whatever a damaged
+or hostile file makes the decoder raise becomes BadRecord.
 """
 
+import dataclasses
 import io
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video.stream import VideoStream
+from av.video.frame import PictureType
 
-from vdx.data.record import BadRecord, Record, frame_index_at
+from vdx.data.animation import is_animation, iter_animation
+from vdx.data.containers import Opener, check_complete, first_bytes
+from vdx.data.display import display_pixels
+from vdx.data.packets import Decoded, decode_packets, display_times, output_order, read_packets
+from vdx.data.record import BadRecord, FrameFunction, Record, frame_index_at
 
 __all__ = [
     "VIDEOS",
+    "Footage",
     "Opener",
-    "decode",
     "guard",
-    "open_video",
-    "pixels",
-    "seconds_per_tick",
+    "is_video",
+    "open_footage",
     "video_record",
 ]
 
 T = TypeVar("T")
 
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-CONTAINERS = "avi,matroska,mp4"  # the containers of VIDEOS by their names in FFmpeg
-MOST_PIXELS = 1 << 26  # of a frame (8192 x 8192); a hostile header may demand all memory
-
-# Returns a path, or a fresh BytesIO, of one encoded video.
-Opener = Callable[[], str | io.BytesIO]
-
-
-def open_video(file: str | io.BytesIO) -> tuple[InputContainer, VideoStream]:
-    """Open a video file; return the container and its first video stream.
-
-    FFmpeg also opens playlists, which name other files and addresses, and images. Only the
-    containers of VIDEOS are accepted. Raises ValueError if there is no usable video stream.
-    """
-    try:
-        container = av.open(
-            file, "r", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-        )
-    except av.error.ArgumentError as error:
-        raise ValueError(f"not one of the containers {CONTAINERS}") from error
-    try:
-        return container, _video_stream(container)
-    except BaseException:
-        container.close()
-        raise
+# Suffixes of files that always are clips, in lower case.
+VIDEOS = (
+    ".apng",
+    ".avi",
+    ".gif",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ts",
+    ".webm",
+)
+MAYBE_ANIMATED = (".png", ".webp")  # suffixes of images, some of which are clips
+ANIMATION = re.compile(rb"GIF8|\x89PNG|RIFF.{4}WEBP", re.DOTALL)  # first bytes of the files
+MOST_BYTES = 1 << 31  # of the frames of one read
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
-    """Return the first video stream, limited in threads and in the size of frames."""
-    if not container.streams.video:
-        raise ValueError("no video stream")
-    stream = container.streams.video[0]
-    codec = stream.codec_context
-    if codec is None:
-        raise ValueError("an unknown codec")
-    if codec.width * codec.height > MOST_PIXELS:
-        raise ValueError(f"frames of {codec.height}x{codec.width}, more than {MOST_PIXELS} pixels")
+class Footage(Protocol):
+    """Frames in display order, of an encoded video or an animated image."""
 
-    codec.options = {"max_pixels": str(MOST_PIXELS)}  # the stream may contradict the header
-    codec.thread_count = 1  # the loader's own threads share the cores
-    return stream
+    @property
+    def stamps(self) -> np.ndarray:
+        """Times of the frames, float64 [frames]: seconds from the first one, ascending."""
 
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last one."""
 
-def seconds_per_tick(stream: VideoStream) -> float:
-    """Return the unit of a stream's presentation stamps, in seconds."""
-    if stream.time_base is None:
-        raise ValueError("a video stream without a time base")
-    return float(stream.time_base)
-
-
-def pixels(frame: av.VideoFrame) -> np.ndarray:
-    """Return a decoded frame as uint8 [h w 3], upright.
-
-    Phones store the rotation as metadata next to the image.
-    """
-    quarter_turns = round(frame.rotation / 90)
-    upright = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
-    return np.ascontiguousarray(upright)
-
-
-class _Timeline(NamedTuple):
-    """Presentation times of the frames of a video."""
-
-    ticks: np.ndarray  # int [frames], ascending, in units of `tick`
-    tick: float  # seconds
-    duration: float  # seconds, from the first frame to the end of the last one
-
-
-def _probe(file: str | io.BytesIO) -> _Timeline:
-    """Return the timeline of a video, read from its packets; nothing is decoded.
-
-    Times are never computed from a frame rate. Raises ValueError for a truncated file.
-    """
-    # A truncated file has fewer packets than its header promises.
-    container, stream = open_video(file)
-    with container:
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        if len(packets) < stream.frames:
-            raise ValueError(f"truncated: {len(packets)} of {stream.frames} frames are there")
-
-        # Some packets only prepare the decoder for others.
-        presented = [packet for packet in packets if not packet.is_discard]
-        if not presented:
-            raise ValueError("no frames")
-        # Of several packets with one stamp the first counts.
-        durations = {packet.pts: packet.duration for packet in reversed(presented)}
-        if None in durations:
-            raise ValueError("frames without presentation times")
-        tick = seconds_per_tick(stream)
-
-    ticks = np.unique(list(durations))
-    last_duration: float = durations[int(ticks[-1])] or 0.0
-    if not last_duration and len(ticks) > 1:  # not every container stores it
-        last_duration = float(np.median(np.diff(ticks)))
-    return _Timeline(ticks, tick, float(ticks[-1] - ticks[0] + last_duration) * tick)
-
-
-def decode(file: str | io.BytesIO, wanted: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the frames at some presentation stamps: stamp -> uint8 [h w 3].
-
-    wanted: the stamps, in ticks of the stream.
-
-    Decodes from the key frame before the first stamp to the last one. Raises ValueError for a
-    damaged frame on the way; the decoder itself would only conceal it.
-    """
-    container, stream = open_video(file)
-    found: dict[int, np.ndarray] = {}
-    needed = {int(stamp) for stamp in wanted}
-
-    with container:
-        # Seek to the key frame before the first frame that is needed.
-        if min(needed) > (stream.start_time or 0):
-            container.seek(min(needed), stream=stream)
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise ValueError("damaged frame")
-            if frame.pts in needed:
-                found[frame.pts] = pixels(frame)
-                if len(found) == len(needed):
-                    break
-
-    if len(found) < len(needed):
-        raise ValueError(f"{len(needed) - len(found)} of {len(needed)} frames do not decode")
-    return found
+    def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend."""
 
 
 def guard(key: str, work: Callable[[], T], what: str = "video") -> T:
@@ -169,8 +86,151 @@ def guard(key: str, work: Callable[[], T], what: str = "video") -> T:
         raise BadRecord(key, f"not a usable {what}: {reason}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Animation:
+    """The frames of an animated image; each is drawn over the one before."""
+
+    stamps: np.ndarray  # float64 [frames], seconds from the first frame
+    duration: float  # seconds
+
+    def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend."""
+        kept = set(wanted)
+        for number, frame in enumerate(iter_animation(opener())):
+            if number in kept:
+                yield number, frame.pixels
+            if number == wanted[-1]:
+                return
+
+
+def _open_animation(opener: Opener) -> Animation:
+    """Return the timeline of an animated image."""
+    durations = [frame.seconds for frame in iter_animation(opener())]
+    ends = np.cumsum(durations)
+    return Animation(np.append(0.0, ends[:-1]), float(ends[-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Movie:
+    """The frames of an encoded video, by the packets that they are decoded from."""
+
+    stamps: np.ndarray  # float64 [frames], seconds from the first frame, ascending
+    duration: float  # seconds, from the first frame to the end of the last one
+    packets: np.ndarray  # int [frames], number of the packet of each frame
+    first_packet: int  # decoding from here gives every frame
+    keys: np.ndarray  # int [keys], frames of key packets, where decoding may start
+
+    def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend.
+
+        Raises ValueError for frames that do not decode; the decoder would only conceal them.
+        """
+        kept = set(wanted)
+        for number, decoded in self._from(opener, wanted[0]):
+            if number in kept:
+                yield number, display_pixels(decoded.frame, decoded.stream)
+            if number == wanted[-1]:
+                return
+
+    def _from(self, opener: Opener, number: int) -> Iterator[tuple[int, Decoded]]:
+        """Yield (number, decoded frame) of the frames from a number, each in its turn.
+
+        Decoding starts at the last key packet, and again earlier, in the end at the start, if
+        frames are missing from there or come in another order.
+        """
+        # The last two key packets that are before the frame when shown and when decoded.
+        usable = (self.keys <= number) & (self.packets[self.keys] <= self.packets[number])
+        last_two = self.packets[self.keys[usable]][:-3:-1].tolist()
+
+        for start in dict.fromkeys((*last_two, self.first_packet)):
+            try:
+                for found, decoded in self._decode(opener(), start):
+                    if found > number:
+                        break
+                    if found == number:
+                        yield number, decoded
+                        number += 1
+            except (av.error.FFmpegError, ValueError):
+                if start == self.first_packet:
+                    raise
+        if number < len(self.stamps):
+            raise ValueError(f"frame {number} of {len(self.stamps)} does not decode in its turn")
+
+    def _decode(self, file: str | io.BytesIO, start: int) -> Iterator[tuple[int, Decoded]]:
+        """Yield (number, decoded frame) as the decoder gives them from packet `start` on."""
+        numbers = {packet: number for number, packet in enumerate(self.packets.tolist())}
+        certain = start == self.first_packet
+        for decoded in decode_packets(file, start):
+            # In a stream without whole key frames the image is only complete later.
+            frame = decoded.frame
+            is_key = frame.key_frame and frame.pict_type == PictureType.I
+            if not certain and not (decoded.packet == start and is_key):
+                raise ValueError("decoding cannot start here")
+            certain = True
+
+            if decoded.packet in numbers:
+                if frame.is_corrupt:
+                    raise ValueError("damaged frame")
+                yield numbers[decoded.packet], decoded
+
+
+def _open_movie(opener: Opener) -> Movie:
+    """Return the timeline of an encoded video.
+
+    Times are never computed from a frame rate. Raises ValueError.
+    """
+    packets = read_packets(opener())
+    if packets.shown_as_stamped:
+        numbers = np.flatnonzero(~packets.is_discard)
+        numbers = numbers[np.argsort(packets.shown_at[numbers])]
+    else:
+        numbers = output_order(opener(), packets.first_key)
+    if not len(numbers):
+        raise ValueError("no frames")
+
+    # Of several frames at one time the first counts.
+    ticks = display_times(packets, numbers)
+    kept = np.append(True, np.diff(ticks) > 0)
+    ticks = ticks[kept]
+    numbers = numbers[kept]
+
+    last_duration = float(packets.durations[numbers[-1]])
+    if not last_duration and len(ticks) > 1:  # not every container stores it
+        last_duration = float(np.median(np.diff(ticks)))
+    return Movie(
+        stamps=(ticks - ticks[0]) * packets.tick,
+        duration=(float(ticks[-1] - ticks[0]) + last_duration) * packets.tick,
+        packets=numbers,
+        first_packet=packets.first_key,
+        keys=np.flatnonzero(packets.is_key[numbers]),
+    )
+
+
+def is_video(path: Path) -> bool:
+    """Return true if a file is a clip, by its suffix, and of PNG and WebP by its frames."""
+    suffix = path.suffix.lower()
+    if suffix not in MAYBE_ANIMATED:
+        return suffix in VIDEOS
+    try:
+        return is_animation(path)
+    except (ValueError, OSError):
+        return False
+
+
+def open_footage(opener: Opener) -> Footage:
+    """Return the timeline of an encoded video or an animated image, by what the file contains.
+
+    Raises ValueError, OSError and what decoders raise.
+    """
+    file = opener()
+    check_complete(file)
+    if ANIMATION.match(first_bytes(file)):
+        return _open_animation(opener)
+    return _open_movie(opener)
+
+
 def video_record(key: str, caption: Any, opener: Opener) -> Record:
-    """Return the record of an encoded video.
+    """Return the record of an encoded video or an animated image.
 
     Timestamps count from the first frame. Raises BadRecord, at once or in `read`.
     """
@@ -180,17 +240,42 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
         raise BadRecord(key, f"the caption is {type(caption).__name__}, expected text")
 
     # Timestamps are read at once, frames when they are needed.
-    timeline = guard(key, lambda: _probe(opener()))
-    ticks = timeline.ticks
-    stamps = (ticks - ticks[0]) * timeline.tick
+    footage = guard(key, lambda: open_footage(opener))
+
+    def read_each(times: np.ndarray, each: FrameFunction) -> np.ndarray:
+        wanted = frame_index_at(footage.stamps, times)
+        return guard(key, lambda: _read(footage, opener, wanted, each))
 
     def read(times: np.ndarray) -> np.ndarray:
-        wanted = ticks[frame_index_at(stamps, times)]
-        frames = guard(key, lambda: decode(opener(), wanted))
-        sizes = {frame.shape[:2] for frame in frames.values()}
-        if len(sizes) > 1:
-            changes = " then ".join(f"{height}x{width}" for height, width in sorted(sizes))
-            raise BadRecord(key, f"the frames change size: {changes}")
-        return np.stack([frames[int(stamp)] for stamp in wanted])
+        return read_each(times, lambda frame: frame)
 
-    return Record(key, caption, timeline.duration, stamps, read)
+    return Record(key, caption, footage.duration, footage.stamps, read, read_each=read_each)
+
+
+def _read(footage: Footage, opener: Opener, wanted: np.ndarray, each: FrameFunction) -> np.ndarray:
+    """Return `each(frame)` of the frames `wanted` [t], stacked; one decoded frame is in memory."""
+    result = None
+    shape = None
+    for number, frame in footage.frames(opener, np.unique(wanted).tolist()):
+        # All frames have the size of the first.
+        shape = shape or frame.shape[:2]
+        if frame.shape[:2] != shape:
+            sizes = [f"{height}x{width}" for height, width in (shape, frame.shape[:2])]
+            raise ValueError(f"the frames change size: {' then '.join(sizes)}")
+
+        value = each(frame)
+        if result is None:
+            _check_bytes(len(wanted) * value.nbytes, len(wanted), shape)
+            result = np.empty((len(wanted), *value.shape), value.dtype)
+        result[wanted == number] = value
+    assert result is not None
+    return result
+
+
+def _check_bytes(num_bytes: int, frames: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError for a read of more than MOST_BYTES."""
+    if num_bytes > MOST_BYTES:
+        raise ValueError(
+            f"{frames} frames of {shape[0]}x{shape[1]} take {num_bytes} bytes, more than "
+            f"{MOST_BYTES}: read fewer, or make a smaller copy of the file"
+        )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vdx.config.build import build
+from vdx.config.ranges import NonNegative, Positive, PositiveFraction
 from vdx.diffusion.process import FLOOR, Process, expand
 from vdx.types import Array, Bool, Float
 
@@ -91,7 +92,7 @@ class MinSNR:
     variance preserving process.
     """
 
-    gamma: float = 5.0  # the paper's value; larger trains more at low noise
+    gamma: Positive = 5.0  # the paper's value; larger trains more at low noise
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Return the weights at times t, finite at both ends."""
@@ -110,7 +111,7 @@ class VelocityWeight:
     An x0 prediction divides by sigma and a noise prediction by alpha.
     """
 
-    min_sigma: float = 0.05  # the divisor's lower bound, so that the weight is finite
+    min_sigma: PositiveFraction = 0.05  # the divisor's lower bound, so that the weight is finite
 
     def __call__(self, process: Process, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Return the weights at times t."""
@@ -186,7 +187,7 @@ class LossTerm(Protocol):
 class DenoisingLoss:
     """The weighted squared error of the network's prediction."""
 
-    weight: float = 1.0  # factor in the summed loss
+    weight: NonNegative = 1.0  # factor in the summed loss
     # A row of WEIGHTINGS with its fields: the weight of each noise level.
     weighting: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
 

@@ -19,13 +19,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.config.build import ConfigError, lookup
+from vdx.config.build import ConfigError, check_fields, lookup
+from vdx.config.ranges import MAX_INT, Interval, OneOf
 from vdx.types import Array
 
 # The lower bound of every divisor: it keeps the two impossible corners finite. It is below the
@@ -148,6 +149,10 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
+PredictionName = Annotated[str, OneOf(lambda: PREDICTIONS)]
+Open = Annotated[float, Interval(0, 1, low_open=True, high_open=True)]
+
+
 class Process:
     """The base of the rows of PROCESSES.
 
@@ -158,7 +163,7 @@ class Process:
     velocity_kind: ClassVar[str]  # the kind of prediction that losses.VelocityWeight targets
 
     def __post_init__(self) -> None:
-        lookup(self.prediction, PREDICTIONS, "process.prediction")
+        check_fields(self, "config.process")
 
     def alpha(self, t: Any) -> Any:
         """Return the scale of the signal, in the shape of t."""
@@ -242,11 +247,11 @@ class VariancePreserving(Process):
     unknown name, or for numbers that give no schedule.
     """
 
-    betas: str = "linear"  # a row of BETAS
-    beta_start: float = 1e-4  # noise variance of the first step, of Ho et al. 2020
-    beta_end: float = 0.02  # and of the last one
-    steps: int = 1000  # discrete steps of the table
-    prediction: str = "noise"  # a row of PREDICTIONS
+    betas: Annotated[str, OneOf(lambda: BETAS)] = "linear"  # a row of BETAS
+    beta_start: Open = 1e-4  # noise variance of the first step, of Ho et al. 2020
+    beta_end: Open = 0.02  # and of the last one
+    steps: Annotated[int, Interval(2, MAX_INT)] = 1000  # discrete steps of the table
+    prediction: PredictionName = "noise"  # a row of PREDICTIONS
     # Rescale the table so that t = 1 holds no signal (Lin et al. 2023, algorithm 1). A noise
     # prediction cannot start there.
     zero_terminal_snr: bool = False
@@ -254,11 +259,10 @@ class VariancePreserving(Process):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lookup(self.betas, BETAS, "process.betas")
-        if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
+        if self.beta_start > self.beta_end:
             raise ConfigError(
-                f"process: steps = {self.steps}, beta_start = {self.beta_start}, beta_end = "
-                f"{self.beta_end}; expected steps >= 2 and 0 < beta_start <= beta_end < 1."
+                f"config.process.beta_start = {self.beta_start} is larger than beta_end = "
+                f"{self.beta_end}: noise variances grow."
             )
         if self.zero_terminal_snr and self.prediction == "noise":
             raise ConfigError(
@@ -308,7 +312,7 @@ class RectifiedFlow(Process):
     al. 2023, Lipman et al. 2023.
     """
 
-    prediction: str = "velocity"  # a row of PREDICTIONS
+    prediction: PredictionName = "velocity"  # a row of PREDICTIONS
     velocity_kind: ClassVar[str] = "velocity"
 
     def alpha(self, t: Any) -> Any:

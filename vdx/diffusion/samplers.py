@@ -9,13 +9,14 @@ sigma = 0; the limits of all coefficients are finite.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.config.build import ConfigError
+from vdx.config.build import check_fields
+from vdx.config.ranges import Fraction
 from vdx.diffusion.process import FLOOR, Process
 from vdx.diffusion.step_cache import StepCache, StepCacheState
 from vdx.types import Array, PRNGKeyArray
@@ -175,11 +176,10 @@ class DDIM:
     deviation is sigma_s sqrt(1 - exp(-2 h)) for any alpha and sigma.
     """
 
-    eta: float = 0.0  # share of fresh noise in the posterior's deviation; 0: Euler's method
+    eta: Fraction = 0.0  # share of fresh noise in the posterior's deviation; 0: Euler's method
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"sampler.eta = {self.eta} must be in [0, 1].")
+        check_fields(self, "sampler")
 
     @property
     def stochastic(self) -> bool:
@@ -321,13 +321,12 @@ class UniPC:
     predicts the next one. Raises ConfigError for an order other than 1 and 2.
     """
 
-    order: int = 2  # of the predictor and the corrector
+    order: Literal[1, 2] = 2  # of the predictor and the corrector
     corrector: bool = True  # whether steps are corrected
     stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ConfigError(f"sampler.order = {self.order} must be 1 or 2.")
+        check_fields(self, "sampler")
 
     def plan(self, process: Process, times: np.ndarray) -> StepTable:
         rows = _exponential(process, times)

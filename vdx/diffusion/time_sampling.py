@@ -6,7 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vdx.config.build import ConfigError
+from vdx.config.build import check_fields
+from vdx.config.ranges import Count, Finite, Positive
 from vdx.diffusion.process import shift_time
 from vdx.types import Array, PRNGKeyArray
 
@@ -28,19 +29,14 @@ class Uniform:
     """Training times uniform in [0, 1], then shifted.
 
     The s of `shift_time` is `shift`, times sqrt(tokens / base_tokens) if `base_tokens` is set: a
-    larger video needs more noise to hide the same content (Esser et al. 2024). Raises ConfigError
-    for a shift or base_tokens that is not positive.
+    larger video needs more noise to hide the same content (Esser et al. 2024).
     """
 
-    shift: float = 1.0  # s of `shift_time`; above 1: more training at high noise
-    base_tokens: int | None = None  # tokens of the clip for which `shift` alone is right
+    shift: Positive = 1.0  # s of `shift_time`; above 1: more training at high noise
+    base_tokens: Count | None = None  # tokens of the clip for which `shift` alone is right
 
     def __post_init__(self) -> None:
-        if self.shift <= 0 or (self.base_tokens is not None and self.base_tokens <= 0):
-            raise ConfigError(
-                f"time_sampler: shift = {self.shift}, base_tokens = {self.base_tokens}; "
-                "both must be positive."
-            )
+        check_fields(self, "config.time_sampler")
 
     def shift_for(self, num_tokens: int) -> float:
         """Return the s of `shift_time` for a video of this many tokens."""
@@ -63,8 +59,8 @@ class LogitNormal(Uniform):
     Source: Esser et al. 2024, section 3.1.
     """
 
-    mean: float = 0.0  # of logit(t); 0 centres training on t = 0.5
-    std: float = 1.0  # of logit(t)
+    mean: Finite = 0.0  # of logit(t); 0 centres training on t = 0.5
+    std: Positive = 1.0  # of logit(t)
 
     def quantile(self, u: Array) -> Array:
         return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from vdx.config.ranges import Count
 from vdx.data.scenes.source import Scenes
 from vdx.data.scenes.world import VELOCITIES
 from vdx.data.signals import SIGNALS, Clip, read_signals
@@ -37,7 +38,7 @@ class Control(Evaluator):
     `control_scores`, and `without`, the value of clips drawn without the signal.
     """
 
-    clips: int = 64  # drawn for each signal, and once without
+    clips: Count = 64  # drawn for each signal, and once without
 
     title: ClassVar[str] = "Control"
     about: ClassVar[str] = (

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
-from vdx.config.build import ConfigError
+from vdx.config.build import check_fields
+from vdx.config.ranges import Index
 from vdx.data.scenes.source import Scenes
 from vdx.data.sources import SOURCES
 from vdx.evaluation.drawing import ClipDrawer
@@ -53,23 +54,15 @@ class Evaluator(abc.ABC):
     """
 
     # Steps between runs while training. 0: only at the end of training, and by vdx.evaluate.
-    every: int = 0
+    every: Index = 0
 
     title: ClassVar[str]  # heading of its section in the report
     about: ClassVar[str]  # HTML below the heading: how to read the section
     needs: ClassVar[tuple[str, ...]] = ()  # rows of NEEDS
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a count that is not positive."""
-        if self.every < 0:
-            raise ConfigError(f"every = {self.every} steps: give 0 (at the end only) or more.")
-        for name in ("clips", "prompts"):
-            count = getattr(self, name, 1)
-            if count < 1:
-                raise ConfigError(
-                    f"{name} = {count}: give 1 or more, or null in place of the row's settings "
-                    "to turn it off."
-                )
+        """Raise ConfigError for a value out of range."""
+        check_fields(self)
 
     @abc.abstractmethod
     def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vdx.config.ranges import Count
 from vdx.data.motion import motion_score
 from vdx.evaluation.consistency import ConsistencyEvaluator, mean_of
 from vdx.metrics.temporal_consistency import flicker
@@ -26,7 +27,7 @@ class Flicker(ConsistencyEvaluator):
     for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
     """
 
-    clips: int = 8  # the optical flow of two frames of 192x256 takes half a second
+    clips: Count = 8  # the optical flow of two frames of 192x256 takes half a second
 
     name: ClassVar[str] = "flicker"
     title: ClassVar[str] = "Flicker"

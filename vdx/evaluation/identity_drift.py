@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vdx.config.ranges import Count
 from vdx.data.motion import motion_score
 from vdx.evaluation.consistency import ConsistencyEvaluator, mean_of
 from vdx.metrics.temporal_consistency import identity_drift
@@ -30,7 +31,7 @@ class IdentityDrift(ConsistencyEvaluator):
     no clip is NaN: inconclusive.
     """
 
-    clips: int = 24  # clips without a subject that can be followed are left out of the mean
+    clips: Count = 24  # clips without a subject that can be followed are left out of the mean
 
     name: ClassVar[str] = "identity_drift"
     title: ClassVar[str] = "Identity drift"

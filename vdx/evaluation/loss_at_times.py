@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import Count, Fraction, Index
 from vdx.diffusion.losses import shared_times
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Headline, Scores
 from vdx.evaluation.html import BLUE, GREEN, ORANGE, LoggedRows, chart, charts, curve, series
@@ -45,9 +46,9 @@ class LossAtTimes(Evaluator):
     `validation/loss_t0.1` for each time; the same for training clips under `train_eval/`.
     """
 
-    every: int = 500  # steps between evaluations; 0: only at the end
-    clips: int = 64  # of each split, in batches of at most the training batch
-    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # 0 is data and 1 is noise
+    every: Index = 500  # steps between evaluations; 0: only at the end
+    clips: Count = 64  # of each split, in batches of at most the training batch
+    times: tuple[Fraction, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # 0 is data and 1 is noise
 
     title: ClassVar[str] = "Loss"
     about: ClassVar[str] = (
@@ -57,10 +58,10 @@ class LossAtTimes(Evaluator):
     )
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for times outside [0, 1], or none."""
+        """Raise ConfigError for a value out of range, or no times."""
         super().__post_init__()
-        if not self.times or min(self.times) < 0 or max(self.times) > 1:
-            raise ConfigError(f"times = {self.times}: give one or more times in [0, 1].")
+        if not self.times:
+            raise ConfigError("times is empty: give one or more times in [0, 1].")
 
     def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
         """Read the clips of both splits; see Evaluator."""
@@ -142,7 +143,7 @@ class LossAtTimes(Evaluator):
 
 def losses_at_times(
     objective: Objective,
-    times: tuple[float, ...],
+    times: tuple[Fraction, ...],
     params: Params | Adapted,
     batch: Batch,
     key: PRNGKeyArray,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import plotly.graph_objects as go
 
+from vdx.config.ranges import Count
 from vdx.data.scenes.source import Scenes
 from vdx.evaluation.drawing import FIRST_SEED
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Headline, Scores
@@ -46,7 +47,7 @@ class PromptFollowing(Evaluator):
     `examples`. Writes eval/*.mp4 and eval/sample_grid.webp.
     """
 
-    prompts: int = 128  # a share near 0.9 is then known to 0.03 (one standard deviation)
+    prompts: Count = 128  # a share near 0.9 is then known to 0.03 (one standard deviation)
 
     title: ClassVar[str] = "Prompt following"
     about: ClassVar[str] = (

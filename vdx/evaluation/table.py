@@ -74,7 +74,8 @@ def _check_best_metric(rows: Mapping[str, Evaluator], experiment: Experiment) ->
     training = experiment.training
     if not training.best_metric:
         return
-    if any(row.every and training.save_every % row.every == 0 for row in rows.values()):
+    scored = any(row.every and training.save_every % row.every == 0 for row in rows.values())
+    if training.save_every and scored:
         return
     every = {f"config.eval.{name}.every": row.every for name, row in rows.items()}
     raise ConfigError(

@@ -1,12 +1,11 @@
 """Files of a workdir for the report; they may be missing, partial or hostile."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vdx.evaluation.html import LoggedRows
-from vdx.files import atomic_write, read_rows
+from vdx.files import FileError, atomic_write, read_json, read_rows
 
 __all__ = ["read_any", "read_metrics", "read_object", "write_bytes"]
 
@@ -14,8 +13,8 @@ __all__ = ["read_any", "read_metrics", "read_object", "write_bytes"]
 def read_any(path: Path) -> Any:
     """Read JSON; None for a file that is missing or not wholly written."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except FileError:
         return None
 
 

@@ -25,6 +25,7 @@ from vdx.generate.generator import Generator, constrain_batch
 from vdx.models.adapters.lora import Adapted
 from vdx.models.mixers.context import CachePosition
 from vdx.parallel import BATCH
+from vdx.seeds import seed_keys, seed_words
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
 Cache = Any  # a tree of keys and values [layers b t h w n d]
@@ -193,7 +194,7 @@ class BlockwiseGenerator(Generator):
 
         for index in numbers:
             x0, cache = self._next_block(
-                params, *state, np.int32(index), np.asarray(seeds), guidance, cached
+                params, *state, np.int32(index), seed_words(seeds), guidance, cached
             )
             state = state._replace(cache=cache)
             yield np.asarray(x0)
@@ -226,7 +227,7 @@ class BlockwiseGenerator(Generator):
             blocks: int,
         ) -> tuple[Array, Cache]:
             # As `draw` does from the same seeds: a block has the bits that it has in a clip.
-            keys = jax.vmap(jax.random.key)(seeds)
+            keys = seed_keys(seeds)
             noise = jax.vmap(self.block_noise, in_axes=(0, None))(keys, index)
             state = ClipState(conditions, cross_kv, cache)
             x0, cache = self.draw_block(params, state, guidance, index, noise, keys[0], blocks)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vdx.config.build import ConfigError, fill
-from vdx.files import read_json, write_json
+from vdx.files import read_json_object, write_json
 from vdx.generate.generator import Generator
 from vdx.generate.video_io import to_uint8
 from vdx.metrics.similarity import ssim
 from vdx.models.adapters.lora import Adapted
+from vdx.seeds import seed_words
 from vdx.types import Params
 
 FILE = "step_cache.json"
@@ -69,7 +70,7 @@ def read_calibration(workdir: Path) -> CacheCalibration:
             f"{workdir} has no {FILE}: find a threshold first, "
             f"python -m vdx.sample --workdir={workdir} --calibrate_cache=0.95"
         )
-    return fill(CacheCalibration, read_json(workdir / FILE), FILE)
+    return fill(CacheCalibration, read_json_object(workdir / FILE), FILE)
 
 
 def relevant_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class _Clips:
         x0, evaluated = generator.from_seeds(
             self.params,
             generator.text_batch([self.prompts[i]] * rows, self.num_frames, self.fps),
-            np.full(rows, self.seeds[i]),
+            seed_words([self.seeds[i]] * rows),
             None,
             np.float32(threshold),
             (self.num_frames, *generator.frame_shape),

@@ -13,7 +13,7 @@ from vdx.config.build import ConfigError
 from vdx.files import write_json
 from vdx.generate.manifest import Weights, make_manifest
 from vdx.generate.request import Request
-from vdx.generate.video_io import to_uint8, write_video
+from vdx.generate.video_io import check_finite, to_uint8, write_video
 
 # The frames of a clip in pieces [t h w 3], uint8 or float32 in [-1, 1].
 Pieces = Iterable[np.ndarray]
@@ -48,9 +48,12 @@ def join_pieces(pieces: Pieces) -> np.ndarray:
 
 
 def iter_uint8_frames(pieces: Pieces) -> Iterator[np.ndarray]:
-    """Yield the frames of a clip, uint8 [h w 3]."""
+    """Yield the frames of a clip, uint8 [h w 3]. Raises NotFinite."""
     for piece in pieces:
-        yield from piece if piece.dtype == np.uint8 else to_uint8(piece)
+        if piece.dtype != np.uint8:
+            check_finite(np.isfinite(piece))
+            piece = to_uint8(piece)
+        yield from piece
 
 
 def write_clips(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from vdx.generate.video_io import to_uint8_on_device
+from vdx.generate.video_io import check_finite, to_uint8_on_device
 from vdx.models.vae.chunks import first_piece_length
 from vdx.models.vae.video_vae import VideoVAE
 from vdx.types import Array, Params
@@ -27,7 +27,7 @@ class Decoder:
 
         def decode_piece(
             params: Params, history: Any, latents: Array, first: bool
-        ) -> tuple[Array, Any]:
+        ) -> tuple[Array, Array, Any]:
             # The history holds what the causal convolutions need of the piece before.
             pixels, state = vae.apply(
                 {"params": params, "history": history},
@@ -37,15 +37,16 @@ class Decoder:
                 mutable=["history"],
             )
 
-            # [1 t h w 3]
+            # [1 t h w 3]; the conversion hides what is not finite.
+            is_finite = jnp.isfinite(pixels).all()
             pixels = jnp.clip(pixels, -1, 1) if exact else to_uint8_on_device(pixels)
-            return pixels, state["history"]
+            return pixels, is_finite, state["history"]
 
         self.params = params
         self.chunk = chunk
 
         # Frames are replicated; the history stays as the compiler lays it out.
-        replicated = None if jax.sharding.get_abstract_mesh().empty else (P(), None)
+        replicated = None if jax.sharding.get_abstract_mesh().empty else (P(), P(), None)
         self.first = jax.jit(
             lambda params, latents: decode_piece(params, {}, latents, True),
             out_shardings=replicated,
@@ -56,12 +57,21 @@ class Decoder:
         )
 
     def __call__(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the pieces; the next one is already dispatched when one is yielded."""
+        """Yield the pieces; the next one is already dispatched when one is yielded.
+
+        Raises NotFinite for pixels that are NaN or infinite.
+        """
         head = first_piece_length(len(latents), self.chunk)
-        pending, history = self.first(self.params, latents[None, :head])
+        *pending, history = self.first(self.params, latents[None, :head])
         for start in range(head, len(latents), self.chunk):
             done = pending
             piece = latents[None, start : start + self.chunk]
-            pending, history = self.later(self.params, history, piece)
-            yield np.asarray(done)[0]
-        yield np.asarray(pending)[0]
+            *pending, history = self.later(self.params, history, piece)
+            yield _checked(*done)
+        yield _checked(*pending)
+
+
+def _checked(pixels: Array, is_finite: Array) -> np.ndarray:
+    """Return a piece [t h w 3] on the host."""
+    check_finite(is_finite)
+    return np.asarray(pixels)[0]

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdx.config.build import ConfigError, lookup
+from vdx.config.build import ConfigError, check_fields, lookup
+from vdx.config.ranges import Count, Finite, Fraction, NonNegative, OneOf, Positive
 from vdx.diffusion.guidance import Guidance, guided_denoiser, stack_branches
 from vdx.diffusion.process import Process
 from vdx.diffusion.samplers import (
@@ -26,6 +27,7 @@ from vdx.models.adapters.lora import Adapted
 from vdx.models.conditioning.text_signals import TEXT
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import constrain
+from vdx.seeds import seed_keys, seed_words
 from vdx.types import Array, Batch, Params, Ports, PRNGKeyArray
 
 
@@ -36,30 +38,30 @@ class Sampling:
     Raises ConfigError for unknown names and values out of range.
     """
 
-    sampler: str = "dpmpp_2m"  # a row of SAMPLERS; second order for one evaluation a step
-    steps: int = 20  # network evaluations of a first-order sampler
-    guidance: float = 3.0  # scale of classifier-free guidance on the text; 1 is none
+    sampler: Annotated[str, OneOf(lambda: SAMPLERS)] = (
+        "dpmpp_2m"  # a row of SAMPLERS; second order for one evaluation a step
+    )
+    steps: Count = 20  # network evaluations of a first-order sampler
+    guidance: Finite = 3.0  # scale of classifier-free guidance on the text; 1 is none
     # Scales of other signals; their branches come before that of the text, in this order.
-    signal_guidance: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    guidance_rescale: float = 0.0  # see vdx.diffusion.guidance; 0 is none
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which the scales hold
-    timesteps: str = ""  # a row of TIMESTEPS (rectified flow only); empty: uniform times
-    shift: float = 1.0  # time shift; above 1, more steps at high noise
-    batch: int = 16  # clips drawn at once
+    signal_guidance: Mapping[str, Finite] = dataclasses.field(default_factory=dict)
+    guidance_rescale: Fraction = 0.0  # see vdx.diffusion.guidance; 0 is none
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # times at which the scales hold
+    timesteps: Annotated[str, OneOf(lambda: ("", *TIMESTEPS))] = (
+        ""  # a row of TIMESTEPS (rectified flow only); empty: uniform times
+    )
+    shift: Positive = 1.0  # time shift; above 1, more steps at high noise
+    batch: Count = 16  # clips drawn at once
     # Largest relative change of a prediction for which the step cache replaces an evaluation.
-    cache_threshold: float = 0.0  # 0: every evaluation is made
+    cache_threshold: NonNegative = 0.0  # 0: every evaluation is made
 
     def __post_init__(self) -> None:
-        lookup(self.sampler, SAMPLERS, "config.sample.sampler")
-        if self.timesteps:
-            lookup(self.timesteps, TIMESTEPS, "config.sample.timesteps")
-        if self.steps < 1 or self.batch < 1:
+        check_fields(self, "config.sample")
+        low, high = self.guidance_interval
+        if low > high:
             raise ConfigError(
-                f"sample.steps = {self.steps} and sample.batch = {self.batch} must be positive."
-            )
-        if self.cache_threshold < 0:
-            raise ConfigError(
-                f"sample.cache_threshold = {self.cache_threshold} must not be negative."
+                f"config.sample.guidance_interval = {self.guidance_interval}: the lower time is "
+                "the first one."
             )
 
 
@@ -126,7 +128,7 @@ class Generator:
             x0, _ = self.from_seeds(
                 params,
                 batch,
-                np.asarray([seeds[i] for i in rows]),
+                seed_words(seeds[i] for i in rows),
                 None if noise is None else noise[np.asarray(rows)],
                 None,
                 shape,
@@ -169,8 +171,8 @@ class Generator:
     def from_seeds(self) -> Callable[..., tuple[Array, Array]]:
         """Compiled `draw` that starts from seeds.
 
-        (params, batch, seeds [b], noise [b t h w c] or None, threshold, shape [t h w c] of a
-        clip) -> the result of `draw`, whole on every device.
+        (params, batch, `seed_words` [b 2], noise [b t h w c] or None, threshold, shape [t h w c] of
+        a clip) -> the result of `draw`, whole on every device.
         """
         # Every process receives all clips.
         mesh = jax.sharding.get_abstract_mesh()
@@ -186,8 +188,8 @@ class Generator:
         ) -> tuple[Array, Array]:
             # One key a clip for its noise; that of the first clip for stochastic samplers.
             if noise is None:
-                noise = jax.vmap(lambda seed: self.noise(jax.random.key(seed), shape))(seeds)
-            key = jax.random.key(seeds[0])
+                noise = jax.vmap(lambda key: self.noise(key, shape))(seed_keys(seeds))
+            key = seed_keys(seeds)[0]
             return self.draw(params, constrain_batch(batch), noise, key, threshold)
 
         return jax.jit(draw, static_argnums=5, out_shardings=replicated)

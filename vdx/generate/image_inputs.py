@@ -6,35 +6,40 @@ from pathlib import Path
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vdx.config.build import ConfigError
-from vdx.data.video_files import VIDEOS
+from vdx.data.images import read_image
+from vdx.data.track_files import is_moving
 from vdx.generate.video_io import frames_at
 
 REFERENCE_MULTIPLE = 8  # sides of a reference become multiples of this first, as in diffusers
 
 
 def open_image(name: str, path: str) -> Image.Image:
-    """Return an image in RGB, upright. Raises ConfigError that names the flag `name`."""
+    """Return an image in RGB, as `vdx.data.images` reads it.
+
+    Raises ConfigError that names the flag `name`.
+    """
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+        return Image.fromarray(read_image(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--{name}={path} is not an image that can be read: {error}.") from error
 
 
 def iter_frames(name: str, path: str, fps: float) -> Iterator[Image.Image]:
-    """Yield the frames of a video nearest to 0, 1/fps, 2/fps, ... seconds.
+    """Yield the frames of a video, or an animated image, at 0, 1/fps, 2/fps, ... seconds.
 
     A file with one image yields that image without end. Raises ConfigError that names the
     flag `name`.
     """
-    if Path(path).suffix.lower() not in VIDEOS:
-        yield from itertools.repeat(open_image(name, path))
     try:
-        yield from map(Image.fromarray, frames_at(path, fps))
-    except ValueError as error:
-        raise ConfigError(f"--{name}: {error}") from error
+        if is_moving(Path(path)):
+            yield from map(Image.fromarray, frames_at(path, fps))
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--{name}={path}: {error}") from error
+    yield from itertools.repeat(open_image(name, path))
 
 
 def count_frames(name: str, path: str, fps: float, most: int) -> int:

@@ -34,6 +34,7 @@ from vdx.interop.lora import open_lora
 from vdx.interop.pretrained import EXPERTS, PretrainedModel
 from vdx.models.adapters.lora import Adapted, adapt
 from vdx.models.encoders.text_tokens import PromptTokenizer
+from vdx.seeds import seed_keys, seed_words
 from vdx.types import Array, Batch, Params
 
 Log = Callable[[str], None]
@@ -242,7 +243,7 @@ class PretrainedGenerator:
             part = {name: values[start:end] for name, values in table.items()}
             for i, rows in enumerate(chunks):
                 begin = time.perf_counter()
-                seed = self.request.seed + int(rows[0])
+                seed = seed_words([self.request.seeds[rows[0]]])
                 carries[i], evaluated = jax.block_until_ready(
                     run_steps(params, conditions(rows), negative, carries[i], part, seed, clamped)
                 )
@@ -374,10 +375,10 @@ def _run_steps(
     negative: Batch,
     carry: Carry,
     table: StepTable,
-    seed: int,
+    seed: Array,
     clamped: ClampedFrames | None,
 ) -> tuple[Carry, Array]:
-    key = jax.random.key(seed)
+    key = seed_keys(seed)[0]
     return generator.run_steps(params, batch, negative, carry, table, key, clamped)
 
 

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from vdx.config.build import ConfigError, fill
+from vdx.config.ranges import ComputeType, Count, Finite
 from vdx.diffusion.timesteps import TIMESTEPS
+from vdx.files import read_npy
 from vdx.generate.generator import Sampling
 from vdx.generate.image_inputs import count_frames, iter_frames
 from vdx.generate.manifest import manifest_request
@@ -17,6 +19,7 @@ from vdx.generate.preprocess import CHOICES, preprocess_for
 from vdx.generate.request import Request, check_settings
 from vdx.interop.family_defaults import default_settings, family_defaults
 from vdx.interop.pretrained import PretrainedModel
+from vdx.seeds import seed_key
 
 SAMPLING = ("sampler", "timesteps", "steps", "shift", "cache_threshold")
 CONTROLS = ("image", "last_image", "control", "control_mask", "reference")
@@ -38,10 +41,10 @@ class PretrainedRequest(Request):
     - reference: a list of images of the subject (VACE).
     """
 
-    height: int  # pixels
-    width: int
-    guidance: tuple[float, ...]  # one scale, or one for each expert; 1 is none
-    dtype: str  # of the computation; decides the last bits
+    height: Count  # pixels
+    width: Count  # pixels
+    guidance: tuple[Finite, ...]  # one scale, or one for each expert; 1 is none
+    dtype: ComputeType  # of the computation; decides the last bits
     mesh: dict[str, int]  # devices along each axis; decides the last bits
     negative_prompt: str = ""  # guidance leads away from it
     preprocess: str = "diffusers"  # how images are prepared: one of CHOICES of preprocess.py
@@ -233,10 +236,10 @@ def start_noise(request: PretrainedRequest, model: PretrainedModel) -> np.ndarra
     """
     shape = request.latent_shape(model)
     if request.init_noise is None:
-        keys = [jax.random.key(seed) for seed in request.seeds]
+        keys = [seed_key(seed) for seed in request.seeds]
         return np.stack([jax.random.normal(key, shape) for key in keys])
     try:
-        noise = np.load(request.init_noise, mmap_mode="r", allow_pickle=False)
+        noise = read_npy(request.init_noise)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"init_noise = {request.init_noise} is not a .npy file: {error}."

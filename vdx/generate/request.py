@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from vdx.config.build import ConfigError, nearest
+from vdx.config.ranges import Count, Positive, Seed
+from vdx.files import FileError, open_regular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +18,9 @@ class Request:
     """
 
     prompts: tuple[str, ...]  # one clip for each
-    seed: int  # clip i starts from the noise of seed + i
-    num_frames: int  # pixel frames of a clip
-    fps: float  # frames per second of the clip; some models read it
+    seed: Seed  # clip i starts from the noise of seed + i
+    num_frames: Count  # pixel frames of a clip
+    fps: Positive  # frames per second of the clip; some models read it
     sampling: dict[str, Any]  # fields of vdx.generate.generator.Sampling
     # Conditions other than the text, by the name of their flag: paths, names or numbers.
     controls: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -26,8 +28,8 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each clip."""
-        return [self.seed + i for i in range(len(self.prompts))]
+        """The seed of each clip; after the largest comes 0."""
+        return [(self.seed + i) % 2**64 for i in range(len(self.prompts))]
 
     def input_files(self) -> dict[str, str]:
         """Return {name: path} of the files that the request reads."""
@@ -75,10 +77,12 @@ def is_file(name: str, value: Any) -> bool:
 def file_digest(name: str, path: str) -> str:
     """Return the SHA-256 of a file. Raises ConfigError that names the flag `name`."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"--{name}={path} cannot be read: {error.strerror}.") from error
+    except FileError as error:
+        raise ConfigError(f"--{name}: {error}") from error
 
 
 def check_settings(

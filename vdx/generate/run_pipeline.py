@@ -111,14 +111,15 @@ class RunPipeline(Pipeline[Request]):
         sampling = dataclasses.asdict(self.generator.sampling)
         sampling |= {name: given[name] for name in SAMPLING if name in given}
 
-        request = Request(
-            prompts=tuple(prompts),
-            seed=seed,
-            num_frames=num_frames,
-            fps=float(fps),
-            sampling=sampling,
-            controls={name: _json(given[name]) for name in CONTROLS if name in given},
-        )
+        fields = {
+            "prompts": tuple(prompts),
+            "seed": seed,
+            "num_frames": num_frames,
+            "fps": fps,
+            "sampling": sampling,
+            "controls": {name: _json(given[name]) for name in CONTROLS if name in given},
+        }
+        request = fill(Request, fields, "request")
         self._check(request)
         return request.with_digests()
 

@@ -1,5 +1,6 @@
 """Sample grids: the same prompts and seeds drawn again while a model learns."""
 
+import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 from vdx.files import write_json
 from vdx.generate.clip import write_clips
 from vdx.generate.pipeline import Pipeline
-from vdx.generate.video_io import write_webp
+from vdx.generate.video_io import NotFinite, write_webp
 
 BORDER = 16  # pixels left and right of a tile
 TOP = 2  # pixels above it
@@ -63,9 +64,14 @@ def draw_sample_grid(pipeline: Pipeline, prompts: Sequence[str], folder: Path) -
     """Draw clip i of the grid from prompt i and seed i, and write all of them.
 
     Every process draws. The first one writes the clips, `samples.json`, and all clips as one
-    animation, `sample_grid.webp`.
+    animation, `sample_grid.webp`. Clips that are not finite are reported and not written: the
+    training that draws them goes on.
     """
-    clips = pipeline(prompts, seed=0)
+    try:
+        clips = pipeline(prompts, seed=0)
+    except NotFinite as error:
+        logging.warning("No samples in %s: %s", folder, error)
+        return
     if jax.process_index() == 0:
         videos = np.stack([clip.frames for clip in clips])
         fps = clips[0].fps

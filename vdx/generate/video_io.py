@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vdx.data.video_files import open_video, pixels, seconds_per_tick
+from vdx.config.build import ConfigError
+from vdx.data.animation import iter_animation
+from vdx.data.images import SUFFIXES
+from vdx.data.record import ROUNDING
+from vdx.data.video_files import open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -22,6 +26,20 @@ LIMITED = 1  # the range of luma in H.264 that every player expects: 16 to 235
 # Constant rate factor 12 is visually lossless. x264's macroblock tree, by default on, makes
 # different bytes of the same frames from time to time.
 X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
+
+
+class NotFinite(ConfigError):
+    """Drawn pixels are NaN or infinite, with these weights and settings."""
+
+
+def check_finite(is_finite: Any) -> None:
+    """Raise NotFinite unless all pixels of a piece are finite."""
+    if not np.all(is_finite):
+        raise NotFinite(
+            "The clip has pixels that are NaN or infinite, and is not written. Either the weights "
+            "hold such numbers, or an activation overflows: try a smaller guidance scale, more "
+            "steps, dtype float32, or another checkpoint."
+        )
 
 
 def to_uint8(x: Any) -> np.ndarray:
@@ -129,9 +147,14 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
     """Yield the frames, uint8 [h w 3], nearest to 0, 1/fps, 2/fps, ... seconds.
 
-    Times count from the first frame. Ends where the video ends. Decodes no further than the caller
-    iterates, and holds two frames. Raises ValueError as `read_video` does.
+    Times count from the first frame. Ends where the video ends. Of an animated image, whose frames
+    have durations of their own, those that are on the screen at these instants. Decodes no further
+    than the caller iterates, and holds two frames. Raises ValueError as `read_video` does.
     """
+    if Path(path).suffix.lower() in SUFFIXES:
+        yield from _animation_at(path, fps)
+        return
+
     count = 0
     last_second = 0.0
     last_frame = None
@@ -147,24 +170,28 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         count += 1
 
 
+def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
+    """Yield the frames of an animated image on the screen at 0, 1/fps, 2/fps, ... seconds."""
+    count = 0
+    end = 0.0
+    for frame in iter_animation(path):
+        end += frame.seconds
+        while count / fps < end - ROUNDING:
+            yield frame.pixels
+            count += 1
+
+
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
-    first = None
+    opener = lambda: str(path)
     try:
-        container, stream = open_video(str(path))
-        with container:
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.pts is None:
-                    raise ValueError("damaged frames")
-                if first is None:
-                    first = frame.pts
-                yield (frame.pts - first) * seconds_per_tick(stream), pixels(frame)
+        footage = open_footage(opener)
+        for number, frame in footage.frames(opener, range(len(footage.stamps))):
+            yield float(footage.stamps[number]), frame
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
-    if first is None:
-        raise ValueError(f"{path} has no frames.")
 
 
 def write_webp(path: str | Path, frames: np.ndarray, fps: float) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.files import read_json, write_json
+from vdx.files import read_json_object, write_json
 from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
 from vdx.interop.keymap import KEEP, Row, WeightsError, assign, flat, key_finder
 from vdx.interop.load import (
@@ -154,7 +154,7 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
     # The config and, for keys in another layout, the names of diffusers.
     if is_own(source):
-        config = config or read_json(path / "config.json")
+        config = config or read_json_object(path / "config.json")
         backbone, signals = wan_from_config(config)
     else:
         wan = open_wan(path)
@@ -184,7 +184,7 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
     config: see `open_component`.
     """
     source = open_weights(path)
-    config = config or read_json(path / "config.json")
+    config = config or read_json_object(path / "config.json")
     module = t5_from_config(config, dtype)
     shapes = _init_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
     library_rows = t5_rows(("shared.weight",), module)
@@ -206,7 +206,7 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
     config: see `open_component`.
     """
     source = clip_names(open_weights(path))
-    config = config or read_json(path / "config.json")
+    config = config or read_json_object(path / "config.json")
     module = clip_vision_from_config(config, dtype)
     shapes = _init_shapes(module, jnp.zeros((1, module.image, module.image, 3)))
     library_rows = clip_rows(("vision_model.",), module)
@@ -228,7 +228,7 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
     config: see `open_component`.
     """
     source = open_weights(path)
-    config = config or read_json(path / "config.json")
+    config = config or read_json_object(path / "config.json")
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
     shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.stored_array import StoredArray
@@ -238,7 +238,7 @@ def load_latte(
 
     # Their network, for the comparison with `model`.
     source = open_weights(path)
-    theirs = latte_denoiser(read_json(config_file))
+    theirs = latte_denoiser(read_json_object(config_file))
     rows = latte_rows(model, _predicts_variance(source, theirs))
     return load_model(model, theirs, source, rows, path, mesh, dtype, trained)
 

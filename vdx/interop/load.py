@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.interop.keymap import (
     DO_NOT_FIT,
     Row,
@@ -79,15 +79,15 @@ def open_weights(path: str | Path) -> dict[str, StoredArray]:
 
     The folder has one file, or the shards that its `.safetensors.index.json` names. Reads headers
     only. Raises WeightsError if there is no such file or folder, if it holds no model or several,
-    if a shard is missing, or if a file is cut off.
+    if a shard is missing, or if a file is cut off; FileError for no regular file.
     """
     path = Path(path)
-    if path.is_file():
+    if not path.exists():
+        raise WeightsError(f"{path} is not there. Give a file of weights, or its folder.")
+    if not path.is_dir():
         if path.suffix not in READERS:
             raise WeightsError(f"{path}: weights are read from {', '.join(READERS)}.")
         return READERS[path.suffix](path)
-    if not path.is_dir():
-        raise WeightsError(f"{path} is not there. Give a file of weights, or its folder.")
 
     # A folder with one model.
     indices = sorted(path.glob("*.safetensors.index.json"))
@@ -109,9 +109,11 @@ def open_weights(path: str | Path) -> dict[str, StoredArray]:
 
 def _open_shards(index: Path) -> dict[str, StoredArray]:
     """Return the arrays that an index lists, each from the file that it names."""
-    file_of = read_json(index).get("weight_map")
-    if not isinstance(file_of, dict):
-        raise WeightsError(f"{index} has no weight_map. Download it again.")
+    file_of = read_json_object(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(map(_is_file_name, file_of.values())):
+        raise WeightsError(
+            f"{index} has no weight_map that names files in its folder. Download it again."
+        )
 
     names = sorted(set(file_of.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -127,6 +129,11 @@ def _open_shards(index: Path) -> dict[str, StoredArray]:
     if lost:
         raise WeightsError(listed(f"{index} does not agree with its files:", lost))
     return {key: shards[name][key] for key, name in file_of.items()}
+
+
+def _is_file_name(name: Any) -> bool:
+    """Return whether a value is the name of a file inside of its folder."""
+    return isinstance(name, str) and bool(name.strip(".")) and not set(name) & set("/\\\0")
 
 
 # Onto the mesh

@@ -12,7 +12,6 @@ differences of a weight, a bias, a table of modulation, and a bias. Layers' name
 their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -25,7 +24,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vdx.config.build import lookup
-from vdx.files import read_json
+from vdx.files import parse_json, read_json_object
 from vdx.interop.keymap import (
     LINEAR,
     Layout,
@@ -168,14 +167,17 @@ def _read_settings(path: Path, source: Mapping[str, StoredArray], name: str) -> 
     folder = path if path.is_dir() else path.parent
     settings_file = folder / "adapter_config.json"
     if settings_file.is_file() and any(key.startswith("base_model.") for key in source):
-        settings = read_json(settings_file)
+        settings = read_json_object(settings_file)
 
     # The headers that diffusers writes.
     files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
     prefix = f"{name}."
     for file in files:
         metadata = read_file(file).metadata
-        for key, value in json.loads(metadata.get(METADATA, "{}")).items():
+        stored = parse_json(metadata.get(METADATA, "{}"), f"{METADATA} in {file}")
+        if not isinstance(stored, dict):
+            raise WeightsError(f"{METADATA} in {file} is no object.")
+        for key, value in stored.items():
             if key.startswith(prefix):
                 settings[key.removeprefix(prefix)] = value
 

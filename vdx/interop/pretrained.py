@@ -17,7 +17,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vdx.files import read_json, write_json
+from vdx.files import read_json_object, write_json
 from vdx.interop.components import COMPONENTS, Component, open_component
 from vdx.interop.image_processor import processor_config, processor_differences
 from vdx.interop.keymap import WeightsError, listed
@@ -173,7 +173,7 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
     path = Path(path)
     if not (path / INDEX).is_file():
         raise WeightsError(_no_model(path))
-    index = read_json(path / INDEX)
+    index = read_json_object(path / INDEX)
 
     # What kind of model is it, and is it complete?
     pipeline = str(index.get("_class_name"))
@@ -199,7 +199,7 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
         path=path,
         dtype=dtype,
         index=index,
-        scheduler=read_json(path / SCHEDULER),
+        scheduler=read_json_object(path / SCHEDULER),
         tokenizer=path / "tokenizer",
         components=components,
     )
@@ -299,4 +299,4 @@ def _image_processor_problems(model: PretrainedModel) -> list[str]:
     encoder = model.components.get("image_encoder")
     if encoder is None or not config_file.exists():
         return []
-    return processor_differences(read_json(config_file), encoder.module.image)
+    return processor_differences(read_json_object(config_file), encoder.module.image)

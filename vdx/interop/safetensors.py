@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vdx.files import atomic_write
+from vdx.files import (
+    MOST_JSON_BYTES,
+    array_bytes,
+    atomic_write,
+    check_regular_file,
+    excerpt,
+    open_regular,
+    parse_json,
+)
 from vdx.interop.keymap import WeightsError
 from vdx.interop.stored_array import StoredArray
 
@@ -40,7 +48,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8  # a file begins with the length of its header, an integer of this size
-LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+LARGEST_HEADER = MOST_JSON_BYTES  # the format's own limit is three times as much
 
 # key -> (shape, dtype) of the arrays of a file that is to be written.
 Plan = Mapping[str, tuple[tuple[int, ...], np.dtype]]
@@ -56,7 +64,7 @@ class Contents(NamedTuple):
 def read_header(path: str | Path) -> dict[str, StoredArray]:
     """Return the arrays of a file by key. Reads the header only.
 
-    Raises WeightsError for a file that is not of this format or is cut off.
+    Raises what `read_file` raises.
     """
     return read_file(path).arrays
 
@@ -64,55 +72,95 @@ def read_header(path: str | Path) -> dict[str, StoredArray]:
 def read_file(path: str | Path) -> Contents:
     """Return the arrays and the metadata of a file. Reads the header only.
 
-    Raises WeightsError for a file that is not of this format or is cut off.
+    The arrays of a valid file follow one another without gaps, and end where the file ends.
+    Raises WeightsError for a file that is not of this format or is cut off, and FileError for
+    no regular file.
     """
     path = Path(path)
-    size = path.stat().st_size
+    size = check_regular_file(path)
 
     # The header.
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > LARGEST_HEADER:
             raise WeightsError(
                 f"{path} is not a safetensors file: it does not begin with the length of a header."
             )
         text = file.read(length)
+    start = LENGTH_BYTES + length  # of the first array
+    if len(text) < length:
+        raise _cut_off(path, size, start)
 
     # Its entries.
-    start = LENGTH_BYTES + length  # of the first array
-    header_complete = len(text) == length
     try:
-        header = json.loads(text) if header_complete else {}
-        metadata = dict(header.pop("__metadata__", None) or {})
-        arrays = {key: _stored(path, start, **entry) for key, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(
-            f"{path} is not a safetensors file: its header cannot be read ({error})."
-        ) from error
+        header = parse_json(text, "its header")
+        metadata = _metadata(header)
+        arrays = {key: _stored(path, start, key, entry) for key, entry in header.items()}
+        end = _check_order(arrays, start)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from error
 
-    # Does the file have all the bytes of its arrays?
-    end = max((array.offset + array.num_bytes for array in arrays.values()), default=start)
-    if not header_complete or size < end:
+    # Does the file have all the bytes of its arrays, and no others?
+    if size < end:
+        raise _cut_off(path, size, end)
+    if size > end:
         raise WeightsError(
-            f"{path} is cut off: it has {size:,} bytes, and its header requires "
-            f"{max(start, end):,}. Download it again."
+            f"{path} has {size:,} bytes, {size - end:,} more than its header requires."
         )
     return Contents(arrays, metadata)
 
 
-def _stored(
-    path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]
-) -> StoredArray:
+def _cut_off(path: Path, size: int, needed: int) -> WeightsError:
+    """Return the error for a file that is too short."""
+    return WeightsError(
+        f"{path} is cut off: it has {size:,} bytes, and its header requires {needed:,}. "
+        "Download it again."
+    )
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    """Return the texts in a header, and remove them; raise ValueError for others."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object.")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata are no texts by name.")
+    return metadata
+
+
+def _stored(path: Path, start: int, key: str, entry: dict[str, Any]) -> StoredArray:
     """Return the array of one entry of a header.
 
-    Raises ValueError if the sizes in the entry disagree.
+    Raises ValueError if the entry is not complete, or its sizes disagree.
     """
-    first, last = data_offsets
-    array = StoredArray(path, DTYPES[dtype], tuple(shape), start + first)
-    fills = last - first == math.prod(shape) * array.dtype.itemsize
-    if first < 0 or min(shape, default=0) < 0 or not fills:
-        raise ValueError(f"{dtype} {shape} does not fill bytes {first} to {last}")
-    return array
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{excerpt(key)} has no dtype, shape and data_offsets, or more.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{excerpt(key)} has the type {excerpt(str(dtype))}, which is not known.")
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        raise ValueError(f"{excerpt(key)} has no lists of its sizes and offsets.")
+    if len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
+        raise ValueError(f"{excerpt(key)} has offsets that are not two integers.")
+
+    first, last = offsets
+    num_bytes = array_bytes(shape, DTYPES[dtype].itemsize)
+    if first < 0 or last - first != num_bytes:
+        raise ValueError(f"{excerpt(key)} of {num_bytes:,} bytes does not fill {first} to {last}.")
+    return StoredArray(path, DTYPES[dtype], tuple(shape), start + first)
+
+
+def _check_order(arrays: Mapping[str, StoredArray], start: int) -> int:
+    """Return where the last array ends.
+
+    start: where the first one begins. Raises ValueError for arrays that overlap or leave a gap.
+    """
+    end = start
+    for key, array in sorted(arrays.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if array.offset != end:
+            raise ValueError(f"{excerpt(key)} does not begin where the array before it ends.")
+        end += array.num_bytes
+    return end
 
 
 def write(path: str | Path, plan: Plan, arrays: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from vdx.files import read_json, write_json
+from vdx.files import read_json_object, write_json
 from vdx.interop.animatediff import open_animatediff
 from vdx.interop.keymap import WeightsError, export, flat, listed, slot_finder
 from vdx.interop.load import abstract_params, load_params, open_weights
@@ -137,7 +137,7 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
             "modules."
         )
 
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     name = str(config.get("_class_name"))
     known = (*CLASSES, ADAPTER, *CONTROLS)
     if name not in known:

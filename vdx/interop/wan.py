@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.stored_array import StoredArray
@@ -45,7 +45,7 @@ def open_wan(path: str | Path) -> Wan:
     config_file = Path(path) / "config.json"
     given: dict[str, Any] = {}
     if config_file.exists():
-        given = read_json(config_file)
+        given = read_json_object(config_file)
     if "attention_head_dim" not in given:  # the original's config has other names
         given = {}
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.interop.clip import clip_vision_config
 from vdx.interop.components import Component, open_component
 from vdx.interop.family_defaults import WIDTH_1P3B
@@ -203,7 +203,7 @@ def _tokenizer_class(folder: Path) -> str:
     config_file = folder / "tokenizer_config.json"
     name = "T5"
     if config_file.exists():
-        name = str(read_json(config_file).get("tokenizer_class", name))
+        name = str(read_json_object(config_file).get("tokenizer_class", name))
     if name.startswith("T5"):
         return "T5TokenizerFast"
     return name

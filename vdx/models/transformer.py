@@ -7,18 +7,20 @@ their weights are a configuration of this class (vdx/interop/wan.py).
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import ConfigError, lookup
+from vdx.config.ranges import ComputeType, Count, Index, OneOf, Positive
 from vdx.models.attention.backends import BACKENDS, CONTEXTS
-from vdx.models.layers import EmbedMLP, add_vector, along_last
+from vdx.models.layers import ACTIVATIONS, EmbedMLP, add_vector, along_last
 from vdx.models.mixers.context import CachePosition, Grid, MixContext
 from vdx.models.mixers.table import PATTERNS
-from vdx.models.patches import Patch, from_patches, low_frequencies, to_patches
+from vdx.models.patches import from_patches, low_frequencies, to_patches
 from vdx.models.positions import place_table, plane_table, rope_table, shift_rope, sincos_table
 from vdx.models.remat import REMAT
 from vdx.models.transformer_blocks import (
@@ -58,37 +60,43 @@ SIZES: dict[str, Size] = {
 class Transformer(nn.Module):
     """A network denoiser(x_t [b t h w c], time, ports) -> prediction [b t h w c]."""
 
-    channels: int = 3  # of the clip and of the prediction
-    size: str = "tiny"  # a row of SIZES
-    patch: Patch = (1, 2, 2)  # frames, rows and columns of one token; the clip must divide by it
+    channels: Count = 3  # of the clip and of the prediction
+    size: Annotated[str, OneOf(lambda: SIZES)] = "tiny"  # a row of SIZES
+    patch: tuple[Count, Count, Count] = (
+        1,
+        2,
+        2,
+    )  # frames, rows and columns of one token; the clip must divide by it
     # A row of PATTERNS, or a tuple of rows of MIXERS, each a name or {"name": row, **fields}. It is
     # repeated over the depth. With the port `control` each repetition has one control block.
-    pattern: str | tuple[Any, ...] = "full"
-    width: int | None = None  # features of a token; None: those of `size`
-    depth: int | None = None  # blocks; None: those of `size`
-    heads: int | None = None  # None: those of `size`
-    mlp_ratio: float | None = None  # hidden features of the MLP for each of the width
-    activation: str = "gelu"  # a row of ACTIVATIONS
+    pattern: Annotated[str, OneOf(lambda: PATTERNS)] | tuple[str | Mapping[str, Any], ...] = "full"
+    width: Count | None = None  # features of a token; None: those of `size`
+    depth: Count | None = None  # blocks; None: those of `size`
+    heads: Count | None = None  # None: those of `size`
+    mlp_ratio: Positive | None = None  # hidden features of the MLP for each of the width
+    activation: Annotated[str, OneOf(lambda: ACTIVATIONS)] = "gelu"  # a row of ACTIVATIONS
     # Sets the slowest rotation of the rotary positions; a grid of a few tokens needs a small one.
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     # Add each token's place in the clip to it. Attention can then average places (to locate an
     # object), which a network with rotary positions alone learns much later.
     absolute: bool = False
     # Add fixed positions (Latte): those in a frame, which is this many places long, to its patches;
     # those in time before the first block over time alone. 0: none.
-    sincos: int = 0
-    cross: str = "normed"  # a row of CROSS
+    sincos: Index = 0
+    cross: Annotated[str, OneOf(lambda: CROSS)] = "normed"  # a row of CROSS
     # Also map the port `concat` to the prediction directly, by a linear map of each patch, zero at
     # first. A given frame then need not pass through a narrow width.
     skip: bool = False
     # Multiplies the time before it is embedded. Below 1 neighbouring noise levels share more of
     # what is learned, which a short training needs.
-    time_scale: float = 1.0
-    remat: str = "none"  # a row of REMAT
-    attention: str = "auto"  # "auto" or a row of BACKENDS
+    time_scale: Positive = 1.0
+    remat: Annotated[str, OneOf(lambda: REMAT)] = "none"  # a row of REMAT
+    attention: Annotated[str, OneOf(lambda: ("auto", *BACKENDS))] = (
+        "auto"  # "auto" or a row of BACKENDS
+    )
     # A row of CONTEXTS, for "full" attention without blocks on a mesh that splits tokens.
-    context: str = "gather"
-    dtype: str = "float32"  # of the matrix products
+    context: Annotated[str, OneOf(lambda: CONTEXTS)] = "gather"
+    dtype: ComputeType = "float32"  # of the matrix products
 
     def dims(self) -> TransformerDims:
         """Resolve and check the dimensions.

@@ -90,7 +90,7 @@ def _sample(job: Job, mesh: Mesh) -> ShapedProgram:
         clips, _ = generator.from_seeds(params, batch, seeds, None, None, job.clip)
         return clips
 
-    seeds = jax.ShapeDtypeStruct((chunk,), jnp.int32)
+    seeds = jax.ShapeDtypeStruct((chunk, 2), jnp.uint32)
     return ShapedProgram(draw, (params, _conditions(job, chunk), seeds))
 
 

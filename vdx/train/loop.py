@@ -58,11 +58,13 @@ def train(
     *,
     evaluations: Sequence[PeriodicTask] = (),
     samples: Sequence[PeriodicTask] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> TrainedRun:
     """Train to `config.train.steps`, and resume from the workdir's newest checkpoint.
 
     Evaluations run before the checkpoint of the same step: their scores are logged and decide
-    which checkpoint is best. Samples run after it. Call under `jax.set_mesh(mesh)`.
+    which checkpoint is best. Samples run after it. Call under `jax.set_mesh(mesh)`. facts: what
+    run.json says of the origin of the run.
 
     Raises Preempted when a stop was requested and the state is saved, BadNumbers when going
     back to a checkpoint does not help, CheckpointError, DataError.
@@ -90,6 +92,8 @@ def train(
             # Only now: an earlier run in the workdir may not fit this config.
             if jax.process_index() == 0:
                 write_json(workdir / "config.json", job.config)
+                if facts is not None:
+                    write_json(workdir / "run.json", facts)
 
             try:
                 trainer.run(preemption, evaluations, samples)
@@ -140,7 +144,6 @@ class Trainer:
         program = train_program(job, mesh)
         self.abstract_state = program.abstract_state
         frozen = job.weights.open_frozen(mesh)
-        self._save_null(frozen)
         self.frozen = frozen.frozen
         self.frozen_digest = frozen.digest  # every checkpoint keeps it
         self.compiler = StepCompiler(
@@ -150,6 +153,7 @@ class Trainer:
         # The state
         start = start_state(job, workdir, mesh, checkpoints, self.abstract_state, frozen)
         self._take_over(start)
+        self._save_null(frozen)
         self.log = Log(workdir, steps, self.step)
         self.log.message(start.origin)
 
@@ -215,7 +219,7 @@ class Trainer:
             self.watchdog.beat()
 
         # The steps since the last row
-        if self.metrics.rows:
+        if settings.log_every and self.metrics.rows:
             self.write_metrics(self.step)
 
     def is_due(self, *intervals: int) -> bool:
@@ -291,12 +295,14 @@ class Trainer:
         done = self.pending
         self.pending = None
         metrics = jax.device_get(done.metrics)
-        self.metrics.add(metrics, done.cost)
+        every = self.settings.log_every
+        if every:
+            self.metrics.add(metrics, done.cost)
         if metrics["ok"]:
             self.bad_steps.accept()
         else:
             self.log.message(self.bad_steps.refuse(done, metrics))
-        if done.step % self.settings.log_every == 0:
+        if every and done.step % every == 0:
             self.write_metrics(done.step)
 
     def roll_back(self) -> None:

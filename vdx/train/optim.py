@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
 import optax.contrib
 
-from vdx.config.build import lookup
+from vdx.config.build import check_fields
+from vdx.config.ranges import Count, Decay, Fraction, Index, NonNegative, OneOf, Positive
 from vdx.parallel import path_str
 from vdx.types import Params
 
@@ -38,38 +39,33 @@ class Optimizer:
     The rate warms up linearly, then follows its schedule to the end of the run.
     """
 
-    name: str = "adamw"  # a row of OPTIMIZERS
-    learning_rate: float = 1e-4  # after warm-up
-    schedule: str = "cosine"  # a row of SCHEDULES
-    warmup_steps: int = 100  # steps from rate 0 to `learning_rate`
-    end_factor: float = 0.0  # the last learning rate, as a factor of `learning_rate`
-    b1: float = 0.9  # decay of the first moment
-    b2: float = 0.99  # decay of the second moment
-    eps: float = 1e-8  # added to the divisor of an update
-    weight_decay: float = 0.01  # of matrices; see NO_DECAY
-    max_grad_norm: float = 1.0  # global norm that gradients are clipped to
-    grad_accum_steps: int = 1  # microbatches of a step
+    name: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "adamw"  # a row of OPTIMIZERS
+    learning_rate: Fraction = 1e-4  # after warm-up
+    schedule: Annotated[str, OneOf(lambda: SCHEDULES)] = "cosine"  # a row of SCHEDULES
+    warmup_steps: Index = 100  # steps from rate 0 to `learning_rate`
+    end_factor: Fraction = 0.0  # the last learning rate, as a factor of `learning_rate`
+    b1: Decay = 0.9  # decay of the first moment
+    b2: Decay = 0.99  # decay of the second moment
+    eps: Positive = 1e-8  # added to the divisor of an update
+    weight_decay: NonNegative = 0.01  # of matrices; see NO_DECAY
+    max_grad_norm: NonNegative = 1.0  # global norm that gradients are clipped to; 0: off
+    grad_accum_steps: Count = 1  # microbatches of a step
+
+    def __post_init__(self) -> None:
+        check_fields(self, "config.optim")
 
     def rate(self, steps: int) -> optax.Schedule:
-        """Return the learning rate as a function of the step.
-
-        Raises ConfigError for an unknown schedule.
-        """
-        schedule = lookup(self.schedule, SCHEDULES, "config.optim.schedule")
+        """Return the learning rate as a function of the step."""
         warmup = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))
-        rest = schedule(self, max(steps - self.warmup_steps, 1))
+        rest = SCHEDULES[self.schedule](self, max(steps - self.warmup_steps, 1))
         return optax.join_schedules([warmup, rest], [self.warmup_steps])
 
     def make(self, steps: int) -> optax.GradientTransformation:
-        """Return the whole update: clipping, then the optimizer.
-
-        Raises ConfigError for an unknown optimizer or schedule.
-        """
-        make = lookup(self.name, OPTIMIZERS, "config.optim.name")
-        return optax.chain(
-            optax.clip_by_global_norm(self.max_grad_norm),
-            make(self, self.rate(steps), _decay_mask),
-        )
+        """Return the whole update: clipping, then the optimizer."""
+        clip = optax.identity()
+        if self.max_grad_norm:
+            clip = optax.clip_by_global_norm(self.max_grad_norm)
+        return optax.chain(clip, OPTIMIZERS[self.name](self, self.rate(steps), _decay_mask))
 
 
 def _constant(optimizer: Optimizer, steps: int) -> optax.Schedule:

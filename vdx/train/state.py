@@ -7,6 +7,7 @@ import optax
 from jax.sharding import Mesh
 
 from vdx.parallel import PARAM_RULES, Rules, opt_shardings, param_shardings, replicated
+from vdx.seeds import seed_key
 from vdx.types import Array, Params, PRNGKeyArray
 
 
@@ -33,7 +34,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
         params=params,
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, params),
-        key=jax.random.key(seed),
+        key=seed_key(seed),
         norm=jnp.zeros((), jnp.float32),
         accepted=jnp.zeros((), jnp.int32),
     )

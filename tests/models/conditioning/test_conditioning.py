@@ -353,3 +353,9 @@ def test_embeddings_of_another_width():
     module = Conditioning(WIDTH, {"embeddings": {"features": 7}})
     with pytest.raises(ConfigError, match=r"are 6 wide.*features = 7"):
         module.init(jax.random.key(0), BATCHES["embeddings"][0], {"embeddings": jnp.zeros(2, bool)})
+
+
+def test_a_signal_that_is_no_section():
+    module = Conditioning(WIDTH, {"fps": 5})
+    with pytest.raises(ConfigError, match=r"config\.model\.signals\.fps = 5 is no section"):
+        module.signal("fps", parent=None)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import numpy as np
 
-from vdx.config.build import ConfigError, nearest
+from vdx.config.build import ConfigError, check_fields
+from vdx.config.ranges import Count, Interval, OneOf, Positive
 from vdx.data.record import Record
 from vdx.data.scenes.captions import describe
 from vdx.data.scenes.sampling import (
@@ -32,17 +33,6 @@ from vdx.data.scenes.world import (
 
 __all__ = ["Scenes"]
 
-# The words that each field of Scenes may contain.
-WORDS: dict[str, Iterable[str]] = {
-    "shapes": SHAPES,
-    "colours": COLOURS,
-    "motions": (*MOTIONS, COMMANDED),
-    "styles": STYLES,
-    "backgrounds": BACKGROUNDS,
-    "cameras": CAMERAS,
-    "sizes": SIZES,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
@@ -52,40 +42,35 @@ class Scenes:
     Raises ConfigError for an unknown word and for a selection that is empty.
     """
 
-    height: int = 32  # pixels
-    width: int = 32  # pixels
-    seed: int = 0  # scene i is a function of (seed, split, i) alone
-    size: int = 1_000_000  # clips
+    height: Count = 32  # pixels
+    width: Count = 32  # pixels
+    seed: Annotated[int, Interval(0, 2**62 - 1)] = (
+        0  # scene i is a function of (seed, split, i) alone
+    )
+    size: Count = 1_000_000  # clips
     # "train" never shows a (colour, shape, motion) of "validation"; "all" shows both.
-    split: str = "train"
-    shapes: tuple[str, ...] = SHAPES  # of objects
-    colours: tuple[str, ...] = tuple(COLOURS)  # of objects
-    motions: tuple[str, ...] = MOTIONS  # of objects
-    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)  # plain or patterned
-    cameras: tuple[str, ...] = tuple(CAMERAS)  # pans need a patterned background
-    styles: tuple[str, ...] = STYLES  # of the drawing of objects
-    sizes: tuple[str, ...] = tuple(SIZES)  # of objects
-    max_objects: int = 2  # 1 or 2; with 2, half of the scenes have two
-    duration: float = STAY  # seconds of a clip
+    split: Literal["train", "validation", "all"] = "train"
+    shapes: tuple[Annotated[str, OneOf(lambda: SHAPES)], ...] = SHAPES  # of objects
+    colours: tuple[Annotated[str, OneOf(lambda: COLOURS)], ...] = tuple(COLOURS)  # of objects
+    motions: tuple[Annotated[str, OneOf(lambda: (*MOTIONS, COMMANDED))], ...] = (
+        MOTIONS  # of objects
+    )
+    # Plain or patterned
+    backgrounds: tuple[Annotated[str, OneOf(lambda: BACKGROUNDS)], ...] = tuple(BACKGROUNDS)
+    # Pans need a patterned background.
+    cameras: tuple[Annotated[str, OneOf(lambda: CAMERAS)], ...] = tuple(CAMERAS)
+    styles: tuple[Annotated[str, OneOf(lambda: STYLES)], ...] = STYLES  # of the drawing of objects
+    sizes: tuple[Annotated[str, OneOf(lambda: SIZES)], ...] = tuple(SIZES)  # of objects
+    max_objects: Literal[1, 2] = 2  # with 2, half of the scenes have two
+    duration: Positive = STAY  # seconds of a clip
 
     def __post_init__(self) -> None:
         """Raise ConfigError for fields that do not fit together."""
-        for field, known in WORDS.items():
-            _check_words(field, getattr(self, field), known)
-        self._check_numbers()
+        check_fields(self, "config.data.source")
+        for name in ("shapes", "colours", "motions", "backgrounds", "cameras", "styles", "sizes"):
+            if not getattr(self, name):
+                raise ConfigError(f"config.data.source.{name} is empty: give one or more words.")
         self._check_selection()
-
-    def _check_numbers(self) -> None:
-        """Raise ConfigError for an unknown split or a number out of range."""
-        if self.split not in SPLITS:
-            raise ConfigError(f"Scenes.split is {self.split!r}. Known: {', '.join(SPLITS)}.")
-        if self.max_objects not in (1, 2):
-            raise ConfigError(f"Scenes.max_objects is {self.max_objects}, expected 1 or 2.")
-        if min(self.height, self.width, self.size) < 1 or self.seed < 0 or self.duration <= 0:
-            raise ConfigError(
-                "Scenes.height, width, size and duration must be positive, seed "
-                f"not negative: {self}."
-            )
 
     def _check_selection(self) -> None:
         """Raise ConfigError if the chosen words leave nothing to draw."""
@@ -147,15 +132,3 @@ class Scenes:
             attributes=scene.attributes,
             tracks=tracks(scene, self.height, self.width),
         )
-
-
-def _check_words(field: str, chosen: tuple[str, ...], known: Iterable[str]) -> None:
-    """Raise ConfigError if a field of Scenes is empty or contains an unknown word."""
-    for word in chosen:
-        if word not in known:
-            raise ConfigError(
-                f"Scenes.{field}: unknown word {word!r}."
-                f"{nearest(word, known)} Known: {', '.join(known)}."
-            )
-    if not chosen:
-        raise ConfigError(f"Scenes.{field} is empty. Known: {', '.join(known)}.")

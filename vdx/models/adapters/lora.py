@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vdx.config.build import ConfigError, nearest
+from vdx.config.build import ConfigError, check_fields, nearest
+from vdx.config.ranges import Count, Decay, Positive
 from vdx.types import Array, Params, PRNGKeyArray
 
 __all__ = [
@@ -125,19 +126,17 @@ class Lora:
     It selects the kernels that have factors, and sets how these are trained.
     """
 
-    rank: int = 16  # of the product A B
-    alpha: float | None = None  # the product A B is scaled by alpha / rank; None: by 1
+    rank: Count = 16  # of the product A B
+    alpha: Positive | None = None  # the product A B is scaled by alpha / rank; None: by 1
     # Regexes searched for in the paths of kernels, "network/layers/block_0/full/q/kernel".
     targets: tuple[str, ...] = (BLOCKS,)
-    dropout: float = 0.0  # share of A's input that is zeroed in training
+    dropout: Decay = 0.0  # share of A's input that is zeroed in training
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        if self.rank < 1 or not 0 <= self.dropout < 1 or not self.targets:
-            raise ConfigError(
-                f"config.lora: rank = {self.rank} must be at least 1, dropout = "
-                f"{self.dropout} in [0, 1), and targets name at least one kernel."
-            )
+        check_fields(self, "config.lora")
+        if not self.targets:
+            raise ConfigError("config.lora.targets is empty: name at least one kernel.")
 
     @property
     def scale(self) -> float:

@@ -33,10 +33,14 @@ class Conditioning(nn.Module):
     @nn.nowrap
     def signal(self, signal: str, **fields: Any) -> Any:
         """Build the module of one signal; `parent=None` makes it free-standing."""
+        where = f"config.model.signals.{signal}"
+        spec = self.signals[signal]
+        if not isinstance(spec, Mapping):
+            raise ConfigError(f"{where} = {spec!r} is no section of fields.")
         return build(
-            {"name": signal, **self.signals[signal]},
+            {"name": signal, **spec},
             SIGNALS,
-            f"config.model.signals.{signal}",
+            where,
             width=self.width,
             **fields,
         )

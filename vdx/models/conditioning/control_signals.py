@@ -1,12 +1,13 @@
 """Signals that control a clip frame by frame: known frames, maps, actions."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import Count, Fraction
 from vdx.models.conditioning.base import ONE_VALUE, ClipShape, zero_dropped
 from vdx.types import Array, Batch, Bool, Float, Ports, PRNGKeyArray
 
@@ -22,10 +23,10 @@ class KnownFrames(nn.Module):
     """
 
     width: int  # not used
-    channels: int = 3  # of the clip
-    first: float = 1.0  # probability that the first frame is known in training
-    last: float = 0.5  # the same of the last frame, independently
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    channels: Count = 3  # of the clip
+    first: Fraction = 1.0  # probability that the first frame is known in training
+    last: Fraction = 0.5  # the same of the last frame, independently
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -66,8 +67,8 @@ class Concat(nn.Module):
     """
 
     width: int  # not used
-    channels: int  # of the batch entry
-    dropout: float = 0.0  # probability that it is dropped for a clip in training
+    channels: Count  # of the batch entry
+    dropout: Fraction = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -87,9 +88,9 @@ class Control(nn.Module):
     """
 
     width: int  # not used
-    channels: int  # of the batch entry
-    side: int = 1  # height and width, in those of the clip
-    dropout: float = 0.0  # probability that it is dropped for a clip in training
+    channels: Count  # of the batch entry
+    side: Count = 1  # height and width, in those of the clip
+    dropout: Fraction = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -111,8 +112,8 @@ class DenseMap(nn.Module):
     """
 
     width: int  # not used
-    port: str = "concat"  # or "control", which control blocks read
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    port: Literal["concat", "control"] = "concat"  # "control" is read by control blocks
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
     key: ClassVar[str] = ""  # of the batch
     features: ClassVar[int] = 1
     scale: ClassVar[float] = 1.0  # brings the map's values to about one
@@ -181,8 +182,8 @@ class Actions(nn.Module):
     """
 
     width: int  # features of the network
-    count: int = 5  # kinds of actions
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    count: Count = 5  # kinds of actions
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vdx.config.build import ConfigError, build
+from vdx.config.ranges import Count, Fraction, Index
 from vdx.models.conditioning.base import ONE_VALUE, ClipShape, zero_dropped
 from vdx.models.encoders.vision import VISION
 from vdx.models.layers import MLP, LayerNorm
@@ -23,11 +24,11 @@ class ImageTokens(nn.Module):
     """
 
     width: int  # features of the network
-    features: int = 1280  # of an image token; CLIP ViT-H
+    features: Count = 1280  # of an image token; CLIP ViT-H
     # Learned positions for this many tokens, if m is always that (Wan first-last-frame: those of
     # both images in a row). 0: none.
-    positions: int = 0
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    positions: Index = 0
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:
@@ -70,9 +71,9 @@ class Reference(nn.Module):
 
     width: int  # features of the network
     encoder: Mapping[str, Any]  # a row of VISION with its fields
-    height: int = 32  # of the image, in pixels
-    columns: int = 32  # its width, in pixels
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    height: Count = 32  # of the image, in pixels
+    columns: Count = 32  # its width, in pixels
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:

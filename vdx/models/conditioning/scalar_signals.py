@@ -5,6 +5,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vdx.config.ranges import Fraction
 from vdx.models.conditioning.base import ONE_VALUE, ClipShape, zero_dropped
 from vdx.models.layers import MLP, EmbedMLP, along_last
 from vdx.types import Array, Batch, Bool, Ports
@@ -19,7 +20,7 @@ class Scalar(nn.Module):
     """
 
     width: int  # features of the network
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
     key: ClassVar[str] = ""  # of the batch
     floor: ClassVar[float] = 0.0  # added before the logarithm, for numbers that may be 0
 
@@ -63,7 +64,7 @@ class FrameRateClass(nn.Module):
     """
 
     width: int  # features of the network
-    dropout: float = 0.0  # probability that it is dropped for a clip in training
+    dropout: Fraction = 0.0  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def dummy_batch(self, clip: ClipShape = ONE_VALUE) -> Batch:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vdx.config.build import ConfigError, build
+from vdx.config.ranges import Count, Fraction
 from vdx.models.conditioning.base import ONE_VALUE, ClipShape
 from vdx.models.encoders.text import ENCODERS, FROZEN, Tokenize
 from vdx.models.layers import MLP
@@ -25,7 +26,7 @@ class Text(nn.Module):
 
     width: int  # features of the network
     encoder: Mapping[str, Any]  # a row of ENCODERS with its fields
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
     pooled: bool = True  # the mean token also enters `vector`
 
     @nn.nowrap
@@ -74,14 +75,14 @@ class Embeddings(nn.Module):
     """
 
     width: int  # features of the network
-    features: int = 4096  # of an embedding; UMT5-XXL
+    features: Count = 4096  # of an embedding; UMT5-XXL
     encoder: Mapping[str, Any] | None = None  # a row of FROZEN with its fields
     # Captions are filled up to this many tokens with zeros, which are all visible, as in Wan. None:
     # padding is masked.
-    length: int | None = None
+    length: Count | None = None
     project: bool = True  # map them by an MLP; Stable Diffusion reads them directly
-    null_tokens: int = 1  # learned tokens of the null value
-    dropout: float = 0.1  # probability that it is dropped for a clip in training
+    null_tokens: Count = 1  # learned tokens of the null value
+    dropout: Fraction = 0.1  # probability that it is dropped for a clip in training
 
     @nn.nowrap
     def tokenizer(self) -> Tokenize:

@@ -10,14 +10,15 @@ import importlib.resources
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.config.build import ConfigError
+from vdx.config.build import ConfigError, check_fields
+from vdx.config.ranges import Interval
 from vdx.models.encoders.bert import POSITIONS, Bert, import_weights
 from vdx.parallel import MeshSpec, replicated
 from vdx.types import Array, Bool, Float, Params
@@ -107,13 +108,12 @@ def embed(
 class MiniLM:
     """The encoder all-MiniLM-L6-v2: 22M frozen weights, English."""
 
-    length: int = 32  # tokens kept of a caption
+    length: Annotated[int, Interval(2, POSITIONS)] = 32  # tokens kept of a caption
     width: ClassVar[int] = 384  # features of a token
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a length that BERT has no positions for."""
-        if not 2 <= self.length <= POSITIONS:
-            raise ConfigError(f"minilm.length = {self.length} is not in 2 .. {POSITIONS}.")
+        check_fields(self, "minilm")
 
     def tokenizer(self) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
         """Return the host function caption -> (features, mask) for the data pipeline."""

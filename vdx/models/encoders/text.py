@@ -11,6 +11,7 @@ caption -> (features [l d], mask bool [l]).
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import MAX_INT, Count, Index, Interval
 from vdx.models.attention.layers import encoder_layers
 from vdx.models.encoders.minilm import MiniLM
 from vdx.models.layers import LayerNorm
@@ -37,13 +39,13 @@ class ByteEncoder(nn.Module):
     learns colours but not verbs. Transformer layers over the words do the rest.
     """
 
-    length: int = 64  # bytes kept of a caption, end token included
-    words: int = 24  # kept; the last one holds the rest of the text
-    width: int = 192  # features of a word
-    depth: int = 2  # layers over the words
-    heads: int = 6  # of attention; they divide the width
-    ngrams: tuple[int, ...] = (3, 4, 5)  # sizes, in bytes
-    buckets: int = 2048  # hashes of the n-grams of one size
+    length: Annotated[int, Interval(2, MAX_INT)] = 64  # bytes kept of a caption, end token included
+    words: Count = 24  # kept; the last one holds the rest of the text
+    width: Count = 192  # features of a word
+    depth: Index = 2  # layers over the words
+    heads: Count = 6  # of attention; they divide the width
+    ngrams: tuple[Count, ...] = (3, 4, 5)  # sizes, in bytes
+    buckets: Count = 2048  # hashes of the n-grams of one size
 
     def tokenizer(self) -> Tokenize:
         """Return the host function caption -> (ids, mask) for the data pipeline."""

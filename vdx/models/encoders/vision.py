@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import Count, Index
 from vdx.models.attention.layers import encoder_layers
 from vdx.models.patches import low_frequencies
 from vdx.types import Array, Float
@@ -21,10 +22,10 @@ class PatchEncoder(nn.Module):
     Reference: Dosovitskiy et al. 2021.
     """
 
-    patch: int = 8  # side of a patch, in pixels
-    width: int = 96  # features of a patch
-    depth: int = 1  # layers
-    heads: int = 3
+    patch: Count = 8  # side of a patch, in pixels
+    width: Count = 96  # features of a patch
+    depth: Index = 1  # layers
+    heads: Count = 3
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b m d"]:

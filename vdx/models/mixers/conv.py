@@ -1,12 +1,13 @@
 """The mixer that convolves the token grid."""
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vdx.models.convolution import Conv3D, Size
+from vdx.config.ranges import Count, OneOf
+from vdx.models.convolution import PADDINGS, Conv3D, Size
 from vdx.models.mixers.context import Grid, MixContext
 from vdx.parallel import constrain, reshard_to_frames
 from vdx.types import Array, DTypeLike, Float
@@ -22,10 +23,10 @@ class ConvMixer(nn.Module):
 
     heads: int  # not used
     dtype: DTypeLike = jnp.float32  # of the products
-    kernel: Size = (3, 3, 3)  # (t, 1, 1) works over time alone
+    kernel: tuple[Count, Count, Count] = (3, 3, 3)  # (t, 1, 1) works over time alone
     separable: bool = False  # space, then time: (2+1)D (Tran et al. 2018)
     causal: bool = False  # as in Conv3D
-    padding: str = "zeros"  # a row of PADDINGS
+    padding: Annotated[str, OneOf(lambda: PADDINGS)] = "zeros"  # a row of PADDINGS
     crosses_frames: ClassVar[bool] = True  # as in `Mixer`
     causal_block: ClassVar[int | None] = None  # as in `Mixer`
 

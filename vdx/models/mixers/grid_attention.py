@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import Count, Index
 from vdx.models.attention.backends import attend
 from vdx.models.layers import RMSNorm
 from vdx.models.mixers.block_causal import (
@@ -98,9 +99,9 @@ class GridAttention(nn.Module):
     positions: str = "rope"  # 3D rotary positions, or "none"
     qk_norm: bool = True  # RMS-normalise queries and keys across all heads (as Wan does)
     # The fields of BlockLayout:
-    block: int | None = None  # frames of tokens in a block; None: there are no blocks
-    window: int | None = None  # blocks before its own that a token attends to; None: all
-    sink: int = 0  # first blocks of the clip that it attends to besides the window
+    block: Count | None = None  # frames of tokens in a block; None: there are no blocks
+    window: Count | None = None  # blocks before its own that a token attends to; None: all
+    sink: Index = 0  # first blocks of the clip that it attends to besides the window
     axes: ClassVar[str] = "full"  # a row of ATTENTION_AXES
     temporal: ClassVar[bool] = False  # as in `Mixer`
     crosses_frames: ClassVar[bool] = True  # as in `Mixer`

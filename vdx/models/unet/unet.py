@@ -6,7 +6,7 @@ configurations of this class (vdx.interop.unet).
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.config.build import ConfigError, lookup
+from vdx.config.ranges import ComputeType, Count, Index, OneOf
 from vdx.flops import traced
 from vdx.models.image_blocks import GroupNorm, upsample_nearest
 from vdx.models.remat import REMAT
@@ -39,15 +40,15 @@ class UNet(nn.Module):
     changes nothing.
     """
 
-    channels: int = 4  # of the prediction
-    widths: tuple[int, ...] = (320, 640, 1280, 1280)  # features of each level, finest first
-    layers: int = 2  # residuals in a level on the way down; one more on the way up
+    channels: Count = 4  # of the prediction
+    widths: tuple[Count, ...] = (320, 640, 1280, 1280)  # features of each level, finest first
+    layers: Count = 2  # residuals in a level on the way down; one more on the way up
     attention: tuple[bool, ...] = (True, True, True, False)  # levels with attention, also to text
-    heads: int = 8  # of every attention
+    heads: Count = 8  # of every attention
     # If given, attention at width w has w / head_width heads instead; motion modules too if
     # `temporal` is "3d".
-    head_width: int = 0
-    groups: int = 32  # of the group norms
+    head_width: Index = 0
+    groups: Count = 32  # of the group norms
     # A row of TEMPORAL, or motion modules around a mixer: {"name": row of MIXERS, **fields}.
     temporal: str | Mapping[str, Any] = "none"
     # Motion modules normalise all frames of a clip at once, as diffusers does. False: each frame
@@ -57,13 +58,15 @@ class UNet(nn.Module):
     # motion modules v1. False: each frame by itself, as everywhere else.
     joint_residual_norm: bool = False
     motion_middle: bool = True  # the middle has a motion module
-    stem: tuple[int, int, int] = (1, 1, 1)  # frames, rows, columns in one position of level 0
-    control: str = "none"  # a row of CONTROLS, a branch that reads the port `control`
+    stem: tuple[Count, Count, Count] = (1, 1, 1)  # frames, rows, columns in one position of level 0
+    control: Annotated[str, OneOf(lambda: ("none", *CONTROLS))] = (
+        "none"  # a row of CONTROLS, a branch that reads the port `control`
+    )
     # Widths of the convolutions of its maps, which are 2^(len(hint) - 1) times as high and wide
     # as the clip.
-    hint: tuple[int, ...] = (16, 32, 96, 256)
-    remat: str = "none"  # a row of REMAT
-    dtype: str = "float32"  # of the matrix products
+    hint: tuple[Count, ...] = (16, 32, 96, 256)
+    remat: Annotated[str, OneOf(lambda: REMAT)] = "none"  # a row of REMAT
+    dtype: ComputeType = "float32"  # of the matrix products
 
     @property
     def patch(self) -> tuple[int, int, int]:
