@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v, pipeline_wan_vace
 from PIL import Image
 
 from vdx.generate.video_io import read_video, write_video
@@ -231,9 +230,6 @@ class Case:
             self.files[name], theirs = shown(name, folder, rng)
             self.given |= theirs
         self.pipeline.set_progress_bar_config(disable=True)
-        # These import ftfy, which need not be installed; the first works without.
-        for module in (pipeline_wan_i2v, pipeline_wan_vace):
-            module.prompt_clean = pipeline_wan.prompt_clean
         with torch.no_grad():
             frames = self.pipeline(
                 prompt=PROMPT,

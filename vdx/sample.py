@@ -31,6 +31,7 @@ from vdx.generate.cache_calibration import FILE as CALIBRATION
 from vdx.generate.clip import Pieces, check_output, check_rate, join_pieces, write_stream
 from vdx.generate.manifest import read_manifest
 from vdx.generate.pipeline import Pipeline
+from vdx.generate.preprocess import CHOICES
 from vdx.generate.pretrained_request import LORAS
 from vdx.generate.request import Request
 from vdx.generate.run_pipeline import RunPipeline
@@ -44,7 +45,7 @@ CALIBRATION_PROMPTS = 4  # of the run, if none are given: each is drawn about te
 SAMPLING = ("num_frames", "fps", "sampler", "timesteps", "steps", "shift", "cache_threshold")
 IMAGES = ("image", "last_image", "reference")
 SIGNALS = ("flow", "camera", "actions", "motion")
-PRETRAINED = ("negative_prompt", "control_mask", "init_noise", "height", "width")
+PRETRAINED = ("negative_prompt", "control_mask", "init_noise", "height", "width", "preprocess")
 # Flags of --workdir alone, and of --weights alone.
 RUN_ONLY = ("step", "averaged", "signal_guidance", "calibrate_cache", "step_cache", *SIGNALS)
 WEIGHTS_ONLY = (*PRETRAINED, *LORAS, "dtype", "mesh")
@@ -267,9 +268,15 @@ def define_sampling_flags() -> None:
 def define_condition_flags() -> None:
     """Define the flags of conditions, adapters and noise."""
     text = flags.DEFINE_string
-    text("negative_prompt", None, "Guidance leads away from it; default: empty.")
+    text(
+        "negative_prompt",
+        None,
+        "Guidance leads away from it; the word default: the makers' (docs/weights.md).",
+    )
     text("image", None, "An image that the clip begins with.")
     text("last_image", None, "An image that it ends with.")
+    ways = "How images are prepared; default: as those who made the folder do (docs/weights.md)."
+    flags.DEFINE_enum("preprocess", None, CHOICES, ways)
     text("reference", None, "An image of the subject; of VACE also several: a.png,b.png.")
     text("control", None, "Of a run depth=FILE,pose=FILE (vdx.data.track_files); of VACE a video.")
     text("control_mask", None, "A video or an image, white where the control is drawn anew.")

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,9 +15,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.interop.small_weights import ABSTRACT, LAYERS, ROWS, THEIRS, normal, save
+from vdx.interop.components import open_component
 from vdx.interop.keymap import WeightsError, gather
 from vdx.interop.load import abstract_params, load_params, open_weights
-from vdx.interop.stored_array import StoredArray
+from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.parallel import MeshSpec
 
 
@@ -145,6 +147,27 @@ def test_what_does_not_fit_is_reported_before_anything_is_read(file, reads, tmp_
     assert not reads
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", THEIRS)
+def test_values_that_are_not_finite_are_refused_with_their_key(key, value, tmp_path):
+    changed = {**THEIRS, key: THEIRS[key].copy()}
+    where = np.random.default_rng(len(key)).integers(changed[key].size)
+    changed[key].reshape(-1)[where] = value
+    path = save(tmp_path / "w.safetensors", changed)
+    with pytest.raises(WeightsError, match=rf"w.safetensors: {re.escape(key)} holds NaN or inf"):
+        load_params(open_weights(path), ABSTRACT, ROWS)
+
+
+def test_every_part_of_a_large_array_is_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr("vdx.interop.stored_array.CHUNK", 24)  # three rows of blocks.0.q
+    for row in range(8):
+        array = THEIRS["blocks.0.q.weight"].copy()
+        array[row, row] = np.nan
+        path = save(tmp_path / f"{row}.safetensors", {"q": array})
+        with pytest.raises(WeightsError, match="q holds NaN"):
+            read_finite("q", open_weights(path)["q"])
+
+
 def test_a_file_of_torch(tmp_path, file):
     torch = pytest.importorskip("torch")
     torch.save({k: torch.from_numpy(v) for k, v in THEIRS.items()}, tmp_path / "w.pth")
@@ -216,3 +239,17 @@ def test_the_host_holds_one_parameter_in_addition_to_the_model(tmp_path):
     gigabytes = {name: f"{size / 1e9:.2f} GB" for name, size in found.items() if name != "seconds"}
     print(f"{found['seconds']:.0f} s; {gigabytes}; in addition {additional / 1e9:.2f} GB")
     assert additional < found["largest"] + 1e9
+
+
+@pytest.mark.parametrize(
+    "prefix", ["generator_ema.model.", "generator.model._fsdp_wrapped_module.", "model."]
+)
+def test_a_distilled_generator_is_no_pipeline(prefix, tmp_path):
+    key = "blocks.0.self_attn.q.weight"
+    path = save(tmp_path / "self_forcing.safetensors", {f"{prefix}{key}": normal(8, 8)})
+    with pytest.raises(WeightsError, match=r"few-step sampler that it needs is not there yet"):
+        open_component("transformer", path, "float32")
+    # ComfyUI's prefix is that of an ordinary file.
+    path = save(tmp_path / "comfy.safetensors", {f"model.diffusion_model.{key}": normal(8, 8)})
+    with pytest.raises(WeightsError, match="These are not the weights of a Wan transformer"):
+        open_component("transformer", path, "float32")

@@ -2,6 +2,7 @@
 the order of diffusers, loaded as weights are."""
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -181,12 +182,22 @@ def test_diffusers_with_both_experts(tiny, tmp_path):
     save_file(as_diffusers(high) | as_diffusers(low, "transformer_2"), path)
     same(merged(tiny, path), tiny.changed(high))
     same(merged(tiny, path, part="transformer_2"), tiny.changed(low))
-    save_file(as_diffusers(high), path)
+    save_file(as_diffusers(low, "transformer_2"), path)
     with pytest.raises(
         WeightsError,
-        match="not a LoRA of the transformer_2 of this model:\n  it holds nothing for it",
+        match="not a LoRA of the transformer of this model:\n  it holds nothing for it",
     ):
-        open_lora(path, tiny.model, part="transformer_2")
+        open_lora(path, tiny.model)
+
+
+def test_a_file_of_the_second_expert_may_name_the_first(tiny, tmp_path):
+    low, path = tiny.factors(in_blocks(tiny)[:5]), tmp_path / "low.safetensors"
+    save_file(
+        as_diffusers(low),
+        path,
+        {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 6})},
+    )
+    same(merged(tiny, path, part="transformer_2"), tiny.changed(low, scales(low, 6)))
 
 
 @pytest.mark.parametrize("adapter", ["", ".default"])
@@ -258,6 +269,19 @@ def test_whole_differences(tiny, tmp_path):
     )
 
 
+@pytest.mark.parametrize("undotted", [False, True])
+def test_differences_of_the_modulation(undotted, tiny, tmp_path):
+    diffs = {key: normal(*w.shape) for key, w in tiny.weights.items() if "table" in key}
+    named = {}
+    for key, value in diffs.items():
+        layer = original_name(key).removesuffix(".modulation")
+        prefix, layer = ("lora_unet_", layer.replace(".", "_")) if undotted else ("", layer)
+        named[f"{prefix}{layer}.diff_m"] = value
+    save_file(named, tmp_path / "lora.safetensors")
+    assert len(diffs) == 3  # of two blocks and of the head
+    same(merged(tiny, tmp_path), tiny.changed({}, diffs=diffs))
+
+
 def test_a_bias_of_b_is_scaled(tiny, tmp_path):
     factors, path = tiny.factors(in_blocks(tiny)[:3]), tmp_path / "lora.safetensors"
     biases = {f"{layer}.bias": normal(len(b)) for layer, (_, b) in factors.items()}
@@ -277,10 +301,45 @@ def test_a_bias_of_b_is_scaled(tiny, tmp_path):
     )
 
 
-def test_kohya(tiny, tmp_path):
+@pytest.mark.parametrize("dots", range(4))
+def test_kohya(dots, tiny, tmp_path):
+    """Every dot of a name is an underscore, or some are, or none, after either prefix."""
     factors, path = tiny.factors(tiny.layers), tmp_path / "lora.safetensors"
-    save_file(as_kohya(factors, 1.5), path)
+    arrays = as_kohya(factors, 1.5)
+    for layer in factors:
+        old, new = original_name(layer).replace(".", "_"), original_name(layer)
+        if dots == 1:
+            new = new.replace(".", "_", 1)
+        if dots:
+            for leaf in ("lora_down.weight", "lora_up.weight", "alpha"):
+                prefix = "lora_unet." if dots == 3 else "lora_unet_"
+                arrays[f"{prefix}{new}.{leaf}"] = arrays.pop(f"lora_unet_{old}.{leaf}")
+    save_file(arrays, path)
     same(merged(tiny, path), tiny.changed(factors, scales(factors, 1.5)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "dtype"),
+    [
+        ("lora_down.weight", np.nan, np.float32),
+        ("lora_up.weight", np.inf, np.float16),
+        ("lora_up.weight", -np.inf, ml_dtypes.bfloat16),
+        ("alpha", np.nan, ml_dtypes.bfloat16),
+        ("diff_b", np.inf, np.float32),
+    ],
+)
+def test_values_that_are_not_finite_are_refused_with_their_key(value, kind, dtype, tiny, tmp_path):
+    factors, path = tiny.factors(in_blocks(tiny)[:3]), tmp_path / "lora.safetensors"
+    layer = f"diffusion_model.{original_name(in_blocks(tiny)[1])}"
+    arrays = as_comfyui(factors, alpha=4.0) | {f"{layer}.diff_b": normal(48)}
+    arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+    save_file(arrays, path)
+    open_lora(path, tiny.model)  # the control
+
+    arrays[f"{layer}.{kind}"].reshape(-1)[-1] = value
+    save_file(arrays, path)
+    with pytest.raises(WeightsError, match=rf"{re.escape(f'{layer}.{kind}')} holds NaN or inf"):
+        open_lora(path, tiny.model)
 
 
 def test_control_blocks(randomise, tmp_path):

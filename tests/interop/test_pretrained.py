@@ -1,5 +1,6 @@
 """Folders of pretrained models: opened, refused, checked against requests, converted and back."""
 
+import dataclasses
 import functools
 import shutil
 from pathlib import Path
@@ -12,9 +13,10 @@ from PIL import Image
 from vdx.config.build import ConfigError
 from vdx.convert import open_source
 from vdx.files import read_json, write_json
+from vdx.generate.preprocess import CHOICES, floored_size, rounded_size
 from vdx.generate.pretrained_checks import check
-from vdx.generate.pretrained_request import complete, shape_for
-from vdx.interop.family_defaults import family_defaults
+from vdx.generate.pretrained_request import complete
+from vdx.interop.family_defaults import NEGATIVE, family_defaults
 from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import open_pretrained
 from vdx.interop.safetensors import read_header, write
@@ -240,10 +242,86 @@ def test_defaults_are_the_folders_and_the_makers(opened, copy, picture):
         complete(open_pretrained(path), {"prompts": ("a",), "mesh": {}})
 
 
+def official(model, **scheduler):
+    """The same model as vdx.convert leaves it, from the makers' own folder."""
+    return dataclasses.replace(
+        model,
+        index={**model.index, "_defaults": "official"},
+        scheduler={**model.scheduler, **scheduler},
+    )
+
+
+def test_a_folder_of_the_makers_has_their_defaults(opened, picture, monkeypatch):
+    def defaults(kind, **given):
+        request = complete(official(opened(kind)), {"prompts": ("a",), "mesh": {}, **given})
+        return request, request.sampling["shift"]
+
+    # Here every scheduler has shift 3. Times are the makers', the negative prompt too.
+    request, shift = defaults("t2v")
+    assert request.sampling["timesteps"] == "wan_unipc" and shift == 3.0
+    assert (request.guidance, request.negative_prompt) == ((5.0,), NEGATIVE)
+    assert defaults("t2v", negative_prompt="")[0].negative_prompt == ""
+    assert defaults("t2v", timesteps="plain")[0].sampling["timesteps"] == "plain"
+    assert defaults("t2v euler")[0].sampling["timesteps"] == "diffusers_euler"
+    with monkeypatch.context() as patch:  # the width of 1.3B
+        patch.setattr("vdx.interop.family_defaults.WIDTH_1P3B", 48)
+        assert defaults("t2v")[0].guidance == (6.0,)
+
+    request, _ = defaults("i2v", image=picture)
+    assert request.negative_prompt == "镜头晃动，" + NEGATIVE
+    assert request.preprocess == "official"
+
+
+def test_the_shift_of_image_to_video_depends_on_the_size(opened, picture):
+    model = official(opened("i2v"), flow_shift=5.0)
+    for given, shift in (
+        ({}, 3.0),
+        ({"height": 480, "width": 832}, 3.0),
+        ({"height": 720, "width": 1280}, 5.0),
+        ({"shift": 7.0}, 7.0),
+    ):
+        fields = {"prompts": ("a",), "mesh": {}, "image": picture, **given}
+        assert complete(model, fields).sampling["shift"] == shift
+
+
+def test_the_makers_negative_prompt_is_named_by_a_word(opened, picture):
+    request = complete(opened("t2v"), {"prompts": ("a",), "mesh": {}, "negative_prompt": "default"})
+    assert request.negative_prompt == NEGATIVE
+
+
+def test_how_images_are_prepared(opened, picture, tmp_path, mesh):
+    given = {"prompts": ("a",), "mesh": {}, "image": picture}
+    model = opened("i2v")
+    assert complete(model, given).preprocess == "diffusers"
+    sizes = [
+        (r.height, r.width)
+        for r in (complete(model, given | {"preprocess": name}) for name in CHOICES)
+    ]
+    with Image.open(picture) as image:
+        width, height = image.size
+    assert sizes == [
+        floored_size(480 * 832, 16, width, height),
+        rounded_size(480 * 832, 16, width, height),
+    ]
+    with pytest.raises(ConfigError, match=r"preprocess = 'other': expected one of official"):
+        complete(model, given | {"preprocess": "other"})
+    with pytest.raises(ConfigError, match="it prepares the first image of a clip, and none is"):
+        complete(opened("t2v"), {"prompts": ("a",), "mesh": {}, "preprocess": "official"})
+
+    # Two images of different sizes.
+    other = str(tmp_path / "other.png")
+    Image.new("RGB", (30, 50)).save(other)
+    both = {**SETTINGS, "mesh": {}, "image": picture, "last_image": other}
+    request = complete(opened("flf2v"), both | {"preprocess": "official"})
+    with pytest.raises(ConfigError, match="is meant for two images of one size"):
+        check(request, opened("flf2v"), mesh)
+    check(complete(opened("flf2v"), both), opened("flf2v"), mesh)
+
+
 def test_a_frame_has_the_pictures_proportions():
-    assert shape_for(480 * 832, 16, 1920, 1080) == (464, 832)
-    assert shape_for(480 * 832, 16, 1080, 1920) == (832, 464)
-    assert shape_for(704 * 1280, 32, 500, 500) == (928, 928)
+    assert rounded_size(480 * 832, 16, 1920, 1080) == (464, 832)
+    assert rounded_size(480 * 832, 16, 1080, 1920) == (832, 464)
+    assert rounded_size(704 * 1280, 32, 500, 500) == (928, 928)
 
 
 def test_weights_are_known_again(opened, copy):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
@@ -288,6 +289,18 @@ def test_the_published_model_has_these_arrays():
 def test_configs_that_are_another_network(changes, message):
     with pytest.raises(WeightsError, match=message):
         latte_denoiser(TINY | {"_class_name": "LatteTransformer3DModel"} | changes)
+
+
+def test_the_makers_folder(case, tmp_path):
+    """Another class, and the array that no forward pass reads."""
+    config = json.loads((case.folder / "config.json").read_text())
+    assert latte_denoiser(config | {"_class_name": "LatteT2V"}) == case.model
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "LatteT2V"}))
+    (file,) = case.folder.glob("*.safetensors")
+    arrays = load_file(file) | {"caption_projection.y_embedding": np.ones((5, 12), np.float32)}
+    save_file(arrays, tmp_path / file.name)
+    read = load_latte(tmp_path, case.model, MeshSpec().make(jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, read, case.params)
 
 
 def test_weights_that_do_not_fit(case, tmp_path):

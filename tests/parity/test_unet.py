@@ -1,5 +1,6 @@
 """The U-Nets against diffusers with the same weights, read by the real loader, and back again."""
 
+import copy
 import json
 import warnings
 
@@ -186,6 +187,59 @@ def test_every_key_goes_there_and_back(case, tmp_path):
         again = type(case.torch).from_pretrained(tmp_path / "back")
     for key, value in case.torch.state_dict().items():
         np.testing.assert_allclose(again.state_dict()[key], value, atol=1e-6, err_msg=key)
+
+
+class EachFrame(torch.nn.Module):
+    """The makers' norm in motion modules: of each frame [b c t h w] by itself."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        b, _, t = x.shape[:3]
+        return self.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, t)).transpose(1, 2)
+
+
+class AllFrames(torch.nn.Module):
+    """The makers' norm in residuals and the head with v1: of a clip [(b t) c h w] at once."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        joint = x.unflatten(0, (B, T)).transpose(1, 2)
+        return self.norm(joint).transpose(1, 2).flatten(0, 1)
+
+
+def normalised_by_the_makers(model, residuals):
+    """A copy whose norms follow AnimateDiff's code: with v1 those of residuals and head, too."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if name.endswith("motion_modules.0") or name.endswith("motion_modules.1"):
+            module.norm = EachFrame(module.norm)
+        elif residuals and ".resnets." in name and hasattr(module, "norm1"):
+            module.norm1 = AllFrames(module.norm1)
+            module.norm2 = AllFrames(module.norm2)
+    if residuals:
+        model.conv_norm_out = AllFrames(model.conv_norm_out)
+    return model
+
+
+@pytest.mark.parametrize("residuals", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize("case", ["motion"], indirect=True)
+def test_norms_of_the_makers(residuals, case, quick):
+    x, time, tokens = case.inputs()
+    plain = case.reference(x, time, tokens)
+    makers = copy.copy(case)
+    makers.torch = normalised_by_the_makers(case.torch, residuals)
+    want = makers.reference(x, time, tokens)
+    fields = {"joint_norm": False, "joint_residual_norm": residuals}
+    model = Denoiser({**case.model.backbone_config, **fields}, case.model.signals)
+    got = run(case, quick, case.params, x, time, Ports(tokens=jnp.asarray(tokens)), model)
+    assert np.abs(want - plain).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
 class Controlled:

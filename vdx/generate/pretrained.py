@@ -28,11 +28,11 @@ from vdx.generate.image_inputs import (
     open_image,
     resize_image,
 )
+from vdx.generate.preprocess import preprocess_for
 from vdx.generate.pretrained_request import PretrainedRequest, start_noise
 from vdx.interop.lora import open_lora
 from vdx.interop.pretrained import EXPERTS, PretrainedModel
 from vdx.models.adapters.lora import Adapted, adapt
-from vdx.models.encoders.clip import preprocess
 from vdx.models.encoders.text_tokens import PromptTokenizer
 from vdx.seeds import seed_keys, seed_words
 from vdx.types import Array, Batch, Params
@@ -56,6 +56,7 @@ class PretrainedGenerator:
         self.request = request
         self.mesh = mesh
         self.log = log
+        self.preprocess = preprocess_for(request.preprocess, model.clamps_first_frame)
         self.batch = mesh.shape["data"] * mesh.shape["fsdp"]  # clips drawn at once
         self.chunk = max(1, PIXELS // (request.height * request.width))  # latent frames at once
 
@@ -128,7 +129,7 @@ class PretrainedGenerator:
         video = np.zeros((1, frames, request.height, request.width, 3), np.float32)
         is_given = np.zeros(frames, bool)
         for place, image in zip((0, -1), images, strict=False):
-            video[0, place] = resize_image(image, request.height, request.width)
+            video[0, place] = self.preprocess.frame(image, request.height, request.width)
             is_given[place] = True
 
         # The VAE reads it like any clip: [1 t h w c].
@@ -146,7 +147,7 @@ class PretrainedGenerator:
         params = self.load("image_encoder")
         encode = self.compile_call("image_encoder", lambda apply, x: apply(x).penultimate)
         side = self.model.components["image_encoder"].module.image
-        pixels = preprocess([np.asarray(image) for image in images], side)
+        pixels = self.preprocess.clip_pixels(images, side)
         tokens = [np.asarray(encode(params, x[None])) for x in pixels]
         return {"image_tokens": np.concatenate(tokens, 1)}
 

@@ -189,10 +189,11 @@ def _open_loras(request: PretrainedRequest, model: PretrainedModel) -> None:
 def _open_controls(request: PretrainedRequest, model: PretrainedModel) -> None:
     """Raise ConfigError for images and videos that cannot be read or are too short."""
     rate = model.components["vae"].module.rates[0]
+    sizes = {}
     for name, path in request.input_files().items():
         kind = name.split()[0]  # "reference 0" -> "reference"
         if kind in ("image", "last_image", "reference"):
-            open_image(kind, path)
+            sizes[kind] = open_image(kind, path).size
         elif kind in ("control", "control_mask"):
             length = count_frames(kind, path, request.fps, request.num_frames)
             if length < request.num_frames:
@@ -201,3 +202,11 @@ def _open_controls(request: PretrainedRequest, model: PretrainedModel) -> None:
                     f"num_frames = {request.num_frames} is more: take "
                     f"{1 + (length - 1) // rate * rate}."
                 )
+
+    first = sizes.get("image")
+    last = sizes.get("last_image", first)
+    if request.preprocess == "official" and first != last:
+        raise ConfigError(
+            f"--image is {first} and --last_image {last} (width, height): the makers' preparation "
+            "is meant for two images of one size. Crop them, or give --preprocess=diffusers."
+        )

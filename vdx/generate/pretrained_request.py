@@ -15,14 +15,16 @@ from vdx.files import read_npy
 from vdx.generate.generator import Sampling
 from vdx.generate.image_inputs import count_frames, iter_frames
 from vdx.generate.manifest import manifest_request
+from vdx.generate.preprocess import CHOICES, preprocess_for
 from vdx.generate.request import Request, check_prompt, check_settings
-from vdx.interop.family_defaults import family_defaults
+from vdx.interop.family_defaults import default_settings, family_defaults
 from vdx.interop.pretrained import PretrainedModel
 from vdx.seeds import seed_key
 
 SAMPLING = ("sampler", "timesteps", "steps", "shift", "cache_threshold")
 CONTROLS = ("image", "last_image", "control", "control_mask", "reference")
 LORAS = ("lora", "lora_2")
+MAKERS_PROMPT = "default"  # as a negative prompt: that of the model's family
 FIXED = ("prompts", "dtype", "mesh")  # fields that are no settings of a call
 
 
@@ -44,7 +46,8 @@ class PretrainedRequest(Request):
     guidance: tuple[Finite, ...]  # one scale, or one for each expert; 1 is none
     dtype: ComputeType  # of the computation; decides the last bits
     mesh: dict[str, int]  # devices along each axis; decides the last bits
-    negative_prompt: str = ""  # guidance leads away from it; empty as in diffusers
+    negative_prompt: str = ""  # guidance leads away from it
+    preprocess: str = "diffusers"  # how images are prepared: one of CHOICES of preprocess.py
     init_noise: str | None = None  # a .npy file, float32 [b t h w c]; None: noise of the seeds
     lora: tuple[str, ...] = ()  # LoRA files of the transformer, each with its weight: "a:0.8"
     lora_2: tuple[str, ...] = ()  # of the second expert
@@ -136,13 +139,15 @@ def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedR
     given = {name: value for name, value in settings.items() if value is not None}
     check_settings(given, SETTINGS, "A pretrained model", ignore=FIXED)
 
-    # Defaults of the family, then of the folder, then of the input files; then what is given.
-    fields = dataclasses.asdict(family_defaults(model)) | {"seed": 0, "dtype": model.dtype}
-    if not {"sampler", "timesteps", "shift"} <= given.keys():
-        fields |= model.schedule()._asdict()
+    _check_preprocess(given)
+
+    # Defaults of family and folder, then of the input files; then what is given.
+    fields = default_settings(model, given) | {"seed": 0, "dtype": model.dtype}
     fields |= _default_size(model, given, fields)
     fields |= _default_length(model, given, fields)
     fields |= given
+    if fields["negative_prompt"] == MAKERS_PROMPT:
+        fields["negative_prompt"] = family_defaults(model).negative_prompt
 
     # The sections of a request.
     for name in ("guidance", "reference", *LORAS):
@@ -159,6 +164,19 @@ def complete(model: PretrainedModel, settings: Mapping[str, Any]) -> PretrainedR
         "request",
     )
     return request.with_digests()
+
+
+def _check_preprocess(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an unknown preparation of images, or one without an image."""
+    name = given.get("preprocess")
+    if name is None:
+        return
+    if name not in CHOICES:
+        raise ConfigError(f"preprocess = {name!r}: expected one of {', '.join(CHOICES)}.")
+    if "image" not in given:
+        raise ConfigError(
+            f"preprocess = {name}: it prepares the first image of a clip, and none is given."
+        )
 
 
 def _checked_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,8 +197,9 @@ def _default_size(
         return {}
     first = next(iter_frames(source, given[source], 1.0))
     area = fields["height"] * fields["width"]
-    height, width = shape_for(area, size_unit(model), *first.size)
-    return {"height": height, "width": width}
+    name = given.get("preprocess", fields["preprocess"])
+    preprocess = preprocess_for(name, model.clamps_first_frame)
+    return preprocess.frame_size(area, size_unit(model), *first.size)._asdict()
 
 
 def _default_length(
@@ -193,17 +212,6 @@ def _default_length(
     length = count_frames("control", given["control"], fps, fields["num_frames"])
     rate = model.components["vae"].module.rates[0]
     return {"num_frames": 1 + (length - 1) // rate * rate}
-
-
-def shape_for(area: int, unit: int, width: int, height: int) -> tuple[int, int]:
-    """Return (height, width) of a frame for an image of `width` x `height` pixels.
-
-    They are multiples of `unit`, have about the image's proportions and at most about `area`
-    pixels, as the image models of Wan compute them.
-    """
-    tall = math.sqrt(area * height / width)
-    wide = math.sqrt(area * width / height)
-    return max(1, round(tall) // unit) * unit, max(1, round(wide) // unit) * unit
 
 
 def size_unit(model: PretrainedModel) -> int:

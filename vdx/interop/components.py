@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from vdx.files import read_json_object, write_json
 from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
-from vdx.interop.keymap import KEEP, Row, assign, flat, key_finder
+from vdx.interop.keymap import KEEP, Row, WeightsError, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
     converted_shape,
@@ -28,12 +28,12 @@ from vdx.interop.load import (
     open_weights,
 )
 from vdx.interop.save import write_shards
-from vdx.interop.stored_array import StoredArray
+from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan
 from vdx.interop.wan_config import wan_from_config
-from vdx.interop.wan_keys import wan_transformer_rows
+from vdx.interop.wan_keys import distilled_prefix, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
@@ -82,7 +82,10 @@ class Component:
             output.key: (converted_shape(output.convert, output.stored.shape), output.stored.dtype)
             for output in outputs
         }
-        arrays = ((output.key, output.convert(output.stored.read())) for output in outputs)
+        arrays = (
+            (output.key, output.convert(read_finite(output.old_key, output.stored)))
+            for output in outputs
+        )
         write_shards(folder, "model" if own else self.stem, plan, arrays)
         write_json(folder / "config.json", self.config)
 
@@ -93,13 +96,14 @@ class Component:
             assert found is not None, slot.name
             new_key, layout = found
             convert = _compose(slot.layout.ours, layout.theirs)
-            yield _Output(new_key, self.source[key], convert)
+            yield _Output(new_key, key, self.source[key], convert)
 
 
 class _Output(NamedTuple):
     """An array that is to be written."""
 
     key: str  # in the new file
+    old_key: str  # in the old file
     stored: StoredArray  # in the old file
     convert: Callable[[np.ndarray], np.ndarray]  # from the old layout to the new
 
@@ -135,9 +139,18 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
     """Open a Wan transformer as a Denoiser.
 
     config: that of vdx's layout if its folder has none. Other layouts have it next to the weights,
-    or it follows from the arrays.
+    or it follows from the arrays. Raises WeightsError for a generator that was distilled to draw in
+    a few steps: no pipeline here samples it as its makers do.
     """
     source = open_weights(path)
+    prefix = distilled_prefix(source)
+    if prefix is not None:
+        raise WeightsError(
+            f"{path} holds a generator of Self-Forcing or CausVid: its keys begin with {prefix!r}. "
+            "It was distilled to draw a clip block by block in a few steps, and the few-step "
+            "sampler that it needs is not there yet; an ordinary pipeline would draw wrong clips. "
+            "Training reads it (config.weights, docs/temporal.md)."
+        )
 
     # The config and, for keys in another layout, the names of diffusers.
     if is_own(source):

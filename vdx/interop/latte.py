@@ -4,7 +4,8 @@ Blocks over space and over time alternate. Only blocks over space attend to the 
 fixed and added. The network also predicts a variance, the second half of its output channels,
 which is not used here.
 
-Reference: `LatteTransformer3DModel` of diffusers.
+References: `LatteTransformer3DModel` of diffusers; `LatteT2V` of the repository Vchitect/Latte,
+whose folder has the same arrays and one more.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,9 +25,11 @@ from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
 CLASS = "LatteTransformer3DModel"
+MAKERS_CLASS = "LatteT2V"
+# Of the makers' folder. No forward pass reads it.
+UNUSED = "caption_projection.y_embedding"
 # Fields that have these values in every published model.
 FIXED = {
-    "_class_name": CLASS,
     "norm_type": "ada_norm_single",
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
@@ -117,6 +120,7 @@ def latte_rows(model: Denoiser, variance: bool = True) -> list[Row]:
         Row(OUT_BIAS, "network/unpatch/bias", bias),
         *_dense_rows(NETWORK, "", "network"),
         *_dense_rows(TEXT, "", "conditioning/embeddings"),
+        Row(UNUSED, None),
         Row("", NULL),
     ]
 
@@ -191,6 +195,9 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         for key, value in supported.items()
         if config.get(key) != value
     ]
+    name = config.get("_class_name")
+    if name not in (CLASS, MAKERS_CLASS):
+        problems.insert(0, f"_class_name = {name!r}, not {CLASS!r} or {MAKERS_CLASS!r}")
     channels = config["in_channels"]
     out = config.get("out_channels") or channels
     if out not in (channels, 2 * channels):
@@ -218,9 +225,9 @@ def load_latte(
 ) -> Params:
     """Return the parameters of `model` from a Latte transformer, on the mesh.
 
-    path: its folder of diffusers. dtype, trained: see `load_model`. Raises WeightsError for files
-    as `open_weights` does, for a `config.json` as `latte_denoiser` does, and for a model that is
-    another network than theirs.
+    path: its folder of diffusers or of its makers. dtype, trained: see `load_model`. Raises
+    WeightsError for files as `open_weights` does, for a `config.json` as `latte_denoiser` does, and
+    for a model that is another network than theirs.
     """
     config_file = Path(path) / "config.json"
     if not config_file.is_file():

@@ -32,7 +32,7 @@ from vdx.interop.keymap import (
 )
 from vdx.interop.pth import read_pth
 from vdx.interop.safetensors import read_header
-from vdx.interop.stored_array import StoredArray
+from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.models.denoiser import Denoiser
 from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
@@ -66,6 +66,7 @@ NETWORK_FIELDS = (
 class Piece(NamedTuple):
     """An array of a file, and the slot that it fills."""
 
+    key: str
     stored: StoredArray
     slot: Slot
 
@@ -175,7 +176,7 @@ def match_params(
         needed = slot_shape(slot, leaves[slot.path].shape)
         if shape != needed:
             problems.append(f"{key}: is {shape} for {slot.path} {needed}")
-        pieces[slot.path].append(Piece(stored, slot))
+        pieces[slot.path].append(Piece(key, stored, slot))
 
     if problems:
         raise WeightsError(listed(DO_NOT_FIT, problems))
@@ -199,7 +200,7 @@ def load_params(
 
     They have the shapes, dtypes and shardings of `abstract`. optional: a regex of paths; parameters
     that it finds and no file has are left out. Raises WeightsError as `match_params` does, before
-    any array is read.
+    any array is read, and for arrays that hold NaN or infinity.
     """
     if optional:
         abstract = _without_missing(source, abstract, rows, optional)
@@ -249,8 +250,8 @@ def _load(leaf: jax.ShapeDtypeStruct, pieces: Sequence[Piece]) -> jax.Array:
         shards[ends] = np.zeros([stop - start for start, stop in ends], leaf.dtype)
 
     # Every array of the file into the shards that contain its slot.
-    for stored, slot in pieces:
-        value = slot.layout.ours(stored.read())
+    for key, stored, slot in pieces:
+        value = slot.layout.ours(read_finite(key, stored))
         for ends, shard in shards.items():
             within = tuple(slice(start, stop) for start, stop in ends)
             if slot.index is None:

@@ -6,9 +6,10 @@
     kohya       lora_unet_blocks_0_self_attn_q.lora_{down,up}.weight
 
 The first two and the last two differ in how they name layers; any prefix is accepted with any
-names. `.alpha` scales by alpha / rank. Without it, or an alpha in the metadata, the scale is 1.
-`.diff`, `.diff_b` and `.lora_B.bias` are whole differences of a weight or a bias. Layers' names and
-the order of their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
+names, and dots in them may be underscores. `.alpha` scales by alpha / rank. Without it, or an alpha
+in the metadata, the scale is 1. `.diff`, `.diff_b`, `.diff_m` and `.lora_B.bias` are whole
+differences of a weight, a bias, a table of modulation, and a bias. Layers' names and the order of
+their channels come from the rows of vdx.interop.wan_keys, as those of the weights do.
 """
 
 import math
@@ -16,7 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ from vdx.interop.load import open_weights
 from vdx.interop.lora_stacks import DeltaStacker, FactorPair, FactorStacker
 from vdx.interop.safetensors import read_file, write
 from vdx.interop.save import export_plan
-from vdx.interop.stored_array import StoredArray
+from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
@@ -49,12 +50,12 @@ __all__ = ["LAYOUTS", "open_lora", "write_lora"]
 # A key: which network of a file it is of, then the rest.
 PART = re.compile(
     r"^(?:base_model\.model\.)?(?:(?P<part>transformer(?:_2)?)\.|"
-    r"(?:model\.)?diffusion_model\.|lora_unet_)?(?P<rest>.*)$"
+    r"(?:model\.)?diffusion_model\.|lora_unet[_.])?(?P<rest>.*)$"
 )
 # The rest: a layer, then what is stored for it.
 LEAF = re.compile(
     r"^(?P<layer>.+?)\.(?:lora_(?P<half>A|B|down|up)(?:\.\w+)?\.(?P<of>weight|bias)"
-    r"|(?P<other>alpha|diff|diff_b))$"
+    r"|(?P<other>alpha|diff|diff_b|diff_m))$"
 )
 HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 METADATA = "lora_adapter_metadata"  # peft's settings in a file's header
@@ -110,17 +111,20 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
 
     They are float32 arrays on the host, with every scale multiplied in, for
     vdx.models.adapters.lora.adapt. part: of a file for both experts of Wan 2.2 A14B,
-    "transformer" (high noise) or "transformer_2". Raises WeightsError that lists every key and
-    shape that is not of this model.
+    "transformer" (high noise) or "transformer_2"; a file that names the first one alone is of
+    either. Raises WeightsError that lists every key and shape that is not of this model, or names
+    an array that holds NaN or infinity.
     """
     # The names and shapes of the model's weights in diffusers.
     shapes = jax.eval_shape(model.new_params, jax.random.key(0))
     rows = wan_transformer_rows(model)
     plan = export_plan(shapes, rows)
-    source, settings = _open(Path(path), part)
+    source = open_weights(path)
+    name = _name_in_file(source, part)
+    settings = _read_settings(Path(path), source, name)
 
     problems: list[str] = []
-    layers = _by_layer(source, plan, part, problems)
+    layers = _by_layer(source, plan, name, problems)
     factors = FactorStacker(flat(shapes), slot_finder(adapter_rows(rows, plan)))
     deltas = DeltaStacker(flat(shapes), slot_finder(rows))
 
@@ -142,13 +146,21 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
     return WeightDelta(factors.stacked(), deltas.arrays)
 
 
-def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]]:
-    """Return (arrays, peft's settings of the part).
+def _name_in_file(source: Mapping[str, StoredArray], part: str) -> str:
+    """Return the name that keys of a file have for the layers of `part`.
 
-    The settings are in the file's header, or in a file in the same folder. Raises WeightsError for
-    a DoRA.
+    Trainers of a single expert save the second one under the name of the first.
     """
-    source = open_weights(path)
+    matches = [PART.match(key) for key in source]
+    names = {match["part"] for match in matches if match}
+    return part if part in names else "transformer"
+
+
+def _read_settings(path: Path, source: Mapping[str, StoredArray], name: str) -> dict[str, Any]:
+    """Return peft's settings of the part that a file calls `name`.
+
+    They are in the file's header, or in a file in the same folder. Raises WeightsError for a DoRA.
+    """
     settings: dict[str, Any] = {}
 
     # peft's own file.
@@ -159,7 +171,7 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
 
     # The headers that diffusers writes.
     files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
-    prefix = f"{part}."
+    prefix = f"{name}."
     for file in files:
         metadata = read_file(file).metadata
         stored = parse_json(metadata.get(METADATA, "{}"), f"{METADATA} in {file}")
@@ -173,60 +185,76 @@ def _open(path: Path, part: str) -> tuple[dict[str, StoredArray], dict[str, Any]
         raise WeightsError(
             f"{path} is a DoRA, which also rescales the columns of the weights; vdx has only LoRA."
         )
-    return source, settings
+    return settings
 
 
 def _by_layer(
-    source: Mapping[str, StoredArray], plan: Mapping[str, Any], part: str, problems: list[str]
-) -> dict[str, dict[str, StoredArray]]:
-    """Return {layer of diffusers: {kind: array}}.
+    source: Mapping[str, StoredArray], plan: Mapping[str, Any], name: str, problems: list[str]
+) -> dict[str, dict[str, "_Entry"]]:
+    """Return {layer of diffusers: {kind: entry}} of the part that the file calls `name`.
 
     Kinds are A, B, bias, alpha, diff and diff_b. Keys that are of no layer of this model, or come
     twice, are added to `problems`.
     """
     names = _layer_names(plan)
-    layers: dict[str, dict[str, StoredArray]] = defaultdict(dict)
+    layers: dict[str, dict[str, _Entry]] = defaultdict(dict)
     for key, stored in source.items():
         # Skip the other expert.
         whole = PART.match(key)
         assert whole, key  # it matches anything
-        if whole["part"] not in (None, part):
+        if whole["part"] not in (None, name):
             continue
 
-        # Find the layer.
+        # Find the kind. A difference of the modulation is one of its table.
         leaf = LEAF.match(whole["rest"])
         if leaf is None:
             problems.append(f"{key}: unknown kind")
             continue
-        if leaf["layer"] not in names:
-            problems.append(f"{key}: no such layer in this model")
-            continue
-
-        layer = names[leaf["layer"]]
-        # Find the kind.
+        named = leaf["layer"]
         kind = leaf["other"]
         if kind is None:
             kind = HALVES[leaf["half"]]
             if leaf["of"] == "bias":
                 kind = "bias"
+        if kind == "diff_m":
+            named = f"{named}.modulation"
+            kind = "diff"
+
+        # Find the layer.
+        layer = names.get(_undotted(named))
+        if layer is None:
+            problems.append(f"{key}: no such layer in this model")
+            continue
         if kind in layers[layer]:
             problems.append(f"{key}: a second {kind} for {layer}")
-        layers[layer][kind] = stored
+        layers[layer][kind] = _Entry(key, stored)
     return layers
 
 
+class _Entry(NamedTuple):
+    """An array of the file."""
+
+    key: str
+    stored: StoredArray
+
+    def read(self) -> np.ndarray:
+        """Return the array in float32. Raises WeightsError if it is not finite."""
+        return np.asarray(read_finite(self.key, self.stored), np.float32)
+
+
+def _undotted(layer: str) -> str:
+    return layer.replace(".", "_")
+
+
 def _layer_names(plan: Mapping[str, Any]) -> dict[str, str]:
-    """Return {a layer's name in any layout: its name in diffusers}."""
-    names = {}
-    for layer in {key.removesuffix(".weight").removesuffix(".bias") for key in plan}:
-        for dotted in (layer, original_name(layer)):
-            names[dotted] = layer
-            names[dotted.replace(".", "_")] = layer
-    return names
+    """Return {name of a layer in any layout, without dots: in diffusers}."""
+    layers = {key.removesuffix(".weight").removesuffix(".bias") for key in plan}
+    theirs = {_undotted(original_name(layer)): layer for layer in layers}
+    return theirs | {_undotted(layer): layer for layer in layers}
 
 
 def _read_pair(
-    layer: str, arrays: Mapping[str, StoredArray], plan: Mapping[str, Any], problems: list[str]
+    layer: str, arrays: Mapping[str, _Entry], plan: Mapping[str, Any], problems: list[str]
 ) -> FactorPair | None:
     """Read the factors of a layer, if it has some; those that do not fit are problems."""
     found = arrays.keys() & {"A", "B", "alpha", "bias"}
@@ -239,19 +267,19 @@ def _read_pair(
     weight: tuple[int, ...] = ()
     if f"{layer}.weight" in plan:
         weight = plan[f"{layer}.weight"][0]
-    a = arrays["A"].shape
-    b = arrays["B"].shape
+    a = arrays["A"].stored.shape
+    b = arrays["B"].stored.shape
     ones = (1,) * (len(weight) - 2)  # a convolution's extent is in A
     fits = len(weight) > 1 and a[1:] == weight[1:] and b == (weight[0], a[0], *ones)
     if not fits:
         problems.append(f"{layer}: lora_A is {a} and lora_B {b} for a weight {weight}")
         return None
-    return FactorPair(_float32(arrays["A"]), _float32(arrays["B"]))
+    return FactorPair(arrays["A"].read(), arrays["B"].read())
 
 
 def _read_deltas(
     layer: str,
-    arrays: Mapping[str, StoredArray],
+    arrays: Mapping[str, _Entry],
     plan: Mapping[str, Any],
     scale: float,
     problems: list[str],
@@ -266,28 +294,24 @@ def _read_deltas(
         if kind not in arrays:
             continue
 
-        shape = arrays[kind].shape
+        shape = arrays[kind].stored.shape
         if key not in plan:
             problems.append(f"{layer}, {kind}: is {shape} for {key} which is not there")
         elif plan[key][0] != shape:
             problems.append(f"{layer}, {kind}: is {shape} for {key} {plan[key][0]}")
         else:
-            delta = times * _float32(arrays[kind])
+            delta = times * arrays[kind].read()
             deltas[key] = deltas[key] + delta if key in deltas else delta
     return deltas
 
 
-def _float32(stored: StoredArray) -> np.ndarray:
-    return np.asarray(stored.read(), np.float32)
-
-
-def _scale(layer: str, rank: int, alpha: StoredArray | None, settings: Mapping[str, Any]) -> float:
+def _scale(layer: str, rank: int, alpha: _Entry | None, settings: Mapping[str, Any]) -> float:
     """Return the scale of a layer's product B A.
 
     The file's own alpha takes precedence over peft's settings.
     """
     if alpha is not None:
-        return float(_float32(alpha).reshape(())) / rank
+        return float(alpha.read().reshape(())) / rank
     value = settings.get("lora_alpha")
     if value is None:
         return 1.0

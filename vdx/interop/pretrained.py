@@ -31,6 +31,11 @@ INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 IMAGE_PROCESSOR = Path("image_processor", "preprocessor_config.json")
 EXPERTS = ("transformer", "transformer_2")  # for high and for low noise levels, or one for all
+# An entry of the index that vdx.convert writes: whose defaults the model has. diffusers ignores it.
+DEFAULTS = "_defaults"
+OFFICIAL = "official"  # its makers'
+# Our timesteps of a scheduler -> those of the makers' own scheduler of that name.
+MAKERS_TIMESTEPS = {"diffusers_unipc": "wan_unipc", "diffusers_dpmpp": "wan_dpmpp"}
 SAMPLE_BYTES = 1024  # read at the beginning, the middle and the end of every array
 
 
@@ -75,12 +80,22 @@ class PretrainedModel:
         """A video, a mask and reference images control the clip (VACE)."""
         return "control" in self.signals
 
+    @property
+    def official(self) -> bool:
+        """The folder was converted from the makers' own, and has their defaults."""
+        return self.index.get(DEFAULTS) == OFFICIAL
+
     def schedule(self) -> Schedule:
         """Return the sampler of the model's scheduler.
 
-        Raises WeightsError for a scheduler that vdx does not have.
+        Its times are the makers' in a folder converted from theirs. Raises WeightsError for a
+        scheduler that vdx does not have.
         """
-        return schedule_of(self.scheduler, self.path)
+        schedule = schedule_of(self.scheduler, self.path)
+        if not self.official:
+            return schedule
+        timesteps = MAKERS_TIMESTEPS.get(schedule.timesteps, schedule.timesteps)
+        return schedule._replace(timesteps=timesteps)
 
     def check(self, mesh: Mesh) -> None:
         """Raise ValueError if a file does not fit its network, or a network the mesh."""

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vdx.interop.keymap import WeightsError
+
+CHUNK = 2**18  # entries that are tested at once: the result stays in the processor's cache
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
@@ -58,3 +62,20 @@ class StoredArray:
     def num_bytes(self) -> int:
         """Bytes from the first entry to the last, ends included."""
         return self.extent() * self.dtype.itemsize
+
+
+def read_finite(key: str, stored: StoredArray) -> np.ndarray:
+    """Return the array of a key.
+
+    Raises WeightsError that names the key if an entry is NaN or infinite.
+    """
+    value = stored.read()
+    rows = max(1, CHUNK // max(1, math.prod(value.shape[1:])))
+    parts = value.reshape(1) if value.ndim == 0 else value
+    for start in range(0, len(parts), rows):
+        if not np.isfinite(parts[start : start + rows]).all():
+            raise WeightsError(
+                f"{stored.file}: {key} holds NaN or infinity, as after a training that diverged "
+                "or a faulty conversion. Use an earlier checkpoint, or download the file again."
+            )
+    return value

@@ -17,6 +17,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from vdx.files import read_json_object, write_json
+from vdx.interop.animatediff import open_animatediff
 from vdx.interop.keymap import WeightsError, export, flat, listed, slot_finder
 from vdx.interop.load import abstract_params, load_params, open_weights
 from vdx.interop.save import empty_folder, export_plan, write_shards
@@ -26,10 +27,12 @@ from vdx.interop.unet_config import (
     CLASSES,
     CONTROLS,
     control_config,
+    control_from_config,
     motion_config,
     unet_config,
+    unet_from_config,
 )
-from vdx.interop.unet_match import find_differences
+from vdx.interop.unet_match import find_differences, motion_fields
 from vdx.interop.unet_rows import CONTROL, unet_rows
 from vdx.models.denoiser import Denoiser
 from vdx.models.unet.blocks import frame_positions
@@ -37,17 +40,8 @@ from vdx.types import Params
 
 # Reading
 
-# Names in AnimateDiff's own files of motion modules -> in diffusers, replaced one after another.
-ANIMATEDIFF_NAMES = (
-    ("module.", ""),
-    (".temporal_transformer.", "."),
-    (".attention_blocks.0.", ".attn1."),
-    (".attention_blocks.1.", ".attn2."),
-    (".norms.0.", ".norm1."),
-    (".norms.1.", ".norm2."),
-    (".ff_norm.", ".norm3."),
-    (".pos_encoder.", ".pos_embed."),
-)
+# Entries of a network's config that a branch without a config of its own has as well.
+INHERITED = ("norm_num_groups", "attention_head_dim", "num_attention_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +55,17 @@ class UNetFiles:
     def base(self) -> Mapping[str, Any]:
         """The config of the whole network, without what is added to it."""
         return next(config for name, config in self.configs.items() if name in CLASSES)
+
+    def denoiser_fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (backbone, signals) of the Denoiser that the files are of."""
+        backbone, signals = unet_from_config(self.base)
+        for name, config in self.configs.items():
+            if name == ADAPTER:
+                backbone |= {"temporal": "motion", **motion_fields(config)}
+            elif name in CONTROLS:
+                fields, signals["control"] = control_from_config(config)
+                backbone |= fields
+        return backbone, signals
 
     @property
     def has_control(self) -> bool:
@@ -105,7 +110,15 @@ def open_unet(paths: str | Path | Sequence[str | Path]) -> UNetFiles:
         raise WeightsError(
             f"{names} should hold one of {', '.join(CLASSES)} and hold: {', '.join(configs)}."
         )
-    return UNetFiles(configs, source)
+    files = UNetFiles(configs, source)
+
+    # A branch without a config has the other sizes of the network.
+    inherited = {key: files.base[key] for key in INHERITED if key in files.base}
+    completed = {
+        name: {**inherited, **config} if name in CONTROLS else config
+        for name, config in configs.items()
+    }
+    return UNetFiles(completed, source)
 
 
 def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
@@ -113,9 +126,10 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
     arrays = open_weights(path)
     folder = path if path.is_dir() else path.parent
 
-    # AnimateDiff's own files have no config.
-    if any(".temporal_transformer." in key for key in arrays):
-        return {"_class_name": ADAPTER}, _rename_animatediff(arrays)
+    has_config = (folder / "config.json").exists() and path.is_dir()
+    made = None if has_config else open_animatediff(path, arrays)
+    if made is not None:
+        return made.config, _control_keys(made.config["_class_name"], made.arrays)
     if not (folder / "config.json").exists():
         raise WeightsError(
             f"{path} has no config.json. Give the folder of a U-Net as "
@@ -129,19 +143,14 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
     if name not in known:
         raise WeightsError(f"{path} is a {name}; U-Nets are made of {', '.join(known)}.")
 
-    # So that its keys are not those of the way down.
-    if name in CONTROLS:
-        arrays = {f"{CONTROL}{key}": stored for key, stored in arrays.items()}
-    return config, arrays
+    return config, _control_keys(name, arrays)
 
 
-def _rename_animatediff(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
-    renamed = {}
-    for key, stored in source.items():
-        for old, new in ANIMATEDIFF_NAMES:
-            key = key.replace(old, new)
-        renamed[key] = stored
-    return renamed
+def _control_keys(name: str, arrays: dict[str, StoredArray]) -> dict[str, StoredArray]:
+    """Return arrays, those of a branch under keys of its own."""
+    if name not in CONTROLS:
+        return arrays
+    return {f"{CONTROL}{key}": stored for key, stored in arrays.items()}
 
 
 def load_unet(

@@ -346,7 +346,10 @@ def control_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     if sparse and config.get("concat_conditioning_mask", True):
         channels += 1  # the mask of the frames that have a map
     signal = {"channels": channels, "side": 2 ** max(0, len(hint) - 1)}
-    return {"control": kind, "hint": hint}, signal
+    fields = {"control": kind, "hint": hint}
+    if "_joint_norm" in config:  # of AnimateDiff's own file
+        fields["joint_norm"] = config["_joint_norm"]
+    return fields, signal
 
 
 def control_config(model: Denoiser) -> dict[str, Any]:

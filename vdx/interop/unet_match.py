@@ -17,8 +17,20 @@ from vdx.models.unet.unet import UNet
 # Fields of a U-Net that weights have a value for; the last two where they have a temporal part.
 FIELDS = ("channels", "widths", "layers", "attention", "groups", "stem")
 TEMPORAL_FIELDS = ("temporal", "motion_middle")
-# Keys of a motion adapter's config -> our fields.
-ADAPTER_FIELDS = {"motion_num_attention_heads": "heads", "motion_norm_num_groups": "groups"}
+
+# Entries of the configs of motion modules -> our fields. AnimateDiff's own files have the last two.
+MOTION_FIELDS = {
+    "motion_num_attention_heads": "heads",
+    "motion_norm_num_groups": "groups",
+    "use_motion_mid_block": "motion_middle",
+    "_joint_norm": "joint_norm",
+    "_joint_residual_norm": "joint_residual_norm",
+}
+
+
+def motion_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our fields that the config of motion modules has values for."""
+    return {name: single(config[key]) for key, name in MOTION_FIELDS.items() if key in config}
 
 
 def find_differences(
@@ -73,12 +85,10 @@ def _network_differences(here: UNet, there: UNet) -> Iterator[str]:
 
 def _adapter_differences(here: UNet, adapter: Mapping[str, Any]) -> Iterator[str]:
     """Yield the fields that differ from those of a motion adapter."""
-    for key, name in ADAPTER_FIELDS.items():
+    for name, theirs in motion_fields(adapter).items():
         ours = getattr(here, name)
-        if key in adapter and single(adapter[key]) != ours:
-            yield (
-                f"config.model.backbone.{name} = {ours}, but the motion adapter has {adapter[key]}"
-            )
+        if ours != theirs:
+            yield f"config.model.backbone.{name} = {ours}, but the motion modules have {theirs}"
 
 
 def _text_differences(model: Denoiser, needed: Mapping[str, Any]) -> Iterator[str]:

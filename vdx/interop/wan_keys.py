@@ -126,6 +126,8 @@ KEY = re.compile(r"^((?:vace_)?blocks\.\d+\.)?(.*?)(\.weight|\.bias)?$")  # bloc
 PREFIX = re.compile(r"^(model\.)?diffusion_model\.|^model\.(_fsdp_wrapped_module\.)?")
 # Networks in a file of CausVid or Self-Forcing; the averaged weights are preferred.
 TRAINED = ("generator_ema.", "generator.")
+# Begins the keys of a distilled generator. That of ComfyUI's files is no such prefix.
+DISTILLED = re.compile(r"^(generator_ema\.|generator\.|model\.(?!diffusion_model\.))")
 # In older files of diffusers. No model reads it.
 UNUSED = "blocks.{i}.attn2.norm_added_q.weight"
 
@@ -193,6 +195,15 @@ def _rows(
             path = f"{ours}/{layer.ours}/{leaf.ours}".removesuffix("/") + index
             layout = sized[leaf.layout] if isinstance(leaf.layout, str) else leaf.layout
             yield Row(source, path, layout)
+
+
+def distilled_prefix(source: Mapping[str, StoredArray]) -> str | None:
+    """Return the prefix by which keys are those of CausVid or Self-Forcing, or None."""
+    for key in source:
+        match = DISTILLED.match(key)
+        if match:
+            return match[0]
+    return None
 
 
 def diffusers_names(source: Mapping[str, StoredArray]) -> dict[str, StoredArray]:

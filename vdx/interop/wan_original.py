@@ -16,9 +16,16 @@ from typing import Any, NamedTuple
 from vdx.files import read_json_object
 from vdx.interop.clip import clip_vision_config
 from vdx.interop.components import Component, open_component
+from vdx.interop.family_defaults import WIDTH_1P3B
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import open_weights
-from vdx.interop.pretrained import VACE, PretrainedModel, check_consistency
+from vdx.interop.pretrained import (
+    DEFAULTS,
+    OFFICIAL,
+    VACE,
+    PretrainedModel,
+    check_consistency,
+)
 from vdx.interop.stored_array import StoredArray
 from vdx.interop.video_vae import VIDEO_VAES
 
@@ -51,7 +58,8 @@ BOUNDARY_IMAGE = 0.9  # I2V A14B
 # Shifts of the noise levels:
 SHIFT_EXPERTS = 12.0  # T2V A14B
 SHIFT_FLF_VACE = 16.0  # FLF2V (a first and a last frame) and VACE
-SHIFT = 5.0  # the other models
+SHIFT_1P3B = 8.0  # T2V 1.3B; the README recommends 8 to 12
+SHIFT = 5.0  # the other models; I2V at 480p has another, see family_defaults
 # Latent channels -> row of VIDEO_VAES.
 VAES = {16: "wan2.1", 48: "wan2.2"}
 
@@ -147,6 +155,7 @@ def _index(components: Mapping[str, Component], tokenizer: Path) -> dict[str, An
         boundary = BOUNDARY_IMAGE if image else BOUNDARY_TEXT
     index: dict[str, Any] = {
         "_class_name": VACE if control else pipeline,
+        DEFAULTS: OFFICIAL,
         "boundary_ratio": boundary,
         "scheduler": ["diffusers", UNIPC["_class_name"]],
         "tokenizer": ["transformers", _tokenizer_class(tokenizer)],
@@ -183,6 +192,9 @@ def _shift(components: Mapping[str, Component]) -> float:
     first_and_last = signals.get("image_tokens", {}).get("positions")
     if first_and_last or "control" in signals:
         return SHIFT_FLF_VACE
+    width = components["transformer"].module.backbone_config["width"]
+    if width == WIDTH_1P3B and "concat" not in signals:
+        return SHIFT_1P3B
     return SHIFT
 
 

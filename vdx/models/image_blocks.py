@@ -44,18 +44,19 @@ class ImageResidual(nn.Module):
     groups: int  # of the group norms
     dtype: DTypeLike  # of the matrix products
     eps: float = 1e-6  # of the group norms
+    joint: bool = False  # normalise the frames of a clip [b t h w c] together
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "... h w c"], emb: Float[Array, "... 1 1 d"] | None = None
     ) -> Float[Array, "... h w f"]:
         """Apply the block. `emb` embeds the time of each clip, or of each frame."""
-        y = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
+        y = nn.silu(GroupNorm(self.groups, self.eps, self.joint, name="norm1")(x))
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv1")(y)
         if emb is not None:
             y = y + nn.Dense(self.features, name="emb", dtype=self.dtype)(nn.silu(emb))
 
-        y = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(y))
+        y = nn.silu(GroupNorm(self.groups, self.eps, self.joint, name="norm2")(y))
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv2")(y)
 
         if x.shape[-1] != self.features:

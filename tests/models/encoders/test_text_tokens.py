@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vdx.files import warn_once
+from vdx.interop.family_defaults import NEGATIVE
 from vdx.models.encoders.text_tokens import PromptTokenizer, clean_prompt
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "&", "the", "street"]
@@ -81,12 +82,21 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         "a\u3000b\x1cc\x85",
         "&amp;amp;amp;",
         "\x1f猫 が 歩く\u2028\u200b",
+        "\u201ca cat\u201d \u2018walks\u2019",
+        "a \ufb01ne cat\u2026",
+        "色调艳丽，过曝，ＪＰＥＧ！",
+        "cafÃ© and the catâ€™s",
+        "&ldquo;quoted&rdquo;",
     ],
 )
 def test_cleaning_is_wans(prompt):
     pytest.importorskip("diffusers")
     from diffusers.pipelines.wan import pipeline_wan
 
-    if hasattr(pipeline_wan, "ftfy"):
-        pytest.skip("ftfy is installed, which diffusers then applies first")
+    assert hasattr(pipeline_wan, "ftfy")  # which diffusers leaves out where it is missing
     assert clean_prompt(prompt) == pipeline_wan.prompt_clean(prompt)
+
+
+def test_the_makers_negative_prompt_reaches_the_tokenizer_with_plain_commas():
+    cleaned = clean_prompt(NEGATIVE)
+    assert "，" in NEGATIVE and cleaned == NEGATIVE.replace("，", ",")

@@ -390,24 +390,129 @@ def test_an_image_model_and_a_motion_adapter(folders, mesh, tmp_path):
     clip, params, root = folders
     same(load_unet(root / "unet", clip, mesh), params)
     same(load_unet([root / "image", root / "motion"], clip, mesh), params)
-    # AnimateDiff's own file of the same modules.
-    names = (
-        (".norm1.", ".norms.0."),
-        (".norm2.", ".norms.1."),
-        (".norm3.", ".ff_norm."),
-        (".attn1.", ".attention_blocks.0."),
-        (".attn2.", ".attention_blocks.1."),
-        (".pos_embed.", ".pos_encoder."),
-    )
+
+
+# AnimateDiff's own files
+
+
+MAKERS_NAMES = (
+    (".norm1.", ".norms.0."),
+    (".norm2.", ".norms.1."),
+    (".norm3.", ".ff_norm."),
+    (".attn1.", ".attention_blocks.0."),
+    (".attn2.", ".attention_blocks.1."),
+)
+
+
+def makers_file(folder, frames=32):
+    """The arrays of a folder of diffusers as AnimateDiff's makers name them."""
     own = {}
-    for key, value in load_file(root / "motion" / "diffusion_pytorch_model.safetensors").items():
-        for new, old in names:
+    for key, value in load_file(folder / "diffusion_pytorch_model.safetensors").items():
+        if ".motion_modules." not in key:
+            own[key] = value
+            continue
+        if key.endswith("pos_embed.pe"):  # once for each attention
+            for i in (0, 1):
+                there = key.replace("pos_embed", f"attention_blocks.{i}.pos_encoder")
+                own[_in_transformer(there)] = value[:, :frames]
+            continue
+        for new, old in MAKERS_NAMES:
             key = key.replace(new, old)
-        parts = key.split(".")
-        key = ".".join(["module", *parts[:4], "temporal_transformer", *parts[4:]])
-        own[key] = value
-    save_file(own, tmp_path / "v3_sd15_mm.safetensors")
-    same(load_unet([root / "image", tmp_path / "v3_sd15_mm.safetensors"], clip, mesh), params)
+        own[_in_transformer(key)] = value
+    return own
+
+
+def _in_transformer(key):
+    head, _, tail = key.partition(".motion_modules.")
+    number, _, rest = tail.partition(".")
+    return f"{head}.motion_modules.{number}.temporal_transformer.{rest}"
+
+
+def save_ckpt(path, arrays, *wrappers):
+    torch = pytest.importorskip("torch")
+    content = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+    for wrapper in wrappers:
+        content = {"epoch": 3, "animatediff_config": {"name": "v"}, wrapper: content}
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("frames", "residuals", "prefix", "wrappers"),
+    [(24, True, "", ()), (32, False, "module.", ("state_dict",))],
+)
+def test_motion_modules_of_the_makers(frames, residuals, prefix, wrappers, folders, mesh, tmp_path):
+    """v1 and v3: the file says how features are normalised."""
+    clip, params, root = folders
+    own = {f"{prefix}{k}": v for k, v in makers_file(root / "motion", frames).items()}
+    files = [root / "image", save_ckpt(tmp_path / "mm.ckpt", own, *wrappers)]
+
+    fields, signals = open_unet(files).denoiser_fields()
+    theirs = Denoiser(fields, signals)
+    network = theirs.backbone
+    assert (network.joint_norm, network.joint_residual_norm) == (False, residuals)
+    assert (network.temporal, network.motion_middle) == ("motion", False)
+    same(load_unet(files, theirs, mesh), params)
+
+    with pytest.raises(WeightsError, match="joint_norm = True, but the motion modules have False"):
+        load_unet(files, clip, mesh)
+    wrong = Denoiser({**fields, "joint_residual_norm": not residuals}, signals)
+    with pytest.raises(WeightsError, match=f"joint_residual_norm = {not residuals}, but the mot"):
+        load_unet(files, wrong, mesh)
+
+
+def test_a_motion_module_in_the_middle_is_v2(folders, tmp_path):
+    _, _, root = folders
+    own = makers_file(root / "motion")
+    middle = {
+        key.replace("down_blocks.0", "mid_block"): value
+        for key, value in own.items()
+        if key.startswith("down_blocks.0")
+    }
+    path = save_ckpt(tmp_path / "mm_sd_v15_v2.ckpt", own | middle)
+    backbone, _ = open_unet([root / "image", path]).denoiser_fields()
+    assert backbone["motion_middle"] and not backbone["joint_norm"]
+    assert not backbone["joint_residual_norm"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "wrappers", "prefix"), [((), ("controlnet",), "module."), ((2, 3, 5), (), "")]
+)
+def test_sparsectrl_of_the_makers(hint, wrappers, prefix, folders, mesh, tmp_path, randomise):
+    side = 4 if hint else 1
+    # Colours or latents, and the mask.
+    signals = {**TEXT, "control": {"channels": 4 if hint else 5, "side": side}}
+    made = model(
+        signals,
+        temporal="motion",
+        motion_middle=False,
+        control="sparse",
+        hint=hint,
+        joint_norm=False,
+    )
+    params = randomise(shapes(made))
+    save_unet(params, made, tmp_path / "control", part="control")
+    own = {f"{prefix}{k}": v for k, v in makers_file(tmp_path / "control").items()}
+    files = [folders[2] / "unet", save_ckpt(tmp_path / "rgb.ckpt", own, *wrappers)]
+
+    theirs = Denoiser(*open_unet(files).denoiser_fields())
+    for field in ("control", "hint", "joint_norm", "widths", "groups"):
+        assert getattr(theirs.backbone, field) == getattr(made.backbone, field)
+    assert theirs.signals["control"] == signals["control"]
+    got = flatten_dict(load_unet(files, theirs, mesh)["network"]["control"], sep="/")
+    for path, value in flatten_dict(params["network"]["control"], sep="/").items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+def test_a_lora_of_animatediff_is_refused(folders, tmp_path):
+    _, _, root = folders
+    key = (
+        "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0."
+        "attention_blocks.0.processor.to_q_lora.down.weight"
+    )
+    path = save_ckpt(tmp_path / "v2_lora_ZoomIn.ckpt", {key: np.ones((2, 8), np.float32)})
+    with pytest.raises(WeightsError, match="is a LoRA of an image U-Net or of motion modules"):
+        open_unet([root / "image", path])
 
 
 def test_diffusers_reads_the_adapter(folders):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import ftfy
 import numpy as np
 
 from vdx.config.build import ConfigError
@@ -16,14 +17,12 @@ from vdx.types import Bool, Int
 
 
 def clean_prompt(text: str) -> str:
-    """Undo HTML entities twice and normalise white space.
+    """Repair broken text, undo HTML entities twice and normalise white space.
 
-    Every run of white space becomes one space, and there is none at the ends. This is Wan's
-    cleaning, except that Wan first calls `ftfy.fix_text` (and diffusers does where ftfy is
-    installed). That repairs broken encodings and straightens quotation marks. Here a prompt means
-    the same on every machine; call it yourself for prompts that need it.
+    `ftfy.fix_text` repairs wrong decoding, straightens quotation marks and splits ligatures. Every
+    run of white space becomes one space, and there is none at the ends. This is Wan's cleaning.
     """
-    text = html.unescape(html.unescape(text)).strip()
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     # Python's white space has four control characters more than that of the reference.
     return re.sub(r"[^\S\x1c-\x1f]+", " ", text).strip()
 

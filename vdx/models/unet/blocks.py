@@ -40,6 +40,7 @@ class BlockConfig:
     joint_norm: bool  # motion modules normalise all frames of a clip at once
     temporal: Temporal
     dtype: DTypeLike  # of the matrix products
+    joint_residual_norm: bool = False  # residuals normalise all frames of a clip at once
 
     def heads_at(self, width: int, motion: bool = False) -> tuple[int, int]:
         """Return (heads, their width) of attention, or of a motion module, at this width."""
@@ -280,7 +281,8 @@ class Layer(nn.Module):
 
         # `remat` may keep the features between layers by this name.
         x = checkpoint_name(x, "residual")
-        x = ImageResidual(width, config.groups, config.dtype, 1e-5, name="res")(x, emb)
+        joint = config.joint_residual_norm
+        x = ImageResidual(width, config.groups, config.dtype, 1e-5, joint, name="res")(x, emb)
         x = constrain(x, "b t h w c", context="t")
 
         # Space and time, where this level has them.

@@ -72,7 +72,9 @@ class ControlNet(nn.Module):
         scale: Float[Array, "b"],
     ) -> tuple[list[Array], Float[Array, "b t i j d"]]:
         """Return what is added to (skips, deepest features), multiplied by `scale`."""
-        config = dataclasses.replace(self.config, temporal=CONTROLS[self.kind])
+        config = dataclasses.replace(
+            self.config, temporal=CONTROLS[self.kind], joint_residual_norm=False
+        )
         # [b t H W m] -> [b t h w d]
         hint = Hint(self.hint, self.widths[0], config.dtype, name="hint")(control)
         # SparseCtrl does not read the noisy clip.

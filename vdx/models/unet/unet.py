@@ -54,6 +54,9 @@ class UNet(nn.Module):
     # Motion modules normalise all frames of a clip at once, as diffusers does. False: each frame
     # by itself, as AnimateDiff's own code does.
     joint_norm: bool = True
+    # Residuals and the norm before the last convolution do so, as AnimateDiff's own code does with
+    # motion modules v1. False: each frame by itself, as everywhere else.
+    joint_residual_norm: bool = False
     motion_middle: bool = True  # the middle has a motion module
     stem: tuple[Count, Count, Count] = (1, 1, 1)  # frames, rows, columns in one position of level 0
     control: Annotated[str, OneOf(lambda: ("none", *CONTROLS))] = (
@@ -110,6 +113,7 @@ class UNet(nn.Module):
             self.joint_norm,
             temporal,
             jnp.dtype(self.dtype),
+            self.joint_residual_norm,
         )
         return UNetDims(4 * self.widths[0], blocks)
 
@@ -281,7 +285,7 @@ class UNet(nn.Module):
     def _head(self, y: Float[Array, "b s i j d"]) -> Float[Array, "b t h w c"]:
         """Project features to the prediction, in float32, zero at first."""
         t, h, w = self.stem
-        y = nn.silu(GroupNorm(self.groups, 1e-5, name="norm_out")(y))
+        y = nn.silu(GroupNorm(self.groups, 1e-5, self.joint_residual_norm, name="norm_out")(y))
         conv_out = nn.Conv(
             t * h * w * self.channels,
             (3, 3),
