@@ -193,8 +193,8 @@ def _by_layer(
 ) -> dict[str, dict[str, "_Entry"]]:
     """Return {layer of diffusers: {kind: entry}} of one part of a file.
 
-    name: of the part, in the file. Kinds are A, B, bias, alpha, diff and diff_b. Keys that are of no layer of this model, or come
-    twice, are added to `problems`.
+    name: of the part, in the file. Kinds are A, B, bias, alpha, diff and diff_b. Keys
+    that are of no layer of this model, or come twice, are added to `problems`.
     """
     names = _layer_names(plan)
     layers: dict[str, dict[str, _Entry]] = defaultdict(dict)
