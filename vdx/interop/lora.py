@@ -191,10 +191,10 @@ def _read_settings(path: Path, source: Mapping[str, StoredArray], name: str) -> 
 def _by_layer(
     source: Mapping[str, StoredArray], plan: Mapping[str, Any], name: str, problems: list[str]
 ) -> dict[str, dict[str, "_Entry"]]:
-    """Return {layer of diffusers: {kind: entry}} of the part that the file calls `name`.
+    """Return {layer of diffusers: {kind: entry}} of one part of a file.
 
-    Kinds are A, B, bias, alpha, diff and diff_b. Keys that are of no layer of this model, or come
-    twice, are added to `problems`.
+    name: of the part, in the file. Kinds are A, B, bias, alpha, diff and diff_b. Keys
+    that are of no layer of this model, or come twice, are added to `problems`.
     """
     names = _layer_names(plan)
     layers: dict[str, dict[str, _Entry]] = defaultdict(dict)
