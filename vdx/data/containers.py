@@ -1,4 +1,4 @@
-"""Containers of encoded video: the accepted ones, their bounds, and whether they are complete."""
+"""Containers of encoded video: which are accepted, their bounds, their ends."""
 
 import contextlib
 import io
@@ -78,7 +78,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
 
 def check_complete(file: str | io.BytesIO) -> None:
-    """Raise ValueError for a file that ends before the data that its container declares.
+    """Raise ValueError for a file that ends before its container says.
 
     Numbers of frames and durations in headers are estimates and are not compared. MPEG program
     streams declare nothing.
@@ -157,7 +157,7 @@ def _matroska_end(head: bytes, size: int) -> int:
 
 
 def _ebml_length(head: bytes, place: int) -> tuple[int, int]:
-    """Return (the length, the bytes that state it): leading zero bits count these bytes."""
+    """Return (length, bytes that state it); leading zero bits count these."""
     first = int.from_bytes(head[place : place + 1])
     width = 9 - first.bit_length()
     marked = int.from_bytes(head[place : place + width])

@@ -1,4 +1,4 @@
-"""Packets of encoded video: their times, and the order in which their frames are shown."""
+"""Packets of encoded video: their times and the display order of frames."""
 
 import array
 import io
@@ -75,7 +75,7 @@ def read_packets(file: str | io.BytesIO) -> Packets:
 
 
 def output_order(file: str | io.BytesIO, start: int) -> np.ndarray:
-    """Return the packets int [frames] of the frames in display order, by decoding them all."""
+    """Return the packet of each frame in display order, int [frames]; decodes all."""
     numbers: list[int] = []
     for packet, frame, _ in decode_packets(file, start):
         if not frame.is_corrupt:
@@ -86,7 +86,7 @@ def output_order(file: str | io.BytesIO, start: int) -> np.ndarray:
 
 
 def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
-    """Return the times int64 [frames] in ticks at which frames in display order are shown.
+    """Return the times of frames in display order, int64 [frames] ticks.
 
     Raises ValueError if the times of the packets contradict the order.
     """
@@ -102,7 +102,7 @@ def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator["av.Packet[VideoStream]"]:
-    """Yield the packets of a stream that contain data. Raises ValueError for incomplete ones."""
+    """Yield the packets with data. Raises ValueError for incomplete ones."""
     count = 0
     for packet in container.demux(stream):
         if not packet.size:
@@ -142,7 +142,7 @@ def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[Decoded]:
 
 
 def _number(frame: av.VideoFrame) -> int:
-    """Return the number of a frame's packet. Raises ValueError for a frame of no packet."""
+    """Return the number of a frame's packet. Raises ValueError if it has none."""
     if frame.pts is None:
         raise ValueError("the decoder gave a frame without its packet")
     return frame.pts

@@ -272,7 +272,7 @@ def _frames_at(record: Record, fps: float) -> int:
 
 
 def _step_of(record: Record, fps: float) -> Fraction | None:
-    """Return `frame_step` of a record; None if its last frame stays longer than the others."""
+    """Return `frame_step` of a record; None if its last frame stays longer."""
     stamps = record.timestamps
     if stamps is None or len(stamps) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Encoded video files and animated images: their frames in display order, by random access.
+"""Encoded video and animated images: frames in display order, at random.
 
 Containers differ in what their times mean, and files in what their headers claim. The order of
 the decoder's output is the display order, and every read is compared with it. Whatever a damaged
@@ -14,7 +14,6 @@ from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
-from av.video.frame import PictureType
 
 from vdx.data.animation import is_animation, iter_animation
 from vdx.data.containers import Opener, check_complete, first_bytes
@@ -51,6 +50,7 @@ VIDEOS = (
     ".webm",
 )
 MAYBE_ANIMATED = (".png", ".webp")  # suffixes of images, some of which are clips
+INTRA = 1  # FFmpeg's type of frames that are coded without others, "I"
 ANIMATION = re.compile(rb"GIF8|\x89PNG|RIFF.{4}WEBP", re.DOTALL)  # first bytes of the files
 MOST_BYTES = 1 << 31  # of the frames of one read
 
@@ -163,7 +163,7 @@ class Movie:
         for decoded in decode_packets(file, start):
             # In a stream without whole key frames the image is only complete later.
             frame = decoded.frame
-            is_key = frame.key_frame and frame.pict_type == PictureType.I
+            is_key = frame.key_frame and frame.pict_type == INTRA
             if not certain and not (decoded.packet == start and is_key):
                 raise ValueError("decoding cannot start here")
             certain = True
@@ -207,7 +207,7 @@ def _open_movie(opener: Opener) -> Movie:
 
 
 def is_video(path: Path) -> bool:
-    """Return true if a file is a clip, by its suffix, and of PNG and WebP by its frames."""
+    """Return true if a file is a clip: by suffix; PNG and WebP by their frames."""
     suffix = path.suffix.lower()
     if suffix not in MAYBE_ANIMATED:
         return suffix in VIDEOS
@@ -218,7 +218,7 @@ def is_video(path: Path) -> bool:
 
 
 def open_footage(opener: Opener) -> Footage:
-    """Return the timeline of an encoded video or an animated image, by what the file contains.
+    """Return the footage of a file, by what it contains.
 
     Raises ValueError, OSError and what decoders raise.
     """
@@ -253,7 +253,7 @@ def video_record(key: str, caption: Any, opener: Opener) -> Record:
 
 
 def _read(footage: Footage, opener: Opener, wanted: np.ndarray, each: FrameFunction) -> np.ndarray:
-    """Return `each(frame)` of the frames `wanted` [t], stacked; one decoded frame is in memory."""
+    """Return `each(frame)` of the frames `wanted` [t], stacked, one at a time."""
     result = None
     shape = None
     for number, frame in footage.frames(opener, np.unique(wanted).tolist()):
