@@ -233,7 +233,10 @@ def _integer(digits: str) -> int:
 
 
 def _wide_integer(digits: str) -> int | float:
-    """Return an integer, beyond 64 bits as a float. Raises ValueError for one that is too large."""
+    """Return an integer, as a float beyond 64 bits.
+
+    Raises ValueError beyond the largest float.
+    """
     try:
         return _integer(digits)
     except ValueError:
