@@ -105,7 +105,6 @@ class Experiment:
         check_first_frame(sections, self.model)
         self.process = build(sections.process, PROCESSES, "config.process")
         self.objective = self.build_objective(sections)
-        self.check_shapes()
 
     @property
     def trained_part(self) -> Lora | Trainable | None:
@@ -146,7 +145,11 @@ class Experiment:
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        """The optimizer's update, for the whole length of the run."""
+        """The optimizer's update, for the whole length of the run.
+
+        Raises ConfigError if the model cannot be trained on the clips of the data.
+        """
+        self.check_shapes()
         return self.optimizer.make(self.training.steps)
 
     # Data
