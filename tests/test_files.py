@@ -140,6 +140,18 @@ def test_json_that_is_refused(content, reason, tmp_path):
         read_json(path)
 
 
+def test_integers_of_any_size_are_floats_where_they_are_asked_for(tmp_path):
+    path = tmp_path / "file.json"
+    values = {"a": int(1e30), "b": [2**64 - 1, -(2**63), 0], "c": -(2**63) - 1}
+    path.write_text(json.dumps(values))
+    found = read_json_object(path, wide=True)
+    assert found == {"a": 1e30, "b": [2**64 - 1, -(2**63), 0], "c": -(2.0**63)}
+    assert isinstance(found["a"], float) and isinstance(found["b"][0], int)
+    path.write_bytes(b'{"a": ' + b"9" * 10**6 + b"}")
+    with pytest.raises(FileError, match=r"file.json .*the number '9+'\.\.\. is too large"):
+        read_json_object(path, wide=True)
+
+
 def test_a_json_object(tmp_path):
     path = tmp_path / "file.json"
     path.write_text('{"a": [1]}')

@@ -134,32 +134,36 @@ def write_json(path: str | Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, wide: bool = False) -> Any:
     """Read the value in a JSON file.
 
-    Raises FileError that names the file if it is missing, and as `parse_json` does.
+    wide: see `parse_json`. Raises FileError that names the file if it is missing, and as
+    `parse_json` does.
     """
     try:
         content = read_bounded(path, MOST_JSON_BYTES)
     except OSError as error:
         raise FileError(f"{path} cannot be read as JSON: {error}.") from error
-    return parse_json(content, path)
+    return parse_json(content, path, wide=wide)
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
+def read_json_object(path: str | Path, wide: bool = False) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises FileError, also for other values."""
-    value = read_json(path)
+    value = read_json(path, wide)
     if not isinstance(value, dict):
         raise FileError(f"{path} holds {_kind_of(value)}, expected a JSON object.")
     return value
 
 
-def parse_json(content: bytes | str, where: str | Path, finite: bool = True) -> Any:
+def parse_json(
+    content: bytes | str, where: str | Path, finite: bool = True, wide: bool = False
+) -> Any:
     """Return the value of a JSON text, in memory in proportion to the bounds above.
 
-    where: the file, for messages. finite: refuse NaN and Infinity. Raises FileError for what is no
-    JSON in UTF-8, for a name that stands twice in one object, for an integer of more than
-    64 bits, and for more bytes, values or levels than the bounds.
+    where: the file, for messages. finite: refuse NaN and Infinity. wide: return integers of more
+    than 64 bits as floats. Raises FileError for what is no JSON in UTF-8, for a name that stands
+    twice in one object, for an integer of more than 64 bits unless `wide`, and for more bytes,
+    values or levels than the bounds.
     """
     try:
         # Editors on Windows begin a file with a byte order mark.
@@ -168,7 +172,7 @@ def parse_json(content: bytes | str, where: str | Path, finite: bool = True) -> 
         value = json.loads(
             text,
             object_pairs_hook=_unique_names,
-            parse_int=_integer,
+            parse_int=_wide_integer if wide else _integer,
             parse_float=_finite_float if finite else float,
             parse_constant=_refuse_constant if finite else float,
         )
@@ -226,6 +230,14 @@ def _integer(digits: str) -> int:
     if len(digits) <= MOST_DIGITS and -(2**63) <= int(digits) < 2**64:
         return int(digits)
     raise ValueError(f"the integer {digits[:MOST_DIGITS]}... has more than 64 bits")
+
+
+def _wide_integer(digits: str) -> int | float:
+    """Return an integer, beyond 64 bits as a float. Raises ValueError for one that is too large."""
+    try:
+        return _integer(digits)
+    except ValueError:
+        return _finite_float(digits)
 
 
 def _finite_float(digits: str) -> float:

@@ -97,6 +97,11 @@ def test_a_file_cut_between_two_frames_is_found_before_it_is_decoded(tmp_path):
         video_record("a", "", lambda: str(tmp_path / "a.mp4"))
 
 
+def test_a_clip_without_a_caption_is_a_bad_record():
+    with pytest.raises(BadRecord, match="the caption is missing"):
+        video_record("a", None, lambda: "absent.mp4")
+
+
 def test_a_frame_that_the_decoder_paints_over_is_a_bad_record(tmp_path):
     path, reasons = tmp_path / "a.mp4", []
     ramp = np.add.outer(np.arange(64), np.arange(64))

@@ -167,8 +167,7 @@ VIDEO_FAULTS = {
     ),
     "changing size": (changing_size, "the frames change size: 32x32 then 48x48"),
     "missing file": (lambda p, row: p.unlink(), "No such file"),
-    "a pipe": (a_pipe, "not a file"),
-    "caption missing": (lambda p, row: row.pop("caption"), "the caption is missing"),
+    "a pipe": (a_pipe, "is a pipe; only regular files are read"),
     "caption not text": (relabelled(caption=["a", "b"]), "the caption is list, expected text"),
 }
 
@@ -265,6 +264,19 @@ def test_a_bad_video_is_counted_named_replaced_and_limited(videos, tmp_path, fau
         np.testing.assert_allclose(batch["video"].mean((1, 2, 3, 4)), batch["text"][:, 0], atol=9)
 
 
+def test_rows_without_a_caption_are_named_once_and_left_out(videos, tmp_path, caplog):
+    source = spoilt(videos, tmp_path / "spoilt", lambda path, row: row.pop("caption"))
+    read = take(loader(source, bad_log=tmp_path / "bad.jsonl", max_bad_rate=0.0))
+    assert caplog.text.count("Not used: 2 rows without a caption (3.mp4, 8.mp4).") == 1
+    assert not read_bad_records(tmp_path / "bad.jsonl")
+
+    # The same batches as without these rows.
+    shutil.copytree(videos, tmp_path / "fewer")
+    rows = read_rows(videos)
+    write_rows(tmp_path / "fewer", [row for i, row in enumerate(rows) if i not in BAD])
+    same(read, take(loader(VideoFolder(str(tmp_path / "fewer")))))
+
+
 @pytest.mark.parametrize("fault", [*LATENT_FAULTS, "rotten record"])
 def test_a_bad_latent_is_counted_named_replaced_and_limited(latents, tmp_path, fault):
     good = Records(str(latents / "good"))
@@ -318,7 +330,7 @@ def test_all_faults_at_once_are_replaced_equally_by_any_number_of_workers(videos
                 "no frames",
                 "too short",
                 "changing size",
-                "caption missing",
+                "caption not text",
             )
         ),
     )

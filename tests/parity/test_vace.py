@@ -250,8 +250,14 @@ def test_size_and_length_are_those_of_the_control(model, tmp_path):
         ),
         ({"control_mask": "short"}, "--control_mask=.* shows 7 frames"),
         ({"control": None}, "a control_mask needs a control"),
-        ({"control": "text"}, r"--control: .*text.mp4 is not a readable video"),
-        ({"control_mask": "picture"}, r"--control_mask=.*x.png is not an image that can be read"),
+        (
+            {"control": "text"},
+            r"--control=.*text.mp4: .*text.mp4 is not a readable video: Invalid data",
+        ),
+        (
+            {"control_mask": "picture"},
+            r"--control_mask=.*x.png: not an image of the formats .*PNG.*, or damaged",
+        ),
         ({"reference": ("picture",)}, r"--reference=.*x.png is not an image"),
         ({"reference": ("absent",)}, r"--reference 0=.*y.png cannot be read: No such file"),
         ({"image": "mask"}, "reads a control and references"),

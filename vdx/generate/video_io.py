@@ -1,5 +1,6 @@
 """Clips on disk: mp4, GIF and WebP out, frames with their times in."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -15,7 +16,7 @@ from vdx.config.build import ConfigError
 from vdx.data.animation import iter_animation
 from vdx.data.images import SUFFIXES
 from vdx.data.record import ROUNDING, clip_interval
-from vdx.data.video_files import Footage, open_footage
+from vdx.data.video_files import open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -176,7 +177,9 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         yield from _animation_at(path, fps)
         return
 
-    interval = clip_interval(_open(path).stamps, fps)
+    with _errors_named(path):
+        footage = open_footage(lambda: str(path))
+    interval = clip_interval(footage.stamps, fps)
     count = 0
     last_second = 0.0
     last_frame = None
@@ -203,11 +206,12 @@ def _animation_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
             count += 1
 
 
-def _open(path: str | Path) -> Footage:
-    """Open a video. Raises ValueError, naming the file."""
+@contextlib.contextmanager
+def _errors_named(path: str | Path) -> Iterator[None]:
+    """Raise ValueError, naming the file, for what a reader of videos raises."""
     try:
-        return open_footage(lambda: str(path))
-    except (av.error.FFmpegError, ValueError) as error:
+        yield
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
         ) from error
@@ -216,14 +220,10 @@ def _open(path: str | Path) -> Footage:
 def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
     opener = lambda: str(path)
-    try:
+    with _errors_named(path):
         footage = open_footage(opener)
         for number, frame in footage.frames(opener, range(len(footage.stamps))):
             yield float(footage.stamps[number]), frame
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a readable video: {getattr(error, 'strerror', None) or error}."
-        ) from error
 
 
 def write_webp(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:

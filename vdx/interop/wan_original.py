@@ -203,7 +203,9 @@ def _tokenizer_class(folder: Path) -> str:
     config_file = folder / "tokenizer_config.json"
     name = "T5"
     if config_file.exists():
-        name = str(read_json_object(config_file).get("tokenizer_class", name))
+        # A tokenizer of texts of any length has model_max_length = int(1e30).
+        config = read_json_object(config_file, wide=True)
+        name = str(config.get("tokenizer_class", name))
     if name.startswith("T5"):
         return "T5TokenizerFast"
     return name
