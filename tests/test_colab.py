@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,8 +80,12 @@ def test_the_first_cell_clones_where_there_is_no_clone(path, repository, tmp_pat
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_first_cell_says_what_it_cannot_clone(path, tmp_path):
-    nowhere = run_first_cell(path, tmp_path, f"file://{tmp_path / 'none'}")
-    assert nowhere.returncode == 1 and "does not exist" in nowhere.stderr
+    address = f"file://{tmp_path / 'none'}"
+    nowhere = run_first_cell(path, tmp_path, address)
+    assert nowhere.returncode == 1
+    # git says in its own words that nothing is there, and other versions in others.
+    command = re.escape(f"git clone --depth=1 {address} {tmp_path / 'vdx'}")
+    assert re.search(rf"{command} failed:\n.*fatal: \S", nowhere.stderr, re.DOTALL)
     unset = run_first_cell(path, tmp_path, "")
     assert unset.returncode == 1 and "set REPOSITORY above" in unset.stderr
     assert "Traceback" not in nowhere.stderr + unset.stderr

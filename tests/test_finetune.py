@@ -26,11 +26,13 @@ from vdx.models.adapters.lora import Adapted, adapt
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.checksum import fingerprints
+from vdx.train.compile import train_program
 from vdx.train.loop import TrainedRun, train
 from vdx.train.objectives import Objective
 from vdx.train.objectives.denoising import Draws
 from vdx.train.objectives.times import give_first_frame
 from vdx.train.preemption import PreemptionHandler
+from vdx.train.start import start_state
 from vdx.weights import open_params, open_trained
 
 ROOT = Path(__file__).parents[1]
@@ -197,8 +199,12 @@ def test_it_resumes_exactly(runs, place, mesh, tmp_path):
 
 def test_a_run_starts_with_the_adapters_of_another(runs, place, mesh, tmp_path):
     first, run = runs(LORA)
-    made = experiment(LORA, *place(LORA), f"--config.init={first}", "--config.train.steps=0")
-    again = trained(made, tmp_path / "run", mesh)
+    job = experiment(LORA, *place(LORA), f"--config.init={first}").job()
+    with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
+        abstract = train_program(job, mesh).abstract_state
+        frozen = job.weights.open_frozen(mesh)
+        again = start_state(job, tmp_path, mesh, checkpoints, abstract, frozen)
+    assert again.progress is None and again.state.step == 0
     jax.tree.map(np.testing.assert_array_equal, again.state.params, run.state.ema)
 
 
@@ -216,7 +222,7 @@ def test_a_run_is_opened_to_draw_with(runs, mesh):
     noise = np.random.default_rng(0).normal(size=(1, 3, 8, 8, 4)).astype(np.float32)
     draw = jax.jit(made.generator(Sampling("euler", steps=1, guidance=1.0)).draw)
     with_them, without = (
-        draw(p, batch, noise, jax.random.key(0))[0] for p in (params, params.base)
+        draw(p, batch, noise, jax.random.key(0)[None])[0] for p in (params, params.base)
     )
     assert np.isfinite(with_them).all() and np.abs(with_them - without).max() > 1e-3
 

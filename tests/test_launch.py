@@ -1,5 +1,6 @@
 """The scripts in launch/, with stubs in the place of the programs that would leave this machine."""
 
+import itertools
 import json
 import os
 import shutil
@@ -594,9 +595,11 @@ def test_a_cancelled_slurm_job_is_not_requeued(stubs):
 
 
 def test_slurm_asks_for_what_jax_needs():
-    head, _, _ = (ROOT / "launch/slurm.sh").read_text().partition("\nset ")
-    assert all(line.startswith("#") for line in head.splitlines())  # sbatch stops at a command
-    options = {line.removeprefix("#SBATCH --") for line in head.splitlines() if "SBATCH" in line}
+    lines = (ROOT / "launch/slurm.sh").read_text().splitlines()
+    head = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    # sbatch stops at a command
+    assert not any(line.startswith("#SBATCH") for line in lines[len(head) :])
+    options = {line.removeprefix("#SBATCH --") for line in head if line.startswith("#SBATCH")}
     assert {"signal=TERM@120", "requeue", "open-mode=append"} <= options
     values = dict(option.partition("=")[::2] for option in options)
     assert values["gpus-per-node"] == values["ntasks-per-node"] and "gpus-per-task" not in values

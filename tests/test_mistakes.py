@@ -62,7 +62,7 @@ def at(tmp_path_factory):
     (at / "full" / "file").write_text("")
     (at / "clip.mp4").mkdir()
     (at / "empty.txt").write_text("\n \n")
-    (at / "utf16.txt").write_text("a red circle", "utf-16")
+    (at / "cp1252.txt").write_text("a red circle\nein größerer Kreis", "cp1252")
 
     config = resolve(f"{ROOT}/configs/t2v_tiny.py", MICRO)
     config["eval"] = {"loss": {"every": 3, "clips": 8}}
@@ -220,9 +220,9 @@ MISTAKES = [
     (("vdx.sample", "--weights={at}/other", PROMPT), 1, "StableDiffusionPipeline"),
     (("vdx.sample", "--weights={at}/weights.safetensors", PROMPT), 1, "is not a folder"),
     (("vdx.sample", RUN, "--prompts_file={at}/none"), 1, "{at}/none: No such file or directory"),
-    (("vdx.sample", RUN, "--prompts_file={at}/empty"), 1, "{at}/empty: Is a directory"),
+    (("vdx.sample", RUN, "--prompts_file={at}/empty"), 1, "{at}/empty is a folder; only regular"),
     (("vdx.sample", RUN, "--prompts_file={at}/empty.txt"), USAGE, "has no prompt: expected one a"),
-    (("vdx.sample", RUN, "--prompts_file={at}/utf16.txt"), 1, "is not text in UTF-8"),
+    (("vdx.sample", RUN, "--prompts_file={at}/cp1252.txt"), 1, "cp1252.txt, line 2: .*not UTF-8"),
     (("vdx.evaluate", "--workdir={at}/none"), 1, "not the workdir of a run"),
     (("vdx.evaluate", "--workdir={at}/file"), 1, "{at}/file"),
     (("vdx.evaluate", "--workdir={at}/half_run"), 1, "config.json cannot be read as JSON"),

@@ -229,8 +229,8 @@ def test_device_groups(text, groups):
     [
         ({"data": 3}, "needs 3 devices, and 8 are here"),
         ({"data": -1, "fsdp": 3}, "needs a multiple of 3 devices, and 8 are here"),
-        ({"data": -1, "fsdp": -1}, "at most one is -1"),
-        ({"data": 8, "tensor": 0}, "sizes are positive"),
+        ({"data": -1, "fsdp": -1}, "at most one size is -1"),
+        ({"data": 8, "tensor": 0}, r"mesh\.tensor = 0 is out of range, expected -1 \| int >= 1"),
         ({"data": 4}, "needs 4 devices"),
     ],
 )

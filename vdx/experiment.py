@@ -105,7 +105,6 @@ class Experiment:
         check_first_frame(sections, self.model)
         self.process = build(sections.process, PROCESSES, "config.process")
         self.objective = self.build_objective(sections)
-        self.check_shapes()
 
     @property
     def trained_part(self) -> Lora | Trainable | None:
@@ -131,22 +130,29 @@ class Experiment:
         if self.clip is None:
             return
         height, width = self.data.height, self.data.width
-        trained = [(frames, height, width) for frames in self.clip.lengths]
-        if self.loader.buckets:
-            trained = [bucket[:3] for bucket in self.loader.buckets]
-
+        lengths = () if self.loader.buckets else self.clip.lengths
         frames, _ = self.clip_default()
         generator = self.generator()
+
+        where = "config.data.loader.buckets"
         try:
-            for shape in trained:
-                self.model.num_tokens((1, *shape))
+            for bucket in self.loader.buckets:
+                self.model.num_tokens((1, *bucket[:3]))
+
+            where = "config.data.clip, height and width"
+            for length in lengths:
+                self.model.num_tokens((1, length, height, width))
             generator.check((frames, *generator.frame_shape))
         except ValueError as error:  # of the network, which has no config
-            raise ConfigError(f"config.data.clip, height and width: {error}") from error
+            raise ConfigError(f"{where}: {error}") from error
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        """The optimizer's update, for the whole length of the run."""
+        """The optimizer's update, for the whole length of the run.
+
+        Raises ConfigError if the model cannot be trained on the clips of the data.
+        """
+        self.check_shapes()
         return self.optimizer.make(self.training.steps)
 
     # Data

@@ -171,17 +171,17 @@ def settings() -> dict[str, Any]:
 
 
 def read_prompts() -> list[str]:
-    """Return the prompts of --prompt or --prompts_file. Raises UsageError."""
+    """Return the prompts of --prompt or --prompts_file.
+
+    Raises UsageError, and what `read_lines` raises for a file that is no text.
+    """
     if (FLAGS.prompt is None) == (FLAGS.prompts_file is None):
         raise app.UsageError("Give one of --prompt, --prompts_file and --from_manifest.")
     if FLAGS.prompt is not None:
         if not FLAGS.prompt.strip():
             raise app.UsageError("--prompt is empty: write what the clip shows.")
         return [FLAGS.prompt]
-    try:
-        lines = [line.strip() for line in read_lines(FLAGS.prompts_file)]
-    except (ValueError, OSError) as error:
-        raise app.UsageError(f"--prompts_file: {error}") from None
+    lines = [line.strip() for line in read_lines(FLAGS.prompts_file)]
     prompts = [line for line in lines if line]
     if not prompts:
         raise app.UsageError(f"{FLAGS.prompts_file} has no prompt: expected one a line.")

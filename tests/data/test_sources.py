@@ -54,7 +54,15 @@ def test_text_files_of_the_same_name_are_captions(tmp_path):
     "text, message",
     [
         ("", "No videos with captions in .*looked for"),
-        ('{"file_name": "a.mp4"}\n{oops\n', "line 2 is not JSON"),
+        (
+            '{"file_name": "a.mp4"}\n{oops\n',
+            "line 2 cannot be read as JSON: Expecting property name",
+        ),
+        ('{"file_name": "a.mp4", "file_name": "b.mp4"}\n', "line 1 .*'file_name' stands twice"),
+        ('{"file_name": "a.mp4", "score": NaN}\n', "line 1 cannot be read as JSON: NaN is no"),
+        ('{"file_name": "a.mp4", "score": 1e999}\n', "line 1 .* '1e999' is too large"),
+        (f'{{"file_name": "a.mp4", "id": {10**30}}}\n', "line 1 .*more than 64 bits"),
+        ("[" * 100_000, "line 1 .*nested more than 64 deep"),
         ('{"caption": "x"}\n', 'line 1 has no "file_name"'),
         ("[1]\n", 'line 1 has no "file_name"'),
         ('{"file_name": "a.mp4", "sha256": "ABC"}\n', "line 1: \"sha256\" is 'ABC', expected 64"),

@@ -87,8 +87,9 @@ def test_more_is_skipped_and_the_clip_is_further_away():
 def test_every_sampler_reuses(sampler):
     one = SAMPLERS[sampler]()
     rows = step_table(FLOW, one, uniform_timesteps(FLOW, STEPS))
+    keys = jax.random.split(jax.random.key(0), len(X))
     carry, made = run_steps(
-        network, FLOW, one, one.start(jnp.asarray(X)), rows, jax.random.key(0), StepCache(1e9)
+        network, FLOW, one, one.start(jnp.asarray(X)), rows, keys, StepCache(1e9)
     )
     assert made.tolist() == [i in (0, 1, len(made) - 1) for i in range(len(rows["t"]))]
     assert np.isfinite(carry[0]).all() and np.std(carry[0]) > 0.1

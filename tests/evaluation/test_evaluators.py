@@ -247,11 +247,17 @@ def test_the_loss_runs_unless_it_is_turned_off():
             {"flicker": {"clip": 3}},
             r"Unknown key config\.eval\.flicker\.clip\. Did you mean 'clips'",
         ),
-        ({"flicker": {"clips": 0}}, "clips = 0: give 1 or more, or null"),
-        ({"prompt_following": {"prompts": -1}}, "prompts = -1: give 1 or more"),
-        ({"loss": {"every": -1}}, "every = -1 steps: give 0"),
-        ({"loss": {"times": []}}, r"times = \(\): give one or more times"),
-        ({"loss": {"times": [1.5]}}, r"times = \(1\.5,\)"),
+        ({"flicker": {"clips": 0}}, r"eval\.flicker\.clips = 0 is out of range, expected int >= 1"),
+        (
+            {"prompt_following": {"prompts": -1}},
+            r"eval\.prompt_following\.prompts = -1 is out of range, expected int >= 1",
+        ),
+        ({"loss": {"every": -1}}, r"eval\.loss\.every = -1 is out of range, expected int >= 0"),
+        ({"loss": {"times": []}}, r"eval\.loss\.times is empty: give one or more times"),
+        (
+            {"loss": {"times": [1.5]}},
+            r"eval\.loss\.times = 1\.5 is out of range, expected float in \[0, 1\]",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(spec, message):

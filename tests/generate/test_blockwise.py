@@ -175,10 +175,13 @@ def test_on_eight_devices_it_is_that_of_one(sizes, cached):
     ("spec", "message"),
     [
         ({"name": "space", "block": 2}, "of a mixer that attends over time"),
-        ({"name": "full", "block": 0}, "one or more frames"),
+        ({"name": "full", "block": 0}, r"block = 0 is out of range, expected int >= 1"),
         ({"name": "full", "window": 2}, "block"),
         ({"name": "full", "block": 2, "sink": 1}, "a sink needs a window"),
-        ({"name": "full", "block": 2, "window": 0}, "one or more blocks"),
+        (
+            {"name": "full", "block": 2, "window": 0},
+            r"window = 0 is out of range, expected int >= 1",
+        ),
     ],
 )
 def test_blocks_that_cannot_be(spec, message):

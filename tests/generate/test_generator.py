@@ -15,6 +15,7 @@ from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.generator import Generator, Sampling
 from vdx.models.denoiser import Denoiser
 from vdx.parallel import MeshSpec
+from vdx.seeds import seed_words
 
 TEXT = {"encoder": {"name": "bytes", "length": 16, "width": 12, "depth": 1, "heads": 2}}
 SHAPE = (4, 4, 3)
@@ -71,7 +72,7 @@ def test_given_noise_leaves_the_keys():
 
 def test_pretrained_steps_have_a_key_for_each_clip():
     generator = SimpleNamespace(run_steps=lambda *args: args[-2])
-    keys = pretrained._run_steps(generator, {}, {}, {}, (), {}, np.array(SEEDS), None)
+    keys = pretrained._run_steps(generator, {}, {}, {}, (), {}, seed_words(SEEDS), None)
     expected = [jax.random.key_data(jax.random.key(seed)) for seed in SEEDS]
     np.testing.assert_array_equal(jax.random.key_data(keys), expected)
 

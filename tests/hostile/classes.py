@@ -164,8 +164,21 @@ def read_whole_manifest(path):
     return manifest
 
 
+def strict_json(text):
+    """Return a JSON value. Raises ValueError for a name twice, and for NaN and infinity."""
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
+    value = json.loads(text, object_pairs_hook=unique)
+    json.dumps(value, allow_nan=False)
+    return value
+
+
 def check_json(got, content, honest):
-    assert got == json.loads(content.decode("utf-8-sig"))
+    assert got == strict_json(content.decode("utf-8-sig"))
 
 
 def damage_metadata(rng, content):
@@ -192,7 +205,7 @@ def check_metadata(got, content, honest):
         text = unicodedata.normalize("NFC", content.decode(encoding, "ignore"))
         for line in text.split("\n"):
             with contextlib.suppress(ValueError):
-                row = json.loads(line.strip("\ufeff"))
+                row = strict_json(line.strip("\ufeff"))
                 wanted.add(str(row.get("caption")) if isinstance(row, dict) else "")
     for caption in got:
         text = unicodedata.normalize("NFC", caption)

@@ -179,7 +179,7 @@ def main():
     print("class        tried refused    read crashed foreign   wrong slowest s most MiB")
     for name, row in rows.items():
         result = run_class(row, args.cases or row.cases)
-        results[name] = dataclasses.asdict(result)
+        results[name] = vars(result)
         counts = [result.outcomes[k] for k in ("refused", "read", "crashed", "foreign", "wrong")]
         print(
             f"{name:12}{result.tried:6}" + "".join(f"{n:8}" for n in counts),

@@ -92,12 +92,13 @@ def test_a_batch_that_does_not_divide_fails_at_once(world):
 
 
 def test_a_bucket_that_is_no_number_of_patches(at_root):
-    made = Experiment(
-        resolve(
-            "configs/t2v_tiny.py", ["--config.data.loader.buckets=((8, 32, 32, 8), (8, 30, 32, 8))"]
-        )
-    )
-    with pytest.raises(ValueError, match=r"\(8, 30, 32\).*does not divide into patches"):
+    buckets = "--config.data.loader.buckets=((8, 32, 32, 8), (8, 30, 32, 8))"
+    message = r"\(8, 30, 32\).*does not divide into patches"
+    made = Experiment(resolve("configs/t2v_tiny.py", [buckets]))
+    with pytest.raises(ConfigError, match=rf"config\.data\.loader\.buckets: .*{message}"):
+        _ = made.tx
+
+    with pytest.raises(ValueError, match=message):
         StepCompiler(
             TrainProgram(None, None),
             None,

@@ -1,10 +1,10 @@
 """The list of a folder's videos, `metadata.jsonl`: one JSON object a line."""
 
-import json
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from vdx.files import parse_json
 from vdx.text_files import read_lines
 
 __all__ = ["read_metadata", "stays_inside"]
@@ -23,11 +23,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:
     """Return a line of `metadata.jsonl` as a row; raises ValueError naming `where`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
-        raise ValueError(f"{where} is not JSON: {error}. The line is {line[:80]!r}.") from None
-
+    row = parse_json(line, where)
     name = row.get("file_name") if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
         raise ValueError(

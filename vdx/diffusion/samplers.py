@@ -9,14 +9,14 @@ sigma = 0; the limits of all coefficients are finite.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vdx.config.build import check_fields
-from vdx.config.ranges import Fraction
+from vdx.config.ranges import Fraction, Interval
 from vdx.diffusion.process import FLOOR, Process
 from vdx.diffusion.step_cache import StepCache, StepCacheState
 from vdx.types import Array, Key
@@ -329,7 +329,7 @@ class UniPC:
     predicts the next one. Raises ConfigError for an order other than 1 and 2.
     """
 
-    order: Literal[1, 2] = 2  # of the predictor and the corrector
+    order: Annotated[int, Interval(1, 2)] = 2  # of the predictor and the corrector
     corrector: bool = True  # whether steps are corrected
     stochastic: ClassVar[bool] = False
 

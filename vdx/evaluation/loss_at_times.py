@@ -61,7 +61,7 @@ class LossAtTimes(Evaluator):
         """Raise ConfigError for a value out of range, or no times."""
         super().__post_init__()
         if not self.times:
-            raise ConfigError("times is empty: give one or more times in [0, 1].")
+            raise ConfigError("config.eval.loss.times is empty: give one or more times in [0, 1].")
 
     def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
         """Read the clips of both splits; see Evaluator."""

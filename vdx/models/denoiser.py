@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
     """Conditioning signals and a backbone."""
 
     backbone_config: Mapping[str, Any]  # a row of BACKBONES with its fields
-    signals: Mapping[str, Mapping[str, Any]]  # rows of SIGNALS -> their fields
+    signals: Mapping[str, Any]  # rows of SIGNALS -> their fields, as a config has them
 
     def setup(self) -> None:
         """Bind the backbone and the signals to this module."""

@@ -299,8 +299,8 @@ def test_targets(kernels):
         ({"targets": ("block_9",)}, r"'block_9' is found in no kernel.*\n  conditioning/"),
         ({"targets": ("network/patch/kernle",)}, r"Did you mean 'network/patch/kernel'"),
         ({"targets": ()}, "at least one kernel"),
-        ({"rank": 0}, "rank = 0 must be at least 1"),
-        ({"dropout": 1.0}, r"dropout = 1.0 in \[0, 1\)"),
+        ({"rank": 0}, r"lora\.rank = 0 is out of range, expected int >= 1"),
+        ({"dropout": 1.0}, r"lora\.dropout = 1\.0 is out of range, expected float in \[0, 1\)"),
     ],
 )
 def test_sections_that_cannot_be_meant(fields, message, kernels):

@@ -329,7 +329,10 @@ def test_a_vector_for_each_frame_reaches_the_tokens_of_that_frame(randomise):
 @pytest.mark.parametrize(
     ("signals", "message"),
     [
-        ({"depth": {"port": "tokens"}}, "depth.port = 'tokens' is neither 'concat' nor 'control'"),
+        (
+            {"depth": {"port": "tokens"}},
+            r"signals\.depth\.port: unknown name 'tokens'\. Known: concat, control\.",
+        ),
         (
             {"reference": {"encoder": {"name": "patches"}, "height": 12}},
             "does not divide into patches",

@@ -267,10 +267,14 @@ def test_distances_beyond_the_reach_share_a_bias(randomise):
     [
         ("time", {"positions": "absolute"}, "known: rope, relative, none"),
         ("space", {"positions": "relative"}, "known: rope, none"),
-        ("time", {"window": 0}, "a window is of one or more"),
+        ("time", {"window": 0}, r"test\.window = 0 is out of range, expected int >= 1"),
         ("conv", {"kernel": (2, 1, 1)}, "sizes are odd"),
         ("conv", {"kernel": (2, 1, 2), "causal": True}, "sizes are odd"),
-        ("conv", {"padding": "mirror"}, "paddings are zeros, edge"),
+        (
+            "conv",
+            {"padding": "mirror"},
+            r"test\.padding: unknown name 'mirror'\. Known: zeros, edge\.",
+        ),
     ],
 )
 def test_fields_that_cannot_be(name, fields, message):

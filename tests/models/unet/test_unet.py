@@ -235,7 +235,7 @@ def test_the_protocol():
         ({"attention": (True,)}, "needs one entry for each of the levels"),
         ({"control": "images"}, "Did you mean 'image'"),
         ({"control": "image"}, "needs the signal"),
-        ({"remat": "most"}, "model.remat"),
+        ({"remat": "most"}, r"model\.backbone\.remat: unknown name 'most'\. Known: none, full,"),
     ],
 )
 def test_a_network_that_cannot_be_meant(fields, message):

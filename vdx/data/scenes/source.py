@@ -71,7 +71,10 @@ class Scenes:
         check_fields(self, "config.data.source")
         for name in ("shapes", "colours", "motions", "backgrounds", "cameras", "styles", "sizes"):
             if not getattr(self, name):
-                raise ConfigError(f"config.data.source.{name} is empty: give one or more words.")
+                words = ", ".join(getattr(Scenes, name))
+                raise ConfigError(
+                    f"config.data.source.{name} is empty: give one or more words, such as {words}."
+                )
         self._check_selection()
 
     def _check_selection(self) -> None:

@@ -23,7 +23,7 @@ class Conditioning(nn.Module):
     """Conditioning signals, with one set of parameters."""
 
     width: int  # features of the network
-    signals: Mapping[str, Mapping[str, Any]]  # rows of SIGNALS -> their fields
+    signals: Mapping[str, Any]  # rows of SIGNALS -> their fields, as a config has them
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Drop) -> Ports:
