@@ -68,7 +68,8 @@ def check_all(variants, least, starts_late=False):
             count += 1
         except BadRecord as error:
             refused += 1
-            if variant.path.suffix not in MPEG or not re.search(UNUSABLE, error.reason):
+            unusable = variant.path.suffix in MPEG and re.search(UNUSABLE, error.reason)
+            if not unusable and "MPEG-1 in an mp4" not in error.reason:
                 wrong.append((variant.path.name, str(error)))
     print(f"grid: {count} files, {refused} refused")
     assert not wrong, wrong
@@ -110,7 +111,8 @@ def test_frames_alone_and_in_windows_in_every_container(name, encoded, tmp_path)
 
 @pytest.mark.parametrize("name", streams(REORDERED))
 def test_frames_that_start_late_and_are_unevenly_spaced(name, encoded, tmp_path):
-    check_all(grid.uneven(encoded(name, grid.UNEVEN), tmp_path), 1)
+    timed = name != "huffyuv"  # which FFmpeg writes into AVI only
+    check_all(grid.uneven(encoded(name, grid.UNEVEN), tmp_path), int(timed))
 
 
 @pytest.mark.parametrize("name", streams(REORDERED))

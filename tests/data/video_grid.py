@@ -65,7 +65,7 @@ STREAMS = {
     "mpeg2 closed": Stream(
         "mpeg2video", {"g": "8", "bf": "2", "flags": "+cgop", "sc_threshold": "1000000000"}, 10
     ),
-    "mpeg1": Stream("mpeg1video", {"g": "8", "bf": "2"}, 8),
+    "mpeg1": Stream("mpeg1video", {"g": "8", "bf": "2"}, 7),
     "msmpeg4v3": Stream("msmpeg4", {"g": "8"}, 2),
     "vp8": Stream(
         "libvpx", {"g": "8", "auto-alt-ref": "1", "lag-in-frames": "8", "cpu-used": "8"}, 2
@@ -77,7 +77,7 @@ STREAMS = {
     "prores": Stream("prores_ks", {}, 2, "yuv422p10le", "mov"),
     "mjpeg": Stream("mjpeg", {}, 5, "yuvj420p"),
     "ffv1": Stream("ffv1", {"g": "8"}, 2),
-    "huffyuv": Stream("huffyuv", {}, 2, "yuv422p"),
+    "huffyuv": Stream("huffyuv", {}, 1, "yuv422p"),
     "qtrle": Stream("qtrle", {"g": "8"}, 1, "rgb24", "mov"),
 }
 SUFFIXES = (

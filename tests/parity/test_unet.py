@@ -229,7 +229,7 @@ def normalised_by_the_makers(model, residuals):
 
 @pytest.mark.parametrize("residuals", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize("case", ["motion"], indirect=True)
-def test_norms_of_the_makers(residuals, case, quick):
+def test_norms_of_the_makers(residuals, case):
     x, time, tokens = case.inputs()
     plain = case.reference(x, time, tokens)
     makers = copy.copy(case)
@@ -237,7 +237,7 @@ def test_norms_of_the_makers(residuals, case, quick):
     want = makers.reference(x, time, tokens)
     fields = {"joint_norm": False, "joint_residual_norm": residuals}
     model = Denoiser({**case.model.backbone_config, **fields}, case.model.signals)
-    got = run(case, quick, case.params, x, time, Ports(tokens=jnp.asarray(tokens)), model)
+    got = run(case, case.params, x, time, Ports(tokens=jnp.asarray(tokens)), model)
     assert np.abs(want - plain).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 

@@ -53,6 +53,9 @@ def read_packets(file: str | io.BytesIO) -> Packets:
         name = container.format.name
     if not rows:
         raise ValueError("no frames")
+    if name.startswith("mov") and codec.canonical_name == "mpeg1video":
+        # FFmpeg applies neither edit lists nor cuts to it.
+        raise ValueError("MPEG-1 in an mp4 has no certain order of frames: store it as .mpg")
 
     shown_at, decoded_at, durations, is_key, is_discard = np.array(rows).reshape(-1, 5).T
     if name == "avi":  # it states when packets are decoded; FFmpeg guesses when they are shown
