@@ -226,18 +226,7 @@ def to_example(
     cannot be used, and ConfigError for an unknown signal.
     """
     times, fps = clip.times(record, num_frames, rng)
-    size = (height, width)  # of the footage, once a frame is decoded
-
-    def fit(frame: np.ndarray) -> np.ndarray:
-        nonlocal size
-        _check_frame(record, frame)
-        size = frame.shape[:2]
-        if clip.small == "error":
-            _check_size(record, size, height, width)
-        return resize(frame[None], height, width)[0]
-
-    # Frames are resized one by one: a clip of large footage would fill the memory.
-    video = record.read_frames(times, fit)  # [t height width 3]
+    video, size = _read_resized(record, times, clip, height, width)
     if len(video) != num_frames:
         raise BadRecord(record.key, f"gave {len(video)} frames, expected {num_frames}")
 
@@ -261,6 +250,27 @@ def to_example(
         "key": record.key,
         **read_signals(signals, source),
     }
+
+
+def _read_resized(
+    record: Record, times: np.ndarray, clip: ClipSampling, height: int, width: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return (frames [t height width 3] of a record, size of its footage).
+
+    Frames are resized one by one: a clip of large footage would fill the memory.
+    """
+    size = (height, width)  # of the footage, once a frame is decoded
+
+    def fit(frame: np.ndarray) -> np.ndarray:
+        nonlocal size
+        _check_frame(record, frame)
+        size = frame.shape[:2]
+        if clip.small == "error":
+            _check_size(record, size, height, width)
+        return resize(frame[None], height, width)[0]
+
+    video = record.read_frames(times, fit)
+    return video, size
 
 
 def _frames_at(record: Record, fps: float) -> int:

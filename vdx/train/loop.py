@@ -91,9 +91,7 @@ def train(
             trainer = Trainer(job, workdir, mesh, batches, checkpoints, watchdog)
             # Only now: an earlier run in the workdir may not fit this config.
             if jax.process_index() == 0:
-                write_json(workdir / "config.json", job.config)
-                if facts is not None:
-                    write_json(workdir / "run.json", facts)
+                _write_config(workdir, job, facts)
 
             try:
                 trainer.run(preemption, evaluations, samples)
@@ -104,6 +102,13 @@ def train(
         batches.close()
 
     return TrainedRun(trainer.state, trainer.averaged_params(), time.monotonic() - begin)
+
+
+def _write_config(workdir: Path, job: TrainJob, facts: Mapping[str, Any] | None) -> None:
+    """Write the config of a run, and the origin of the run if it is given."""
+    write_json(workdir / "config.json", job.config)
+    if facts is not None:
+        write_json(workdir / "run.json", facts)
 
 
 class Trainer:
