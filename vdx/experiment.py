@@ -95,16 +95,16 @@ class Experiment:
             metadata=lambda: getattr(self.source(), "metadata", {}),
         )
 
-        # Shapes, without any array
-        self.shapes = self.weights.shapes  # raises for a model that cannot be built
-        self.kernels = self.weights.kernels
-        if isinstance(self.trained_part, Trainable):
-            self.trained_part.check(self.shapes)
-
         # The mathematics of training
         check_first_frame(sections, self.model)
         self.process = build(sections.process, PROCESSES, "config.process")
         self.objective = self.build_objective(sections)
+
+        # Shapes, without any array. Last: a large network takes seconds
+        self.shapes = self.weights.shapes  # raises for a model that cannot be built
+        self.kernels = self.weights.kernels
+        if isinstance(self.trained_part, Trainable):
+            self.trained_part.check(self.shapes)
 
     @property
     def trained_part(self) -> Lora | Trainable | None:
