@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -331,7 +332,11 @@ def test_interrupt_while_libraries_are_imported():
         text=True,
         env={**os.environ, "PYTHONVERBOSE": ""},
     ) as process:
-        time.sleep(1.5)
+        # By now vdx is imported, and its libraries are on the way.
+        while (
+            process.poll() is None and "numpy" not in Path(f"/proc/{process.pid}/maps").read_text()
+        ):
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.strip() == "vdx: interrupted."
