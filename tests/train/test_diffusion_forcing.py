@@ -116,7 +116,7 @@ def test_a_config_with_forcing_and_blocks_streams(at_root):
     assert type(Experiment({**config, "diffusion_forcing": False}).generator()) is Generator
     config["model"]["backbone"]["pattern"][0]["block"] = 3
     with pytest.raises(ConfigError, match=r"16 frames are no number of blocks.* of 12"):
-        Experiment(config)
+        Experiment(config).tx  # noqa: B018
 
 
 @pytest.mark.slow
