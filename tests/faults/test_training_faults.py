@@ -232,10 +232,13 @@ def test_another_model_is_refused_and_nothing_is_lost(folder, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished(folder, "whole_one", "one"), workdir)
     before = read_json(workdir / "config.json")
-    ends(workdir, launch(workdir, *SHORT, "--config.model.backbone.width=64"), 1)
-    assert "belongs to another model or optimizer" in log_of(workdir) and "Traceback" not in log_of(
-        workdir
-    )
+    wider = "--config.model.backbone.width=64"
+    ends(workdir, launch(workdir, *SHORT, wider), 1)
+    assert "model.backbone.width" in log_of(workdir)
+    assert "--allow_config_change" in log_of(workdir)
+    ends(workdir, launch(workdir, *SHORT, wider, "--allow_config_change"), 1)
+    assert "belongs to another model or optimizer" in log_of(workdir)
+    assert "Traceback" not in log_of(workdir)
     assert read_json(workdir / "config.json") == before and whole_steps(workdir) == [10, STEPS]
 
 
