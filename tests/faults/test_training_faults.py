@@ -21,12 +21,7 @@ from vdx.files import read_json, read_rows
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.preemption import PREEMPTED, STUCK
 
-pytestmark = [
-    pytest.mark.faults,
-    # Tests kill processes, also those that they do not wait for.
-    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.faults
 STEPS = 20
 SHORT = [
     f"--config.train.steps={STEPS}",
