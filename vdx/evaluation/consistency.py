@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from vdx.data.motion import motion_score
 from vdx.evaluation.drawing import ClipDrawer
 from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores
 from vdx.evaluation.html import LoggedRows, format_number, table
@@ -43,19 +44,40 @@ def mean_of(values: Sequence[float]) -> float:
 class ConsistencyEvaluator(Evaluator):
     """One consistency of clips drawn for validation captions, and of the data's own.
 
-    Scores: `clips`, the number of drawn clips; a number for each of `labels`; the same numbers
-    for the data's own clips under `true`.
+    Scores: `clips`, the number of drawn clips; the row's own number, the mean over the conclusive
+    clips; `motion`, the mean motion score; `conclusive`, the share of conclusive clips; the same
+    numbers for the data's own clips under `true`. A mean over no clip is NaN: inconclusive.
     """
 
     clips: int = 8  # drawn clips
 
     name: ClassVar[str]  # the row's name in EVALUATORS and in the log
-    labels: ClassVar[dict[str, str]]  # score -> what it is, for people
+    score: ClassVar[str]  # the name of the row's own number
+    label: ClassVar[str]  # what it is, for people
     needs: ClassVar[tuple[str, ...]] = ("clips",)
 
     @abc.abstractmethod
+    def score_clip(self, video: np.ndarray) -> float | None:
+        """Return the number of a clip uint8 [t h w 3]; None if it is inconclusive."""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The scores, and what they are."""
+        return {
+            self.score: self.label,
+            "motion": "motion score",
+            "conclusive": "share of conclusive clips",
+        }
+
     def score_clips(self, videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
         """Return a number for each of `labels`, of clips that are each uint8 [t h w 3]."""
+        scores = [self.score_clip(video) for video in videos]
+        conclusive = [score for score in scores if score is not None]
+        return {
+            self.score: mean_of(conclusive),
+            "motion": mean_of([motion_score(video, fps) for video in videos]),
+            "conclusive": len(conclusive) / max(len(videos), 1),
+        }
 
     def prepare(self, context: EvaluationContext) -> Callable[[Params], Scores]:
         """See Evaluator."""

@@ -1,14 +1,12 @@
 """Flicker: brightness that changes from frame to frame where nothing moves."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from vdx.config.ranges import Count
-from vdx.data.motion import motion_score
-from vdx.evaluation.consistency import ConsistencyEvaluator, mean_of
+from vdx.evaluation.consistency import ConsistencyEvaluator
 from vdx.metrics.temporal_consistency import flicker
 
 __all__ = ["Flicker"]
@@ -35,21 +33,10 @@ class Flicker(ConsistencyEvaluator):
         "Levels of luma by which a frame leaves its motion-compensated neighbours; lower is "
         "better. A frozen clip does not flicker: read it together with the motion score."
     )
-    labels: ClassVar[dict[str, str]] = {
-        "flicker": "flicker (levels of luma)",
-        "motion": "motion score",
-        "conclusive": "share of conclusive clips",
-    }
+    score: ClassVar[str] = "flicker"
+    label: ClassVar[str] = "flicker (levels of luma)"
 
-    def score_clips(self, videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
-        """Return flicker, motion and the share of conclusive clips."""
-        values = []
-        for video in videos:
-            levels, share = flicker(video)
-            if share >= LEAST_SHARE:
-                values.append(levels)
-        return {
-            "flicker": mean_of(values),
-            "motion": mean_of([motion_score(video, fps) for video in videos]),
-            "conclusive": len(values) / max(len(videos), 1),
-        }
+    def score_clip(self, video: np.ndarray) -> float | None:
+        """Return the flicker of a clip in levels of luma."""
+        levels, share = flicker(video)
+        return levels if share >= LEAST_SHARE else None

@@ -1,14 +1,12 @@
 """Identity drift: a subject whose colours change while the clip runs."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from vdx.config.ranges import Count
-from vdx.data.motion import motion_score
-from vdx.evaluation.consistency import ConsistencyEvaluator, mean_of
+from vdx.evaluation.consistency import ConsistencyEvaluator
 from vdx.metrics.temporal_consistency import identity_drift
 from vdx.metrics.tracking import foreground
 
@@ -40,27 +38,16 @@ class IdentityDrift(ConsistencyEvaluator):
         "does not drift: read it together with the motion score. Clips whose subject cannot be "
         "followed are inconclusive."
     )
-    labels: ClassVar[dict[str, str]] = {
-        "drift": "identity drift (0 to 1)",
-        "motion": "motion score",
-        "conclusive": "share of conclusive clips",
-    }
+    score: ClassVar[str] = "drift"
+    label: ClassVar[str] = "identity drift (0 to 1)"
 
-    def score_clips(self, videos: Sequence[np.ndarray], fps: float) -> dict[str, float]:
-        """Return drift, motion and the share of conclusive clips."""
-        values = []
-        for video in videos:
-            masks = subject_masks(video)
-            if masks is None:
-                continue
-            value, share = identity_drift(video, masks)
-            if share >= LEAST_SHARE:
-                values.append(value)
-        return {
-            "drift": mean_of(values),
-            "motion": mean_of([motion_score(video, fps) for video in videos]),
-            "conclusive": len(values) / max(len(videos), 1),
-        }
+    def score_clip(self, video: np.ndarray) -> float | None:
+        """Return the drift of a clip from 0 to 1."""
+        masks = subject_masks(video)
+        if masks is None:
+            return None
+        value, share = identity_drift(video, masks)
+        return value if share >= LEAST_SHARE else None
 
 
 def subject_masks(video: np.ndarray) -> np.ndarray | None:
