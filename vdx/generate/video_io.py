@@ -16,7 +16,7 @@ from vdx.config.build import ConfigError
 from vdx.data.animation import iter_animation
 from vdx.data.images import SUFFIXES
 from vdx.data.record import ROUNDING, clip_interval
-from vdx.data.video_files import open_footage
+from vdx.data.video_files import Footage, Opener, open_footage
 from vdx.files import atomic_write
 from vdx.types import Array
 
@@ -161,7 +161,7 @@ def read_video(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError, naming the file, if it does not decode as a whole.
     """
-    seconds, frames = zip(*_decode(path), strict=True)
+    seconds, frames = zip(*_open(path)[1], strict=True)
     return np.stack(frames), np.array(seconds)
 
 
@@ -177,13 +177,12 @@ def frames_at(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         yield from _animation_at(path, fps)
         return
 
-    with _errors_named(path):
-        footage = open_footage(lambda: str(path))
+    footage, frames = _open(path)
     interval = clip_interval(footage.stamps, fps)
     count = 0
     last_second = 0.0
     last_frame = None
-    for second, frame in _decode(path):
+    for second, frame in frames:
         # The last frame is the nearest until halfway to this one.
         while last_frame is not None and count * interval < (last_second + second) / 2:
             yield last_frame
@@ -217,11 +216,19 @@ def _errors_named(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _decode(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
+def _open(path: str | Path) -> tuple[Footage, Iterator[tuple[float, np.ndarray]]]:
+    """Return the footage of a file, and its (seconds from the first, frame)."""
     opener = lambda: str(path)
     with _errors_named(path):
         footage = open_footage(opener)
+    return footage, _decode(path, footage, opener)
+
+
+def _decode(
+    path: str | Path, footage: Footage, opener: Opener
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (seconds from the first frame, uint8 [h w 3]) of every frame."""
+    with _errors_named(path):
         for number, frame in footage.frames(opener, range(len(footage.stamps))):
             yield float(footage.stamps[number]), frame
 
@@ -233,17 +240,7 @@ def write_webp(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> No
     """
     images = _images(frames, fps, min_side=1)
     milliseconds = _durations(len(images), fps, tick=1)
-    with atomic_write(path) as part:
-        images[0].save(
-            part,
-            format="WEBP",
-            save_all=True,
-            append_images=images[1:],
-            duration=milliseconds,
-            loop=0,
-            lossless=True,
-            quality=100,
-        )
+    _save_animation(path, images, milliseconds, format="WEBP", lossless=True, quality=100)
 
 
 def write_gif(
@@ -259,15 +256,21 @@ def write_gif(
         raise ValueError(f"A GIF shows at most {MAX_GIF_FPS} frames per second, not {fps:g}.")
     images = [image.quantize(256) for image in _images(frames, fps, min_side)]
     milliseconds = _durations(len(images), fps, tick=10)
+    _save_animation(path, images, milliseconds, format="GIF", disposal=1)
+
+
+def _save_animation(
+    path: str | Path, images: list[Image.Image], milliseconds: list[int], **options: Any
+) -> None:
+    """Write images as an animation that repeats. options: of Pillow's writer."""
     with atomic_write(path) as part:
         images[0].save(
             part,
-            format="GIF",
             save_all=True,
             append_images=images[1:],
             duration=milliseconds,
             loop=0,
-            disposal=1,
+            **options,
         )
 
 
