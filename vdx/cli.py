@@ -1,8 +1,11 @@
 """Flags as values: what an entry point's text flags mean."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from absl import app, flags
+
+T = TypeVar("T")
 
 FLAGS = flags.FLAGS
 MAPS = ("depth", "pose", "flow")  # the dense maps of --control
@@ -16,13 +19,7 @@ def given_flags(*names: str) -> dict[str, Any]:
 
 def parse_mesh(text: str | None) -> dict[str, int] | None:
     """Return the sizes of a mesh such as fsdp=4,tensor=2. Raises UsageError."""
-    if not text:
-        return None
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return {axis: int(size) for axis, size in pairs}
-    except ValueError as error:
-        raise app.UsageError(f"--mesh={text} is not like fsdp=4,tensor=2.") from error
+    return _parse_numbers("mesh", text, int, "fsdp=4,tensor=2")
 
 
 def parse_guidance(text: str | None) -> float | tuple[float, ...] | None:
@@ -40,19 +37,26 @@ def parse_guidance(text: str | None) -> float | tuple[float, ...] | None:
 
 def parse_signal_guidance(text: str | None) -> dict[str, float] | None:
     """Return guidance scales by signal, such as depth=2,flow=1.5. Raises UsageError."""
+    return _parse_numbers("signal_guidance", text, float, "depth=2,flow=1.5")
+
+
+def _parse_numbers(
+    flag: str, text: str | None, kind: Callable[[str], T], example: str
+) -> dict[str, T] | None:
+    """Return the numbers of a flag by name. Raises UsageError that shows the example."""
     if not text:
         return None
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {name: float(scale) for name, scale in pairs}
+        return {name: kind(number) for name, number in pairs}
     except ValueError as error:
-        raise app.UsageError(f"--signal_guidance={text} is not like depth=2,flow=1.5") from error
+        raise app.UsageError(f"--{flag}={text} is not like {example}.") from error
 
 
 def parse_control_maps(text: str | None) -> dict[str, str]:
     """Return files by map, such as depth=FILE,pose=FILE. Raises UsageError."""
     maps = {}
-    for part in text.split(",") if text else []:
+    for part in parse_list(text) or ():
         name, _, path = part.partition("=")
         if name not in MAPS or not path:
             raise app.UsageError(f"--control={part} is not like depth=FILE or pose=FILE.")

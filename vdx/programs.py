@@ -67,11 +67,10 @@ def _list_flags(names: Sequence[str]) -> str:
     lines = ["Flags:"]
     for name in names:
         flag = FLAGS[name]
-        name = f"[no]{name}" if flag.boolean else name
-        default = (
-            "" if flag.default in (None, []) else f" [{str(flag.default_as_str).strip(chr(39))}]"
-        )
-        text = f"--{name}: {flag.help}{default}"
+        text = f"--{'[no]' if flag.boolean else ''}{name}: {flag.help}"
+        if flag.default not in (None, []):
+            stated = str(flag.default_as_str).strip("'")
+            text += f" [{stated}]"
         lines.append(flags.text_wrap(text, indent="      ", firstline_indent="  "))
     return "\n".join([*lines, "  --helpfull: Print the flags of the libraries too."])
 

@@ -48,14 +48,13 @@ class Interval:
 
     def __contains__(self, value: float) -> bool:
         """Return whether a number is inside; NaN never is."""
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        return above and below
+        if (self.low_open and value == self.low) or (self.high_open and value == self.high):
+            return False
+        return self.low <= value <= self.high
 
     def __str__(self) -> str:
         """Return how the range reads after a type, such as ">= 1" or "in [0, 1)"."""
-        is_bounded = self.high not in (MAX_INT, MAX_FLOAT)
-        if is_bounded:
+        if self.high not in (MAX_INT, MAX_FLOAT):
             left = "(" if self.low_open else "["
             right = ")" if self.high_open else "]"
             return f"in {left}{self.low:g}, {_bound(self.high)}{right}"
@@ -73,8 +72,9 @@ class OneOf:
 
 def _bound(value: float) -> str:
     """Return the upper end of a range; a power of two less one has too many digits."""
-    power = math.log2(value + 1) if value > MAX_INT else 0.5
-    return f"2^{power:.0f} - 1" if power.is_integer() else f"{value:g}"
+    if value > MAX_INT and math.log2(value + 1).is_integer():
+        return f"2^{math.log2(value + 1):.0f} - 1"
+    return f"{value:g}"
 
 
 Count = Annotated[int, Interval(1, MAX_INT)]
