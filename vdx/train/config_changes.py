@@ -21,7 +21,7 @@ from vdx.data.transforms import ClipSampling
 from vdx.diffusion.losses import LOSS_TERMS, WEIGHTINGS
 from vdx.diffusion.process import PROCESSES
 from vdx.diffusion.time_sampling import TIME_SAMPLERS
-from vdx.files import read_json
+from vdx.files import read_json_object
 from vdx.generate.generator import Sampling
 from vdx.models.adapters.lora import Lora
 from vdx.models.conditioning.table import SIGNALS
@@ -108,14 +108,13 @@ def check_config(workdir: Path, config: Mapping[str, Any], allow: bool) -> list[
     """Return what differs from the config that a workdir was trained with.
 
     allow: keys that decide what is learned may differ too. Raises ConfigError for such a key if
-    the workdir has a checkpoint, which the run would continue from.
+    the workdir has a checkpoint, which the run would continue from, and what `read_json_object`
+    raises.
     """
     path = workdir / "config.json"
     if not path.exists():
         return []
-    old = read_json(path)
-    if not isinstance(old, Mapping):
-        raise ConfigError(f"{path} is not the config of a run: expected a JSON object.")
+    old = read_json_object(path)
     check_renamed_keys(old, source=str(path))
 
     changes = config_changes(old, config)
