@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top to the ground; a module may import its own level and lower ones.
 LEVELS = [
-    {"main", "sample", "evaluate", "convert", "plan", "reference"},
+    {"main", "sample", "evaluate", "convert", "plan", "prepare", "reference"},
     {"cli"},
-    {"evaluation", "planning"},
+    {"evaluation", "planning", "preparation"},
     {"load_pipeline"},
     {"experiment", "weights"},
     {"train", "generate"},
@@ -23,6 +23,7 @@ LEVELS = [
         "config",
         "compilation_cache",
         "exits",
+        "extras",
         "files",
         "flops",
         "hardware",

@@ -73,6 +73,8 @@ def _video_stream(container: InputContainer) -> VideoStream:
         raise ValueError(f"frames of {codec.height}x{codec.width}, more than {MOST_PIXELS} pixels")
 
     codec.options = {"max_pixels": str(MOST_PIXELS)}  # the stream may contradict the header
+    if codec.name == "h264":  # of other codecs FFmpeg exports no quantisers, or loses frames
+        codec.options = {**codec.options, "export_side_data": "venc_params"}
     codec.thread_count = 1  # the loader's own threads share the cores
     return stream
 

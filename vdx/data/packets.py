@@ -38,12 +38,15 @@ class Packets(NamedTuple):
         return int(np.argmax(self.is_key))
 
 
-def read_packets(file: str | io.BytesIO) -> Packets:
-    """Return the packets of a video; nothing is decoded, and their data is not kept."""
+def read_packets(file: str | io.BytesIO, partial: bool = False) -> Packets:
+    """Return the packets of a video; nothing is decoded, and their data is not kept.
+
+    partial: end at the first incomplete packet, where others raise ValueError.
+    """
     rows = array.array("q")
     container, stream = open_video(file)
     with container:
-        for packet in _demux(container, stream):
+        for packet in _demux(container, stream, partial):
             times = (NO_TIME if t is None else t for t in (packet.pts, packet.dts))
             rows.extend((*times, packet.duration or 0, packet.is_keyframe, packet.is_discard))
         if stream.time_base is None:
@@ -77,12 +80,14 @@ def read_packets(file: str | io.BytesIO) -> Packets:
     )
 
 
-def output_order(file: str | io.BytesIO, start: int) -> np.ndarray:
+def output_order(file: str | io.BytesIO, start: int, partial: bool = False) -> np.ndarray:
     """Return the packet of each frame in display order, int [frames]; decodes all."""
     numbers: list[int] = []
-    for packet, frame, _ in decode_packets(file, start):
+    for packet, frame, _ in decode_packets(file, start, partial):
         if not frame.is_corrupt:
             numbers.append(packet)
+        elif partial and numbers:
+            break
         elif numbers or packet == start:  # others are shown before the first key frame
             raise ValueError("damaged frame")
     return np.array(numbers, int)
@@ -104,12 +109,19 @@ def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
     raise ValueError("the times of its frames go back or are missing: encode it again")
 
 
-def _demux(container: InputContainer, stream: VideoStream) -> Iterator["av.Packet[VideoStream]"]:
-    """Yield the packets with data. Raises ValueError for incomplete ones."""
+def _demux(
+    container: InputContainer, stream: VideoStream, partial: bool
+) -> Iterator["av.Packet[VideoStream]"]:
+    """Yield the packets with data.
+
+    Raises ValueError for incomplete ones; `partial` ends there.
+    """
     count = 0
     for packet in container.demux(stream):
         if not packet.size:
             continue
+        if packet.is_corrupt and partial:
+            return
         if packet.is_corrupt:
             raise ValueError(f"damaged or truncated: packet {count} is incomplete")
         count += 1
@@ -126,15 +138,15 @@ class Decoded(NamedTuple):
     stream: VideoStream
 
 
-def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[Decoded]:
+def decode_packets(file: str | io.BytesIO, start: int, partial: bool = False) -> Iterator[Decoded]:
     """Yield the frames in the order of the decoder's output.
 
-    start: number of the packet with which decoding starts.
+    start: number of the packet with which decoding starts. partial: see `read_packets`.
     """
     container, stream = open_video(file)
     with container:
         decoder = decoder_of(stream)
-        for number, packet in enumerate(_demux(container, stream)):
+        for number, packet in enumerate(_demux(container, stream, partial)):
             if number < start:
                 continue
             packet.pts = number  # the decoder hands it on to the frame

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import av
 import numpy as np
@@ -22,7 +22,9 @@ from vdx.data.packets import Decoded, decode_packets, display_times, output_orde
 from vdx.data.record import BadRecord, FrameFunction, Record, frame_index_at
 
 __all__ = [
+    "ANIMATION",
     "VIDEOS",
+    "DisplayedFrame",
     "Footage",
     "Opener",
     "guard",
@@ -55,6 +57,14 @@ ANIMATION = re.compile(rb"GIF8|\x89PNG|RIFF.{4}WEBP", re.DOTALL)  # first bytes 
 MOST_BYTES = 1 << 31  # of the frames of one read
 
 
+class DisplayedFrame(NamedTuple):
+    """One frame as players show it."""
+
+    number: int  # in display order
+    pixels: np.ndarray  # uint8 [h w 3]
+    quantiser: float | None  # mean of H.264's quantiser over the frame
+
+
 class Footage(Protocol):
     """Frames in display order, of an encoded video or an animated image."""
 
@@ -65,6 +75,13 @@ class Footage(Protocol):
     @property
     def duration(self) -> float:
         """Seconds from the first frame to the end of the last one."""
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Numbers of the frames where decoding may start, int [keys]."""
+
+    def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
+        """Yield the frames from a number on, in one decode; memory holds one at a time."""
 
     def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend."""
@@ -93,6 +110,16 @@ class Animation:
     stamps: np.ndarray  # float64 [frames], seconds from the first frame
     duration: float  # seconds
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Numbers of the frames where decoding may start: the first."""
+        return np.zeros(1, int)
+
+    def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
+        """Yield the frames from a number on, in one decode; memory holds one at a time."""
+        for number, pixels in self.frames(opener, range(start, len(self.stamps))):
+            yield DisplayedFrame(number, pixels, None)
+
     def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend."""
         kept = set(wanted)
@@ -119,6 +146,16 @@ class Movie:
     packets: np.ndarray  # int [frames], number of the packet of each frame
     first_packet: int  # decoding from here gives every frame
     keys: np.ndarray  # int [keys], frames of key packets, where decoding may start
+    partial: bool = False  # the file ends at the first incomplete packet
+
+    def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
+        """Yield the frames from a number on, in one decode; memory holds one at a time.
+
+        Raises ValueError for frames that do not decode; the decoder would only conceal them.
+        """
+        for number, decoded in self._from(opener, start):
+            pixels = display_pixels(decoded.frame, decoded.stream)
+            yield DisplayedFrame(number, pixels, _quantiser(decoded.frame))
 
     def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend.
@@ -160,7 +197,7 @@ class Movie:
         """Yield (number, decoded frame) as the decoder gives them from packet `start` on."""
         numbers = {packet: number for number, packet in enumerate(self.packets.tolist())}
         certain = start == self.first_packet
-        for decoded in decode_packets(file, start):
+        for decoded in decode_packets(file, start, self.partial):
             # In a stream without whole key frames the image is only complete later.
             frame = decoded.frame
             is_key = frame.key_frame and frame.pict_type == INTRA
@@ -174,17 +211,25 @@ class Movie:
                 yield numbers[decoded.packet], decoded
 
 
-def _open_movie(opener: Opener) -> Movie:
+def _quantiser(frame: av.VideoFrame) -> float | None:
+    """Return the mean of H.264's quantiser over a frame; None for other codecs."""
+    parameters: Any = frame.side_data.get("VIDEO_ENC_PARAMS")
+    if parameters is None:
+        return None
+    return float(parameters.qp_map().mean())
+
+
+def _open_movie(opener: Opener, partial: bool) -> Movie:
     """Return the timeline of an encoded video.
 
     Times are never computed from a frame rate. Raises ValueError.
     """
-    packets = read_packets(opener())
+    packets = read_packets(opener(), partial)
     if packets.shown_as_stamped:
         numbers = np.flatnonzero(~packets.is_discard)
         numbers = numbers[np.argsort(packets.shown_at[numbers])]
     else:
-        numbers = output_order(opener(), packets.first_key)
+        numbers = output_order(opener(), packets.first_key, partial)
     if not len(numbers):
         raise ValueError("no frames")
 
@@ -203,6 +248,7 @@ def _open_movie(opener: Opener) -> Movie:
         packets=numbers,
         first_packet=packets.first_key,
         keys=np.flatnonzero(packets.is_key[numbers]),
+        partial=partial,
     )
 
 
@@ -217,16 +263,19 @@ def is_video(path: Path) -> bool:
         return False
 
 
-def open_footage(opener: Opener) -> Footage:
+def open_footage(opener: Opener, partial: bool = False) -> Footage:
     """Return the footage of a file, by what it contains.
+
+    partial: of a truncated video, return what is there.
 
     Raises ValueError, OSError and what decoders raise.
     """
     file = opener()
-    check_complete(file)
+    if not partial:
+        check_complete(file)
     if ANIMATION.match(first_bytes(file)):
         return _open_animation(opener)
-    return _open_movie(opener)
+    return _open_movie(opener, partial)
 
 
 def video_record(key: str, caption: Any, opener: Opener) -> Record:
