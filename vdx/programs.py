@@ -30,13 +30,14 @@ def run_program(
     required: Sequence[str] = (),
     argument: str | None = None,
     takes_config: bool = False,
+    passes_on: str | None = None,
 ) -> None:
     """Run an entry point: parse its flags, call `main`, report mistakes.
 
     required: flags without which the program cannot run. argument: the one argument without a
-    flag, which `main` receives. takes_config: --config.KEY=VALUE is allowed. --help prints the
-    docstring of main's module and the flags that `define_flags` defines; --helpfull prints those
-    of the libraries too.
+    flag, which `main` receives. takes_config: --config.KEY=VALUE is allowed. passes_on: the
+    beginning of flags of a library, which `main` reads. --help prints the docstring of main's
+    module and the flags that `define_flags` defines; --helpfull prints those of the libraries too.
     """
     raise_interrupts()
     module = main.__globals__
@@ -50,7 +51,8 @@ def run_program(
             print(module["__doc__"].strip(), _list_flags(own), sep="\n\n")
             sys.exit(0)
         with exit_on_user_error(command):
-            rest = _parse_flags(argv, takes_config)
+            own_argv = [arg for arg in argv if not passes_on or not arg.startswith(passes_on)]
+            rest = _parse_flags(own_argv, takes_config)
             _check_arguments(rest, argument)
             _check_required(required)
             return rest

@@ -17,13 +17,24 @@ from vdx.data.track_files import TRACK_FILES
 from vdx.data.video_files import is_video
 
 __all__ = [
+    "HIDDEN",
     "NO_CAPTION",
+    "NO_VIDEO",
+    "OTHER",
+    "REPEATED",
+    "UNUSABLE",
     "FolderListing",
     "VideoEntry",
+    "Walk",
+    "describe_left_out",
     "list_videos",
     "names_on_disk",
+    "nfc",
+    "stem",
     "stored_name",
+    "stored_names",
     "validation_names",
+    "walk_folder",
 ]
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # as hidden as names with a dot
@@ -59,16 +70,11 @@ class FolderListing(NamedTuple):
 
     def __str__(self) -> str:
         """Return one line with the number of videos and of each kind that is left out."""
-        kinds = [
-            f"{len(names)} {kind} ({_list_names(names)})"
-            for kind, names in self.left_out.items()
-            if names
-        ]
         line = f"{self.root}: {len(self.entries)} videos with captions."
-        return f"{line} Not used: {'; '.join(kinds)}." if kinds else line
+        return line + describe_left_out(self.left_out)
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """Names below a folder, relative to it."""
 
     files: list[str]
@@ -85,7 +91,7 @@ def list_videos(root: Path) -> FolderListing:
     """
     if not root.is_dir():
         raise ValueError(f"There is no folder {root.resolve()}.")
-    walk = _walk(root)
+    walk = walk_folder(root)
     metadata = root / "metadata.jsonl"
     if os.path.lexists(metadata):
         return _from_rows(root, walk, read_metadata(metadata))
@@ -109,37 +115,37 @@ def validation_names(names: Iterable[str], fraction: float) -> set[str]:
 
 def names_on_disk(root: Path) -> dict[str, str]:
     """Return the files of a folder: name, and its NFC form, -> name on the disk."""
-    return _stored_names(_walk(root))
+    return stored_names(walk_folder(root))
 
 
 def stored_name(name: str, on_disk: Mapping[str, str]) -> str:
     """Return the name on the disk; a list may have another Unicode form of it."""
-    return on_disk.get(name) or on_disk.get(_nfc(name), name)
+    return on_disk.get(name) or on_disk.get(nfc(name), name)
 
 
-def _stored_names(walk: "_Walk") -> dict[str, str]:
+def stored_names(walk: Walk) -> dict[str, str]:
     """Return names and their NFC forms -> names."""
-    composed = {_nfc(name): name for name in walk.files}
+    composed = {nfc(name): name for name in walk.files}
     return composed | {name: name for name in walk.files}
 
 
-def _nfc(name: str) -> str:
+def nfc(name: str) -> str:
     """Return a name with composed characters; macOS also stores decomposed ones."""
     return unicodedata.normalize("NFC", name)
 
 
 def _hash(name: str) -> float:
     """Return the hash of a name in [0, 1), the same for every Unicode form."""
-    encoded = _nfc(name).encode("utf-8", "surrogatepass")
+    encoded = nfc(name).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest()) / 2**64
 
 
-def _walk(root: Path) -> _Walk:
+def walk_folder(root: Path) -> Walk:
     """Return what is below a folder, through links; each folder is entered once.
 
     Folders that are reached without a link come first, so that their names are kept.
     """
-    walk = _Walk([], [], [], [])
+    walk = Walk([], [], [], [])
     real_root = root.resolve()
     folders = deque([""])
     links: deque[str] = deque()
@@ -169,7 +175,7 @@ def _walk(root: Path) -> _Walk:
 
 
 def _place(
-    entry: os.DirEntry[str], path: str, walk: _Walk, folders: deque[str], links: deque[str]
+    entry: os.DirEntry[str], path: str, walk: Walk, folders: deque[str], links: deque[str]
 ) -> None:
     """Append a path to the list that it belongs into."""
     if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
@@ -196,21 +202,21 @@ def _identity(path: Path) -> Any:
     return (facts.st_dev, facts.st_ino) if facts.st_ino else path.resolve()
 
 
-def _from_text_files(root: Path, walk: _Walk) -> FolderListing:
+def _from_text_files(root: Path, walk: Walk) -> FolderListing:
     """Return the videos that have a text file of the same name."""
     # Captions by the name of their video, without suffix; of a.txt and a.TXT the first.
     captions = [name for name in walk.files if name.lower().endswith(".txt")]
     texts: dict[str, str] = {}
     for name in reversed(captions):
-        texts.setdefault(_stem(name), name)
+        texts.setdefault(stem(name), name)
 
     videos = [name for name in walk.files if is_video(root / name)]
     kept, repeated = _distinct(root, videos, texts)
-    entries = [VideoEntry(name, root / texts[_stem(name)]) for name in kept if _stem(name) in texts]
+    entries = [VideoEntry(name, root / texts[stem(name)]) for name in kept if stem(name) in texts]
 
-    used = {texts[_stem(name)] for name in videos if _stem(name) in texts}
+    used = {texts[stem(name)] for name in videos if stem(name) in texts}
     left_out = {
-        NO_CAPTION: [name for name in kept if _stem(name) not in texts],
+        NO_CAPTION: [name for name in kept if stem(name) not in texts],
         NO_VIDEO: [name for name in captions if name not in used],
         OTHER: sorted({*walk.files} - {*videos} - {*captions}),
         HIDDEN: walk.hidden,
@@ -232,7 +238,7 @@ def _distinct(
         names.setdefault(_identity(root / name), []).append(name)
 
     def preference(name: str) -> tuple[bool, bool, str]:
-        return _stem(name) not in texts, os.path.islink(root / name), name
+        return stem(name) not in texts, os.path.islink(root / name), name
 
     best = {min(group, key=preference) for group in names.values()}
     return (
@@ -241,12 +247,12 @@ def _distinct(
     )
 
 
-def _from_rows(root: Path, walk: _Walk, rows: list[dict[str, Any]]) -> FolderListing:
+def _from_rows(root: Path, walk: Walk, rows: list[dict[str, Any]]) -> FolderListing:
     """Return the videos of the rows of `metadata.jsonl`.
 
     Rows of files that are not there stay, and are bad records when they are read.
     """
-    on_disk = _stored_names(walk)
+    on_disk = stored_names(walk)
     entries = [_entry(row, on_disk) for row in rows]
     captioned = [entry for entry in entries if entry.caption is not None]
 
@@ -290,9 +296,17 @@ def _entry(row: Mapping[str, Any], on_disk: Mapping[str, str]) -> VideoEntry:
     return VideoEntry(as_stored(row["file_name"]), row.get("caption"), row.get("sha256"), tracks)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """Return a name without its suffix, in NFC."""
-    return _nfc(PurePosixPath(name).with_suffix("").as_posix())
+    return nfc(PurePosixPath(name).with_suffix("").as_posix())
+
+
+def describe_left_out(left_out: Mapping[str, list[str]]) -> str:
+    """Return a sentence with the number of names of each kind; "" if there are none."""
+    kinds = [
+        f"{len(names)} {kind} ({_list_names(names)})" for kind, names in left_out.items() if names
+    ]
+    return f" Not used: {'; '.join(kinds)}." if kinds else ""
 
 
 def _list_names(names: list[str]) -> str:

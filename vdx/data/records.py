@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing it takes a second, which other sources save
 __all__ = [
     "check_classes",
     "check_latents",
+    "clip_features",
     "latent_features",
     "ready_example",
     "video_features",
@@ -62,6 +63,31 @@ def video_features() -> "FeaturesDict":
             "video": tfds.features.Tensor(shape=(), dtype=np.object_),
             "caption": tfds.features.Text(),
             "key": tfds.features.Text(),
+        }
+    )
+
+
+def clip_features(measures: Iterable[str] = ()) -> "FeaturesDict":
+    """Return the features of clips that `vdx.prepare` encodes.
+
+    Those of encoded videos, and: source, the file; start and end in it, seconds; timestamps [t] of
+    the frames, seconds from the clip's start; fps; motion, see `vdx.data.motion`; audio, int16
+    [samples], at audio_rate; and numbers by the names of measures, -1 where unknown.
+    """
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            **video_features(),
+            "source": tfds.features.Text(),
+            "start": np.float32,
+            "end": np.float32,
+            "timestamps": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+            "fps": np.float32,
+            "motion": np.float32,
+            "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16),
+            "audio_rate": np.int32,
+            **dict.fromkeys(measures, np.float32),
         }
     )
 

@@ -80,6 +80,10 @@ class Footage(Protocol):
     def keys(self) -> np.ndarray:
         """Numbers of the frames where decoding may start, int [keys]."""
 
+    @property
+    def origin(self) -> float:
+        """Time of the first frame in the container, in seconds; that of the audio counts so."""
+
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
         """Yield the frames from a number on, in one decode; memory holds one at a time."""
 
@@ -115,6 +119,11 @@ class Animation:
         """Numbers of the frames where decoding may start: the first."""
         return np.zeros(1, int)
 
+    @property
+    def origin(self) -> float:
+        """Time of the first frame in the container, in seconds."""
+        return 0.0
+
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
         """Yield the frames from a number on, in one decode; memory holds one at a time."""
         for number, pixels in self.frames(opener, range(start, len(self.stamps))):
@@ -146,6 +155,7 @@ class Movie:
     packets: np.ndarray  # int [frames], number of the packet of each frame
     first_packet: int  # decoding from here gives every frame
     keys: np.ndarray  # int [keys], frames of key packets, where decoding may start
+    origin: float = 0.0  # time of the first frame in the container, seconds: that of the audio
     partial: bool = False  # the file ends at the first incomplete packet
 
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
@@ -248,6 +258,7 @@ def _open_movie(opener: Opener, partial: bool) -> Movie:
         packets=numbers,
         first_packet=packets.first_key,
         keys=np.flatnonzero(packets.is_key[numbers]),
+        origin=float(ticks[0]) * packets.tick,
         partial=partial,
     )
 

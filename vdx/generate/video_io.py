@@ -14,6 +14,7 @@ from PIL import Image
 
 from vdx.config.build import ConfigError
 from vdx.data.animation import iter_animation
+from vdx.data.encoding import add_stream, yuv_frame
 from vdx.data.images import SUFFIXES
 from vdx.data.record import ROUNDING, clip_interval
 from vdx.data.video_files import Footage, Opener, open_footage
@@ -29,12 +30,6 @@ __all__ = [
     "write_video",
     "write_webp",
 ]
-
-BT709 = 1  # the number of this colour matrix, its primaries and its curve in H.264
-LIMITED = 1  # the range of luma in H.264 that every player expects: 16 to 235
-# Constant rate factor 12 is visually lossless. x264's macroblock tree, by default on, makes
-# different bytes of the same frames from time to time.
-X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
 
 MAX_GIF_FPS = 50  # browsers show frames of less than 20 ms for 100 ms
 
@@ -105,11 +100,11 @@ def write_video(
         av.open(str(part), "w", format="mp4", options=options) as out,
     ):
         # H.264 with 4:2:0 needs even sides.
-        stream = _add_stream(out, rate, height + height % 2, width + width % 2)
+        stream = add_stream(out, rate, height + height % 2, width + width % 2)
         for number, frame in enumerate(frames):
             enlarged = _enlarge(frame, factor)
             even = np.pad(enlarged, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            out.mux(stream.encode(_yuv_frame(even, number, rate)))
+            out.mux(stream.encode(yuv_frame(even, number, rate)))
 
         # The frames that the encoder still holds.
         out.mux(stream.encode(None))
@@ -123,30 +118,6 @@ def _enlargement(frame: np.ndarray, min_side: int) -> int:
 def _enlarge(frame: np.ndarray, factor: int) -> np.ndarray:
     """Repeat every pixel of [h w 3] in both directions."""
     return frame.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _add_stream(out: Any, rate: Fraction, height: int, width: int) -> Any:
-    """Add an H.264 stream to a container of PyAV, its colours marked as BT.709."""
-    stream = out.add_stream("libx264", rate=rate, options=X264)
-    stream.height = height
-    stream.width = width
-    stream.pix_fmt = "yuv420p"
-    codec = stream.codec_context
-    codec.time_base = 1 / rate
-    codec.color_range = LIMITED
-    codec.colorspace = BT709
-    codec.color_primaries = BT709
-    codec.color_trc = BT709
-    return stream
-
-
-def _yuv_frame(frame: np.ndarray, number: int, rate: Fraction) -> av.VideoFrame:
-    """Return uint8 [h w 3] as frame `number` of a 4:2:0 video."""
-    rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
-    yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-    yuv.pts = number
-    yuv.time_base = 1 / rate
-    return yuv
 
 
 def _peek(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:

@@ -16,13 +16,13 @@ from vdx.config.ranges import Positive
 from vdx.data.containers import first_bytes, open_video
 from vdx.data.curation.cell import Cell
 from vdx.data.curation.table import MEASURES
-from vdx.data.images import open_image_file
+from vdx.data.images import is_animated, open_image_file
 from vdx.data.record import frame_step
 from vdx.data.video_files import ANIMATION, DisplayedFrame, Footage, Opener, open_footage
 from vdx.extras import import_extra
 from vdx.files import open_regular
 
-__all__ = ["VERSION", "Look", "LookSettings", "look"]
+__all__ = ["VERSION", "Look", "LookSettings", "dropped_source", "look"]
 
 VERSION = 1  # of the results; a change of any measure raises it, and every file is decoded again
 SMALL_WIDTH = 160  # pixels of the grey frames
@@ -72,7 +72,8 @@ def look(path: Path, settings: LookSettings) -> Look:
     A file of which a part decodes is measured there, and its verdict is "partial". One that does
     not decode at all has the verdict "drop".
     """
-    source = _source(path)
+    with open_regular(path) as file:
+        source = _source(hashlib.file_digest(file, "sha256").hexdigest())
     opener = lambda: str(path.absolute())
     try:
         footage = _open(opener, source)
@@ -100,10 +101,13 @@ def look(path: Path, settings: LookSettings) -> Look:
     return Look(source, found, damage=spans)
 
 
-def _source(path: Path) -> dict[str, Any]:
+def dropped_source(sha256: str | None, error: Exception) -> Look:
+    """Return the look of a file that cannot be read at all."""
+    return _dropped(_source(sha256), error)
+
+
+def _source(sha256: str | None) -> dict[str, Any]:
     """Return the row of a file of which nothing is certain yet but its bytes."""
-    with open_regular(path) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "verdict": "ok",
         "reasons": [],
@@ -164,6 +168,8 @@ def _streams(opener: Opener) -> tuple[str, bool]:
     """Return the codec of the video, and whether there is audio."""
     if ANIMATION.match(first_bytes(opener())):
         with open_image_file(opener()) as image:
+            if image.format != "GIF" and not is_animated(image):
+                raise ValueError(f"{NOT_VIDEO}: a still image")
             return str(image.format).lower(), False
     container, stream = open_video(opener())
     with container:
