@@ -1,4 +1,4 @@
-"""Prepare a training set from footage: look at it, decide what to keep, encode clips.
+"""Prepare a training set from footage: measure it, decide, encode clips.
 
     python -m vdx.prepare --source=FOLDER --out=DIR [--until=look|decide|clips] [--workers=N]
     python -m vdx.main --config=configs/t2v_folder.py --config.data.path=DIR

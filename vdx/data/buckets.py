@@ -58,8 +58,8 @@ def plan_buckets(
     pipeline refuses them with the reason. threads: records that are read at once. stored: a file
     of the shapes; written, or read if it is of this source.
     """
-    names = getattr(source, "rows", None)
-    identity = hashlib.sha256(repr((source, len(source), names, clip)).encode()).hexdigest()
+    content = [getattr(source, name, None) for name in ("rows", "metadata")]
+    identity = hashlib.sha256(repr((source, len(source), content, clip)).encode()).hexdigest()
     shapes = _stored_shapes(stored, identity, len(source))
     if shapes is None:
         shapes = list(_read_shapes(source, clip, threads))

@@ -33,6 +33,9 @@ __all__ = ["SOURCES", "Records", "VideoFolder"]
 SPLITS = ("all", "train", "validation")
 SMALL = 50  # videos of a folder whose splits are reported even if nothing is wrong
 FOLDER_SURVEYED = 10_000  # videos whose captions are surveyed; each may be a file to open
+PREPARED = "prepare.json"  # a file of --out of vdx.prepare
+DATA_SETS = ("latents", "clips")  # data sets in it; the first that is there is read
+RECORD_KEYS = ("video", "caption", "key")  # features that are no attributes of a record
 RECORDS_SURVEYED = 256  # records whose captions are surveyed; each is read with its video
 
 
@@ -188,34 +191,40 @@ def _verified_bytes(path: Path, sha256: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """A directory that tensorflow_datasets prepared in the ArrayRecord format.
+    """ArrayRecord files that vdx.prepare or tensorflow_datasets prepared.
 
     `vdx.data.records` lists the features: mp4 bytes with captions, whose items are Records, or
     cached latents, whose items are ready examples.
     """
 
-    path: str  # the directory that contains `features.json`
-    split: str = "train"  # a split of the data set
+    # The directory that contains `features.json`, or --out of vdx.prepare: its latents are read
+    # if there are any, else its clips.
+    path: str
+    split: str = "train"  # a split of the data set; "all": all of them
     rows: Sequence[Mapping[str, Any]] = dataclasses.field(init=False, repr=False)
     metadata: dict[str, Any] = dataclasses.field(init=False, repr=False)  # as `write_records` took
 
     def __post_init__(self) -> None:
         """Open the split; raises ValueError if the directory does not hold usable records."""
-        directory = Path(self.path)
+        directory = _data_set(Path(self.path))
         if not (directory / "features.json").exists():
             raise ValueError(
                 f"{directory.resolve()} holds no features.json: it is no directory that "
-                "`vdx.data.records.write_records` or TFDS prepared."
+                "vdx.prepare, `vdx.data.records.write_records` or TFDS prepared."
             )
         # Before TFDS imports what the directory names.
         check_classes(directory)
         import tensorflow_datasets as tfds  # takes a second, which other sources save
 
-        builder = tfds.builder_from_directory(self.path)
+        builder = tfds.builder_from_directory(directory)
         splits = builder.info.splits
-        if self.split not in splits:
+        split = "+".join(splits) if self.split == "all" else self.split
+        if self.split not in (*splits, "all"):
+            hint = ""
+            if self.split == "validation":
+                hint = " Train and validate on the same ones: --config.data.validation.split=train."
             raise ValueError(
-                f"{self.path} has no split {self.split!r}; it has {', '.join(splits)}."
+                f"{self.path} has no split {self.split!r}; it has {', '.join(splits)}.{hint}"
             )
 
         # Either encoded videos or cached latents.
@@ -226,7 +235,7 @@ class Records:
                 "video and caption, or latents and text (see vdx.data.records)."
             )
 
-        object.__setattr__(self, "rows", builder.as_data_source(self.split))
+        object.__setattr__(self, "rows", builder.as_data_source(split))
         object.__setattr__(self, "metadata", dict(builder.info.metadata or {}))
 
     def __len__(self) -> int:
@@ -239,7 +248,9 @@ class Records:
         if "latents" in row:
             return ready_example(row, key, self.metadata)
         caption = guard(key, row["caption"].decode, what="caption")
-        return video_record(key, caption, lambda: io.BytesIO(row["video"]))
+        record = video_record(key, caption, lambda: io.BytesIO(row["video"]))
+        attributes = {name: row[name] for name in row if name not in RECORD_KEYS}
+        return dataclasses.replace(record, attributes=attributes)
 
     def captions(self) -> Iterator[str]:
         """Yield the captions of the first records that can be used."""
@@ -258,8 +269,60 @@ class Records:
         return row["key"].decode("utf-8", "replace") if row.get("key") else key, row
 
 
+def _data_set(path: Path) -> Path:
+    """Return the data set of TFDS in --out of vdx.prepare; any other path as it is."""
+    if not (path / PREPARED).is_file():
+        return path
+    for name in DATA_SETS:
+        if (path / name / "features.json").is_file():
+            return path / name
+    raise ValueError(f"{path.resolve()} holds no clips yet: run vdx.prepare with --until=clips.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder of video files with captions, or --out of vdx.prepare."""
+
+    path: str  # see VideoFolder, and Records for --out of vdx.prepare
+    split: Literal["all", "train", "validation"] = "all"  # the part that is read
+    # See VideoFolder; vdx.prepare has its own, config.shards.validation_fraction.
+    validation_fraction: Fraction = 0.1
+    source: VideoFolder | Records = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Open the folder; raises ValueError if it holds nothing usable."""
+        source: VideoFolder | Records
+        if self.path and (Path(self.path) / PREPARED).is_file():
+            source = Records(self.path, self.split)
+        else:
+            source = VideoFolder(self.path, self.split, self.validation_fraction)
+        object.__setattr__(self, "source", source)
+
+    def __len__(self) -> int:
+        """Return the number of videos in the split."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record | dict[str, Any]:
+        """Return video `index`; raises BadRecord if it cannot be used."""
+        return self.source[index]
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the first videos that can be used."""
+        return self.source.captions()
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """Return the videos of the split, as `source` has them."""
+        return self.source.rows
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Return what was stored with prepared data; empty for video files."""
+        return getattr(self.source, "metadata", {})
+
+
 SOURCES: dict[str, Callable[..., Any]] = {
     "scenes": Scenes,
-    "folder": VideoFolder,
+    "folder": Folder,
     "records": Records,
 }

@@ -82,7 +82,7 @@ class Footage(Protocol):
 
     @property
     def origin(self) -> float:
-        """Time of the first frame in the container, in seconds; that of the audio counts so."""
+        """Time of the first frame in the container, in seconds, as audio has it."""
 
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
         """Yield the frames from a number on, in one decode; memory holds one at a time."""

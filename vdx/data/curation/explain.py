@@ -1,4 +1,4 @@
-"""An explanation of how much is kept: which thresholds cost most, and what would keep more."""
+"""How much is kept: which thresholds cost most, and what would keep more."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def explain(rows: Sequence[Row], settings: DecideSettings) -> str:
-    """Return how much is kept; if it is little, also why, and what would keep how much.
+    """Return how much is kept; if it is little, also why, and what keeps more.
 
     rows: of clips.jsonl. A reason costs alone what no other reason drops.
     """

@@ -1,4 +1,4 @@
-"""Captions from files: text, JSON, CSV, JSON lines, parquet, and subtitles by time."""
+"""Captions from files: text, JSON, CSV, parquet, and subtitles by time."""
 
 import csv
 import html
@@ -104,7 +104,7 @@ def _jsonl_rows(path: Path) -> list[Any]:
 
 
 def _json_rows(path: Path) -> list[Any]:
-    """Return the objects of a JSON list, or of an object {file name: caption or object}."""
+    """Return the objects of a JSON list, or of {file name: caption or object}."""
     value = read_json(path)
     if isinstance(value, list):
         return value

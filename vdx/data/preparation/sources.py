@@ -1,4 +1,4 @@
-"""The list of footage: every file of a folder, a list or a table, with its caption.
+"""The files of footage of a folder, a list or a table, with their captions.
 
 Nothing is left out in silence. Whatever is neither footage nor a caption of it is counted and
 named. A caption that cannot be read leaves its file without one, and is counted too.

@@ -197,7 +197,7 @@ def _facts(row: Row) -> Row:
 
 
 def _look_at(path: str, settings: LookSettings, store: Store) -> dict[str, str]:
-    """Look at a file unless its content is in the cache; return the key, or the error."""
+    """Look at a file unless it is in the cache; return the key or the error."""
     try:
         sha256 = file_sha256(Path(path))
         key = key_of(
@@ -227,7 +227,7 @@ def _make_clips(
 
 
 def _mark_duplicates(looks: Mapping[str, Row], files: Sequence[SourceFile]) -> None:
-    """Mark files with the bytes of another one: one with a caption stays, or the first."""
+    """Mark files with the bytes of another; one with a caption stays, or the first."""
     groups: dict[str, list[SourceFile]] = collections.defaultdict(list)
     for file in files:
         source = looks[file.name]["source"]

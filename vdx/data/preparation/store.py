@@ -1,4 +1,4 @@
-"""A cache on disk: the result of every piece of work, under a key of all it depends on.
+"""A cache on disk: results under keys of everything that they depend on.
 
 A key is a hash of the content, the stage with its version, the settings of that stage, and the
 identity of the weights if there are any. A file appears under its key complete or not at all, so a
