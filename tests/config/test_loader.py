@@ -12,7 +12,8 @@ from vdx.config.loader import is_override, parse_value, resolve
 from vdx.evaluation.table import make_rows
 from vdx.experiment import Experiment
 
-CONFIGS = sorted(str(p) for p in (Path(__file__).parents[2] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(str(p) for p in FOLDER.glob("*.py") if p.stem != "prepare")  # of experiments
 SMALL = """
 from ml_collections import ConfigDict
 

@@ -1,5 +1,7 @@
 """Audio of a clip: 16-bit samples, aligned to its frames."""
 
+from collections.abc import Iterator
+
 import av
 import numpy as np
 from av.audio.resampler import AudioResampler
@@ -8,6 +10,7 @@ from vdx.data.containers import CONTAINERS
 
 __all__ = ["read_audio"]
 
+GAP = 0.05  # seconds; less is rounding of times, more is audio that is missing
 LEAD = 0.5  # seconds that are decoded before the clip: decoders of audio need a start
 
 
@@ -27,24 +30,26 @@ def read_audio(path: str, start: float, end: float, origin: float, rate: int) ->
         container.seek(int(max(first - LEAD, 0) / stream.time_base), stream=stream)
 
         samples = np.zeros(round((end - start) * rate), np.int16)
-        resampler = AudioResampler("s16", "mono", rate)
-        for decoded in container.decode(stream):
-            if decoded.time is not None and decoded.time > origin + end:
-                break
-            for frame in resampler.resample(decoded):
-                _place(samples, frame, first, rate)
-        for frame in resampler.resample(None):
-            _place(samples, frame, first, rate)
+        place = None
+        for frame in _resampled(container.decode(stream), origin + end, rate):
+            # Containers round times; a frame follows the one before unless there is a gap.
+            stated = round((frame.time - first) * rate)
+            if place is None or abs(stated - place) > GAP * rate:
+                place = stated
+            values = frame.to_ndarray()[0]
+            low = max(place, 0)
+            high = min(place + len(values), len(samples))
+            if low < high:
+                samples[low:high] = values[low - place : high - place]
+            place += len(values)
     return samples
 
 
-def _place(samples: np.ndarray, frame: av.AudioFrame, first: float, rate: int) -> None:
-    """Write the part of an audio frame that is inside a span."""
-    if frame.time is None:
-        return
-    values = frame.to_ndarray()[0]
-    place = round((frame.time - first) * rate)
-    low = max(place, 0)
-    high = min(place + len(values), len(samples))
-    if low < high:
-        samples[low:high] = values[low - place : high - place]
+def _resampled(frames: Iterator[av.AudioFrame], end: float, rate: int) -> Iterator[av.AudioFrame]:
+    """Yield audio as 16-bit mono at a rate, up to a time of the container."""
+    resampler = AudioResampler("s16", "mono", rate)
+    for frame in frames:
+        if frame.time is not None and frame.time > end:
+            break
+        yield from resampler.resample(frame)
+    yield from resampler.resample(None)
