@@ -103,6 +103,9 @@ LAYOUTS = {
 }
 
 
+FRAGMENTS = "frag_keyframe+delay_moov+default_base_moof"  # with an edit list, places are relative
+
+
 def has_encoder(name: str) -> bool:
     """Return true if PyAV has an encoder."""
     try:
@@ -181,16 +184,30 @@ def write(
     return True
 
 
-def trim(path: Path, begin: int, frames: int) -> None:
-    """Make the edit list of an mp4 show `frames` frames from one on, as editors of phones do."""
+def edit(path: Path, parts: Iterable[tuple[int, int]]) -> None:
+    """Make the edit list of an mp4 show parts of (first frame, frames), as editors of phones do.
+
+    The index of packets must stand at the end of the file.
+    """
     data = bytearray(path.read_bytes())
-    edit, movie, media = data.find(b"elst"), data.find(b"mvhd"), data.find(b"mdhd")
+    at, movie, media = data.find(b"elst"), data.find(b"mvhd"), data.find(b"mdhd")
     movie_rate, media_rate = (
         struct.unpack(">I", data[at + 16 : at + 20])[0] for at in (movie, media)
     )
-    (start,) = struct.unpack(">i", data[edit + 16 : edit + 20])
-    values = movie_rate * frames // RATE, start + begin * media_rate // RATE
-    data[edit + 12 : edit + 20] = struct.pack(">Ii", *values)
+    size, _, _, count, _, start = struct.unpack(">I4s4sIIi", data[at - 4 : at + 20])
+    rows = [
+        struct.pack(
+            ">IiI", movie_rate * frames // RATE, start + begin * media_rate // RATE, 1 << 16
+        )
+        for begin, frames in parts
+    ]
+    body = struct.pack(">4sII", b"elst", 0, len(rows)) + b"".join(rows)
+
+    data[at : at - 4 + size] = body
+    boxes = [at - 4, *(data.rfind(name, 0, at) - 4 for name in (b"edts", b"trak", b"moov"))]
+    for box in boxes:
+        (length,) = struct.unpack(">I", data[box : box + 4])
+        data[box : box + 4] = struct.pack(">I", length + 12 * (len(rows) - count))
     path.write_bytes(data)
 
 
@@ -238,11 +255,24 @@ def cuts(encoded: Encoded, folder: Path) -> Iterator[Variant]:
                 yield Variant(path, [*frames], _seconds(frames))
 
 
+# Parts (first frame, frames) that an edit list shows: one, with a gap, repeated, in reverse order.
+EDITS = (
+    [(1, 9)],
+    [(7, 8)],
+    [(9, 15)],
+    [(13, 4)],
+    [(2, 5), (13, 9)],
+    [(10, 6), (10, 6)],
+    [(17, 7), (4, 8)],
+)
+
+
 def edits(encoded: Encoded, folder: Path) -> Iterator[Variant]:
-    """Yield mp4 files with an edit list that shows a part of the frames."""
-    for begin, frames in ((1, 9), (7, 8), (9, 15), (13, 4)):
-        for suffix in (".mp4", ".mov"):
-            path = folder / f"trimmed {begin}{suffix}"
-            if write(encoded, path):
-                trim(path, begin, frames)
-                yield Variant(path, [*range(begin, begin + frames)], _seconds(range(frames)))
+    """Yield mp4 files with an edit list that shows parts of the frames."""
+    for parts in EDITS:
+        frames = [begin + n for begin, count in parts for n in range(count)]
+        for name, mux in (("whole.mp4", {}), ("fragments.mov", {"movflags": FRAGMENTS})):
+            path = folder / f"{parts} {name}"
+            if write(encoded, path, mux):
+                edit(path, parts)
+                yield Variant(path, frames, _seconds(range(len(frames))))

@@ -3,6 +3,7 @@
 import array
 import io
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -10,10 +11,20 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vdx.data.containers import MOST_PACKETS, open_video
+from vdx.data.containers import MOST_PACKETS, open_bytes, open_video
 from vdx.data.display import decoder_of
+from vdx.data.mp4_boxes import Edit, Track, read_track
 
-__all__ = ["Decoded", "Packets", "decode_packets", "display_times", "output_order", "read_packets"]
+__all__ = [
+    "Decoded",
+    "Packets",
+    "Shown",
+    "apply_edits",
+    "decode_packets",
+    "display_times",
+    "output_order",
+    "read_packets",
+]
 
 NO_TIME = np.iinfo(np.int64).min  # FFmpeg's number for a missing time
 # Codecs of which each packet is shown once, at the time that it states.
@@ -28,9 +39,9 @@ class Packets(NamedTuple):
     decoded_at: np.ndarray  # int64 [packets], decoding times in ticks, or NO_TIME
     durations: np.ndarray  # int64 [packets], ticks; 0: not stated
     is_key: np.ndarray  # bool [packets]
-    is_discard: np.ndarray  # bool [packets], only prepares the decoder for others
-    tick: float  # seconds
+    tick: Fraction  # seconds
     shown_as_stamped: bool  # each packet is one frame, shown at the time that it states
+    track: Track  # what the header of an mp4 states
 
     @property
     def first_key(self) -> int:
@@ -45,19 +56,25 @@ def read_packets(file: str | io.BytesIO) -> Packets:
     with container:
         for packet in _demux(container, stream):
             times = (NO_TIME if t is None else t for t in (packet.pts, packet.dts))
-            rows.extend((*times, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+            rows.extend((*times, packet.duration or 0, packet.is_keyframe))
         if stream.time_base is None:
             raise ValueError("a video stream without a time base")
-        tick = float(stream.time_base)
+        tick = stream.time_base
         codec = stream.codec_context.codec
         name = container.format.name
+        number = stream.id
     if not rows:
         raise ValueError("no frames")
     if name.startswith("mov") and codec.canonical_name == "mpeg1video":
         # FFmpeg applies neither edit lists nor cuts to it.
         raise ValueError("MPEG-1 in an mp4 has no certain order of frames: store it as .mpg")
 
-    shown_at, decoded_at, durations, is_key, is_discard = np.array(rows).reshape(-1, 5).T
+    track = Track(edits=(), aperture=None)
+    if name.startswith("mov"):
+        with open_bytes(file) as opened:
+            track = read_track(opened, number)
+
+    shown_at, decoded_at, durations, is_key = np.array(rows).reshape(-1, 4).T
     if name == "avi":  # it states when packets are decoded; FFmpeg guesses when they are shown
         shown_at = decoded_at
     # A file that was cut without encoding it may start with frames that cannot be decoded.
@@ -71,9 +88,9 @@ def read_packets(file: str | io.BytesIO) -> Packets:
         decoded_at,
         durations,
         is_key.astype(bool),
-        is_discard.astype(bool),
         tick,
         shown_as_stamped=bool(starts_clean and unique and simple),
+        track=track,
     )
 
 
@@ -102,6 +119,44 @@ def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
     if decoded_at.min() > NO_TIME and np.all(np.diff(decoded_at) > 0):
         return np.sort(decoded_at[numbers])
     raise ValueError("the times of its frames go back or are missing: encode it again")
+
+
+class Shown(NamedTuple):
+    """The frames that a file shows, in order."""
+
+    frames: np.ndarray  # int [shown], numbers of frames in display order
+    ticks: np.ndarray  # int64 [shown], their times
+
+
+def apply_edits(edits: tuple[Edit, ...], ticks: np.ndarray, tick: Fraction) -> Shown:
+    """Return the frames that an edit list shows; it may leave out, repeat and reorder them.
+
+    ticks: int64 [frames], times of all frames in display order. The frame that is on the screen
+    where a part begins is shown from there on. Raises ValueError for more than MOST_PACKETS.
+    """
+    if not edits:
+        return Shown(np.arange(len(ticks)), ticks)
+
+    frames = []
+    shown_at = []
+    begin = 0
+    count = 0
+    for edit in edits:
+        length = round(edit.duration / tick)
+        if edit.media_time >= 0:
+            first = max(int(np.searchsorted(ticks, edit.media_time, "right")) - 1, 0)
+            end = len(ticks)
+            if length:
+                end = int(np.searchsorted(ticks, edit.media_time + length, "left"))
+            count += max(end - first, 0)
+            if count > MOST_PACKETS:
+                raise ValueError(f"an edit list of more than {MOST_PACKETS} frames")
+            frames.append(np.arange(first, end))
+            shown_at.append(begin + np.maximum(ticks[first:end] - edit.media_time, 0))
+        begin += length
+    if not count:
+        raise ValueError("no frames: its edit list shows none")
+    return Shown(np.concatenate(frames), np.concatenate(shown_at))
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator["av.Packet[VideoStream]"]:
