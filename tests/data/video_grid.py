@@ -245,7 +245,7 @@ def cuts(encoded: Encoded, folder: Path) -> Iterator[Variant]:
     """Yield copies of the packets from a later one on: from key frames, and from between two."""
     for key, shown in encoded.keys()[1:3]:
         places = [(key, suffix) for suffix in (".mp4", ".mkv", ".ts", ".avi", ".mpg")]
-        places += [(key - 2, suffix) for suffix in (".ts", ".mpg")]
+        places += [(key - 2, suffix) for suffix in (".ts", ".mpg", ".avi")]
         for first, suffix in places:
             path = folder / f"from {first}{suffix}"
             # An AVI fills the time before a late start with empty packets.

@@ -114,10 +114,13 @@ def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
     if shown_at.min() > NO_TIME and np.all(np.diff(shown_at) >= 0):
         return shown_at
 
-    # Old containers state when packets are decoded: at the rate at which frames are shown.
+    # Old containers state when packets are decoded: at the rate at which frames are shown. A cut
+    # between frames that were reordered loses those that are shown before all others.
     decoded_at = packets.decoded_at
     if decoded_at.min() > NO_TIME and np.all(np.diff(decoded_at) > 0):
-        return np.sort(decoded_at[numbers])
+        second = int(np.sort(numbers)[1])
+        used = np.union1d(numbers, np.arange(second))
+        return decoded_at[used][-len(numbers) :]
     raise ValueError("the times of its frames go back or are missing: encode it again")
 
 
