@@ -18,6 +18,7 @@ UNUSABLE = "known codec|an unknown codec|frames of unknown size|Invalid data"
 CUTS = 12  # places where a file is cut
 # Streams of the default suite: of what people have most, and of each way of reordering frames.
 REORDERED = ("h264 open", "hevc open", "mpeg2 open", "h264 refresh")
+MISMARKED = ("h264 no B", "mpeg4 B")
 COMMON = (*REORDERED, "h264 closed", "mpeg4 B", "vp9", "av1", "vp8", "mjpeg", "prores")
 ENCODERS = {row.encoder for row in grid.STREAMS.values()}
 
@@ -105,6 +106,11 @@ def streams(kind):
 @pytest.mark.parametrize("name", streams(COMMON))
 def test_frames_alone_and_in_windows_in_every_container(name, encoded, tmp_path):
     check_all(grid.containers(encoded(name), tmp_path), grid.STREAMS[name].containers)
+
+
+@pytest.mark.parametrize("name", streams(MISMARKED))
+def test_packets_that_are_wrongly_marked_as_keys(name, encoded, tmp_path):
+    check_all(grid.marked(encoded(name), tmp_path), 0)
 
 
 @pytest.mark.parametrize("name", streams(REORDERED))

@@ -105,6 +105,9 @@ LAYOUTS = {
 
 FRAGMENTS = "frag_keyframe+delay_moov+default_base_moof"  # with an edit list, places are relative
 
+# Start code and supplemental information "recovery after 0 frames, exactly" (ITU-T H.264, D.1.8).
+RECOVERY = bytes((0, 0, 0, 1, 0x06, 0x06, 0x01, 0xC4, 0x80))
+
 
 def has_encoder(name: str) -> bool:
     """Return true if PyAV has an encoder."""
@@ -231,6 +234,24 @@ def containers(encoded: Encoded, folder: Path) -> Iterator[Variant]:
     for name, mux in layouts:
         if write(encoded, folder / name, mux):
             yield Variant(folder / name, [*range(FRAMES)], _seconds(range(FRAMES)))
+
+
+def marked(encoded: Encoded, folder: Path) -> Iterator[Variant]:
+    """Yield files that call every packet a key packet, as some recorders do.
+
+    Those of H.264 call it a point of recovery inside the stream too.
+    """
+    with av.open(str(encoded.template)) as source:
+        is_h264 = source.streams.video[0].codec_context.name == "h264"
+    claim = RECOVERY if is_h264 else b""
+    keys = [
+        packet if packet.is_key else packet._replace(data=claim + packet.data, is_key=True)
+        for packet in encoded.packets
+    ]
+    for suffix in (".mp4", ".mkv", ".avi"):
+        path = folder / f"marked{suffix}"
+        if write(encoded._replace(packets=keys), path):
+            yield Variant(path, [*range(FRAMES)], _seconds(range(FRAMES)))
 
 
 def uneven(encoded: Encoded, folder: Path) -> Iterator[Variant]:

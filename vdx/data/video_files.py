@@ -182,10 +182,12 @@ class Movie:
         numbers = {packet: number for number, packet in enumerate(self.packets.tolist())}
         certain = start == self.first_packet
         for decoded in decode_packets(file, start):
-            # In a stream without whole key frames the image is only complete later.
+            # In a stream without whole key frames the image is only complete later. Packets may
+            # claim to be keys, and frames to be points of recovery; intra frames of VP9 and AV1
+            # may come before frames that need earlier ones.
             frame = decoded.frame
             is_key = frame.key_frame and frame.pict_type == INTRA
-            if not certain and not (decoded.packet == start and is_key):
+            if not certain and not is_key:
                 raise ValueError("decoding cannot start here")
             certain = True
 
