@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vdx.data.containers import MOST_PACKETS, open_bytes, open_video
-from vdx.data.display import decoder_of
+from vdx.data.display import decoder_of, display_matrix
 from vdx.data.mp4_boxes import Edit, Track, read_track
 
 __all__ = [
@@ -97,10 +97,10 @@ def read_packets(file: str | io.BytesIO) -> Packets:
 def output_order(file: str | io.BytesIO, start: int) -> np.ndarray:
     """Return the packet of each frame in display order, int [frames]; decodes all."""
     numbers: list[int] = []
-    for packet, frame, _ in decode_packets(file, start):
-        if not frame.is_corrupt:
-            numbers.append(packet)
-        elif numbers or packet == start:  # others are shown before the first key frame
+    for decoded in decode_packets(file, start):
+        if not decoded.frame.is_corrupt:
+            numbers.append(decoded.packet)
+        elif numbers or decoded.packet == start:  # others are shown before the first key frame
             raise ValueError("damaged frame")
     return np.array(numbers, int)
 
@@ -182,6 +182,7 @@ class Decoded(NamedTuple):
     packet: int  # number of its packet, in decoding order
     frame: av.VideoFrame
     stream: VideoStream
+    matrix: bytes | None  # the display matrix, where frames have none of their own
 
 
 def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[Decoded]:
@@ -192,14 +193,17 @@ def decode_packets(file: str | io.BytesIO, start: int) -> Iterator[Decoded]:
     container, stream = open_video(file)
     with container:
         decoder = decoder_of(stream)
+        matrix = None
         for number, packet in enumerate(_demux(container, stream)):
             if number < start:
                 continue
+            if number == start and decoder is not stream.codec_context:
+                matrix = display_matrix(stream, packet)
             packet.pts = number  # the decoder hands it on to the frame
             for frame in decoder.decode(packet):
-                yield Decoded(_number(frame), frame, stream)
+                yield Decoded(_number(frame), frame, stream, matrix)
         for frame in decoder.decode(None):
-            yield Decoded(_number(frame), frame, stream)
+            yield Decoded(_number(frame), frame, stream, matrix)
 
 
 def _number(frame: av.VideoFrame) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from vdx.data.animation import is_animation, iter_animation
 from vdx.data.containers import Opener, check_complete, first_bytes
 from vdx.data.display import display_pixels
+from vdx.data.mp4_boxes import Aperture
 from vdx.data.packets import (
     Decoded,
     apply_edits,
@@ -130,6 +131,7 @@ class Movie:
     packets: np.ndarray  # int [coded frames], number of the packet of each
     first_packet: int  # decoding from here gives every coded frame
     keys: np.ndarray  # int [keys], coded frames of key packets, where decoding may start
+    aperture: Aperture | None  # the part of each frame that is shown
 
     def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend.
@@ -149,7 +151,10 @@ class Movie:
         numbers = dict(zip(self.shown[wanted].tolist(), wanted, strict=True))
         for coded, decoded in self._from(opener, min(numbers)):
             if coded in numbers:
-                yield numbers.pop(coded), display_pixels(decoded.frame, decoded.stream)
+                pixels = display_pixels(
+                    decoded.frame, decoded.stream, self.aperture, decoded.matrix
+                )
+                yield numbers.pop(coded), pixels
             if not numbers:
                 return
 
@@ -228,6 +233,7 @@ def _open_movie(opener: Opener) -> Movie:
         packets=numbers,
         first_packet=packets.first_key,
         keys=np.flatnonzero(packets.is_key[numbers]),
+        aperture=packets.track.aperture,
     )
 
 
