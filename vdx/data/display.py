@@ -85,6 +85,9 @@ def display_pixels(
     display matrix, if the frame has none of its own. Raises ValueError for what cannot be shown
     like this.
     """
+    if frame.interlaced_frame and stream.codec_context.name == "hevc":
+        raise ValueError("interlaced HEVC, whose fields are not told from frames: deinterlace it")
+
     # Levels of R'G'B', and of alpha.
     transfer, primaries, coefficients = _colours(frame, stream)
     is_sdr = transfer not in TRANSFERS and primaries not in GAMUTS
