@@ -6,7 +6,9 @@ or hostile file makes the decoder raise becomes BadRecord.
 """
 
 import dataclasses
+import functools
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,6 +63,7 @@ MAYBE_ANIMATED = (".png", ".webp")  # suffixes of images, some of which are clip
 INTRA = 1  # FFmpeg's type of frames that are coded without others, "I"
 ANIMATION = re.compile(rb"GIF8|\x89PNG|RIFF.{4}WEBP", re.DOTALL)  # first bytes of the files
 MOST_BYTES = 1 << 31  # of the frames of one read
+MOST_TIMELINES = 128  # kept in memory: 3 MB for an hour of video
 
 
 class Footage(Protocol):
@@ -237,6 +240,15 @@ def _open_movie(opener: Opener) -> Movie:
     )
 
 
+@functools.lru_cache(maxsize=MOST_TIMELINES)
+def _open_movie_once(path: str, size: int, changed_at: int) -> Movie:
+    """Return the timeline of a file; one that has not changed is not decoded again.
+
+    size, changed_at: bytes, and nanoseconds of the last change.
+    """
+    return _open_movie(lambda: path)
+
+
 def is_video(path: Path) -> bool:
     """Return true if a file is a clip: by suffix; PNG and WebP by their frames."""
     suffix = path.suffix.lower()
@@ -257,6 +269,9 @@ def open_footage(opener: Opener) -> Footage:
     check_complete(file)
     if ANIMATION.match(first_bytes(file)):
         return _open_animation(opener)
+    if isinstance(file, str):
+        status = os.stat(file)
+        return _open_movie_once(file, status.st_size, status.st_mtime_ns)
     return _open_movie(opener)
 
 
