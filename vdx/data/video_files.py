@@ -183,7 +183,10 @@ class Movie:
                 if start == self.first_packet:
                     raise
         if number < len(self.packets):
-            raise ValueError(f"frame {number} of {len(self.packets)} does not decode in its turn")
+            raise ValueError(
+                f"frame {number} of {len(self.packets)} does not decode in its turn: damage, or a "
+                "cut inside a group of frames"
+            )
 
     def _decode(self, file: str | io.BytesIO, start: int) -> Iterator[tuple[int, Decoded]]:
         """Yield (number, decoded frame) as the decoder gives them from packet `start` on."""
