@@ -86,7 +86,7 @@ def display_pixels(
     like this.
     """
     if frame.interlaced_frame and stream.codec_context.name == "hevc":
-        raise ValueError("interlaced HEVC, whose fields are not told from frames: deinterlace it")
+        raise ValueError("interlaced HEVC, whose fields look like frames: deinterlace it")
 
     # Levels of R'G'B', and of alpha.
     transfer, primaries, coefficients = _colours(frame, stream)
@@ -142,7 +142,7 @@ def _usual_matrix(frame: av.VideoFrame, primaries: int) -> int:
 
 
 def _levels_of_lines(frame: av.VideoFrame, matrix: int, bits: int) -> np.ndarray:
-    """Return R'G'B' and any alpha of one moment, uint8 or uint16 [h w 3 or 4].
+    """Return R'G'B' and any alpha of one moment, as `_levels` does.
 
     The lines of an interlaced frame are of two moments. The top field, lines 0, 2 and so on,
     stays; each other line becomes the mean of its neighbours.

@@ -32,7 +32,7 @@ class Aperture(NamedTuple):
 
 
 class Track(NamedTuple):
-    """What the header of an mp4 states of a track."""
+    """The statements of an mp4's header on a track."""
 
     edits: tuple[Edit, ...]  # none: the whole track is shown
     aperture: Aperture | None

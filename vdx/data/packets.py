@@ -132,9 +132,10 @@ class Shown(NamedTuple):
 
 
 def apply_edits(edits: tuple[Edit, ...], ticks: np.ndarray, tick: Fraction) -> Shown:
-    """Return the frames that an edit list shows; it may leave out, repeat and reorder them.
+    """Return the frames that an edit list shows.
 
-    ticks: int64 [frames], times of all frames in display order. The frame that is on the screen
+    ticks: int64 [frames], times of all frames in display order. Parts may leave out, repeat and
+    reorder frames. The frame that is on the screen
     where a part begins is shown from there on. Raises ValueError for more than MOST_PACKETS.
     """
     if not edits:

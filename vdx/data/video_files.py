@@ -130,7 +130,7 @@ class Movie:
 
     stamps: np.ndarray  # float64 [frames], seconds from the first frame, ascending
     duration: float  # seconds, from the first frame to the end of the last one
-    shown: np.ndarray  # int [frames], number of the coded frame
+    coded: np.ndarray  # int [frames], number of the coded frame of each
     packets: np.ndarray  # int [coded frames], number of the packet of each
     first_packet: int  # decoding from here gives every coded frame
     keys: np.ndarray  # int [keys], coded frames of key packets, where decoding may start
@@ -142,7 +142,7 @@ class Movie:
         Raises ValueError for frames that do not decode; the decoder would only conceal them.
         """
         # An edit list may go back: decode each run of ascending coded frames by itself.
-        coded = self.shown[list(wanted)]
+        coded = self.coded[list(wanted)]
         ends = np.flatnonzero(np.diff(coded) <= 0) + 1
         for run in np.split(np.asarray(wanted), ends):
             yield from self._frames_of_run(opener, run.tolist())
@@ -151,7 +151,7 @@ class Movie:
         self, opener: Opener, wanted: Sequence[int]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of frames `wanted` whose coded frames ascend."""
-        numbers = dict(zip(self.shown[wanted].tolist(), wanted, strict=True))
+        numbers = dict(zip(self.coded[wanted].tolist(), wanted, strict=True))
         for coded, decoded in self._from(opener, min(numbers)):
             if coded in numbers:
                 pixels = display_pixels(
@@ -162,7 +162,7 @@ class Movie:
                 return
 
     def _from(self, opener: Opener, number: int) -> Iterator[tuple[int, Decoded]]:
-        """Yield (number, decoded frame) of the coded frames from a number, each in its turn.
+        """Yield (number, decoded frame) of the coded frames from a number, in order.
 
         Decoding starts at the last key packet, and again earlier, in the end at the start, if
         frames are missing from there or come in another order.
@@ -227,15 +227,15 @@ def _open_movie(opener: Opener) -> Movie:
     ticks = ticks[kept]
     numbers = numbers[kept]
 
-    shown = apply_edits(packets.track.edits, ticks, packets.tick)
-    ticks = shown.ticks
-    last_duration = float(packets.durations[numbers[shown.frames[-1]]])
+    visible = apply_edits(packets.track.edits, ticks, packets.tick)
+    ticks = visible.ticks
+    last_duration = float(packets.durations[numbers[visible.frames[-1]]])
     if not last_duration and len(ticks) > 1:  # not every container stores it
         last_duration = float(np.median(np.diff(ticks)))
     return Movie(
         stamps=(ticks - ticks[0]) * float(packets.tick),
         duration=(float(ticks[-1] - ticks[0]) + last_duration) * float(packets.tick),
-        shown=shown.frames,
+        coded=visible.frames,
         packets=numbers,
         first_packet=packets.first_key,
         keys=np.flatnonzero(packets.is_key[numbers]),
