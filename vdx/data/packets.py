@@ -135,8 +135,8 @@ def apply_edits(edits: tuple[Edit, ...], ticks: np.ndarray, tick: Fraction) -> S
     """Return the frames that an edit list shows.
 
     ticks: int64 [frames], times of all frames in display order. Parts may leave out, repeat and
-    reorder frames. The frame that is on the screen
-    where a part begins is shown from there on. Raises ValueError for more than MOST_PACKETS.
+    reorder frames. The frame that is on the screen where a part begins is shown from there on.
+    Raises ValueError for more than MOST_PACKETS.
     """
     if not edits:
         return Shown(np.arange(len(ticks)), ticks)
