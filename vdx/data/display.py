@@ -199,7 +199,7 @@ def _composite(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _clean(rgb: np.ndarray, aperture: Aperture | None) -> np.ndarray:
-    """Return the pixels of the clean aperture, rounded to whole ones. Raises ValueError."""
+    """Return the clean aperture, rounded to whole pixels. Raises ValueError."""
     if aperture is None:
         return rgb
     width, height = map(round, aperture.size)
