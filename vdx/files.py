@@ -75,6 +75,18 @@ def open_regular(path: str | Path) -> BufferedReader:
         raise
 
 
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """Return (bytes, time of the last change in ns) of a file; None if it cannot be accessed.
+
+    A file that is replaced under its name has another stamp. Links are followed.
+    """
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return facts.st_size, facts.st_mtime_ns
+
+
 def _check_kind(path: str | Path, status: os.stat_result) -> None:
     """Raise FileError for whatever is no regular file."""
     kind = stat.S_IFMT(status.st_mode)

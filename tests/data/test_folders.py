@@ -149,6 +149,38 @@ def test_rows_are_compared_with_the_folder(tmp_path):
     assert list_videos(tmp_path).left_out["videos that no row names"] == ["new.mp4"]
 
 
+@pytest.mark.parametrize("caption", [{"caption": "x"}, {}], ids=["captioned", "not captioned"])
+@pytest.mark.parametrize(
+    "name", ["a.mp4", "./a.mp4", "sub//a.mp4", "also/a.mp4", ".a.mp4", "é.mp4"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "broken link", "missing", "file"])
+def test_whatever_a_row_names_is_counted_once(tmp_path, kind, name, caption):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "also").symlink_to("sub")
+    path = tmp_path / unicodedata.normalize("NFD", name)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "broken link":
+        path.symlink_to("nowhere")
+    elif kind == "file":
+        path.write_text("x")
+    row = {"file_name": unicodedata.normalize("NFC", name), **caption}
+    put(tmp_path, "metadata.jsonl", text=json.dumps(row))
+
+    listing = list_videos(tmp_path)
+    counted = [
+        one
+        for kind, names in listing.left_out.items()
+        for one in names
+        if kind != "files and folders that links reach twice"
+    ]
+    used = kind == "file" and bool(caption)
+    assert len(counted) == (0 if used else 1)
+    assert len(names(listing)) == len(caption)
+    if kind in ("pipe", "broken link") and not name.startswith("."):
+        assert listing.left_out["broken links, pipes, devices or folders that cannot be opened"]
+
+
 def test_a_caption_that_is_no_text_is_one_bad_record(tmp_path):
     put(tmp_path, *(f"{name}.mp4" for name in "abc"))
     (tmp_path / "a.txt").write_bytes("é".encode("cp1252"))
