@@ -14,10 +14,10 @@ from vdx.config.ranges import Channels, Interval, Length, LevelBlocks
 from vdx.files import read_json_object
 
 __all__ = [
+    "Blocks",
     "Channels",
     "Heads",
     "Layers",
-    "LevelBlocks",
     "Levels",
     "Names",
     "Pixels",
@@ -32,6 +32,7 @@ Layers = Annotated[int, Interval(1, 1_000)]  # of a stack
 Places = Annotated[int, Interval(1, 100_000)]  # positions of a table
 Pixels = Annotated[int, Interval(1, 4_096)]  # along a side of a picture or of a patch
 Levels = Annotated[tuple[Channels, ...], Length(8)]  # widths of the levels
+Blocks = LevelBlocks | Annotated[tuple[LevelBlocks, ...], Length(8)]  # of each level
 Names = Annotated[tuple[str, ...], Length(8)]  # of the blocks of the levels
 
 

@@ -137,7 +137,20 @@ def t5_from_config(config: Mapping[str, Any], dtype: str = "float32") -> T5Encod
         "T5",
     )
 
-    # Distances beyond the exact ones need room up to the farthest; see `distance_buckets`.
+    return T5Encoder(
+        **sizes,
+        **_distances(config),
+        shared_bias=shared_bias,
+        dtype=dtype,
+        eps=config.get("layer_norm_epsilon", 1e-6),
+    )
+
+
+def _distances(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the fields of `distance_buckets`.
+
+    Raises ConfigError if the distances beyond the exact ones have no room up to the farthest.
+    """
     buckets = config.get("relative_attention_num_buckets", 32)
     farthest = config.get("relative_attention_max_distance", 128)
     if farthest <= buckets // 4:
@@ -145,12 +158,4 @@ def t5_from_config(config: Mapping[str, Any], dtype: str = "float32") -> T5Encod
             f"config.json of a T5: relative_attention_max_distance = {farthest} must exceed a "
             f"quarter of relative_attention_num_buckets = {buckets}."
         )
-
-    return T5Encoder(
-        **sizes,
-        shared_bias=shared_bias,
-        dtype=dtype,
-        buckets=buckets,
-        farthest=farthest,
-        eps=config.get("layer_norm_epsilon", 1e-6),
-    )
+    return {"buckets": buckets, "farthest": farthest}

@@ -4,10 +4,9 @@ Motion adapters and control branches have configs too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from vdx.config.ranges import Length
-from vdx.interop.config_ranges import Channels, Heads, LevelBlocks, Levels, Names
+from vdx.interop.config_ranges import Blocks, Channels, Heads, Levels, Names
 from vdx.interop.keymap import WeightsError, listed
 from vdx.models.conditioning.text_signals import Embeddings
 from vdx.models.denoiser import Denoiser
@@ -71,7 +70,7 @@ FIELDS = {
     "in_channels": Channels,
     "out_channels": Channels,
     "block_out_channels": Levels,
-    "layers_per_block": LevelBlocks | Annotated[tuple[LevelBlocks, ...], Length(8)],
+    "layers_per_block": Blocks,
     "down_block_types": Names,
     "up_block_types": Names,
     "attention_head_dim": Heads | Levels | None,
@@ -81,7 +80,7 @@ FIELDS = {
     "use_motion_mid_block": bool,
     "motion_num_attention_heads": Heads | Levels,
     "motion_norm_num_groups": Channels,
-    "motion_layers_per_block": LevelBlocks | Annotated[tuple[LevelBlocks, ...], Length(8)],
+    "motion_layers_per_block": Blocks,
     "conditioning_channels": Channels,
     "conditioning_embedding_out_channels": Levels | None,
     "concat_conditioning_mask": bool,
