@@ -108,6 +108,30 @@ def test_what_links_reach_twice_is_read_once_under_its_own_name(tmp_path):
     assert sorted(unusable) == ["gone.mp4", "pipe.mp4", "self"]
 
 
+def test_of_two_names_with_captions_the_one_that_is_no_link_is_read(tmp_path):
+    put(tmp_path, "z.mp4", "z.txt", "b.txt")
+    (tmp_path / "b.mp4").symlink_to("z.mp4")  # sorts before "z.mp4"
+    listing = list_videos(tmp_path)
+    assert names(listing) == ["z.mp4"]
+    assert listing.left_out["files and folders that links reach twice"] == ["b.mp4"]
+
+
+def test_a_folder_that_cannot_be_opened_is_counted(tmp_path, monkeypatch):
+    put(tmp_path, "a.mp4", "a.txt", "shut/b.mp4", "shut/b.txt")
+    scandir = os.scandir
+
+    def scan(path):
+        if path == tmp_path / "shut":
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    listing = list_videos(tmp_path)
+    assert names(listing) == ["a.mp4"]
+    unusable = listing.left_out["broken links, pipes, devices or folders that cannot be opened"]
+    assert unusable == ["shut"]
+
+
 @pytest.mark.parametrize("stored, listed", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
 def test_names_match_in_every_unicode_form(tmp_path, stored, listed):
     names_of = {form: unicodedata.normalize(form, "Gänse für Zoë") for form in ("NFC", "NFD")}
