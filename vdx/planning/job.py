@@ -34,6 +34,10 @@ class Slice:
 
     name: str  # "v5e:4x4", a row of CHIPS and a topology, or "h100:8", a row and a number
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for an unknown chip or a malformed topology."""
+        self.devices  # noqa: B018
+
     @functools.cached_property
     def chip(self) -> Chip:
         """Return the chip's row of CHIPS. Raises ConfigError for an unknown one."""
@@ -69,7 +73,6 @@ class Slice:
                 "TPU is needed for it: pip install 'vdx[tpu]'"
             )
 
-        assert self.devices  # a malformed name has an error message of its own
         try:
             description = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
         except Exception as error:
