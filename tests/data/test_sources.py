@@ -69,7 +69,12 @@ def test_text_files_of_the_same_name_are_captions(tmp_path):
         ('{"file_name": "a.mp4", "score": 1e999}\n', "line 1 .* '1e999' is too large"),
         (f'{{"file_name": "a.mp4", "id": {10**30}}}\n', "line 1 .*more than 64 bits"),
         ("[" * 100_000, "line 1 .*nested more than 64 deep"),
+        (
+            f'{{"file_name": "a.mp4", "sha256": "{"0" * 65}"}}\n',
+            "line 1: \"sha256\" is '0+', expected 64",
+        ),
         ('{"caption": "x"}\n', 'line 1 has no "file_name"'),
+        ('{"file_name": ""}\n', 'line 1 has no "file_name"'),
         ("[1]\n", 'line 1 has no "file_name"'),
         ('{"file_name": "a.mp4", "sha256": "ABC"}\n', "line 1: \"sha256\" is 'ABC', expected 64"),
     ],
