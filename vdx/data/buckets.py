@@ -149,9 +149,9 @@ def _clip_of(bucket: BatchShape) -> tuple[int, tuple[int, int]]:
 
 
 def _identity(source: Source, clip: ClipSampling) -> str:
-    """Return a digest of what the shapes depend on: records, their files, and how clips are cut.
+    """Return a digest of what the shapes depend on.
 
-    A file that was replaced under its name has another size or time. Procedural sources have no
+    It covers the records, their files, and how clips are cut. A file that was replaced under its name has another size or time. Procedural sources have no
     files.
     """
     names = getattr(source, "rows", None)

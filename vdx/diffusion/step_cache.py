@@ -68,7 +68,7 @@ class StepCache:
         required: Array,
         state: StepCacheState,
     ) -> CachedStep:
-        """Evaluate the network at (x, t), or extrapolate its last prediction, clip by clip."""
+        """Evaluate the network at (x, t), or extrapolate, clip by clip."""
         moved = x - state.x
         change = state.rate * _size(moved) / _size(state.prediction)
         # Negated, so that a change that is not a number evaluates the network too.
@@ -87,7 +87,7 @@ class StepCache:
 
 
 def _select_clips(chosen: Array, one: Array, other: Array) -> Array:
-    """Return the chosen clips of one array and the rest of the other; chosen: bool [b]."""
+    """Return the chosen clips [b] of one array and the rest of the other."""
     return jnp.where(chosen.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
 
 

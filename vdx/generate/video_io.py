@@ -44,7 +44,7 @@ class NotFinite(ConfigError):
 
 
 def check_finite(is_finite: Any, clip: str = "The clip") -> None:
-    """Raise NotFinite unless all pixels of a piece are finite; clip: its name, for the message."""
+    """Raise NotFinite unless all pixels are finite; clip: its name."""
     if not np.all(is_finite):
         raise NotFinite(
             f"{clip} has pixels that are NaN or infinite, and is not used. Either the weights "

@@ -42,7 +42,7 @@ def processor_differences(config: Mapping[str, Any], size: int) -> list[str]:
 
 
 def _same(given: Any, ours: Any) -> bool:
-    """Return whether a value of any type, which a stranger wrote, means what ours does."""
+    """Return whether a value of any type means what ours does."""
     if isinstance(ours, float):
         return isinstance(given, int | float) and abs(given - ours) < TOLERANCE
     if isinstance(ours, dict) and not isinstance(given, dict):
