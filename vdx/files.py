@@ -78,7 +78,8 @@ def open_regular(path: str | Path) -> BufferedReader:
 def file_stamp(path: str | Path) -> tuple[int, int] | None:
     """Return (bytes, time of the last change in ns) of a file, or None.
 
-    None is for a file that cannot be accessed. A file that is replaced under its name has another stamp. Links are followed.
+    None is for a file that cannot be accessed. A file that is replaced under its name has another
+    stamp. Links are followed.
     """
     try:
         facts = os.stat(path)

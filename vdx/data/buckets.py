@@ -151,8 +151,8 @@ def _clip_of(bucket: BatchShape) -> tuple[int, tuple[int, int]]:
 def _identity(source: Source, clip: ClipSampling) -> str:
     """Return a digest of what the shapes depend on.
 
-    It covers the records, their files, and how clips are cut. A file that was replaced under its name has another size or time. Procedural sources have no
-    files.
+    It covers the records, their files, and how clips are cut. A file that was replaced under its
+    name has another size or time. Procedural sources have no files.
     """
     names = getattr(source, "rows", None)
     stamps = getattr(source, "file_stamps", list)()
