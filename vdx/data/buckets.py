@@ -155,7 +155,7 @@ def _identity(source: Source, clip: ClipSampling) -> str:
     name has another size or time. Procedural sources have no files.
     """
     names = getattr(source, "rows", None)
-    stamps = getattr(source, "file_stamps", list)()
+    stamps: list[Any] = getattr(source, "file_stamps", list)()
     facts = repr((source, len(source), names, stamps, clip))
     return hashlib.sha256(facts.encode()).hexdigest()
 
