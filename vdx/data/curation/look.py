@@ -192,7 +192,7 @@ def _decode(footage: Footage, opener: Opener, damage: _Damage) -> Iterator[Displ
                 yield frame
                 number = frame.number + 1
         except Exception as error:  # there is no list of what decoders raise on damaged files
-            later = footage.keys[footage.keys > number]
+            later = footage.starts[footage.starts > number]
             resumed = len(footage.stamps)
             if len(later) and len(damage) < MOST_DAMAGE:
                 resumed = int(later[0])
