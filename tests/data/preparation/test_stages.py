@@ -81,9 +81,11 @@ def test_the_records_are_the_kept_clips(prepared, split):
     assert record.timestamps == pytest.approx(facts["timestamps"], abs=1e-4)
     example = to_example(
         record,
-        sampling=ClipSampling(num_frames=(4,), fps=(12.0,)),
+        clip=ClipSampling(num_frames=(4,), fps=(12.0,)),
+        num_frames=4,
         height=32,
         width=32,
+        tokenize=lambda caption: {},
         rng=np.random.default_rng(0),
     )
     assert example["video"].shape == (4, 32, 32, 3)
