@@ -45,7 +45,9 @@ def test_every_second_is_in_exactly_one_row(seed):
     rng = np.random.default_rng(seed)
     duration = float(rng.uniform(0.3, 40))
     times = np.sort(rng.uniform(0, duration * 1.1, 2 * rng.integers(0, 6)))
-    cuts = [hard(t) for t in times[::2]] + [gradual(*times[1:3])] * (len(times) > 2)
+    cuts = [hard(t) for t in times[::2]]
+    if len(times) > 2:
+        cuts.append(gradual(*times[1:3]))
     damage = [[duration / 2, duration / 2 + 1]] * int(rng.integers(0, 2))
     rows = decide_one(duration, cuts, damage)
     edges = [0.0] + [row["end"] for row in rows]

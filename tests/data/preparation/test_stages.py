@@ -85,7 +85,7 @@ def test_the_records_are_the_kept_clips(prepared, split):
         num_frames=4,
         height=32,
         width=32,
-        tokenize=lambda caption: {},
+        tokenize=lambda caption: (np.zeros(4, int), np.ones(4, bool)),
         rng=np.random.default_rng(0),
     )
     assert example["video"].shape == (4, 32, 32, 3)
