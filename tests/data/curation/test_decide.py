@@ -113,6 +113,9 @@ def test_the_explanation_says_what_would_keep_how_much():
     text = explain(rows, SETTINGS)
     found = re.findall(r"--config\.(decide\.\S+)=(\S+) keeps (\S+) s more", text)
     assert len(found) == 2
+    dropped = 2.0 * (len(rows) - before)
+    assert dropped / 2 <= float(found[0][2]) < dropped / 2 + 2.0  # seconds of one clip
+    assert float(found[1][2]) == dropped
     for key, value, seconds in found:
         config = ConfigDict({"decide": {"thresholds": THRESHOLDS}})
         override(config, key, parse_value(value))
