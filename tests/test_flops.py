@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from tests.shapes import new_shapes
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.flops import traced
@@ -106,7 +107,7 @@ def test_a_denoiser_is_its_network_and_its_conditions(config, at_root):
     batch = jax.eval_shape(lambda: model.conditioning.dummy_batch(clip))
     if "embeddings" in model.signals:
         batch |= {"text": shape(1, 256, 4096), "text_mask": jax.ShapeDtypeStruct((1, 256), bool)}
-    params = jax.eval_shape(model.new_params, jax.random.key(0))
+    params = new_shapes(model)
     assert model.flops(clip, 256) == pytest.approx(
         traced(whole, params, shape(1, *clip), batch), rel=1e-6
     )

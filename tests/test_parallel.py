@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.shapes import new_shapes
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.parallel import AXES, MeshSpec, constrain, param_shardings, path_str, put_batch, replicated
@@ -73,7 +74,7 @@ def batch():
 @pytest.fixture(scope="module")
 def params(experiment, randomise):
     """No layer is left at zero, or most of the network would have no gradient to compare."""
-    return randomise(jax.eval_shape(experiment.model.new_params, jax.random.key(0)))
+    return randomise(new_shapes(experiment.model))
 
 
 def keep_gradient() -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.models.mixers.context import CachePosition
 from vdx.models.mixers.table import PATTERNS
@@ -29,7 +30,7 @@ SMALL = dict(width=24, depth=4, heads=2, patch=(2, 2, 2))
 
 
 def shapes(model, x=CLIP, ports=PORTS):
-    return jax.eval_shape(model.init, jax.random.key(0), x, TIME, ports)["params"]
+    return init_shapes(model, x, TIME, ports)
 
 
 def test_modulation():
@@ -370,7 +371,7 @@ def test_sizes(size):
         tokens=jax.ShapeDtypeStruct((1, 1, width), jnp.float32),
         tokens_mask=jax.ShapeDtypeStruct((1, 1), bool),
     )
-    tree = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1), ports)["params"]
+    tree = init_shapes(model, x, jnp.zeros(1), ports)
     project = 4096 * width + width + width * width + width
     millions = (sum(v.size for v in jax.tree.leaves(tree)) + project) / 1e6
     print(f"{size}: {millions:.0f}M")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.clip import (
     clip_rows,
@@ -36,7 +37,7 @@ MASK = np.arange(12) < np.array([8, 12, 4])[:, None]
 @pytest.fixture(scope="module")
 def run():
     def run(model, file, *inputs):
-        like = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+        like = init_shapes(model, *inputs)
         params = gather(file.get, file, like, clip_rows(file, model))
         return jax.jit(model.apply)({"params": params}, *inputs)
 
@@ -157,7 +158,7 @@ def test_the_sizes_that_wan_uses():
     last = [*theirs.encoder.layers[-1].parameters(), *theirs.post_layernorm.parameters()]
     for use_last, without in ((True, []), (False, last)):
         model = clip_vision_from_config(config.to_dict(), use_last=use_last)
-        like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+        like = init_shapes(model, jnp.zeros((1, 224, 224, 3)))
         want = theirs.num_parameters() - sum(p.numel() for p in without)
         assert sum(leaf.size for leaf in jax.tree.leaves(like)) == want
         param_shardings(MeshSpec(data=1, fsdp=4, tensor=2).make(), like)
@@ -175,7 +176,7 @@ def test_files_of_both_towers_and_older_prefixes(text, vision, run):
         "visual_projection.weight": np.zeros((4, 16)),
     }
     for model, file, inputs in ((text_model, text_file, IDS), (vision_model, vision_file, PIXELS)):
-        like = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+        like = init_shapes(model, inputs)
         alone, of_both = (gather(f.get, f, like, clip_rows(f, model)) for f in (file, both))
         jax.tree.map(np.testing.assert_array_equal, alone, of_both)
         back = dict(export(alone, clip_rows(file, model)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.shapes import new_shapes
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.load import abstract_params, load_params
 from vdx.interop.safetensors import write
@@ -113,7 +114,7 @@ class Case:
 
 
 def abstract(model: Denoiser, mesh=None, dtype="float32"):
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     return abstract_params(shapes, mesh or MeshSpec().make(jax.devices()[:1]), dtype)
 
 
@@ -465,7 +466,7 @@ def test_published_models_have_these_arrays(name):
         want = {k: tuple(v.shape) for k, v in config_class(config)(**config).state_dict().items()}
     assert sum(np.prod(s) for s in want.values()) / 1e9 == pytest.approx(billions, rel=5e-3)
     model = Denoiser(*wan_from_config(config))
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     rows = wan_transformer_rows(model)
     assert {k: shape for k, (shape, _) in export_plan(shapes, rows).items()} == want
     found = wan_config(want, 128)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.shapes import init_shapes, new_shapes
 from vdx.config.build import ConfigError
 from vdx.models.conditioning.conditioning import Conditioning, merge
 from vdx.models.conditioning.table import SIGNALS
@@ -158,7 +159,7 @@ def test_a_null_value_is_learned(name, randomise):
     batch, _ = BATCHES[name]
     module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
     drop = {name: jnp.ones(2, bool)}
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"])
+    params = randomise(init_shapes(module, batch, drop))
 
     def loss(params):
         p = module.apply({"params": params}, batch, drop)
@@ -264,7 +265,7 @@ def test_every_signal_changes_the_prediction(randomise):
     names = [name for name in SIGNALS if name not in ("embeddings", "fps_class")]
     fields = FIELDS | {"depth": {}}  # a port of its own; `control` has the control blocks
     model = Denoiser(SMALL, {name: fields.get(name, {}) for name in names})
-    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    params = randomise(new_shapes(model))
     x = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
     time = np.array([0.2, 0.7], np.float32)
     run = jax.jit(lambda batch, drop: model.run(params, x, time, batch, drop, method="train_view"))
@@ -308,7 +309,7 @@ def test_a_vector_for_each_frame_reaches_the_tokens_of_that_frame(randomise):
     """With patches of one frame and no mixing over time, only there."""
     small = SMALL | {"patch": (1, 4, 4), "pattern": ("space",)}
     model = Denoiser(small, {"actions": {}, "fps": {}})
-    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    params = randomise(new_shapes(model))
     x = RNG.normal(size=(1, 3, 4, 4, 3)).astype(np.float32)
 
     def run(*actions):

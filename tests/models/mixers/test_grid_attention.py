@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.shapes import init_shapes
 from vdx.config.build import ConfigError, build
 from vdx.models.attention.backends import CONTEXTS, attend
 from vdx.models.attention.layers import CrossAttention, SelfAttention
@@ -137,7 +138,7 @@ def mixer(randomise):
     @functools.cache
     def make(case):
         module = mixer_of(case)
-        params = randomise(jax.eval_shape(module.init, jax.random.key(0), X32, CONTEXT)["params"])
+        params = randomise(init_shapes(module, X32, CONTEXT))
         run = lambda p, x: module.apply({"params": p}, x, CONTEXT)
         return module, params, run, jax.jit(run)
 
@@ -241,12 +242,11 @@ def test_attention_over_time_depends_on_distances_alone(spec, randomise):
     module = MIXERS["time"](heads=HEADS, **{"window": 3, **spec})
     clip = RNG.normal(size=(1, 2 * MAX_RELATIVE_DISTANCE + 8, 1, 1, WIDTH)).astype(np.float32)
     context = MixContext(rope=rope_table((clip.shape[1], 1, 1), WIDTH // HEADS))
-    image = jax.eval_shape(
-        module.init,
-        jax.random.key(0),
+    image = init_shapes(
+        module,
         clip[:, :1],
         MixContext(rope=rope_table((1, 1, 1), WIDTH // HEADS)),
-    )["params"]
+    )
     params = randomise(image)  # as made for one frame
     one, later = (module.apply({"params": params}, x, context) for x in (clip, np.roll(clip, 1, 1)))
     inside = slice(4, -4)
@@ -256,7 +256,7 @@ def test_attention_over_time_depends_on_distances_alone(spec, randomise):
 def test_distances_beyond_the_reach_share_a_bias(randomise):
     module = MIXERS["time"](heads=HEADS, positions="relative")
     clip = RNG.normal(size=(1, MAX_RELATIVE_DISTANCE + 4, 1, 1, WIDTH)).astype(np.float32)
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), clip, CONTEXT)["params"])
+    params = randomise(init_shapes(module, clip, CONTEXT))
     want = mix_by_loop(params, clip[0], {"name": "time", "positions": "relative"}, CASES["time"][1])
     got = module.apply({"params": params}, clip, CONTEXT)[0]
     np.testing.assert_allclose(got, want, atol=5e-6)
@@ -307,7 +307,7 @@ def cross(randomise):
     """(parameters, tokens, mask, jitted function of tokens and mask)."""
     module, tokens = CrossAttention(HEADS), RNG.normal(size=(2, 5, 7)).astype(np.float32)
     mask = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), X32, tokens, mask)["params"])
+    params = randomise(init_shapes(module, X32, tokens, mask))
     return (
         params,
         tokens,
@@ -334,7 +334,7 @@ def test_cross_attention_ignores_padding(cross):
 def test_self_attention_is_its_definition(randomise):
     module, mask = SelfAttention(HEADS), np.array([[1, 1, 0], [0, 1, 1]], bool)
     x = RNG.normal(size=(2, 3, WIDTH)).astype(np.float32)
-    p = randomise(jax.eval_shape(module.init, jax.random.key(0), x, mask)["params"])
+    p = randomise(init_shapes(module, x, mask))
     q, k, v = (heads_apart(dense(p[n], x)) for n in "qkv")
     scores = np.einsum("bqnd,bknd->bnqk", q, k) / np.sqrt(WIDTH // HEADS)
     weights = softmax(np.where(mask[:, None, None], scores, -np.inf))
