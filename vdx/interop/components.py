@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +34,7 @@ from vdx.interop.wan import open_wan
 from vdx.interop.wan_config import wan_from_config
 from vdx.interop.wan_keys import distilled_prefix, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.types import Params
 
 KeyRows = tuple[Row, ...]
@@ -131,10 +131,6 @@ def _source_rows(
     return (*whole, *layers, *zero)
 
 
-def _init_shapes(module: nn.Module, *inputs: jax.Array) -> Params:
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
 def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
     """Open a Wan transformer as a Denoiser.
 
@@ -165,7 +161,7 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
     # The network. Its rows lead from the names of diffusers.
     module = Denoiser({**backbone, "dtype": dtype}, signals)
-    shapes = jax.eval_shape(module.new_params, jax.random.key(0))
+    shapes = new_shapes(module)
     rows = tuple(wan_transformer_rows(module))
     return Component(
         config=config,
@@ -186,7 +182,7 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
     source = open_weights(path)
     config = config or read_json_object(path / "config.json")
     module = t5_from_config(config, dtype)
-    shapes = _init_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
+    shapes = init_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
     library_rows = t5_rows(("shared.weight",), module)
     return Component(
         config=config,
@@ -208,7 +204,7 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
     source = clip_names(open_weights(path))
     config = config or read_json_object(path / "config.json")
     module = clip_vision_from_config(config, dtype)
-    shapes = _init_shapes(module, jnp.zeros((1, module.image, module.image, 3)))
+    shapes = init_shapes(module, jnp.zeros((1, module.image, module.image, 3)))
     library_rows = clip_rows(("vision_model.",), module)
     return Component(
         config=config,
@@ -231,7 +227,7 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
     config = config or read_json_object(path / "config.json")
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
-    shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel
+    shapes = init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel
 
     library_rows = video_vae_rows(module)
     # The original's keys differ from those of diffusers.
