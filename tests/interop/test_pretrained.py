@@ -357,7 +357,7 @@ def params(path: Path, mesh) -> dict:
     return {name: part.load(mesh) for name, part in open_pretrained(path).components.items()}
 
 
-@pytest.mark.parametrize("kind", ["flf2v", "5b"])
+@pytest.mark.parametrize("kind", ["flf2v", pytest.param("5b", marks=pytest.mark.slow)])
 def test_to_vdx_and_back_is_every_bit(kind, folder, tmp_path, mesh):
     own, back = tmp_path / "own", tmp_path / "back"
     open_source(folder(kind), {}).save(own, own=True)
