@@ -1,5 +1,6 @@
 """The step cache against a loop that states its rule once more."""
 
+import functools
 import itertools
 
 import jax
@@ -23,16 +24,21 @@ def network(x, t):
     return jnp.sin(x) + jnp.cos(6 * t[:, None, None, None, None] ** 3) * jnp.tanh(2 * x)
 
 
-def draw(threshold, interval=(0.0, 1.0), sampler="euler", x=X):
-    """(clip, which evaluations were made)"""
-    one = SAMPLERS[sampler]()
+@functools.cache
+def euler(interval):
+    """Jitted: a clip and a threshold -> what run_steps returns."""
+    one = SAMPLERS["euler"]()
     rows = step_table(FLOW, one, uniform_timesteps(FLOW, STEPS))
-    run = jax.jit(
+    return jax.jit(
         lambda x, threshold: run_steps(
             network, FLOW, one, one.start(x), rows, None, StepCache(threshold, interval)
         )
     )
-    carry, made = run(x, threshold)
+
+
+def draw(threshold, interval=(0.0, 1.0), x=X):
+    """(clip, which evaluations were made)"""
+    carry, made = euler(interval)(x, threshold)
     return np.asarray(carry[0]), np.asarray(made)
 
 
