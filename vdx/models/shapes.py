@@ -44,7 +44,7 @@ def new_shapes(model: Any) -> Params:
 
 
 def _once(module: nn.Module, inputs: tuple[Hashable, ...], trace: Callable[[], Params]) -> Params:
-    """Return the first result of `trace` for this module and inputs, in new containers."""
+    """Return the first result of `trace` for these arguments, in new containers."""
     # A module with a dict in a field has no hash; its text has all its fields.
     key = (type(module), repr(module), *inputs)
     if key not in _TRACED:
