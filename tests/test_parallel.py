@@ -23,11 +23,9 @@ MOVE = {"all-to-all", "all-gather", "collective-permute"}
 GATHER, REDUCE = {"all-gather"}, {"all-reduce", "reduce-scatter"}
 MESHES = {
     "data8": {"data": (8, REDUCE)},
-    "fsdp8": {"fsdp": (8, GATHER)},
     "data2_fsdp4": {"data": (2, REDUCE), "fsdp": (4, GATHER)},
     "fsdp2_context2_tensor2": {"fsdp": (2, GATHER), "context": (2, MOVE), "tensor": (2, REDUCE)},
     "data2_context4": {"data": (2, REDUCE), "context": (4, MOVE)},
-    "fsdp2_tensor4": {"fsdp": (2, GATHER), "tensor": (4, REDUCE)},
 }
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*?"
