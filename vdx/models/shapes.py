@@ -4,7 +4,7 @@ Tracing an initialisation takes up to a second. Readers of weights, plans and te
 shapes, again and again for the same network.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax
 
 from vdx.types import Params
 
-_TRACED: dict[Hashable, Params] = {}
+_TRACED: dict[tuple[Any, ...], Params] = {}
 
 
 def init_shapes(module: nn.Module, *inputs: Any) -> Params:
@@ -43,7 +43,7 @@ def new_shapes(model: Any) -> Params:
     return _once(model, (), lambda: jax.eval_shape(model.new_params, jax.random.key(0)))
 
 
-def _once(module: nn.Module, inputs: tuple[Hashable, ...], trace: Callable[[], Params]) -> Params:
+def _once(module: nn.Module, inputs: tuple[Any, ...], trace: Callable[[], Params]) -> Params:
     """Return the first result of `trace` for these arguments, in new containers."""
     # A module with a dict in a field has no hash; its text has all its fields.
     key = (type(module), repr(module), *inputs)
