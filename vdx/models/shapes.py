@@ -24,9 +24,10 @@ def init_shapes(module: nn.Module, *inputs: Any) -> Params:
     flags = [None if hasattr(leaf, "shape") else leaf for leaf in leaves]
     arrays = [leaf if hasattr(leaf, "shape") else 0 for leaf in leaves]
 
-    def init(key: Any, arrays: list[Any]) -> Any:
+    def init(arrays: list[Any]) -> Any:
         given = [a if f is None else f for a, f in zip(arrays, flags, strict=True)]
-        return module.init(key, *jax.tree.unflatten(structure, given))
+        # The key is made here: no operation can run on the chips of a plan.
+        return module.init(jax.random.key(0), *jax.tree.unflatten(structure, given))
 
     kinds = [
         (a.shape, str(a.dtype)) if f is None else f for a, f in zip(leaves, flags, strict=True)
@@ -34,13 +35,13 @@ def init_shapes(module: nn.Module, *inputs: Any) -> Params:
     return _once(
         module,
         (structure, *kinds),
-        lambda: jax.eval_shape(init, jax.random.key(0), arrays)["params"],
+        lambda: jax.eval_shape(init, arrays)["params"],
     )
 
 
 def new_shapes(model: Any) -> Params:
     """Return the shapes of `new_params` of a Denoiser. Raises ConfigError as it does."""
-    return _once(model, (), lambda: jax.eval_shape(model.new_params, jax.random.key(0)))
+    return _once(model, (), lambda: jax.eval_shape(lambda: model.new_params(jax.random.key(0))))
 
 
 def _once(module: nn.Module, inputs: tuple[Any, ...], trace: Callable[[], Params]) -> Params:
