@@ -22,7 +22,6 @@ MOVE = {"all-to-all", "all-gather", "collective-permute"}
 GATHER, REDUCE = {"all-gather"}, {"all-reduce", "reduce-scatter"}
 MESHES = {
     "data8": {"data": (8, REDUCE)},
-    "fsdp8": {"fsdp": (8, GATHER)},
     "data2_fsdp4": {"data": (2, REDUCE), "fsdp": (4, GATHER)},
     "fsdp2_context2_tensor2": {"fsdp": (2, GATHER), "context": (2, MOVE), "tensor": (2, REDUCE)},
     "data2_context4": {"data": (2, REDUCE), "context": (4, MOVE)},
