@@ -226,7 +226,7 @@ def test_buckets_train_and_resume_exactly(tmp_path):
         "--config.train.steps=3",
         "--config.eval={'loss': {'every': 3, 'clips': 8}}",
         "--config.train.sample_every=0",
-        "--config.train.save_every=1",
+        "--config.train.save_every=2",
         "--config.train.log_every=1",
         "--config.train.max_to_keep=9",
         "--config.model.backbone.depth=1",
@@ -302,6 +302,7 @@ def test_the_tiny_configs_run(name, tmp_path):
         [
             *micro,
             "--config.train.sample_every=0",
+            "--config.train.save_every=6",
             f"--config.eval={rows}",
         ],
     )

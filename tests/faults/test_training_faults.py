@@ -354,16 +354,14 @@ def test_a_full_and_a_read_only_disk(folder, disk):
 # Stuck
 
 
-@alone
-def test_a_worker_that_hangs_ends_the_program(folder, tmp_path):
+def test_a_worker_that_hangs_ends_the_program(tmp_path):
     """Its process is stopped, as a read that never returns would."""
-    finished(folder, "whole_one", "one")  # has compiled the program: the first step is soon done
     workdir = tmp_path / "run"
     children = launch(
         workdir,
         "--config.train.steps=100000",
         "--config.data.loader.workers=1",
-        "--config.train.watchdog_seconds=30",
+        "--config.train.watchdog_seconds=60",  # a busy machine traces the step for half of it
     )
     until(lambda: whole_steps(workdir), children)
     for pid in orphans(children[0].pid):  # all of the group that live
@@ -371,7 +369,7 @@ def test_a_worker_that_hangs_ends_the_program(folder, tmp_path):
             os.kill(pid, signal.SIGSTOP)
     ends(workdir, children, STUCK, seconds=180)
     text = log_of(workdir)
-    assert "No step for 30 s" in text and "most recent call first" in text
+    assert "No step for 60 s" in text and "most recent call first" in text
 
 
 @pairs
