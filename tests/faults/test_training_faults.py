@@ -37,10 +37,13 @@ SHORT = [
 ]
 QUIET = "--config.eval.loss=null"  # for tests that read no loss of an evaluation
 FIRST_STEP = re.compile(r"\d+/\d+ \[\d\d:\d\d<\d")
+# Of several processes only the first would find a program in the cache, and would then wait for the
+# others, which compile: JAX gives processes on CPUs 30 s to meet in a collective.
+NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 PLACES = {
     "one": {},
     "four": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-    "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", **NO_CACHE},
     "eight": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
 }
 
@@ -398,7 +401,7 @@ def test_the_local_launcher(tmp_path):
     workdir = tmp_path / "run"
     command = ["launch/local.sh", "--processes=2", "configs/t2v_tiny.py", str(workdir)]
     quick = [a for a in (*TINY, *SHORT) if not a.startswith("--config=")]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, **NO_CACHE, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     run = lambda *more: subprocess.Popen(
         [*command, *quick, *more],
         cwd=ROOT,
