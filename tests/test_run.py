@@ -224,7 +224,8 @@ def test_buckets_train_and_resume_exactly(tmp_path):
     """Two shapes, two programs; 3 steps = 2 steps and the rest, in every bit."""
     made = config(
         "--config.train.steps=3",
-        "--config.eval={'loss': {'every': 3, 'clips': 8}}",
+        "--config.eval={'loss': {'every': 3, 'clips': 8, 'times': (0.5,)}}",
+        "--config.data.mean=-0.8",
         "--config.train.sample_every=0",
         "--config.train.save_every=2",
         "--config.train.log_every=1",
@@ -278,7 +279,8 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path, traced):
         metadata=meta,
     )
     base = resolve(
-        str(ROOT / "configs" / f"{name}.py:smoke"), [f"--config.data.path={tmp_path / 'data'}"]
+        str(ROOT / "configs" / f"{name}.py:smoke"),
+        [f"--config.data.path={tmp_path / 'data'}", "--config.eval.loss.times=(0.5,)"],
     )
     run(base, tmp_path / "run", PreemptionHandler())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -303,6 +305,7 @@ def test_the_tiny_configs_run(name, tmp_path):
             *micro,
             "--config.train.sample_every=0",
             "--config.train.save_every=6",
+            "--config.data.mean=-0.8",
             f"--config.eval={rows}",
         ],
     )
