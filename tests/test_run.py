@@ -200,58 +200,46 @@ def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
     assert done.returncode != 0 and "not those of the manifest" in done.stderr
 
 
-@pytest.mark.slow
-def test_one_compile_for_the_run(tmp_path, monkeypatch):
-    """Three batches, one program: nothing about a batch may reach the compiler."""
-    made = []
+@pytest.fixture
+def traced(monkeypatch):
+    """Has an entry for each time that the step of a run of this test is traced."""
+    traces = []
     real = compile_module.make_train_step
 
     def counting(*args, **kwargs):
         step = real(*args, **kwargs)
 
-        def traced(*a):
-            made.append(1)
+        def traced_step(*a):
+            traces.append(1)
             return step(*a)
 
-        return traced
+        return traced_step
 
     monkeypatch.setattr(compile_module, "make_train_step", counting)
-    run(
-        config(
-            "--config.train.steps=3",
-            "--config.eval={'loss': None}",
-            "--config.mesh.data=1",
-            "--config.mesh.fsdp=8",
-            "--config.train.sample_every=0",
-            "--config.train.save_every=0",
-        ),
-        tmp_path / "once",
-        PreemptionHandler(),
-    )
-    assert len(made) == 1
+    return traces
 
 
 @pytest.mark.slow
 def test_buckets_train_and_resume_exactly(tmp_path):
-    """Three shapes, three programs; 5 steps = 3 steps and the rest, in every bit."""
+    """Two shapes, two programs; 3 steps = 2 steps and the rest, in every bit."""
     made = config(
-        "--config.train.steps=5",
-        "--config.eval={'loss': {'every': 5, 'clips': 8}}",
+        "--config.train.steps=3",
+        "--config.eval={'loss': {'every': 3, 'clips': 8, 'times': (0.5,)}}",
+        "--config.data.mean=-0.8",
         "--config.train.sample_every=0",
-        "--config.train.save_every=1",
+        "--config.train.save_every=2",
         "--config.train.log_every=1",
         "--config.train.max_to_keep=9",
         "--config.model.backbone.depth=1",
-        "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))",
+        "--config.data.loader.buckets=((16, 32, 32, 8), (8, 16, 32, 32))",
     )
     run(made, tmp_path / "whole", PreemptionHandler())
     rows = [r for r in read_rows(tmp_path / "whole" / "metrics.jsonl") if "train/loss" in r]
     assert all(np.isfinite(r["train/loss"]) for r in rows)
     per_clip = [r["speed/tokens_per_s"] / r["speed/clips_per_s"] for r in rows]
-    np.testing.assert_allclose(per_clip, [64, 128, 32, 64, 128], rtol=1e-3)
+    np.testing.assert_allclose(per_clip, [128, 32, 128], rtol=1e-3)
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
-    for step in ("4", "5"):
-        shutil.rmtree(tmp_path / "halved" / "checkpoints" / step)
+    shutil.rmtree(tmp_path / "halved" / "checkpoints" / "3")
     run(made, tmp_path / "halved", PreemptionHandler())
     assert weights(tmp_path / "halved") == weights(tmp_path / "whole")
     again = {
@@ -264,8 +252,11 @@ def test_buckets_train_and_resume_exactly(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t2v_base", "i2v_base"])
-def test_the_base_configs_train_from_cached_latents(name, tmp_path):
-    """Shrunk by `:smoke`, on eight devices, through the whole entrypoint."""
+def test_the_base_configs_train_from_cached_latents(name, tmp_path, traced):
+    """Shrunk by `:smoke`, on eight devices, through the whole entrypoint.
+
+    Three batches, one program: nothing about a batch may reach the compiler.
+    """
     rng = np.random.default_rng(0)
     more = {"t2v_base": {}, "i2v_base": {"image_tokens": (5, 16), "motion": ()}}[name]
     meta = {"latents": [4, 8, 8, 4], "text": [6, 32]}
@@ -288,12 +279,14 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
         metadata=meta,
     )
     base = resolve(
-        str(ROOT / "configs" / f"{name}.py:smoke"), [f"--config.data.path={tmp_path / 'data'}"]
+        str(ROOT / "configs" / f"{name}.py:smoke"),
+        [f"--config.data.path={tmp_path / 'data'}", "--config.eval.loss.times=(0.5,)"],
     )
     run(base, tmp_path / "run", PreemptionHandler())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
     assert sorted(losses) == [1, 2, 3] and np.isfinite(list(losses.values())).all()
+    assert len(traced) == 1
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -311,6 +304,8 @@ def test_the_tiny_configs_run(name, tmp_path):
         [
             *micro,
             "--config.train.sample_every=0",
+            "--config.train.save_every=6",
+            "--config.data.mean=-0.8",
             f"--config.eval={rows}",
         ],
     )

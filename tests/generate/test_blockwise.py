@@ -329,23 +329,17 @@ def test_a_cache_of_blocks_that_are_not_clean_is_detected(fault, weights, define
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["window", "all"])
-def test_streamed_blocks_are_those_of_the_clip_by_one_program(spec, drawn, weights):
-    generator, clips = drawn(spec)
+def test_streamed_blocks_are_those_of_the_clip_by_one_program(drawn, weights):
+    generator, clips = drawn("window")
     stream = lambda frames: generator.stream(weights, PROMPTS, SEEDS, num_frames=frames, fps=8.0)
     blocks = list(stream(6))
     assert [b.shape for b in blocks] == [(2, 2, *SHAPE)] * 3
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
     again = list(stream(6))
     np.testing.assert_array_equal(again, blocks)
+    longer = list(itertools.islice(stream(None), 5))  # and of a clip without end
+    np.testing.assert_array_equal(longer[:3], blocks)
     assert generator._next_block._cache_size() == 1
-    if spec == "window":  # and of a clip without end
-        longer = list(itertools.islice(stream(None), 5))
-        np.testing.assert_array_equal(longer[:3], blocks)
-        assert generator._next_block._cache_size() == 1
-    else:
-        with pytest.raises(ConfigError, match="needs a window"):
-            stream(None)
 
 
 @pytest.mark.slow
@@ -380,10 +374,12 @@ def test_conditions_of_frames_reach_their_block(randomise):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_streams(sampler, weights):
+    """Without a window the cache has a place for every block."""
     generator = generator_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
     clips = generator(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0)
     blocks = list(generator.stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0))
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
+    assert generator._next_block._cache_size() == 1
 
 
 @pytest.mark.slow
@@ -405,6 +401,8 @@ def test_what_cannot_be_streamed(weights):
         generator_of({}, pattern=({"name": "full", "block": 2}, "time"))
     with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
         generator_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
+    with pytest.raises(ConfigError, match="needs a window"):
+        generator_of(BLOCKS["all"]).stream(weights, PROMPTS, SEEDS, num_frames=None, fps=8.0)
     with pytest.raises(ConfigError, match="This model's signals"):
         generator_of({"block": 2}).stream(
             weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, controls={"actions": np.zeros((2, 4))}
