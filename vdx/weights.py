@@ -38,6 +38,25 @@ __all__ = ["OpenedParams", "SplitWeights", "StartingWeights", "open_params", "op
 READERS: dict[str, Callable[..., Params]] = {"transformer": load_transformer, "unet": load_unet}
 
 
+# A run builds its experiment twice, and to trace a large network takes seconds: equal models are
+# traced once.
+
+
+def _identify(model: Denoiser) -> tuple[Denoiser, str]:
+    """Return a model and its fields as text, which differs for 1, 1.0 and True."""
+    return model, repr((model.backbone_config, model.signals))
+
+
+@functools.lru_cache(maxsize=16)
+def _trace_shapes(model: Denoiser, _fields: str) -> Params:
+    return jax.eval_shape(model.new_params, jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=16)
+def _trace_kernels(model: Denoiser, _fields: str) -> dict[str, Any]:
+    return dense_kernels(model.new_params)
+
+
 class SplitWeights(NamedTuple):
     """A pretrained network, split into what is frozen and what is trained."""
 
@@ -60,14 +79,14 @@ class StartingWeights:
     @functools.cached_property
     def shapes(self) -> Params:
         """The network's parameters, abstract; raises ConfigError if it cannot be built."""
-        return jax.eval_shape(self.model.new_params, jax.random.key(0))
+        return _trace_shapes(*_identify(self.model))
 
     @functools.cached_property
     def kernels(self) -> dict[str, Any]:
         """path -> abstract kernel that adapters act on; empty without adapters."""
         if not isinstance(self.trained_part, Lora):
             return {}
-        return self.trained_part.select_kernels(dense_kernels(self.model.new_params))
+        return self.trained_part.select_kernels(_trace_kernels(*_identify(self.model)))
 
     def new_params(self, key: PRNGKeyArray) -> Params:
         """Return new values of what is trained: all parameters, some, or adapters."""

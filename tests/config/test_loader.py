@@ -122,8 +122,7 @@ def test_overrides_are_told_from_flags(arg, is_one):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: Path(p).stem)
 def test_every_config_is_an_experiment(path):
     experiment = Experiment(resolve(path, []))
-    params = jax.eval_shape(experiment.model.new_params, jax.random.key(0))
-    assert jax.tree.leaves(params) and experiment.tx
+    assert jax.tree.leaves(experiment.shapes) and experiment.tx
     again = Experiment(json.loads(json.dumps(experiment.config)))  # as the workdir keeps it
     assert again.model == experiment.model and again.optimizer == experiment.optimizer
 

@@ -42,7 +42,12 @@ def sees(spec, query: int, key: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("spec", "mixer"), [*((spec, "full") for spec in BLOCKS), ("sink", "time")]
+    ("spec", "mixer"),
+    [
+        ("window", "full"),
+        ("sink", "time"),
+        *(pytest.param(spec, "full", marks=pytest.mark.slow) for spec in ("all", "sink", "one")),
+    ],
 )
 def test_a_token_sees_its_block_and_those_before(spec, mixer, randomise):
     """Seven frames: the last block is not whole."""
@@ -159,14 +164,14 @@ def test_with_mixers_of_one_frame_and_of_one_place(randomise):
 
 def test_positions_that_do_not_shift_are_detected(cached, monkeypatch):
     monkeypatch.setattr(transformer, "shift_rope", lambda rope, *_: rope)
-    case = copy.copy(cached("all", 2))
+    case = copy.copy(cached("sink", 1))
     vars(case).pop("step", None)
     assert case.error() > 1e-3
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 2, "tensor": 2}])
 def test_on_eight_devices_it_is_that_of_one(sizes, cached):
-    case = cached("all", 2)  # ten frames of tokens, two of them to a block
+    case = cached("sink", 1)
     with jax.set_mesh(MeshSpec(data=1, **sizes).make()):
         np.testing.assert_allclose(case.now_whole(), case.whole, atol=1e-5)
 
