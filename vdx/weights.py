@@ -38,23 +38,32 @@ __all__ = ["OpenedParams", "SplitWeights", "StartingWeights", "open_params", "op
 READERS: dict[str, Callable[..., Params]] = {"transformer": load_transformer, "unet": load_unet}
 
 
-# A run builds its experiment twice, and to trace a large network takes seconds: equal models are
-# traced once.
+@dataclasses.dataclass(frozen=True)
+class ModelKey:
+    """A model as the key of its traces: equal to models with the same fields.
 
+    A run builds its experiment twice, and to trace a large network takes seconds.
+    """
 
-def _identify(model: Denoiser) -> tuple[Denoiser, str]:
-    """Return a model and its fields as text, which differs for 1, 1.0 and True."""
-    return model, repr((model.backbone_config, model.signals))
+    fields: str  # as text, which differs for 1, 1.0 and True
+    model: Denoiser = dataclasses.field(compare=False)  # no hash: its fields are JSON values
+
+    @classmethod
+    def of(cls, model: Denoiser) -> "ModelKey":
+        """Return the key of a model."""
+        return cls(repr((model.backbone_config, model.signals)), model)
 
 
 @functools.lru_cache(maxsize=16)
-def _trace_shapes(model: Denoiser, _fields: str) -> Params:
-    return jax.eval_shape(model.new_params, jax.random.key(0))
+def _trace_shapes(key: ModelKey) -> Params:
+    """Return the parameters of a model, abstract."""
+    return jax.eval_shape(key.model.new_params, jax.random.key(0))
 
 
 @functools.lru_cache(maxsize=16)
-def _trace_kernels(model: Denoiser, _fields: str) -> dict[str, Any]:
-    return dense_kernels(model.new_params)
+def _trace_kernels(key: ModelKey) -> dict[str, Any]:
+    """Return `dense_kernels` of a model."""
+    return dense_kernels(key.model.new_params)
 
 
 class SplitWeights(NamedTuple):
@@ -79,14 +88,14 @@ class StartingWeights:
     @functools.cached_property
     def shapes(self) -> Params:
         """The network's parameters, abstract; raises ConfigError if it cannot be built."""
-        return _trace_shapes(*_identify(self.model))
+        return _trace_shapes(ModelKey.of(self.model))
 
     @functools.cached_property
     def kernels(self) -> dict[str, Any]:
         """path -> abstract kernel that adapters act on; empty without adapters."""
         if not isinstance(self.trained_part, Lora):
             return {}
-        return self.trained_part.select_kernels(_trace_kernels(*_identify(self.model)))
+        return self.trained_part.select_kernels(_trace_kernels(ModelKey.of(self.model)))
 
     def new_params(self, key: PRNGKeyArray) -> Params:
         """Return new values of what is trained: all parameters, some, or adapters."""
