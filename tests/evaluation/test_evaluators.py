@@ -14,12 +14,14 @@ from vdx.config.loader import resolve
 from vdx.data.scenes.world import COLOURS
 from vdx.evaluation.drawing import ClipDrawer
 from vdx.evaluation.evaluator import NEEDS, EvaluationContext
+from vdx.evaluation.loss_at_times import LossAtTimes
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, format_scores, periodic_tasks, rows_at_end
 from vdx.evaluation.table import EVALUATORS, make_evaluators, make_rows
 from vdx.experiment import Experiment
 from vdx.files import read_json, write_json
-from vdx.generate.video_io import write_video
+from vdx.generate.run_pipeline import RunPipeline
+from vdx.generate.video_io import NotFinite, write_video
 from vdx.metrics.tracking import foreground
 
 ROOT = Path(__file__).parents[2]
@@ -368,3 +370,37 @@ def test_a_subject_that_cannot_be_found_is_inconclusive(evaluated):
     ):
         scores = evaluated("identity_drift", fault)
         assert math.isnan(scores["drift"]) and scores["conclusive"] == 0.0
+
+
+@pytest.fixture(params=[math.nan, math.inf, -math.inf])
+def second_clip_is_bad(request, monkeypatch):
+    """The second of the drawn clips has one bad pixel; nothing is computed."""
+
+    def draw_arrays(self, drawn, controls):
+        clips = np.zeros((len(drawn.prompts), 8, 32, 32, 3), np.float32)
+        clips[1, -1, -1, -1, -1] = request.param
+        return clips
+
+    monkeypatch.setattr(RunPipeline, "draw_arrays", draw_arrays)
+
+
+def test_a_clip_that_is_not_finite_is_refused_by_name(second_clip_is_bad, mesh):
+    drawing = ClipDrawer(small(), mesh)
+    with pytest.raises(NotFinite, match=r"^The clip of prompt 'a dog' and seed 10001 has pixels"):
+        drawing.draw({}, ["a cat", "a dog"])
+
+
+def test_refused_clips_end_neither_the_training_nor_the_other_rows(
+    second_clip_is_bad, mesh, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(LossAtTimes, "prepare", lambda self, context: lambda params: {"x": 1.0})
+    rows = {"flicker": {"clips": 2, "every": 5}, "loss": {"every": 5}}
+    experiment = small(f"--config.eval={rows}")
+    tasks = periodic_tasks(experiment, tmp_path, mesh)
+    scores = {task.name: task.run(5, {}) for task in tasks}
+    assert scores == {"flicker": {}, "loss": {"x": 1.0}}
+    assert "No scores of flicker at step 5: The clip of prompt" in caplog.text
+
+    with jax.set_mesh(mesh), pytest.raises(NotFinite, match=r"No scores of .*flicker: The clip"):
+        evaluate_run(experiment, {}, tmp_path, 6)
+    assert read_json(tmp_path / "eval.json") == {"loss": {"step": 6, "x": 1.0}}

@@ -337,7 +337,7 @@ def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
 
 def test_a_step_without_a_score_is_not_best_and_not_kept_for_it(tmp_path, one):
     with jax.set_mesh(one), Checkpoints(tmp_path, max_to_keep=1, best_metric="m") as checkpoints:
-        for step, metrics in ((1, {"m": 2.0}), (2, None), (3, {"m": 3.0}), (4, None)):
+        for step, metrics in ((1, {"m": 2.0}), (2, None), (3, {"m": 3.0}), (4, {"n": 0.0})):
             checkpoints.save(step, on(one, new_state(step)), PROGRESS, metrics)
         checkpoints.wait()
         assert checkpoints.steps() == [1, 4] and checkpoints.best_step() == 1

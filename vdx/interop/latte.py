@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.files import read_json_object
+from vdx.interop.config_ranges import Channels, Heads, Layers, Pixels, read_config
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.stored_array import StoredArray
@@ -45,6 +45,19 @@ SIZES = (
     "patch_size",
     "caption_channels",
 )
+
+
+# Fields that are read.
+FIELDS = {
+    "num_attention_heads": Heads,
+    "attention_head_dim": Heads,
+    "in_channels": Channels,
+    "out_channels": Channels | None,
+    "num_layers": Layers,
+    "sample_size": Pixels,
+    "patch_size": Pixels,
+    "caption_channels": Channels,
+}
 
 
 class Dense(NamedTuple):
@@ -238,7 +251,7 @@ def load_latte(
 
     # Their network, for the comparison with `model`.
     source = open_weights(path)
-    theirs = latte_denoiser(read_json_object(config_file))
+    theirs = latte_denoiser(read_config(config_file, FIELDS))
     rows = latte_rows(model, _predicts_variance(source, theirs))
     return load_model(model, theirs, source, rows, path, mesh, dtype, trained)
 

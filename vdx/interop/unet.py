@@ -16,8 +16,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from vdx.files import read_json_object, write_json
+from vdx.files import write_json
 from vdx.interop.animatediff import open_animatediff
+from vdx.interop.config_ranges import read_config
 from vdx.interop.keymap import WeightsError, export, flat, listed, slot_finder
 from vdx.interop.load import abstract_params, load_params, open_weights
 from vdx.interop.save import empty_folder, export_plan, write_shards
@@ -26,6 +27,7 @@ from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,
     CONTROLS,
+    FIELDS,
     control_config,
     control_from_config,
     motion_config,
@@ -137,7 +139,7 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
             "modules."
         )
 
-    config = read_json_object(folder / "config.json")
+    config = read_config(folder / "config.json", FIELDS)
     name = str(config.get("_class_name"))
     known = (*CLASSES, ADAPTER, *CONTROLS)
     if name not in known:
