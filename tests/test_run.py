@@ -58,15 +58,8 @@ def test_bins_average_to_the_loss(workdir):
             assert min(bins) <= row["train/loss"] <= max(bins)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """The devices of a command of its own, as those of the micro run."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
-
-
-def test_resume_is_exact(workdir, tmp_path, one_device):
-    """6 steps = 4 steps + the same config again, in every bit of weights and of losses.
+def test_resume_is_exact(workdir, tmp_path):
+    """6 steps = 4 steps + the same command again, in every bit of weights and of losses.
 
     What is drawn and evaluated of the result is left out.
     """
@@ -74,10 +67,13 @@ def test_resume_is_exact(workdir, tmp_path, one_device):
     shutil.copytree(workdir, halved)
     shutil.rmtree(halved / "checkpoints" / "6")
     loss = {"loss": read_json(workdir / "config.json")["eval"]["loss"]}
-    run(
-        config(f"--config.eval={loss}", "--config.train.sample_every=0"),
-        halved,
-        PreemptionHandler(),
+    command(
+        "vdx.main",
+        "--config=configs/t2v_tiny.py",
+        f"--workdir={halved}",
+        *MICRO,
+        f"--config.eval={loss}",
+        "--config.train.sample_every=0",
     )
     assert weights(halved) == weights(workdir)
     whole, parts = (

@@ -122,7 +122,7 @@ def test_overrides_are_told_from_flags(arg, is_one):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: Path(p).stem)
 def test_every_config_is_an_experiment(path):
     experiment = Experiment(resolve(path, []))
-    assert jax.tree.leaves(experiment.shapes) and experiment.tx
+    assert experiment.shapes and experiment.tx
     again = Experiment(json.loads(json.dumps(experiment.config)))  # as the workdir keeps it
     assert again.model == experiment.model and again.optimizer == experiment.optimizer
 
