@@ -85,7 +85,7 @@ PORTS = Ports(
 
 
 class Cached:
-    """Five blocks through a transformer. Every frame has its own time but within a patch."""
+    """Six blocks through a transformer. Every frame has its own time but within a patch."""
 
     def __init__(self, spec, pt, randomise, pattern=()):
         self.net = Transformer(
@@ -97,8 +97,8 @@ class Cached:
             pattern=({"name": "full", **spec}, *pattern),
         )
         self.frames = spec["block"] * pt
-        self.x = RNG.normal(size=(2, 5 * self.frames, 4, 4, 3)).astype(np.float32)
-        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 5 * spec["block"])), pt, 1)
+        self.x = RNG.normal(size=(2, 6 * self.frames, 4, 4, 3)).astype(np.float32)
+        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 6 * spec["block"])), pt, 1)
         self.params = randomise(
             jax.eval_shape(self.net.init, jax.random.key(0), self.x, self.time, PORTS)["params"]
         )
@@ -119,14 +119,14 @@ class Cached:
                 x,
                 time,
                 PORTS,
-                CachePosition(start, 5),
+                CachePosition(start, 6),
                 mutable=["cache"],
             )
 
         return jax.jit(run)
 
     def by_block(self):
-        parts = [np.split(a, 5, 1) for a in (self.x, self.time)]
+        parts = [np.split(a, 6, 1) for a in (self.x, self.time)]
         empty = jax.eval_shape(self.step, {}, parts[0][0], parts[1][0], jnp.int32(0))[1]
         cache, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty), []
         for i, (x, time) in enumerate(zip(*parts, strict=True)):
