@@ -3,6 +3,7 @@
 All of it is set before anything imports jax or vdx.
 """
 
+import fcntl
 import os
 import tempfile
 
@@ -98,8 +99,16 @@ def workdir(tmp_path_factory):
     """
     from tests.micro_run import MICRO, command
 
-    path = tmp_path_factory.mktemp("run") / "micro"
-    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={path}", *MICRO)
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one run for all workers
+        base = base.parent
+    path = base / "micro"
+    done = base / "micro_done"
+    with open(base / "micro_lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={path}", *MICRO)
+            done.touch()
     return path
 
 

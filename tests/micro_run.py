@@ -25,6 +25,7 @@ MICRO = [
     "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2",
     "--config.sample.steps=3",
+    "--config.sample.batch=2",  # of all drawn clips, so that one program draws them
     "--config.train.sample_prompts=('a red circle moves right', 'a blue square turns')",
 ]
 # Python in which torch and TensorFlow, which the core path does not need, are not installed.

@@ -42,7 +42,12 @@ def sees(spec, query: int, key: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("spec", "mixer"), [*((spec, "full") for spec in BLOCKS), ("sink", "time")]
+    ("spec", "mixer"),
+    [
+        ("window", "full"),
+        ("sink", "time"),
+        *(pytest.param(spec, "full", marks=pytest.mark.slow) for spec in ("all", "sink", "one")),
+    ],
 )
 def test_a_token_sees_its_block_and_those_before(spec, mixer, randomise):
     """Seven frames: the last block is not whole."""
@@ -80,7 +85,7 @@ PORTS = Ports(
 
 
 class Cached:
-    """Five blocks through a transformer. Every frame has its own time but within a patch."""
+    """Six blocks through a transformer. Every frame has its own time but within a patch."""
 
     def __init__(self, spec, pt, randomise, pattern=()):
         self.net = Transformer(
@@ -92,8 +97,8 @@ class Cached:
             pattern=({"name": "full", **spec}, *pattern),
         )
         self.frames = spec["block"] * pt
-        self.x = RNG.normal(size=(2, 5 * self.frames, 4, 4, 3)).astype(np.float32)
-        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 5 * spec["block"])), pt, 1)
+        self.x = RNG.normal(size=(2, 6 * self.frames, 4, 4, 3)).astype(np.float32)
+        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 6 * spec["block"])), pt, 1)
         self.params = randomise(
             jax.eval_shape(self.net.init, jax.random.key(0), self.x, self.time, PORTS)["params"]
         )
@@ -114,14 +119,14 @@ class Cached:
                 x,
                 time,
                 PORTS,
-                CachePosition(start, 5),
+                CachePosition(start, 6),
                 mutable=["cache"],
             )
 
         return jax.jit(run)
 
     def by_block(self):
-        parts = [np.split(a, 5, 1) for a in (self.x, self.time)]
+        parts = [np.split(a, 6, 1) for a in (self.x, self.time)]
         empty = jax.eval_shape(self.step, {}, parts[0][0], parts[1][0], jnp.int32(0))[1]
         cache, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty), []
         for i, (x, time) in enumerate(zip(*parts, strict=True)):
@@ -159,14 +164,14 @@ def test_with_mixers_of_one_frame_and_of_one_place(randomise):
 
 def test_positions_that_do_not_shift_are_detected(cached, monkeypatch):
     monkeypatch.setattr(transformer, "shift_rope", lambda rope, *_: rope)
-    case = copy.copy(cached("all", 2))
+    case = copy.copy(cached("sink", 1))
     vars(case).pop("step", None)
     assert case.error() > 1e-3
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 2, "tensor": 2}])
 def test_on_eight_devices_it_is_that_of_one(sizes, cached):
-    case = cached("all", 2)  # ten frames of tokens, two of them to a block
+    case = cached("sink", 1)
     with jax.set_mesh(MeshSpec(data=1, **sizes).make()):
         np.testing.assert_allclose(case.now_whole(), case.whole, atol=1e-5)
 

@@ -32,7 +32,7 @@ def init_shapes(module: nn.Module, *inputs: Any) -> Params:
     kinds = [
         (a.shape, str(a.dtype)) if f is None else f for a, f in zip(leaves, flags, strict=True)
     ]
-    return _once(
+    return trace_once(
         module,
         (structure, *kinds),
         lambda: jax.eval_shape(init, arrays)["params"],
@@ -41,11 +41,16 @@ def init_shapes(module: nn.Module, *inputs: Any) -> Params:
 
 def new_shapes(model: Any) -> Params:
     """Return the shapes of `new_params` of a Denoiser. Raises ConfigError as it does."""
-    return _once(model, (), lambda: jax.eval_shape(lambda: model.new_params(jax.random.key(0))))
+    return trace_once(
+        model, (), lambda: jax.eval_shape(lambda: model.new_params(jax.random.key(0)))
+    )
 
 
-def _once(module: nn.Module, inputs: tuple[Any, ...], trace: Callable[[], Params]) -> Params:
-    """Return the first result of `trace` for these arguments, in new containers."""
+def trace_once(module: nn.Module, inputs: tuple[Any, ...], trace: Callable[[], Params]) -> Params:
+    """Return the first result of `trace` for a module and what else it depends on.
+
+    The result is in new containers.
+    """
     # A module with a dict in a field has no hash; its text has all its fields.
     key = (type(module), repr(module), *inputs)
     if key not in _TRACED:
