@@ -159,7 +159,8 @@ class _Encoder:
         frame = _fit(pixels, self.span.crop, self.settings.short_side)
         if self._stream is None:
             options = {**X264, "crf": str(self.settings.crf), **EXACT}
-            self._stream = add_stream(self._container, Fraction(TICKS), *frame.shape[:2], options)
+            height, width = frame.shape[:2]
+            self._stream = add_stream(self._container, Fraction(TICKS), height, width, options)
         if self._before is not None:
             self._changes.append(motion_score(np.stack([self._before, frame]), fps=1))
         self._before = frame
