@@ -6,9 +6,11 @@ All of it is set before anything imports jax or vdx.
 import os
 import tempfile
 
-COUNT = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}".strip()
+from tests.xla_flags import COMPILE_FAST, EIGHT_DEVICES
+
+for flag in (COMPILE_FAST, EIGHT_DEVICES):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Each program runs a few times: LLVM's optimizations would double the time of the whole suite.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

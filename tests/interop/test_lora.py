@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.shapes import new_shapes
 from vdx.config.build import ConfigError
 from vdx.interop import wan_keys
 from vdx.interop.keymap import LINEAR, WeightsError, export, gather
@@ -48,7 +49,7 @@ class Tiny:
     def __init__(self, config, randomise):
         self.model = Denoiser(*wan_from_config(config))
         self.rows = wan_transformer_rows(self.model)
-        self.shapes = jax.eval_shape(self.model.new_params, jax.random.key(0))
+        self.shapes = new_shapes(self.model)
         self.params = randomise(self.shapes)
         self.params["conditioning"]["embeddings"]["null"][:] = 0
         self.weights = dict(export(self.params, self.rows))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.image_vae import image_vae_from_config, image_vae_rows
 from vdx.interop.keymap import WeightsError, assign, export, gather
@@ -49,7 +50,7 @@ def channels_first(x):
 
 
 def shapes(vae):
-    return jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    return init_shapes(vae, jnp.zeros((1, 8, 8, 3)))
 
 
 class Case:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.models.denoiser import Denoiser
 from vdx.models.encoders import minilm
@@ -134,7 +135,7 @@ def like():
     """The parameters of a small BERT, whose torch keys `source` makes up."""
     bert = Bert(width=12, depth=1, heads=2, vocabulary=5)
     ids = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(bert.init, jax.random.key(0), ids, ids == 0)["params"]
+    return init_shapes(bert, ids, ids == 0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError, export, gather
 from vdx.interop.t5 import t5_from_config, t5_rows
@@ -32,7 +33,7 @@ MASK = np.arange(20) < LENGTHS[:, None]
 
 
 def shapes(model):
-    return jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
+    return init_shapes(model, IDS, MASK)
 
 
 def read(file, model):

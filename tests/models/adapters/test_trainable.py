@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.shapes import new_shapes
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
@@ -54,7 +55,7 @@ def image_model() -> Denoiser:
 def place(tmp_path_factory, randomise) -> tuple[str, ...]:
     """Options of the command: an image model with random weights, and data."""
     root, rng = tmp_path_factory.mktemp("public"), np.random.default_rng(0)
-    shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
+    shapes = new_shapes(image_model())
     save_unet(randomise(shapes), image_model(), root / "unet")
     rows = [
         {
@@ -178,7 +179,7 @@ def test_it_resumes_exactly_and_with_the_same_weights_only(first, place, mesh, t
     shutil.copytree(tmp_path / "half", tmp_path / "other")
     trained(experiment(*place), tmp_path / "half", mesh)
     assert facts(tmp_path / "half") == facts(whole)
-    shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
+    shapes = new_shapes(image_model())
     save_unet(randomise(shapes, 1), image_model(), tmp_path / "unet")
     with pytest.raises(CheckpointError, match="step 2 were trained with other frozen weights"):
         trained(
