@@ -208,7 +208,7 @@ def test_whatever_a_row_names_is_counted_once(tmp_path, kind, name, caption):
 def test_a_name_that_no_file_can_have_is_refused_in_few_words(tmp_path):
     row = {"file_name": "a" * 100_000 + ".mp4", "caption": "x"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match="metadata.jsonl, line 1.*100004 characters") as caught:
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1.*100004 characters") as caught:
         VideoFolder(str(tmp_path))
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
