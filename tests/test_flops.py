@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from tests.shapes import init_shapes, new_shapes
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.flops import traced
 from vdx.hardware import CHIPS, chip_of
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.models.transformer import Transformer
 from vdx.models.unet.unet import UNet
 from vdx.types import Ports

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.shapes import new_shapes
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
+from vdx.models.shapes import new_shapes
 from vdx.parallel import AXES, MeshSpec, constrain, param_shardings, path_str, put_batch, replicated
 from vdx.train.state import TrainState, state_shardings
 from vdx.train.step import make_train_step

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.shapes import new_shapes
 from vdx.config.build import ConfigError
 from vdx.interop import wan_keys
 from vdx.interop.keymap import LINEAR, WeightsError, export, gather
@@ -20,6 +19,7 @@ from vdx.interop.wan_config import wan_config, wan_from_config
 from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import WeightDelta, adapt
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 
 TINY: dict[str, Any] = dict(
     patch_size=[1, 2, 2],

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.models import convolution
 from vdx.models.convolution import PADDINGS, Conv3D
+from vdx.models.shapes import init_shapes
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 5, 4, 6, 3)).astype(np.float32)

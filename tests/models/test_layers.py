@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from tests.shapes import init_shapes
 from vdx.models.layers import ACTIVATIONS, MLP, EmbedMLP, LayerNorm, RMSNorm, layer_norm
 from vdx.models.positions import sinusoidal
+from vdx.models.shapes import init_shapes
 
 RNG = np.random.default_rng(0)
 X = 3 * RNG.normal(size=(2, 3, 12)) + 1

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.models.mixers.context import CachePosition
 from vdx.models.mixers.table import PATTERNS
 from vdx.models.remat import REMAT, check_remat
+from vdx.models.shapes import init_shapes
 from vdx.models.transformer import SIZES, Transformer
 from vdx.models.transformer_blocks import modulate
 from vdx.parallel import MeshSpec

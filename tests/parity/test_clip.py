@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.clip import (
     clip_rows,
@@ -20,6 +19,7 @@ from vdx.interop.components import open_component
 from vdx.interop.keymap import WeightsError, export, gather
 from vdx.interop.load import open_weights
 from vdx.models.encoders.clip import preprocess
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec, param_shardings
 
 torch = pytest.importorskip("torch")

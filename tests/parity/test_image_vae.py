@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.image_vae import image_vae_from_config, image_vae_rows
 from vdx.interop.keymap import WeightsError, assign, export, gather
 from vdx.models.image_blocks import GroupNorm
+from vdx.models.shapes import init_shapes
 from vdx.models.vae.image_vae import ImageVAE
 from vdx.parallel import MeshSpec, param_shardings
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.shapes import new_shapes
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.interop import latte
@@ -22,6 +21,7 @@ from vdx.models import transformer, transformer_blocks
 from vdx.models.denoiser import Denoiser
 from vdx.models.layers import layer_norm
 from vdx.models.positions import plane_table, sincos_table
+from vdx.models.shapes import new_shapes
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")

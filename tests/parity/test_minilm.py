@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.models.denoiser import Denoiser
 from vdx.models.encoders import minilm
 from vdx.models.encoders.bert import KEYS, Bert, KeyRule, import_weights
 from vdx.models.encoders.minilm import embed
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec
 
 installed = pytest.mark.skipif(

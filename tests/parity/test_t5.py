@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError, export, gather
 from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.models.encoders import t5
 from vdx.models.encoders.t5 import SIZES, T5Encoder, distance_buckets
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 torch = pytest.importorskip("torch")

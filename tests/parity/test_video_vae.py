@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError
 from vdx.generate.decode import Decoder
 from vdx.generate.video_io import to_uint8
 from vdx.interop.keymap import export, gather
 from vdx.interop.video_vae import VIDEO_VAES, video_vae_from_config, video_vae_rows
+from vdx.models.shapes import init_shapes
 from vdx.models.vae.blocks import FrameAttention, ResidualBlock
 from vdx.models.vae.posterior import Posterior
 from vdx.models.vae.video_vae import VideoVAE

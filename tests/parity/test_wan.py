@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import new_shapes
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.load import abstract_params, load_params
 from vdx.interop.safetensors import write
@@ -25,6 +24,7 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.layers import RMSNorm, layer_norm
 from vdx.models.mixers import grid_attention
 from vdx.models.positions import Rope, rope_table
+from vdx.models.shapes import new_shapes
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")

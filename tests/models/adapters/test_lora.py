@@ -14,7 +14,6 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
-from tests.shapes import new_shapes
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment
@@ -27,6 +26,7 @@ from vdx.models.adapters.lora import (
     merge_factors,
 )
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.parallel import MeshSpec, param_shardings, put_batch, replicated
 from vdx.train.state import init_state, state_shardings
 from vdx.train.step import make_train_step

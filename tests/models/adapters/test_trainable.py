@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.shapes import new_shapes
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.data.records import latent_features, write_records
@@ -18,6 +17,7 @@ from vdx.files import read_rows
 from vdx.interop.unet import load_unet, save_unet
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.loop import TrainedRun, train

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes, new_shapes
 from vdx.config.build import ConfigError
 from vdx.models.conditioning.conditioning import Conditioning, merge
 from vdx.models.conditioning.table import SIGNALS
 from vdx.models.denoiser import Denoiser
 from vdx.models.encoders.text import ENCODERS
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.types import Ports
 
 WIDTH, LENGTH = 16, 16

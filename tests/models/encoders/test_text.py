@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.models.conditioning.test_conditioning import BYTES, LENGTH, TOKENIZE, captions
-from tests.shapes import init_shapes
 from vdx.models.encoders.text import ENCODERS, ngram_hashes, word_index
+from vdx.models.shapes import init_shapes
 
 RNG = np.random.default_rng(0)
 

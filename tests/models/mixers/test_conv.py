@@ -3,8 +3,8 @@
 import numpy as np
 
 from tests.models.test_convolution import X, conv_by_loop
-from tests.shapes import init_shapes
 from vdx.models.mixers.conv import ConvMixer
+from vdx.models.shapes import init_shapes
 
 
 def test_a_separable_mixer_is_one_with_the_product_of_its_kernels(randomise):

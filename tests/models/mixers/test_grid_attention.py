@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes
 from vdx.config.build import ConfigError, build
 from vdx.models.attention.backends import CONTEXTS, attend
 from vdx.models.attention.layers import CrossAttention, SelfAttention
@@ -15,6 +14,7 @@ from vdx.models.mixers.context import MixContext
 from vdx.models.mixers.table import MIXERS
 from vdx.models.mixers.time_attention import MAX_RELATIVE_DISTANCE
 from vdx.models.positions import rope_table
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 GRID, WIDTH, HEADS = (3, 2, 4), 24, 2

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.shapes import init_shapes
 from vdx.models.mixers.recurrent import HALF_LIVES, STRENGTH, Recurrent, half_lives, linear_scan
+from vdx.models.shapes import init_shapes
 
 RNG = np.random.default_rng(0)
 WIDTH, FRAMES = 12, 64

@@ -11,7 +11,6 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from tests.shapes import init_shapes, new_shapes
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.unet import load_unet, open_unet, save_unet
@@ -19,6 +18,7 @@ from vdx.interop.unet_config import control_config, motion_config, unet_config, 
 from vdx.interop.unet_rows import transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.models.image_blocks import GroupNorm
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.models.unet.blocks import BlockConfig, SpaceTransformer, TimeConvs, TimeTransformer
 from vdx.models.unet.controlnet import Hint
 from vdx.models.unet.temporal import Temporal, temporal_of
