@@ -205,7 +205,7 @@ def _look_at(path: str, settings: LookSettings, store: Store) -> dict[str, str]:
         )
         store.get(key, lambda: _to_json(look(Path(path), settings).to_json()))
     except (OSError, FileError) as error:
-        return {"error": str(error)}
+        return {"error": getattr(error, "strerror", None) or str(error)}
     return {"key": key}
 
 
