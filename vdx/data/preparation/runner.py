@@ -8,6 +8,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +22,9 @@ from tqdm import tqdm
 
 from vdx.extras import import_extra
 
-__all__ = ["Beam", "Local", "Runner", "WorkerDied"]
+__all__ = ["BEAM_FOLDER", "Beam", "Local", "Runner", "WorkerDied"]
 
+BEAM_FOLDER = "beam"  # in the cache, of results on their way
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -130,7 +132,7 @@ class Beam:
     """
 
     options: tuple[str, ...]  # flags of Beam, such as --runner=FlinkRunner
-    scratch: Path  # a folder that the workers share; results pass through a file in it
+    scratch: Path  # a folder of its own that the workers share; results pass through it
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], what: str
@@ -142,9 +144,9 @@ class Beam:
         if not items:
             return []
         print(f"{what}: {len(items)} items in Beam", flush=True)
-        prefix = self.scratch / f".beam-{what}"
-        for old in self.scratch.glob(f"{prefix.name}*"):
-            old.unlink()
+        shutil.rmtree(self.scratch, ignore_errors=True)  # what a killed run has left
+        self.scratch.mkdir(parents=True)
+        prefix = self.scratch / "results"
         with beam.Pipeline(options=PipelineOptions(list(self.options))) as pipeline:
             (
                 pipeline
@@ -155,11 +157,11 @@ class Beam:
             )
 
         results: dict[int, Result | WorkerDied] = {}
-        for file in sorted(self.scratch.glob(f"{prefix.name}*")):
+        for file in self.scratch.glob(f"{prefix.name}*"):
             for line in file.read_text().splitlines():
                 number, result = json.loads(line)
                 results[number] = result
-            file.unlink()
+        shutil.rmtree(self.scratch)
         return [results[number] for number in range(len(items))]
 
 
