@@ -4,6 +4,7 @@ A function of a stage takes a small item, such as a path, and returns a small JS
 large is written into the cache. So every runner gives the same results.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -94,7 +95,11 @@ def _pool_results(
     With one worker they come in order, and the next one is that at which it died.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX halfway
-    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    count = min(workers, len(numbers))
+    pool = ProcessPoolExecutor(count, context, initializer=_end_with_parent)
+    with _no_interrupts():
+        for _ in range(count):  # each starts a process
+            pool.submit(os.getpid)
     futures: dict[Future[Result], int] = {
         pool.submit(function, items[number]): number for number in numbers
     }
@@ -110,9 +115,24 @@ def _pool_results(
         pool.shutdown(wait=done, cancel_futures=True)  # an interrupt waits for no work
 
 
-def _follow_parent() -> None:
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Start processes that ignore interrupts: a terminal sends them to all processes.
+
+    Only the main thread of a program can change what a signal does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_with_parent() -> None:
     """End this process when the one that started it ends, however that is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
     parent = multiprocessing.parent_process()
     assert parent is not None
 
