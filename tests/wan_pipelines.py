@@ -21,7 +21,7 @@ VAE = {
     "base_dim": 8,
     "z_dim": 4,
     "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 0,
+    "num_res_blocks": 1,
     "latents_mean": [0.1, -0.2, 0.3, 0.0],
     "latents_std": [1.5, 0.7, 1.0, 2.0],
 }

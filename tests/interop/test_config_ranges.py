@@ -36,6 +36,7 @@ from vdx.interop.load import open_weights
 from vdx.interop.save import export_plan, write_shards
 from vdx.interop.wan_keys import wan_transformer_rows
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import init_shapes, new_shapes
 
 NUMBERS = (0, -1, 1.5, 10**12, 2**63 - 1, 1e300, True)
 HOSTILE = (*NUMBERS, "abc", "", None, [], [0], [-1] * 3, [[1]], {})
@@ -202,7 +203,7 @@ def component(name, config, fields, module, rows, *inputs):
     """A network of COMPONENTS; inputs: shapes and dtypes that its parameters follow from."""
 
     def write(folder):
-        shapes = components._init_shapes(module, *inputs)
+        shapes = init_shapes(module, *inputs)
         zeros(folder, export_plan(shapes, rows))
 
     def read(path):
@@ -214,7 +215,7 @@ def component(name, config, fields, module, rows, *inputs):
 
 
 def denoiser_shapes(model):
-    return jax.eval_shape(model.new_params, jax.random.key(0))
+    return new_shapes(model)
 
 
 def wan_layout(config):
@@ -349,35 +350,19 @@ def read_lora(path):
 LAYOUTS = layouts()
 
 
-def cached_by_text(function):
-    """Return a function of a method and abstract inputs that is evaluated once for each."""
-    results = {}
-
-    def cached(method, *inputs):
-        key = repr((method, inputs))
-        if key not in results:
-            results[key] = function(method, *inputs)
-        return results[key]
-
-    return cached
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """name -> (layout, its folder, what its honest file says)."""
-    monkeypatch = pytest.MonkeyPatch()
-    # A whole model's parts are the same in every case.
-    monkeypatch.setattr(pretrained, "open_component", functools.cache(pretrained.open_component))
-    # Most cases that are read are of the honest network, whose shapes are the same.
-    monkeypatch.setattr(jax, "eval_shape", cached_by_text(jax.eval_shape))
     made = {}
-    for name, layout in LAYOUTS.items():
-        folder = tmp_path_factory.mktemp("layout") / "model"
-        layout.write(folder)
-        write_json(folder / layout.file, layout.config)
-        made[name] = layout, folder / layout.file, layout.open(folder / layout.file)
-    yield made
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        # A whole model's parts are the same in every case.
+        patch.setattr(pretrained, "open_component", functools.cache(pretrained.open_component))
+        for name, layout in LAYOUTS.items():
+            folder = tmp_path_factory.mktemp("layout") / "model"
+            layout.write(folder)
+            write_json(folder / layout.file, layout.config)
+            made[name] = layout, folder / layout.file, layout.open(folder / layout.file)
+        yield made
 
 
 def places(config, above=()):
