@@ -146,7 +146,7 @@ def t5_from_config(config: Mapping[str, Any], dtype: str = "float32") -> T5Encod
     )
 
 
-def _distances(config: Mapping[str, Any]) -> dict[str, int]:
+def _distances(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `distance_buckets`.
 
     Raises ConfigError if the distances beyond the exact ones have no room up to the farthest.
