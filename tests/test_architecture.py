@@ -18,7 +18,7 @@ LEVELS = [
     {"interop", "metrics"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"programs"},
+    {"programs", "distributed"},
     {
         "config",
         "compilation_cache",

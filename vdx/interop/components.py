@@ -6,6 +6,8 @@ and a file of weights whose keys are the paths of our parameters, one layer of a
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +41,11 @@ from vdx.types import Params
 
 KeyRows = tuple[Row, ...]
 
+# An identity covers all numbers of arrays of at most WHOLE, and SAMPLES of larger ones.
+WHOLE = 2**14
+SAMPLES = 16
+UNIDENTIFIED = ("parent", "name", "dtype")  # fields of a module that are not in an identity
+
 
 @dataclasses.dataclass(frozen=True)
 class Component:
@@ -70,6 +77,30 @@ class Component:
     def load(self, mesh: Mesh) -> Params:
         """Return the parameters on the mesh. Raises ValueError as `check` does."""
         return load_params(self.source, self.check(mesh), self.rows)
+
+    def identity(self) -> str:
+        """Return a digest of the network, the same for every layout of its files.
+
+        It covers the fields of our network, and numbers of every parameter: all of small ones, a
+        few of large ones, rounded to bfloat16. So a network that was trained further has another
+        one. A change of a few numbers may go unnoticed.
+        """
+        fields = {
+            field.name: getattr(self.module, field.name)
+            for field in dataclasses.fields(self.module)
+            if field.name not in UNIDENTIFIED
+        }
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        slots = assign(self.source, self.shapes, self.rows)
+        for key, slot in sorted(slots.items(), key=lambda item: item[1].name):
+            value = slot.layout.ours(self.source[key].read())
+            places = np.arange(value.size)
+            if value.size > WHOLE:
+                places = np.linspace(0, value.size - 1, SAMPLES).astype(np.int64)
+            numbers = value[np.unravel_index(places, value.shape)]
+            digest.update(f"{slot.name} {value.size}".encode())
+            digest.update(np.asarray(numbers, np.float32).astype(jnp.bfloat16).tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: Path, own: bool) -> None:
         """Write the network to a folder, one array at a time.
