@@ -14,7 +14,7 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import app, flags, logging
@@ -28,9 +28,11 @@ from vdx.data.preparation.stages import Preparation
 from vdx.distributed import define_process_flags, join_processes
 from vdx.files import printable, write_json
 from vdx.output_paths import check_output_folder
-from vdx.preparation.latents import LatentStage
 from vdx.programs import run_program, start
 from vdx.train.preemption import lock_workdir
+
+if TYPE_CHECKING:
+    from vdx.preparation.latents import LatentStage
 
 FLAGS = flags.FLAGS
 STAGES = ("look", "decide", "clips", "latents")
@@ -75,7 +77,7 @@ def main() -> None:
             stage.run()
 
 
-def open_latent_stage(preparation: Preparation) -> LatentStage | None:
+def open_latent_stage(preparation: Preparation) -> "LatentStage | None":
     """Return the stage that encodes, if the flags name it. Raises UsageError."""
     if FLAGS.until != "latents":
         if FLAGS.weights:
@@ -83,6 +85,8 @@ def open_latent_stage(preparation: Preparation) -> LatentStage | None:
         return None
     if not FLAGS.weights:
         raise app.UsageError("--until=latents needs --weights=FOLDER, the model to train.")
+    from vdx.preparation.latents import LatentStage  # takes seconds, in every worker too
+
     join_processes()
     start()
     return LatentStage(preparation, Path(FLAGS.weights))
