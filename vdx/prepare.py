@@ -2,6 +2,7 @@
 
     python -m vdx.prepare --source=FOLDER --out=DIR [--workers=N]
         [--until=look|decide|clips|latents] [--weights=Wan2.1-T2V-1.3B-Diffusers]
+    python -m vdx.prepare --show=DIR --out=PAGE.html --weights=Wan2.1-T2V-1.3B-Diffusers
     python -m vdx.main --config=configs/t2v_folder.py --config.data.path=DIR
 
 --source is a folder, a list of paths (.txt), or a table with the columns file_name and caption
@@ -27,7 +28,7 @@ from vdx.data.preparation.sources import list_sources
 from vdx.data.preparation.stages import Preparation
 from vdx.distributed import define_process_flags, join_processes
 from vdx.files import printable, write_json
-from vdx.output_paths import check_output_folder
+from vdx.output_paths import check_output_file, check_output_folder
 from vdx.programs import run_program, start
 from vdx.train.preemption import lock_workdir
 
@@ -62,6 +63,11 @@ def check_apart(source: Path, out: Path) -> None:
 def main() -> None:
     """Prepare the footage that the flags name."""
     out = Path(FLAGS.out)
+    if FLAGS.show:
+        show(Path(FLAGS.show), out)
+        return
+    if not FLAGS.source:
+        raise app.UsageError("--source is missing. The footage, or --show=DIR to look at latents.")
     check_output_folder(out, "out")
     check_apart(Path(FLAGS.source), out)
     config = resolve(FLAGS.config, sys.argv[1:])
@@ -92,6 +98,17 @@ def open_latent_stage(preparation: Preparation) -> "LatentStage | None":
     return LatentStage(preparation, Path(FLAGS.weights))
 
 
+def show(data: Path, page: Path) -> None:
+    """Write a page of decoded latents. Raises UsageError."""
+    if not FLAGS.weights or FLAGS.source:
+        raise app.UsageError("--show=DIR needs --out=PAGE.html and --weights=FOLDER, no --source.")
+    check_output_file(page, "out", (".html",))
+    from vdx.preparation.show import show_latents  # takes seconds, in every worker too
+
+    start()
+    show_latents(data, Path(FLAGS.weights), page)
+
+
 def prepare_clips(preparation: Preparation, config: Mapping[str, Any]) -> None:
     """Run the stages that need no network."""
     until = STAGES.index(FLAGS.until)
@@ -109,7 +126,8 @@ def prepare_clips(preparation: Preparation, config: Mapping[str, Any]) -> None:
 def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_string("source", None, "A folder, a list of paths, or a table of files.")
-    flags.DEFINE_string("out", None, "The folder of the training set.")
+    flags.DEFINE_string("out", None, "The folder of the training set; with --show a page.")
+    flags.DEFINE_string("show", None, "A training set whose latents are decoded to a page.")
     flags.DEFINE_string("config", "configs/prepare.py", "Settings, with any --config.KEY=VALUE.")
     flags.DEFINE_enum("until", "clips", STAGES, "The last stage.")
     define_number("workers", 1, Index, "Processes; 0: this one.")
@@ -120,4 +138,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    run_program(main, define_flags, required=("source", "out"), takes_config=True, passes_on=BEAM)
+    run_program(main, define_flags, required=("out",), takes_config=True, passes_on=BEAM)

@@ -16,9 +16,9 @@ SHOWN = 12  # digits of an identity in messages
 
 
 def check_encoders(weights: str | tuple[str, ...] | None, made_by: Mapping[str, str]) -> None:
-    """Raise WeightsError if the model of `config.weights` has other encoders than cached data.
+    """Raise WeightsError if a model has other encoders than those that made cached data.
 
-    made_by: encoder -> its identity, from the metadata of the data. What is not next to the
+    weights: its transformer, its folder, or a run that started from it. made_by: encoder -> its identity, from the metadata of the data. What is not next to the
     weights, or not in the metadata, is not compared.
     """
     paths = (weights,) if isinstance(weights, str) else weights or ()
@@ -27,9 +27,9 @@ def check_encoders(weights: str | tuple[str, ...] | None, made_by: Mapping[str, 
         problems += _differences(Path(path).absolute(), tuple(sorted(made_by.items())))
     if problems:
         head = (
-            "The cached latents or texts were made by other encoders than those of "
-            f"config.weights = {weights}. Make them again with vdx.prepare --until=latents "
-            "--weights=FOLDER, or name the model that made them. Different are:"
+            f"The cached data were made by other encoders than those of {weights}. Make them again "
+            "with vdx.prepare --until=latents --weights=FOLDER, or name the model that made them. "
+            "Different are:"
         )
         raise WeightsError(listed(head, problems))
 
@@ -43,7 +43,7 @@ def _differences(path: Path, made_by: tuple[tuple[str, str], ...]) -> list[str]:
             continue
         found = next(_encoders_near(path, name), None)
         if found is not None and found.identity() != identity:
-            problems.append(f"{name}: {found.identity()[:SHOWN]} here, {identity[:SHOWN]} there")
+            problems.append(f"{name}: {found.identity()[:SHOWN]}, that of the data is {identity[:SHOWN]}")
     return problems
 
 

@@ -1,0 +1,112 @@
+"""A page with the clips that cached latents decode to, and their captions.
+
+What the page shows is all that training sees of a clip: its latents, decoded by the VAE.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from vdx.config.build import ConfigError
+from vdx.data.sources import Records
+from vdx.files import atomic_write
+from vdx.generate.decode import Decoder
+from vdx.generate.pretrained import PIXELS
+from vdx.generate.pretrained_networks import PretrainedNetworks
+from vdx.generate.video_io import write_video
+from vdx.interop.encoder_check import check_encoders
+from vdx.interop.pretrained import open_pretrained
+from vdx.parallel import MeshSpec
+
+__all__ = ["show_latents"]
+
+MOST = 48  # clips of a page, spread evenly over the data set
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; }}
+main {{ display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }}
+figure {{ margin: 0; }} video {{ width: 100%; }} small {{ color: #667; overflow-wrap: anywhere; }}
+</style></head><body><h1>{title}</h1><p>{about}</p>
+<main>
+{figures}
+</main></body></html>
+"""
+
+
+class Shown(NamedTuple):
+    """A record of the page."""
+
+    index: int  # in the data set
+    row: Mapping[str, Any]  # its features
+
+
+def show_latents(data: Path, weights: Path, page: Path) -> None:
+    """Write a page of decoded clips, its videos in a folder next to it.
+
+    data: --out of vdx.prepare, or a data set of latents. weights: the pretrained model whose VAE
+    made them. Raises ConfigError, WeightsError for another VAE, and ValueError for other data.
+    """
+    source = Records(str(data), split="all")
+    if "latents" not in source.rows[0]:
+        raise ConfigError(f"{data} holds clips and no latents: see --until=latents.")
+    check_encoders(str(weights), {"vae": (source.metadata.get("weights") or {}).get("vae", "")})
+
+    model = open_pretrained(weights)
+    mesh = MeshSpec(data=1, fsdp=-1).make(jax.local_devices())
+    side = model.components["vae"].module.rates.side
+    media = page.with_name(f"{page.stem}_media")
+    figures = []
+    with jax.set_mesh(mesh):
+        networks = PretrainedNetworks(model, mesh)
+        params = networks.load("vae")
+        decoders: dict[tuple[int, ...], Decoder] = {}
+        places = np.linspace(0, len(source) - 1, min(MOST, len(source))).astype(int)
+        for shown in tqdm(list(_rows(source, places.tolist())), desc="decode", unit="clip"):
+            latents = np.asarray(shown.row["latents"], np.float32)
+            shape = latents.shape
+            if shape not in decoders:
+                chunk = max(1, PIXELS // (side**2 * shape[1] * shape[2]))
+                decoders[shape] = Decoder(model.components["vae"].module, params, chunk)
+            frames = np.concatenate(list(decoders[shape](latents)))
+            file = media / f"{shown.index:06d}.mp4"
+            write_video(file, frames, float(shown.row["fps"]))
+            figures.append(_figure(shown.row, frames.shape, f"{media.name}/{file.name}"))
+    _write(page, data, figures, len(source))
+
+
+def _rows(source: Records, indices: Sequence[int]) -> Iterator[Shown]:
+    """Yield records with their features as the data set has them."""
+    for index in indices:
+        yield Shown(index, source.rows[index])
+
+
+def _figure(row: Mapping[str, Any], shape: Sequence[int], file: str) -> str:
+    """Return a clip and its caption as HTML."""
+    caption = escape(_text(row["caption"])) or "<em>no caption</em>"
+    frames, height, width = shape[:3]
+    facts = f"{escape(_text(row['key']))}; {frames} frames of {height}x{width}, {row['fps']:g} fps"
+    if "motion" in row:
+        facts += f", motion {float(row['motion']):.3g}"
+    return (
+        f'<figure><video src="{quote(file)}" controls loop muted playsinline></video>'
+        f"<figcaption>{caption}<br><small>{facts}</small></figcaption></figure>"
+    )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _write(page: Path, data: Path, figures: Sequence[str], count: int) -> None:
+    """Write the page."""
+    about = f"{len(figures)} of {count} records of {escape(str(data))}, decoded by the VAE."
+    html = PAGE.format(title="Cached latents", about=about, figures="\n".join(figures))
+    with atomic_write(page) as part:
+        part.write_bytes(html.encode(errors="backslashreplace"))
+    print(f"{page}: {len(figures)} of {count} records")
