@@ -18,8 +18,9 @@ SHOWN = 12  # digits of an identity in messages
 def check_encoders(weights: str | tuple[str, ...] | None, made_by: Mapping[str, str]) -> None:
     """Raise WeightsError if a model has other encoders than those that made cached data.
 
-    weights: its transformer, its folder, or a run that started from it. made_by: encoder -> its identity, from the metadata of the data. What is not next to the
-    weights, or not in the metadata, is not compared.
+    weights: its transformer, its folder, or a run that started from it. made_by: encoder -> its
+    identity, from the metadata of the data. What is not next to the weights, or not in the
+    metadata, is not compared.
     """
     paths = (weights,) if isinstance(weights, str) else weights or ()
     problems = []
@@ -43,7 +44,9 @@ def _differences(path: Path, made_by: tuple[tuple[str, str], ...]) -> list[str]:
             continue
         found = next(_encoders_near(path, name), None)
         if found is not None and found.identity() != identity:
-            problems.append(f"{name}: {found.identity()[:SHOWN]}, that of the data is {identity[:SHOWN]}")
+            problems.append(
+                f"{name}: {found.identity()[:SHOWN]}, that of the data is {identity[:SHOWN]}"
+            )
     return problems
 
 
