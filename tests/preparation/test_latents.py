@@ -32,7 +32,7 @@ SETTINGS = (
 LORA = (
     "--config=configs/wan21_t2v_1p3b_lora.py:smoke",
     "--config.model.backbone.mlp_ratio=1.3333333333",
-    "--config.data.loader.global_batch=2",
+    "--config.data.loader.global_batch=8",
     "--config.eval.loss=null",
     "--config.optim.warmup_steps=1",
 )
@@ -113,7 +113,7 @@ def test_cached_latents_are_those_of_encoding_in_the_step(place, prepared, mesh)
 
 @pytest.mark.slow
 def test_texts_are_those_of_the_model(place, prepared, mesh):
-    pipe = PretrainedPipeline(place / "t2v", "float32", {"data": 1})
+    pipe = PretrainedPipeline(place / "t2v", "float32", {"data": 8})
     request = pipe.request(["a cat walks"], negative_prompt="", num_frames=FRAMES, height=HEIGHT,
                            width=WIDTH)  # fmt: skip
     with jax.set_mesh(mesh):
@@ -201,7 +201,7 @@ def test_image_to_video_has_the_conditions_of_its_first_frame(
         rng=np.random.default_rng(0),
     )
     Image.fromarray(example["video"][0]).save(tmp_path / "first.png")
-    pipe = PretrainedPipeline(place / "i2v", "float32", {"data": 1})
+    pipe = PretrainedPipeline(place / "i2v", "float32", {"data": 8})
     request = pipe.request(["a cat"], image=tmp_path / "first.png", num_frames=FRAMES,
                            height=HEIGHT, width=WIDTH, preprocess="diffusers")  # fmt: skip
     with jax.set_mesh(mesh):

@@ -50,7 +50,8 @@ class PretrainedGenerator(PretrainedNetworks):
         self, model: PretrainedModel, request: PretrainedRequest, mesh: Mesh, log: Log = print
     ):
         """log: receives a line with the time of each thing that is done."""
-        super().__init__(model, mesh, log)
+        super().__init__(model.components, mesh, log)
+        self.model = model
         self.request = request
         self.preprocess = preprocess_for(request.preprocess, model.clamps_first_frame)
         self.batch = mesh.shape["data"] * mesh.shape["fsdp"]  # clips drawn at once

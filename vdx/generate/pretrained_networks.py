@@ -1,14 +1,16 @@
-"""The networks of a PretrainedModel on a mesh, one at a time."""
+"""The networks of a pretrained model on a mesh, one at a time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.interop.pretrained import PretrainedModel
+from vdx.interop.components import Component
+from vdx.models.encoders.clip import Features
+from vdx.models.vae.video_vae import VideoVAE
 from vdx.types import Array, Params
 
 __all__ = ["Arrays", "Log", "PretrainedNetworks", "chunks"]
@@ -24,25 +26,33 @@ class PretrainedNetworks:
     every process.
     """
 
-    def __init__(self, model: PretrainedModel, mesh: Mesh, log: Log = print) -> None:
+    def __init__(self, components: Mapping[str, Component], mesh: Mesh, log: Log = print) -> None:
         """log: receives a line with the time of each thing that is done."""
-        self.model = model
+        self.components = components
         self.mesh = mesh
         self.log = log
 
     def text_encoder(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """Read the text encoder; return encode(ids [b l], mask [b l]) -> features [b l d]."""
         params = self.load("text_encoder")
-        encode = self.compile_call("text_encoder", lambda apply, ids, mask: apply(ids, mask))
+
+        def features(apply: Any, ids: Array, mask: Array) -> Array:
+            found = apply(ids, mask)
+            return found.last if isinstance(found, Features) else found  # of CLIP, of T5
+
+        encode = self.compile_call("text_encoder", features)
         return lambda ids, mask: np.asarray(encode(params, ids, mask))
 
     def video_encoder(self, chunk: int) -> Callable[[np.ndarray], np.ndarray]:
         """Read the VAE; return encode(video [b t h w 3]) -> the modes of its latents.
 
-        chunk: latent frames that are computed at once.
+        chunk: latent frames that a video VAE computes at once; an image VAE has all at once.
         """
         params = self.load("vae")
-        encode = self.compile_call("vae", lambda apply, x: apply(x, chunk, method="encode").mode())
+        pieces = (chunk,) if isinstance(self.components["vae"].module, VideoVAE) else ()
+        encode = self.compile_call(
+            "vae", lambda apply, x: apply(x, *pieces, method="encode").mode()
+        )
         return lambda video: np.asarray(encode(params, video))
 
     def image_encoder(self) -> Callable[[np.ndarray], np.ndarray]:
@@ -53,7 +63,7 @@ class PretrainedNetworks:
 
     def load(self, name: str) -> Params:
         """Read a network onto the mesh."""
-        component = self.model.components[name]
+        component = self.components[name]
         start = time.perf_counter()
         params = component.load(self.mesh)
         self.log_time(f"{name}: {component.size / 1e6:,.1f}M parameters read", start)
@@ -64,7 +74,7 @@ class PretrainedNetworks:
 
         `apply` is that of the component `name` with the parameters.
         """
-        module = self.model.components[name].module
+        module = self.components[name].module
 
         def run(params: Params, *args: Array) -> Array:
             def apply(*args: Any, **options: Any) -> Any:

@@ -20,7 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vdx.files import read_json_object, write_json
-from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
+from vdx.interop.clip import (
+    clip_names,
+    clip_rows,
+    clip_text_from_config,
+    clip_vision_from_config,
+)
+from vdx.interop.image_vae import image_vae_from_config, image_vae_rows
 from vdx.interop.keymap import KEEP, Row, WeightsError, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
@@ -210,12 +216,14 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
 
 def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
-    """Open a T5 encoder.
+    """Open a T5 encoder, or the text model of a CLIP.
 
     config: see `open_component`.
     """
     source = open_weights(path)
     config = config or read_json_object(path / "config.json")
+    if str(config.get("model_type")).startswith("clip"):
+        return _open_clip_text(clip_names(source), config, dtype)
     module = t5_from_config(config, dtype)
     shapes = _init_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
     library_rows = t5_rows(("shared.weight",), module)
@@ -228,6 +236,25 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
         dtype=dtype,
         stem="model",
         rows=_source_rows(source, shapes, t5_rows(source, module), library_rows),
+    )
+
+
+def _open_clip_text(
+    source: Mapping[str, StoredArray], config: Mapping[str, Any], dtype: str
+) -> Component:
+    """Open the text model of a CLIP."""
+    module = clip_text_from_config(config, dtype)
+    shapes = _init_shapes(module, jnp.zeros((1, 4), jnp.int32))
+    library_rows = clip_rows(("text_model.",), module)
+    return Component(
+        config=config,
+        source=source,
+        module=module,
+        shapes=shapes,
+        library_rows=library_rows,
+        dtype=dtype,
+        stem="model",
+        rows=_source_rows(source, shapes, clip_rows(source, module), library_rows),
     )
 
 
@@ -254,12 +281,14 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
-    """Open a video VAE.
+    """Open a video VAE, or an image VAE of Stable Diffusion.
 
     config: see `open_component`.
     """
     source = open_weights(path)
     config = config or read_json_object(path / "config.json")
+    if config.get("_class_name") == "AutoencoderKL":
+        return _open_image_vae(source, config, dtype)
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
     shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel
@@ -275,6 +304,25 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
         library_rows=library_rows,
         dtype=dtype,
         rows=_source_rows(source, shapes, rows, library_rows),
+    )
+
+
+def _open_image_vae(
+    source: Mapping[str, StoredArray], config: Mapping[str, Any], dtype: str
+) -> Component:
+    """Open an image VAE."""
+    module = image_vae_from_config(config, dtype)
+    side = 2 ** len(module.block_out_channels)
+    shapes = _init_shapes(module, jnp.zeros((1, side, side, 3)))
+    rows = image_vae_rows()
+    return Component(
+        config=config,
+        source=source,
+        module=module,
+        shapes=shapes,
+        library_rows=rows,
+        dtype=dtype,
+        rows=_source_rows(source, shapes, rows, rows),
     )
 
 

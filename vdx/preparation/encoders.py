@@ -8,6 +8,7 @@ every n-th key that is not there.
 import collections
 import functools
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,12 +26,12 @@ from vdx.data.preparation.pieces import LatentSettings, Piece, cut_pieces
 from vdx.data.preparation.store import MOST_BYTES, Store, key_of
 from vdx.data.record import BadRecord
 from vdx.files import read_bounded
-from vdx.generate.preprocess import preprocess_for
+from vdx.generate.preprocess import crop_for_clip
 from vdx.generate.pretrained import PIXELS, PROMPTS, given_mask
 from vdx.generate.pretrained_networks import Arrays, PretrainedNetworks
-from vdx.interop.pretrained import PretrainedModel
-from vdx.models.encoders.text_tokens import PromptTokenizer
+from vdx.parallel import MeshSpec
 from vdx.preparation.batching import BatchRunner
+from vdx.preparation.encoder_model import EncoderModel
 
 __all__ = ["ClipFile", "Encoders", "read_arrays"]
 
@@ -52,48 +53,36 @@ class ClipFile(NamedTuple):
 class Encoders:
     """The encoders of a pretrained model, with the cache of their results."""
 
-    def __init__(
-        self, model: PretrainedModel, settings: LatentSettings, cache: Path, mesh: Mesh
-    ) -> None:
-        """mesh: of the devices of this host."""
+    def __init__(self, model: EncoderModel, settings: LatentSettings, cache: Path) -> None:
+        """Open the cache; networks are on the devices of this host."""
         self.model = model
         self.settings = settings
-        self.mesh = mesh
-        self.networks = PretrainedNetworks(model, mesh, lambda line: print(line, flush=True))
-        self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.preprocess = preprocess_for("diffusers", model.clamps_first_frame)
-        self.tokenize = PromptTokenizer(model.tokenizer)
+        devices = jax.local_devices()
+        self.parts = len(devices)  # devices that share a batch
+        self.mesh = MeshSpec().make(devices)
+        # The text encoder is the only large network; its weights are split as far as they divide.
+        shares = math.gcd(len(devices), model.components["text_encoder"].module.width)
+        self.text_mesh = MeshSpec(data=-1, fsdp=shares).make(devices)
+        self.tokenize = model.tokenizer()
         self.latents = Store(cache, "latents", ".npz")
         self.text = Store(cache, "text", ".npz")
         self.tokens = Store(cache, "image_tokens", ".npz")
         self._latest: dict[str, Arrays] = {}  # of the clip that was read last
         self.identities = {
-            name: model.components[name].identity()
-            for name in ("vae", "text_encoder", "image_encoder")
-            if name in model.components
+            name: component.identity() for name, component in model.components.items()
         }
-
-    @property
-    def has_concat(self) -> bool:
-        """The model reads the latents of the first frame and a mask."""
-        return "concat" in self.model.signals
-
-    @property
-    def has_tokens(self) -> bool:
-        """The model reads CLIP's features of the first frame."""
-        return "image_tokens" in self.model.signals
 
     @property
     def signals(self) -> tuple[str, ...]:
         """The arrays of a record that belong to its piece."""
-        names = {"concat": self.has_concat, "image_tokens": self.has_tokens}
+        names = {"concat": self.model.has_concat, "image_tokens": self.model.has_tokens}
         return ("latents", *(name for name, is_read in names.items() if is_read), "motion")
 
     def read_clip(self, clip: str) -> Arrays:
         """Return the arrays of a clip of the cache, given its key."""
         if clip not in self._latest:
             arrays = read_arrays(self.latents.path(self.latent_key(clip)))
-            if self.has_tokens and "reason" not in arrays:
+            if self.model.has_tokens and "reason" not in arrays:
                 arrays |= read_arrays(self.tokens.path(self.token_key(clip)))
             self._latest = {clip: arrays}
         return self._latest[clip]
@@ -102,6 +91,11 @@ class Encoders:
         """Remove the unfinished files that a killed run has left."""
         for store in (self.latents, self.text, self.tokens):
             store.remove_parts()
+
+    def networks(self, mesh: Mesh) -> PretrainedNetworks:
+        """Return the networks on a mesh."""
+        log = functools.partial(print, flush=True)
+        return PretrainedNetworks(self.model.components, mesh, log)
 
     # Keys
 
@@ -116,8 +110,8 @@ class Encoders:
             },
             clip=clip,
             vae=self.identities["vae"],
-            concat=self.has_concat,
-            first=self.has_tokens,
+            concat=self.model.has_concat,
+            first=self.model.has_tokens,
         )
 
     def token_key(self, clip: str) -> str:
@@ -141,9 +135,9 @@ class Encoders:
     def encode_clips(self, clips: Sequence[ClipFile]) -> None:
         """Encode the pieces of those clips that are not in the cache.
 
-        A file has latents [n t h w c], start [n] and motion [n] of n pieces; with `has_concat` also
-        concat, with `has_tokens` the first frames, uint8 [n h w 3]. A clip without pieces has
-        a file with the reason.
+        A file has latents [n t h w c], start [n] and motion [n] of n pieces; with
+        `model.has_concat` also concat, with `model.has_tokens` the first frames, uint8 [n h w 3]. A
+        clip without pieces has a file with the reason.
         """
         todo = self._own_share(clips, lambda clip: self.latents.has(self.latent_key(clip.key)))
         if not todo:
@@ -151,7 +145,7 @@ class Encoders:
         height, width = max((s.size for s in self.settings.shapes), key=lambda s: s[0] * s[1])
         with jax.set_mesh(self.mesh):
             chunk = max(1, PIXELS // (height * width))  # latent frames at once
-            encode = self.networks.video_encoder(chunk)
+            encode = self.networks(self.mesh).video_encoder(chunk)
             run = BatchRunner(self.settings.batch, self.parts)
             batches = _ClipBatches(self, lambda video: run(encode, video), lambda: run.rows)
             with tqdm(total=len(todo), desc="latents", unit="clip", dynamic_ncols=True) as bar:
@@ -173,8 +167,8 @@ class Encoders:
             ids, _ = self.tokenize([keys[key]])
             groups[ids.shape[1]].append(key)
 
-        with jax.set_mesh(self.mesh):
-            encode = self.networks.text_encoder()
+        with jax.set_mesh(self.text_mesh):
+            encode = self.networks(self.text_mesh).text_encoder()
             run = BatchRunner(max(self.settings.batch, PROMPTS // self.parts), self.parts)
             with tqdm(total=len(todo), desc="text", unit="caption", dynamic_ncols=True) as bar:
                 for group in groups.values():
@@ -200,18 +194,18 @@ class Encoders:
     def encode_images(self, clips: Sequence[ClipFile]) -> None:
         """Encode the first frames of the pieces: image_tokens float16 [n m d]."""
         todo = self._own_share(clips, lambda clip: self.tokens.has(self.token_key(clip.key)))
-        if not self.has_tokens or not todo:
+        if not self.model.has_tokens or not todo:
             return
         side = self.model.components["image_encoder"].module.image
         with jax.set_mesh(self.mesh):
-            encode = self.networks.image_encoder()
+            encode = self.networks(self.mesh).image_encoder()
             run = BatchRunner(self.settings.batch, self.parts)
             for clip in tqdm(todo, desc="image tokens", unit="clip", dynamic_ncols=True):
                 arrays = read_arrays(self.latents.path(self.latent_key(clip.key)))
                 if "reason" in arrays:
                     continue
                 images = [Image.fromarray(frame) for frame in arrays["first"]]
-                pixels = self.preprocess.clip_pixels(images, side)
+                pixels = crop_for_clip(images, side)
                 tokens = _half(run(encode, np.asarray(pixels)), f"image features of {clip.name}")
                 key = self.token_key(clip.key)
                 self.tokens.get(key, functools.partial(_to_npz, image_tokens=tokens))
@@ -260,7 +254,7 @@ class _ClipBatches:
         group = self.pending.pop(shape)
         video = np.stack([one.piece.video for one in group]).astype(np.float32) / 127.5 - 1
         results = {"latents": self.encode(video)}
-        if self.encoders.has_concat:
+        if self.encoders.model.has_concat:
             results["concat"] = self._first_frame(video)
 
         for row, (clip, piece, number, done) in enumerate(group):
@@ -270,7 +264,7 @@ class _ClipBatches:
             }
             arrays["start"] = np.float64(piece.start)
             arrays["motion"] = np.float32(motion_score(piece.video, self.encoders.settings.fps))
-            if self.encoders.has_tokens:
+            if self.encoders.model.has_tokens:
                 arrays["first"] = piece.video[0]
             done[number] = arrays
             whole = [one for one in done if one is not None]
@@ -283,8 +277,7 @@ class _ClipBatches:
         grey[:, 0] = video[:, 0]
         latents = self.encode(grey)
         is_given = np.arange(video.shape[1]) == 0
-        rate = self.encoders.model.components["vae"].module.rates.frames
-        mask = given_mask(is_given, latents.shape[1:4], rate)
+        mask = given_mask(is_given, latents.shape[1:4], self.encoders.model.rate)
         return np.concatenate([np.broadcast_to(mask, (len(video), *mask.shape)), latents], -1)
 
     def _write(self, clip: ClipFile, arrays: Arrays) -> None:

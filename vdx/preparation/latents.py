@@ -21,16 +21,13 @@ from vdx.data.preparation.shards import ShardRow, write_shards
 from vdx.data.preparation.stages import Preparation, kept_rows
 from vdx.data.records import latent_features
 from vdx.files import printable, read_rows
-from vdx.generate.pretrained_request import size_unit
-from vdx.interop.pretrained import PretrainedModel, open_pretrained
-from vdx.parallel import MeshSpec
+from vdx.preparation.encoder_model import EncoderModel, open_encoders
 from vdx.preparation.encoders import ClipFile, Encoders, read_arrays
 from vdx.preparation.processes import wait_for_all
 
 __all__ = ["LatentStage"]
 
 Row = Mapping[str, Any]
-LONGEST_TEXT = 512  # tokens; the longest prompt of Wan
 NAMED = 5  # clips of a reason that are named
 
 
@@ -48,14 +45,12 @@ class LatentStage:
         """Open the model; reads headers. Raises ConfigError and WeightsError."""
         self.preparation = preparation
         self.settings = fill(LatentSettings, preparation.latents, "config.latents")
-        self.model = open_pretrained(weights, self.settings.dtype)
+        self.model = open_encoders(weights, self.settings.dtype)
         check_model(self.model, self.settings)
 
     def run(self) -> None:
         """Encode what is not in the cache, and write the data set."""
-        mesh = MeshSpec(data=1, fsdp=-1).make(jax.local_devices())
-        cache = self.preparation.out / "cache"
-        encoders = Encoders(self.model, self.settings, cache, mesh)
+        encoders = Encoders(self.model, self.settings, self.preparation.out / "cache")
         if jax.process_index() == 0:
             encoders.remove_parts()
         wait_for_all("vdx: clips are written")
@@ -102,7 +97,7 @@ class LatentStage:
 
         common = {signal: _common_shape(found) for signal, found in shapes.items()}
         null = read_arrays(encoders.text.path(encoders.text_key("")))["text"]
-        text = [self.model.signals["embeddings"].get("length") or LONGEST_TEXT, null.shape[1]]
+        text = [self.model.longest, null.shape[1]]
         signals = {name: shape for name, shape in common.items() if name != "latents"}
         metadata = {
             **common,
@@ -124,7 +119,6 @@ class LatentStage:
 
     def _rows(self, entry: Entry, arrays: Row, encoders: Encoders) -> list[ShardRow]:
         """Return the records of the pieces of a clip."""
-        rate = self.model.components["vae"].module.rates.frames
         key = encoders.latent_key(entry.clip.key)
         rows = []
         for number, start in enumerate(arrays["start"].tolist()):
@@ -133,7 +127,7 @@ class LatentStage:
                 "piece": number,
                 "caption": _caption(entry.row),
                 "fps": self.settings.fps,
-                "num_frames": 1 + rate * (arrays["latents"].shape[1] - 1),
+                "num_frames": 1 + self.model.rate * (arrays["latents"].shape[1] - 1),
                 "key": f"{entry.row['source']} at {entry.row['start'] + start:.3f} s",
             }
             rows.append(ShardRow(f"{key}-{number:05d}", facts))
@@ -165,26 +159,16 @@ class LatentStage:
         )
 
 
-def check_model(model: PretrainedModel, settings: LatentSettings) -> None:
-    """Raise ConfigError for a model or for pieces that cannot be encoded."""
-    if model.reads_control:
-        raise ConfigError(
-            f"{model.path} reads a control video (VACE), which vdx.prepare does not make."
-        )
-    if model.signals.get("image_tokens", {}).get("positions"):
-        raise ConfigError(
-            f"{model.path} reads a first and a last image, which vdx.prepare does not make yet: it "
-            "encodes first images alone."
-        )
-    rate = model.components["vae"].module.rates.frames
-    unit = size_unit(model)
+def check_model(model: EncoderModel, settings: LatentSettings) -> None:
+    """Raise ConfigError for pieces that cannot be encoded."""
     for shape in settings.shapes:
         frames = shape.frames or 0
-        if (frames - 1) % rate or any(side % unit for side in shape.size):
+        if (frames - 1) % model.rate or any(side % model.unit for side in shape.size):
+            height, width = shape.size
             raise ConfigError(
-                f"config.latents: pieces of {frames} frames of {shape.size[0]}x{shape.size[1]} do "
-                f"not fit {model.path}: expected 1 + {rate}n frames, and sides that are multiples "
-                f"of {unit}."
+                f"config.latents: pieces of {frames} frames of {height}x{width} do not fit "
+                f"{model.path}: expected 1 + {model.rate}n frames, and sides that are multiples of "
+                f"{model.unit}."
             )
 
 

@@ -3,7 +3,8 @@
 What the page shows is all that training sees of a clip: its latents, decoded by the VAE.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from vdx.files import atomic_write
 from vdx.generate.decode import Decoder
 from vdx.generate.pretrained import PIXELS
 from vdx.generate.pretrained_networks import PretrainedNetworks
-from vdx.generate.video_io import write_video
+from vdx.generate.video_io import to_uint8, write_video
 from vdx.interop.encoder_check import check_encoders
-from vdx.interop.pretrained import open_pretrained
+from vdx.models.vae.image_vae import ImageVAE
 from vdx.parallel import MeshSpec
+from vdx.preparation.encoder_model import open_encoders
 
 __all__ = ["show_latents"]
 
@@ -57,27 +59,40 @@ def show_latents(data: Path, weights: Path, page: Path) -> None:
         raise ConfigError(f"{data} holds clips and no latents: see --until=latents.")
     check_encoders(str(weights), {"vae": (source.metadata.get("weights") or {}).get("vae", "")})
 
-    model = open_pretrained(weights)
-    mesh = MeshSpec(data=1, fsdp=-1).make(jax.local_devices())
-    side = model.components["vae"].module.rates.side
+    model = open_encoders(weights, "float32")
+    mesh = MeshSpec().make(jax.local_devices())
     media = page.with_name(f"{page.stem}_media")
     figures = []
     with jax.set_mesh(mesh):
-        networks = PretrainedNetworks(model, mesh)
-        params = networks.load("vae")
-        decoders: dict[tuple[int, ...], Decoder] = {}
+        decode = _decoder(PretrainedNetworks(model.components, mesh))
         places = np.linspace(0, len(source) - 1, min(MOST, len(source))).astype(int)
         for shown in tqdm(list(_rows(source, places.tolist())), desc="decode", unit="clip"):
             latents = np.asarray(shown.row["latents"], np.float32)
-            shape = latents.shape
-            if shape not in decoders:
-                chunk = max(1, PIXELS // (side**2 * shape[1] * shape[2]))
-                decoders[shape] = Decoder(model.components["vae"].module, params, chunk)
-            frames = np.concatenate(list(decoders[shape](latents)))
+            frames = decode(latents)
             file = media / f"{shown.index:06d}.mp4"
             write_video(file, frames, float(shown.row["fps"]))
             figures.append(_figure(shown.row, frames.shape, f"{media.name}/{file.name}"))
     _write(page, data, figures, len(source))
+
+
+def _decoder(networks: PretrainedNetworks) -> Callable[[np.ndarray], np.ndarray]:
+    """Read the VAE; return decode(latents [t h w c]) -> frames uint8 [t h w 3]."""
+    params = networks.load("vae")
+    vae = networks.components["vae"].module
+    if isinstance(vae, ImageVAE):
+        decode = networks.compile_call("vae", lambda apply, x: apply(x, method="decode"))
+        return lambda latents: to_uint8(decode(params, latents))
+
+    def pieces(latents: np.ndarray) -> np.ndarray:
+        _, height, width, _ = latents.shape
+        chunk = max(1, PIXELS // (vae.rates.side**2 * height * width))
+        return np.concatenate(list(decoder_of(chunk)(latents)))
+
+    @functools.cache
+    def decoder_of(chunk: int) -> Decoder:
+        return Decoder(vae, params, chunk)
+
+    return pieces
 
 
 def _rows(source: Records, indices: Sequence[int]) -> Iterator[Shown]:
