@@ -169,7 +169,7 @@ class StartingWeights:
         return f"{read} trained arrays that were read and {len(names) - read} new ones"
 
     def check_encoders(self, metadata: Mapping[str, Any]) -> None:
-        """Raise WeightsError if cached data were made by other encoders than the network's."""
+        """Raise WeightsError if other encoders than the network's made cached data."""
         check_encoders(self.path, metadata.get("weights") or {})
 
     # For the training loop (vdx.train.job.WeightSource)

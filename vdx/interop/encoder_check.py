@@ -1,4 +1,4 @@
-"""Whether cached latents were made by the encoders of the model that is trained on them."""
+"""Comparison of the encoders of a model with those that made cached data."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ SHOWN = 12  # digits of an identity in messages
 
 
 def check_encoders(weights: str | tuple[str, ...] | None, made_by: Mapping[str, str]) -> None:
-    """Raise WeightsError if a model has other encoders than those that made cached data.
+    """Raise WeightsError if other encoders than a model's made cached data.
 
     weights: its transformer, its folder, or a run that started from it. made_by: encoder -> its
     identity, from the metadata of the data. What is not next to the weights, or not in the
@@ -51,7 +51,7 @@ def _differences(path: Path, made_by: tuple[tuple[str, str], ...]) -> list[str]:
 
 
 def _encoders_near(path: Path, name: str) -> Iterator[Component]:
-    """Yield the encoders `name` of the model that a path of its transformer belongs to."""
+    """Yield the encoders `name` of the model that a transformer belongs to."""
     for folder in (path, path.parent):
         if (folder / name / "config.json").is_file():
             yield open_component(name, folder / name, "float32")

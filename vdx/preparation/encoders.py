@@ -1,4 +1,4 @@
-"""Encoders of clips and captions into the cache: one file a clip, a caption, a network.
+"""Encoders of clips and captions into the cache, with a file for each result.
 
 The networks are on the mesh one after another. A key covers the clip or the caption, the version
 of the stage, the settings that matter and the identity of the network. Several hosts each encode
@@ -155,7 +155,10 @@ class Encoders:
                 batches.flush()
 
     def encode_captions(self, captions: Sequence[str]) -> None:
-        """Encode those captions that are not in the cache: text float16 [l d], without padding."""
+        """Encode those captions that are not in the cache.
+
+        A file has text float16 [l d], without padding.
+        """
         keys = {self.text_key(caption): caption for caption in sorted(set(captions))}
         todo = self._own_share(sorted(keys), self.text.has)
         if not todo:
@@ -272,7 +275,7 @@ class _ClipBatches:
                 self._write(clip, {name: np.stack([a[name] for a in whole]) for name in arrays})
 
     def _first_frame(self, video: np.ndarray) -> np.ndarray:
-        """Return [b t h w c]: the mask of the first frame, and latents of it before grey frames."""
+        """Return [b t h w c]: a mask, and latents of the first frame before grey ones."""
         grey = np.zeros_like(video)
         grey[:, 0] = video[:, 0]
         latents = self.encode(grey)

@@ -1,4 +1,4 @@
-"""The stage `latents` of vdx.prepare: kept clips become cached latents, text and images.
+"""The stage of vdx.prepare that encodes: kept clips become cached latents.
 
 Reads clips.jsonl and the clips of the cache. `vdx.preparation.encoders` fills the cache, on every
 host its share. The first host writes `DIR/latents`, which `config.data.path=DIR` reads.

@@ -41,7 +41,7 @@ figure {{ margin: 0; }} video {{ width: 100%; }} small {{ color: #667; overflow-
 """
 
 
-class Shown(NamedTuple):
+class Entry(NamedTuple):
     """A record of the page."""
 
     index: int  # in the data set
@@ -66,12 +66,12 @@ def show_latents(data: Path, weights: Path, page: Path) -> None:
     with jax.set_mesh(mesh):
         decode = _decoder(PretrainedNetworks(model.components, mesh))
         places = np.linspace(0, len(source) - 1, min(MOST, len(source))).astype(int)
-        for shown in tqdm(list(_rows(source, places.tolist())), desc="decode", unit="clip"):
-            latents = np.asarray(shown.row["latents"], np.float32)
+        for record in tqdm(list(_rows(source, places.tolist())), desc="decode", unit="clip"):
+            latents = np.asarray(record.row["latents"], np.float32)
             frames = decode(latents)
-            file = media / f"{shown.index:06d}.mp4"
-            write_video(file, frames, float(shown.row["fps"]))
-            figures.append(_figure(shown.row, frames.shape, f"{media.name}/{file.name}"))
+            file = media / f"{record.index:06d}.mp4"
+            write_video(file, frames, float(record.row["fps"]))
+            figures.append(_figure(record.row, frames.shape, f"{media.name}/{file.name}"))
     _write(page, data, figures, len(source))
 
 
@@ -95,10 +95,10 @@ def _decoder(networks: PretrainedNetworks) -> Callable[[np.ndarray], np.ndarray]
     return pieces
 
 
-def _rows(source: Records, indices: Sequence[int]) -> Iterator[Shown]:
+def _rows(source: Records, indices: Sequence[int]) -> Iterator[Entry]:
     """Yield records with their features as the data set has them."""
     for index in indices:
-        yield Shown(index, source.rows[index])
+        yield Entry(index, source.rows[index])
 
 
 def _figure(row: Mapping[str, Any], shape: Sequence[int], file: str) -> str:

@@ -1,4 +1,4 @@
-"""Pieces of clips: frames at the rate, the size and the length that a model is trained on.
+"""Pieces of clips, at the rate, size and length that a model is trained on.
 
 A clip belongs to the bucket nearest to its shape and length, and is cut into pieces of that bucket,
 one after another from its first frame. Frames are those that training reads from the same clip.
