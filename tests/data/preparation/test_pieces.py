@@ -75,6 +75,7 @@ def test_a_clip_has_the_longest_length_and_the_nearest_shape_that_it_fills(clip)
     [
         ({"num_frames": 33}, "too short: 30 frames at 12 a second, the shortest piece has 33"),
         ({"height": 128}, "too small: 96x128 would be enlarged to 128x48"),
+        ({"buckets": ((5, 128, 48), (9, 192, 256))}, "too small: .* enlarged to 128x48, 192x256"),
         ({"fps": 24.0}, "too slow: needs 24 frames per second"),
     ],
 )

@@ -48,7 +48,9 @@ class LatentSettings:
     def shapes(self) -> tuple[BatchShape, ...]:
         """The buckets."""
         if self.buckets:
-            return tuple(BatchShape(1, frames, size) for frames, *size in self.buckets)
+            return tuple(
+                BatchShape(1, frames, (height, width)) for frames, height, width in self.buckets
+            )
         lengths = self.num_frames
         if isinstance(lengths, int):
             lengths = (lengths,)
