@@ -1,5 +1,9 @@
 """Motion modules for Stable Diffusion 1.5: an image model learns motion and keeps its weights.
 
+    python -m vdx.prepare --source=FOLDER --out=/data/latents --until=latents \\
+        --weights=stable-diffusion-v1-5 \\
+        --config.latents.num_frames=16 --config.latents.height=256 --config.latents.width=256 \\
+        --config.latents.fps=8
     python -m vdx.main --config=configs/motion_module_sd15.py --workdir=/mnt/runs/motion \\
         --config.weights=stable-diffusion-v1-5/unet --config.data.path=/data/latents
 

@@ -33,6 +33,15 @@ def get_config() -> ConfigDict:
                 "crf": 16,  # visually lossless
                 "audio_rate": 16_000,  # samples a second, as encoders of speech read; 0: none
             },
+            "latents": {
+                "num_frames": 17,  # of a piece, 1 + 4n; of several lengths the longest that fits
+                "height": 480,  # pixels
+                "width": 832,  # pixels
+                "fps": 16.0,  # as Wan 2.1 draws; slower clips are left out
+                "buckets": (),  # (frames, height, width) of several shapes, in place of these
+                "batch": 1,  # pieces encoded at once on each device
+                "dtype": "bfloat16",  # of the text encoder
+            },
             "shards": {
                 "per_shard": 256,  # clips of a file
                 "validation_fraction": 0.1,  # of the sources, by a hash of the name

@@ -1,15 +1,17 @@
 """Text to video on a TPU pod: 16 frames of 256x256 at 8 fps, about 600M parameters.
 
+    python -m vdx.prepare --source=FOLDER --out=/data/latents --until=latents \\
+        --weights=Latte-1 --config.latents.fps=8 \\
+        --config.latents.num_frames=16 --config.latents.height=256 --config.latents.width=256
     python -m vdx.main --config=configs/t2v_base.py --workdir=/mnt/runs/t2v_base \\
         --config.data.path=/data/latents
 
 Hardware: written for a v5e-64 or v5p-32 slice (FSDP over all chips); any slice works whose chips
 divide the batch of 512. `:smoke` is the same program shrunk for the tests.
 
-Needed: an ArrayRecord data set in the layout of vdx/data/records.py: `latents` float16
-[16 32 32 4] of a per-frame image VAE (8x smaller in space), already normalised, and `text`
-float16 [l 4096] of a T5-XXL class encoder with l at most 256. Nothing has been trained with this
-config yet, so no result is claimed for it.
+The first line makes the data with Latte's encoders: `latents` float16 [16 32 32 4] of a per-frame
+image VAE (8x smaller in space), normalised, and `text` float16 [l 4096] of T5-XXL with l at most
+256. Nothing has been trained with this config yet, so no result is claimed for it.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,7 @@
 """Low-rank adapters for Wan 2.1 I2V 14B: image to video in the style of your clips.
 
+    python -m vdx.prepare --source=FOLDER --out=/data/latents --until=latents \\
+        --weights=Wan2.1-I2V-14B-480P-Diffusers
     python -m vdx.main --config=configs/wan21_i2v_14b_lora.py --workdir=/mnt/runs/i2v \\
         --config.weights=Wan2.1-I2V-14B-480P-Diffusers/transformer --config.data.path=/data/latents
 

@@ -1,5 +1,7 @@
 """Fine-tune every weight of Wan 2.1 T2V 1.3B on your own clips.
 
+    python -m vdx.prepare --source=FOLDER --out=/data/latents --until=latents \\
+        --weights=Wan2.1-T2V-1.3B-Diffusers
     python -m vdx.main --config=configs/wan21_t2v_1p3b.py --workdir=/mnt/runs/wan \\
         --config.weights=Wan2.1-T2V-1.3B-Diffusers/transformer --config.data.path=/data/latents
 

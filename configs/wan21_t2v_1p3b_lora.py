@@ -1,5 +1,7 @@
 """Low-rank adapters for Wan 2.1 T2V 1.3B: a style, a subject or a motion from a few dozen clips.
 
+    python -m vdx.prepare --source=FOLDER --out=/data/latents --until=latents \\
+        --weights=Wan2.1-T2V-1.3B-Diffusers
     python -m vdx.main --config=configs/wan21_t2v_1p3b_lora.py --workdir=runs/lora \\
         --config.weights=Wan2.1-T2V-1.3B-Diffusers/transformer --config.data.path=/data/latents
 

@@ -1,5 +1,9 @@
 """Low-rank adapters for Wan 2.2 TI2V 5B, text to video and image to video in one network.
 
+    python -m vdx.prepare --source=FOLDER --out=/data/latents --until=latents \\
+        --weights=Wan2.2-TI2V-5B-Diffusers \\
+        --config.latents.num_frames=49 --config.latents.height=704 --config.latents.width=1280 \\
+        --config.latents.fps=24
     python -m vdx.main --config=configs/wan22_ti2v_5b_lora.py --workdir=/mnt/runs/ti2v \\
         --config.weights=Wan2.2-TI2V-5B-Diffusers/transformer --config.data.path=/data/latents
 

@@ -19,7 +19,7 @@ LEVELS = [
     {"interop", "metrics"},
     {"models", "diffusion", "data"},
     {"parallel"},
-    {"programs"},
+    {"programs", "distributed"},
     {
         "config",
         "compilation_cache",

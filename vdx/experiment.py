@@ -181,6 +181,7 @@ class Experiment:
         of the loader.
         """
         source = self.source(validation)
+        self.weights.check_encoders(getattr(source, "metadata", {}))
 
         # Record -> example; a source without clips to cut gives ready examples.
         make_example = None

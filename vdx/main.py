@@ -36,18 +36,17 @@ if __name__ == "__main__":
 import contextlib
 import datetime
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.sharding import Mesh
 
 import vdx
 from vdx.config.loader import resolve
-from vdx.config.ranges import Count, Index, define_number
+from vdx.distributed import define_process_flags, join_processes
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
@@ -75,27 +74,6 @@ def main() -> None:
     start()
     with exit_if_peer_lost(), PreemptionHandler() as preemption:
         run(config, workdir, preemption, FLAGS.allow_config_change)
-
-
-def join_processes() -> None:
-    """Join the other processes of the run, if the flags name any. Raises UsageError."""
-    numbers = (FLAGS.num_processes, FLAGS.process_id)
-    if not FLAGS.coordinator:
-        if numbers != (None, None):
-            raise app.UsageError("--num_processes and --process_id need --coordinator=HOST:PORT.")
-        if FLAGS.distributed:
-            jax.distributed.initialize(heartbeat_timeout_seconds=FLAGS.heartbeat)
-        return
-
-    if not re.fullmatch(r".+:\d+", FLAGS.coordinator):
-        raise app.UsageError(f"--coordinator={FLAGS.coordinator} is not like host:1234.")
-    if None in numbers or FLAGS.process_id >= FLAGS.num_processes:
-        raise app.UsageError(
-            "--coordinator needs --num_processes=N, and a --process_id from 0 to N - 1."
-        )
-    jax.distributed.initialize(
-        FLAGS.coordinator, *numbers, heartbeat_timeout_seconds=FLAGS.heartbeat
-    )
 
 
 def run(
@@ -201,22 +179,7 @@ def define_flags() -> None:
         False,
         "Continue a workdir also with keys that change what is learned, such as a model's.",
     )
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "One of several processes (hosts) of a run, which jax.distributed.initialize() finds.",
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of the first process, where JAX cannot find it by itself."
-    )
-    define_number("num_processes", None, Count, "The number of processes, with --coordinator.")
-    define_number("process_id", None, Index, "The number of this process, with --coordinator.")
-    define_number(
-        "heartbeat",
-        100,
-        Count,
-        "Seconds after which a silent process counts as dead, and the others end.",
-    )
+    define_process_flags()
 
 
 if __name__ == "__main__":

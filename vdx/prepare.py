@@ -1,6 +1,8 @@
 """Prepare a training set from footage: measure it, decide, encode clips.
 
-    python -m vdx.prepare --source=FOLDER --out=DIR [--until=look|decide|clips] [--workers=N]
+    python -m vdx.prepare --source=FOLDER --out=DIR [--workers=N]
+        [--until=look|decide|clips|latents] [--weights=Wan2.1-T2V-1.3B-Diffusers]
+    python -m vdx.prepare --show=DIR --out=PAGE.html --weights=Wan2.1-T2V-1.3B-Diffusers
     python -m vdx.main --config=configs/t2v_folder.py --config.data.path=DIR
 
 --source is a folder, a list of paths (.txt), or a table with the columns file_name and caption
@@ -9,10 +11,14 @@ name of the video, and from tables. Any setting of --config is changed by --conf
 killed run is continued by the same command. See docs/prepare.md.
 """
 
+import contextlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+import jax
+from absl import app, flags, logging
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
@@ -20,13 +26,17 @@ from vdx.config.ranges import Index, define_number
 from vdx.data.preparation.runner import BEAM_FOLDER, Beam, Local, Runner
 from vdx.data.preparation.sources import list_sources
 from vdx.data.preparation.stages import Preparation
+from vdx.distributed import define_process_flags, join_processes
 from vdx.files import printable, write_json
-from vdx.output_paths import check_output_folder
-from vdx.programs import run_program
+from vdx.output_paths import check_output_file, check_output_folder
+from vdx.programs import run_program, start
 from vdx.train.preemption import lock_workdir
 
+if TYPE_CHECKING:
+    from vdx.preparation.latents import LatentStage
+
 FLAGS = flags.FLAGS
-STAGES = ("look", "decide", "clips")
+STAGES = ("look", "decide", "clips", "latents")
 BEAM = "--beam."  # flags of Apache Beam begin with it
 
 
@@ -53,33 +63,79 @@ def check_apart(source: Path, out: Path) -> None:
 def main() -> None:
     """Prepare the footage that the flags name."""
     out = Path(FLAGS.out)
+    if FLAGS.show:
+        show(Path(FLAGS.show), out)
+        return
+    if not FLAGS.source:
+        raise app.UsageError("--source is missing. The footage, or --show=DIR to look at latents.")
     check_output_folder(out, "out")
     check_apart(Path(FLAGS.source), out)
     config = resolve(FLAGS.config, sys.argv[1:])
     preparation = Preparation(out, config, choose_runner(out))
-    until = STAGES.index(FLAGS.until)
+    stage = open_latent_stage(preparation)
 
-    with lock_workdir(out / "cache"):
-        preparation.remove_parts()
-        sources = list_sources(Path(FLAGS.source))
-        print(printable(str(sources)), flush=True)
-        write_json(out / "prepare.json", config)
-        looks = preparation.look(sources)
-        if until >= STAGES.index("decide"):
-            rows = preparation.decide(looks, sources)
-        if until >= STAGES.index("clips"):
-            preparation.encode_clips(rows, looks, sources)
+    # The first of several hosts does what needs no network.
+    primary = stage is None or jax.process_index() == 0
+    with lock_workdir(out / "cache") if primary else contextlib.nullcontext():
+        if primary:
+            prepare_clips(preparation, config)
+        if stage is not None:
+            stage.run()
+
+
+def open_latent_stage(preparation: Preparation) -> "LatentStage | None":
+    """Return the stage that encodes, if the flags name it. Raises UsageError."""
+    if FLAGS.until != "latents":
+        if FLAGS.weights:
+            raise app.UsageError("--weights is read by --until=latents and --show: give one too.")
+        return None
+    if not FLAGS.weights:
+        raise app.UsageError("--until=latents needs --weights=FOLDER, the model to train.")
+    from vdx.preparation.latents import LatentStage  # takes seconds, in every worker too
+
+    join_processes()
+    start()
+    return LatentStage(preparation, Path(FLAGS.weights))
+
+
+def show(data: Path, page: Path) -> None:
+    """Write a page of decoded latents. Raises UsageError."""
+    if not FLAGS.weights or FLAGS.source:
+        raise app.UsageError("--show=DIR needs --out=PAGE.html and --weights=FOLDER, no --source.")
+    check_output_file(page, "out", (".html",))
+    from vdx.preparation.show import show_latents  # takes seconds, in every worker too
+
+    start()
+    show_latents(data, Path(FLAGS.weights), page)
+
+
+def prepare_clips(preparation: Preparation, config: Mapping[str, Any]) -> None:
+    """Run the stages that need no network."""
+    until = STAGES.index(FLAGS.until)
+    preparation.remove_parts()
+    sources = list_sources(Path(FLAGS.source))
+    print(printable(str(sources)), flush=True)
+    write_json(preparation.out / "prepare.json", config)
+    looks = preparation.look(sources)
+    if until >= STAGES.index("decide"):
+        rows = preparation.decide(looks, sources)
+    if until >= STAGES.index("clips"):
+        preparation.encode_clips(rows, looks, sources)
 
 
 def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_string("source", None, "A folder, a list of paths, or a table of files.")
-    flags.DEFINE_string("out", None, "The folder of the training set.")
+    flags.DEFINE_string("out", None, "The folder of the training set; with --show a page.")
+    flags.DEFINE_string("show", None, "A training set whose latents are decoded to a page.")
     flags.DEFINE_string("config", "configs/prepare.py", "Settings, with any --config.KEY=VALUE.")
     flags.DEFINE_enum("until", "clips", STAGES, "The last stage.")
     define_number("workers", 1, Index, "Processes; 0: this one.")
+    flags.DEFINE_string("weights", None, "The pretrained model whose encoders make the latents.")
     flags.DEFINE_enum("runner", "local", ["local", "beam"], "What runs the work.")
+    define_process_flags()
 
 
 if __name__ == "__main__":
-    run_program(main, define_flags, required=("source", "out"), takes_config=True, passes_on=BEAM)
+    logging.set_verbosity(logging.WARNING)
+    run_program(main, define_flags, required=("out",), takes_config=True, passes_on=BEAM)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from vdx.config.build import ConfigError
 from vdx.config.sections import TrainSection
 from vdx.files import read_npy
+from vdx.interop.encoder_check import check_encoders
 from vdx.interop.load import abstract_params
 from vdx.interop.transformer import load_transformer
 from vdx.interop.unet import load_unet
@@ -166,6 +167,10 @@ class StartingWeights:
         names = flatten_dict(self.new_shapes(), sep="/")
         read = len(flatten_dict(given, sep="/"))
         return f"{read} trained arrays that were read and {len(names) - read} new ones"
+
+    def check_encoders(self, metadata: Mapping[str, Any]) -> None:
+        """Raise WeightsError if other encoders than the network's made cached data."""
+        check_encoders(self.path, metadata.get("weights") or {})
 
     # For the training loop (vdx.train.job.WeightSource)
 

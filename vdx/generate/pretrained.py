@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +28,7 @@ from vdx.generate.image_inputs import (
     resize_image,
 )
 from vdx.generate.preprocess import preprocess_for
+from vdx.generate.pretrained_networks import Arrays, Log, PretrainedNetworks, chunks
 from vdx.generate.pretrained_request import PretrainedRequest, start_noise
 from vdx.interop.lora import open_lora
 from vdx.interop.pretrained import EXPERTS, PretrainedModel
@@ -37,25 +37,22 @@ from vdx.models.encoders.text_tokens import PromptTokenizer
 from vdx.seeds import seed_keys, seed_words
 from vdx.types import Array, Batch, Params
 
-Log = Callable[[str], None]
-Arrays = dict[str, np.ndarray]
 PROMPTS = 8  # prompts that the text encoder reads at once: its activations stay small
 # Pixels of a frame times the latent frames that the VAE computes at once: 2**20 keeps its
 # activations, the largest arrays of all, near those of one frame of 1024 x 1024.
 PIXELS = 2**20
 
 
-class PretrainedGenerator:
+class PretrainedGenerator(PretrainedNetworks):
     """Draws clips in four stages: encode text, read images, denoise, decode."""
 
     def __init__(
         self, model: PretrainedModel, request: PretrainedRequest, mesh: Mesh, log: Log = print
     ):
         """log: receives a line with the time of each thing that is done."""
+        super().__init__(model.components, mesh, log)
         self.model = model
         self.request = request
-        self.mesh = mesh
-        self.log = log
         self.preprocess = preprocess_for(request.preprocess, model.clamps_first_frame)
         self.batch = mesh.shape["data"] * mesh.shape["fsdp"]  # clips drawn at once
         self.chunk = max(1, PIXELS // (request.height * request.width))  # latent frames at once
@@ -88,13 +85,10 @@ class PretrainedGenerator:
         """
         tokenize = PromptTokenizer(self.model.tokenizer)
         ids, mask = tokenize([*self.request.prompts, self.request.negative_prompt])
-        params = self.load("text_encoder")
+        encode = self.text_encoder()
         start = time.perf_counter()
-        encode = self.compile_call("text_encoder", lambda apply, ids, mask: apply(ids, mask))
         size = -(-min(len(ids), PROMPTS) // self.batch) * self.batch
-        features = [
-            np.asarray(encode(params, ids[rows], mask[rows])) for rows in _chunks(len(ids), size)
-        ]
+        features = [encode(ids[rows], mask[rows]) for rows in chunks(len(ids), size)]
         self.log_time(f"{len(ids)} prompts encoded", start)
         return {"text": np.concatenate(features)[: len(ids)], "text_mask": mask}
 
@@ -144,12 +138,10 @@ class PretrainedGenerator:
 
     def image_tokens(self, images: Sequence[Image.Image]) -> Arrays:
         """Return features of the last layer but one, those of both images in a row."""
-        params = self.load("image_encoder")
-        encode = self.compile_call("image_encoder", lambda apply, x: apply(x).penultimate)
+        encode = self.image_encoder()
         side = self.model.components["image_encoder"].module.image
         pixels = self.preprocess.clip_pixels(images, side)
-        tokens = [np.asarray(encode(params, x[None])) for x in pixels]
-        return {"image_tokens": np.concatenate(tokens, 1)}
+        return {"image_tokens": np.concatenate([encode(x[None]) for x in pixels], 1)}
 
     def control_conditions(self) -> Arrays:
         """Return `control` [1 t h w c] of a VACE model.
@@ -202,12 +194,9 @@ class PretrainedGenerator:
 
     def encode(self, *videos: np.ndarray) -> list[np.ndarray]:
         """Return the latents of each video [b t h w 3]."""
-        params = self.load("vae")
+        encode = self.video_encoder(self.chunk)
         start = time.perf_counter()
-        encode = self.compile_call(
-            "vae", lambda apply, x: apply(x, self.chunk, method="encode").mode()
-        )
-        latents = [np.asarray(encode(params, video)) for video in videos]
+        latents = [encode(video) for video in videos]
         self.log_time("images encoded", start)
         return latents
 
@@ -217,7 +206,7 @@ class PretrainedGenerator:
         """Return latents [n t h w c]."""
         # What all experts share: the noise, and the conditions of each chunk of clips.
         noise = start_noise(self.request, self.model)
-        chunks = _chunks(len(self.request.prompts), self.batch)
+        groups = chunks(len(self.request.prompts), self.batch)
         images = {name: np.repeat(x, self.batch, 0) for name, x in images.items()}
         clamped = self.clamped_frames(images.pop("known", None))
 
@@ -227,7 +216,7 @@ class PretrainedGenerator:
         negative = conditions(np.full(self.batch, -1))
         # numpy: on a mesh of several processes an array of one device is not addressable.
         first = self.expert_generator(0, noise.shape)
-        carries = [jax.tree.map(np.asarray, first.start(noise[rows])) for rows in chunks]
+        carries = [jax.tree.map(np.asarray, first.start(noise[rows])) for rows in groups]
 
         # Each expert makes its evaluations for all clips, so that it is read once.
         start = 0
@@ -241,7 +230,7 @@ class PretrainedGenerator:
             params = self.load_expert(number)
             run_steps = self.jit(functools.partial(_run_steps, generator))
             part = {name: values[start:end] for name, values in table.items()}
-            for i, rows in enumerate(chunks):
+            for i, rows in enumerate(groups):
                 begin = time.perf_counter()
                 seeds = seed_words(self.request.seeds[row] for row in rows)
                 carries[i], evaluated = jax.block_until_ready(
@@ -325,37 +314,6 @@ class PretrainedGenerator:
 
     # Shared by the stages.
 
-    def load(self, name: str) -> Params:
-        """Read a network onto the mesh."""
-        component = self.model.components[name]
-        start = time.perf_counter()
-        params = component.load(self.mesh)
-        self.log_time(f"{name}: {component.size / 1e6:,.1f}M parameters read", start)
-        return params
-
-    def compile_call(self, name: str, call: Callable[..., Array]) -> Callable[..., Array]:
-        """Compile (params, *arrays) -> call(apply, *arrays).
-
-        `apply` is that of the component `name` with the parameters.
-        """
-        module = self.model.components[name].module
-
-        def run(params: Params, *args: Array) -> Array:
-            def apply(*args: Any, **options: Any) -> Any:
-                return module.apply({"params": params}, *args, **options)
-
-            return call(apply, *args)
-
-        return self.jit(run)
-
-    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a function whose results are whole on every device."""
-        return jax.jit(function, out_shardings=jax.sharding.PartitionSpec())
-
-    def log_time(self, line: str, start: float) -> None:
-        """Log what was done since `start`."""
-        self.log(f"{line} ({time.perf_counter() - start:.1f} s)")
-
     def log_steps(
         self, rows: np.ndarray, start: int, end: int, total: int, evaluated: Array, begin: float
     ) -> None:
@@ -391,10 +349,3 @@ def given_mask(is_given: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarr
     """
     frames = np.concatenate([np.repeat(is_given[:1], rate), is_given[1:]])
     return np.broadcast_to(frames.reshape(-1, 1, 1, rate), (*grid, rate)).astype(np.float32)
-
-
-def _chunks(count: int, size: int) -> list[np.ndarray]:
-    """Return the indices 0 .. count - 1, `size` at a time; repetition fills the last."""
-    return [
-        np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
-    ]

@@ -6,6 +6,8 @@ and a file of weights whose keys are the paths of our parameters, one layer of a
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,10 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.files import write_json
+from vdx.files import read_json_object, write_json
 from vdx.interop.clip import FIELDS as CLIP_FIELDS
-from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
+from vdx.interop.clip import (
+    clip_names,
+    clip_rows,
+    clip_text_from_config,
+    clip_vision_from_config,
+)
 from vdx.interop.config_ranges import read_config
+from vdx.interop.image_vae import FIELDS as IMAGE_VAE_FIELDS
+from vdx.interop.image_vae import image_vae_from_config, image_vae_rows
 from vdx.interop.keymap import KEEP, Row, WeightsError, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
@@ -43,6 +52,12 @@ from vdx.models.shapes import init_shapes, new_shapes
 from vdx.types import Params
 
 KeyRows = tuple[Row, ...]
+IMAGE_VAE = "AutoencoderKL"  # the class of Stable Diffusion's
+
+# An identity covers all numbers of arrays of at most WHOLE, and SAMPLES of larger ones.
+WHOLE = 2**14
+SAMPLES = 16
+UNIDENTIFIED = ("parent", "name", "dtype")  # fields of a module that are not in an identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +90,30 @@ class Component:
     def load(self, mesh: Mesh) -> Params:
         """Return the parameters on the mesh. Raises ValueError as `check` does."""
         return load_params(self.source, self.check(mesh), self.rows)
+
+    def identity(self) -> str:
+        """Return a digest of the network, the same for every layout of its files.
+
+        It covers the fields of our network, and numbers of every parameter: all of small ones, a
+        few of large ones, rounded to bfloat16. So a network that was trained further has another
+        one. A change of a few numbers may go unnoticed.
+        """
+        fields = {
+            field.name: getattr(self.module, field.name)
+            for field in dataclasses.fields(self.module)
+            if field.name not in UNIDENTIFIED
+        }
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        slots = assign(self.source, self.shapes, self.rows)
+        for key, slot in sorted(slots.items(), key=lambda item: item[1].name):
+            value = slot.layout.ours(self.source[key].read())
+            places = np.arange(value.size)
+            if value.size > WHOLE:
+                places = np.linspace(0, value.size - 1, SAMPLES).astype(np.int64)
+            numbers = value[np.unravel_index(places, value.shape)]
+            digest.update(f"{slot.name} {value.size}".encode())
+            digest.update(np.asarray(numbers, np.float32).astype(jnp.bfloat16).tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: Path, own: bool) -> None:
         """Write the network to a folder, one array at a time.
@@ -180,12 +219,14 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
 
 def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
-    """Open a T5 encoder.
+    """Open a T5 encoder, or the text model of a CLIP.
 
     config: see `open_component`.
     """
     source = open_weights(path)
-    config = config or read_config(path / "config.json", T5_FIELDS)
+    config = config or _read_text_config(path / "config.json")
+    if _is_clip(config):
+        return _open_clip_text(clip_names(source), config, dtype)
     module = t5_from_config(config, dtype)
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 4), jnp.bool_)
@@ -200,6 +241,35 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
         dtype=dtype,
         stem="model",
         rows=_source_rows(source, shapes, t5_rows(source, module), library_rows),
+    )
+
+
+def _is_clip(config: Mapping[str, Any]) -> bool:
+    return str(config.get("model_type")).startswith("clip")
+
+
+def _read_text_config(path: Path) -> dict[str, Any]:
+    """Return the config.json of a T5 or of a CLIP."""
+    is_clip = _is_clip(read_json_object(path))
+    return read_config(path, CLIP_FIELDS if is_clip else T5_FIELDS)
+
+
+def _open_clip_text(
+    source: Mapping[str, StoredArray], config: Mapping[str, Any], dtype: str
+) -> Component:
+    """Open the text model of a CLIP."""
+    module = clip_text_from_config(config, dtype)
+    shapes = init_shapes(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+    library_rows = clip_rows(("text_model.",), module)
+    return Component(
+        config=config,
+        source=source,
+        module=module,
+        shapes=shapes,
+        library_rows=library_rows,
+        dtype=dtype,
+        stem="model",
+        rows=_source_rows(source, shapes, clip_rows(source, module), library_rows),
     )
 
 
@@ -227,12 +297,14 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
-    """Open a video VAE.
+    """Open a video VAE, or an image VAE of Stable Diffusion.
 
     config: see `open_component`.
     """
     source = open_weights(path)
-    config = config or read_config(path / "config.json", VAE_FIELDS)
+    config = config or _read_vae_config(path / "config.json")
+    if config.get("_class_name") == IMAGE_VAE:
+        return _open_image_vae(source, config, dtype)
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
     latent_pixel = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
@@ -249,6 +321,31 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
         library_rows=library_rows,
         dtype=dtype,
         rows=_source_rows(source, shapes, rows, library_rows),
+    )
+
+
+def _read_vae_config(path: Path) -> dict[str, Any]:
+    """Return the config.json of a video VAE or of an image VAE."""
+    is_image = read_json_object(path).get("_class_name") == IMAGE_VAE
+    return read_config(path, IMAGE_VAE_FIELDS if is_image else VAE_FIELDS)
+
+
+def _open_image_vae(
+    source: Mapping[str, StoredArray], config: Mapping[str, Any], dtype: str
+) -> Component:
+    """Open an image VAE."""
+    module = image_vae_from_config(config, dtype)
+    side = 2 ** len(module.block_out_channels)
+    shapes = init_shapes(module, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    rows = image_vae_rows()
+    return Component(
+        config=config,
+        source=source,
+        module=module,
+        shapes=shapes,
+        library_rows=rows,
+        dtype=dtype,
+        rows=_source_rows(source, shapes, rows, rows),
     )
 
 

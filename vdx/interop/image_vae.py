@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vdx.config.build import ConfigError, fill
+from vdx.config.ranges import Finite, LevelBlocks, Positive
+from vdx.interop.config_ranges import Channels, Levels
 from vdx.interop.keymap import CONV, KEEP, LINEAR, Layout, Row, patches
 from vdx.models.vae.image_vae import ImageVAE
 
@@ -25,6 +27,18 @@ SUPPORTED = {
     "latents_std": None,
     "down_block_types": "DownEncoderBlock2D",
     "up_block_types": "UpDecoderBlock2D",
+}
+
+# Fields of a config that are read.
+FIELDS: dict[str, Any] = {
+    "block_out_channels": Levels,
+    "layers_per_block": LevelBlocks,
+    "latent_channels": Channels,
+    "norm_num_groups": Channels,
+    "in_channels": Channels,
+    "out_channels": Channels,
+    "scaling_factor": Positive,
+    "shift_factor": Finite | None,
 }
 
 

@@ -96,6 +96,14 @@ def open_original(
     return model
 
 
+def open_part(part: str, path: Path) -> Component | None:
+    """Open a part that is in a folder of the original Wan; None if it is not there."""
+    found = _find(part, path)
+    if found is None:
+        return None
+    return open_component(part, found, "float32", _missing_config(part, found))
+
+
 def _locate(path: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
     """Return where each part is. Raises WeightsError that lists the missing ones."""
     locations = {}

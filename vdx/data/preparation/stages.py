@@ -51,6 +51,7 @@ class PrepareSections:
     look: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of LookSettings
     clips: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of ClipSettings
     shards: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of ShardSettings
+    latents: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of LatentSettings
 
 
 class Preparation:
@@ -63,6 +64,7 @@ class Preparation:
         self.decide_settings = fill(DecideSettings, sections.decide, "config.decide")
         self.clip_settings = fill(ClipSettings, sections.clips, "config.clips")
         self.shard_settings = fill(ShardSettings, sections.shards, "config.shards")
+        self.latents = sections.latents  # of the stage that needs networks: vdx.preparation
         self.out = out
         self.runner = runner
         self.looks = Store(out / "cache", "look", ".json")
