@@ -354,8 +354,9 @@ def write_lora(
     scale: float = 1.0,
     layout: str = "diffusers",
     part: str = "transformer",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file of these factors. layout: a row of LAYOUTS.
+    """Write a file of these factors. layout: a row of LAYOUTS. metadata: texts for its header.
 
     `scale` is multiplied into B, so that all readers agree, however they treat an alpha. Raises
     ConfigError for an unknown layout, WeightsError for factors of layers that it cannot name.
@@ -381,4 +382,5 @@ def write_lora(
 
     # Write under the layout's names.
     plan = {rename(key): planned for key, planned in export_plan(tree, rows).items()}
-    write(path, plan, ((rename(key), value) for key, value in export(tree, rows)))
+    arrays = ((rename(key), value) for key, value in export(tree, rows))
+    write(path, plan, arrays, metadata)
