@@ -1,7 +1,7 @@
 """Images, videos and masks from files, as pretrained models read them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np

@@ -47,7 +47,7 @@ from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
 
-__all__ = ["LAYOUTS", "open_lora", "write_lora"]
+__all__ = ["LAYOUTS", "factor_rows", "open_lora", "write_lora"]
 
 # A key: which network of a file it is of, then the rest.
 PART = re.compile(
@@ -347,6 +347,16 @@ def _matches(pattern: str, layer: str) -> bool:
 # Writing
 
 
+def factor_rows(model: Denoiser) -> list[Row]:
+    """Return the rows of the factors of every kernel of a Wan model.
+
+    Raises WeightsError for a network that is no Wan.
+    """
+    rows = wan_transformer_rows(model)
+    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    return adapter_rows(rows, export_plan(shapes, rows))
+
+
 def write_lora(
     path: str | Path,
     factors: Params,
@@ -361,11 +371,8 @@ def write_lora(
     `scale` is multiplied into B, so that all readers agree, however they treat an alpha. Raises
     ConfigError for an unknown layout, WeightsError for factors of layers that it cannot name.
     """
-    # The rows of the factors.
     layer_name = lookup(layout, LAYOUTS, "layout")
-    weight_rows = wan_transformer_rows(model)
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
-    rows = adapter_rows(weight_rows, export_plan(shapes, weight_rows))
+    rows = factor_rows(model)
 
     # Multiply the scale into B.
     scaled = {}
