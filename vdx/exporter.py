@@ -99,8 +99,10 @@ def write_weights(
     data: DataSummary,
 ) -> int:
     """Write the averaged weights of a step, and return its number. Raises CheckpointError."""
-    # The mesh of training may be larger than this machine.
+    # The mesh of training may be larger than this machine. Adapters fit on one device.
     mesh = MeshSpec(data=1, fsdp=-1).make()
+    if experiment.lora is not None:
+        mesh = MeshSpec().make(jax.devices()[:1])
     with jax.set_mesh(mesh):
         trained = open_trained(experiment, workdir, mesh, step=step)
         if experiment.lora is None:
