@@ -42,11 +42,16 @@ def _tile(video: np.ndarray, prompt: str, side: int) -> np.ndarray:
     """Return a video [t h w 3] above its prompt, uint8 [t side+32 side+32 3]."""
     text = "\n".join(textwrap.wrap(prompt, TEXT_LINE, max_lines=2, placeholder="..."))
     frames = []
+    height, width = video.shape[1:3]
+    scale = side / max(height, width)
+    width, height = round(width * scale), round(height * scale)
+    # Small pixels stay sharp; large frames are averaged.
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     for frame in video:
         size = side + 2 * BORDER
         image = Image.new("RGB", (size, size), (PAPER, PAPER, PAPER))
-        pixels = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
-        image.paste(pixels, (BORDER, TOP))
+        pixels = Image.fromarray(frame).resize((width, height), resampling)
+        image.paste(pixels, (BORDER + (side - width) // 2, TOP + side - height))
         ImageDraw.Draw(image).multiline_text(
             (size // 2, side + 4),
             text,
