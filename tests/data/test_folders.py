@@ -205,6 +205,21 @@ def test_whatever_a_row_names_is_counted_once(tmp_path, kind, name, caption):
         assert listing.left_out["broken links, pipes, devices or folders that cannot be opened"]
 
 
+def test_a_name_that_no_file_can_have_is_refused_in_few_words(tmp_path):
+    row = {"file_name": "a" * 100_000 + ".mp4", "caption": "x"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1.*100004 characters") as caught:
+        VideoFolder(str(tmp_path))
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    row = {"file_name": "a.mp4", "caption": "\ufeffa red circle"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (entry,) = list_videos(tmp_path).entries
+    assert entry.caption == "a red circle"
+
+
 def test_a_caption_that_is_no_text_is_one_bad_record(tmp_path):
     put(tmp_path, *(f"{name}.mp4" for name in "abc"))
     (tmp_path / "a.txt").write_bytes("é".encode("cp1252"))

@@ -1,5 +1,6 @@
 """The step cache against a loop that states its rule once more."""
 
+import functools
 import itertools
 
 import jax
@@ -23,16 +24,21 @@ def network(x, t):
     return jnp.sin(x) + jnp.cos(6 * t[:, None, None, None, None] ** 3) * jnp.tanh(2 * x)
 
 
-def draw(threshold, interval=(0.0, 1.0), sampler="euler", x=X, keys=None):
-    """(clips, which evaluations were made for each clip)"""
+@functools.cache
+def compiled(sampler, interval):
+    """Jitted: clips, a threshold and keys -> what run_steps returns."""
     one = SAMPLERS[sampler]()
     rows = step_table(FLOW, one, uniform_timesteps(FLOW, STEPS))
-    run = jax.jit(
-        lambda x, threshold: run_steps(
+    return jax.jit(
+        lambda x, threshold, keys: run_steps(
             network, FLOW, one, one.start(x), rows, keys, StepCache(threshold, interval)
         )
     )
-    carry, made = run(x, threshold)
+
+
+def draw(threshold, interval=(0.0, 1.0), sampler="euler", x=X, keys=None):
+    """(clips, which evaluations were made for each clip)"""
+    carry, made = compiled(sampler, interval)(x, threshold, keys)
     return np.asarray(carry[0]), np.asarray(made)
 
 

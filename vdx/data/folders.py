@@ -291,7 +291,7 @@ def _from_rows(root: Path, walk: Walk, rows: list[dict[str, Any]]) -> FolderList
 def _location(root: Path, name: str) -> str:
     """Return the one path that all names of a pipe or a broken link have in common."""
     path = root / name
-    return _nfc(str(path.parent.resolve() / path.name))
+    return nfc(str(path.parent.resolve() / path.name))
 
 
 def _exists(root: Path, name: str, on_disk: Mapping[str, str]) -> bool:

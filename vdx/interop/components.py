@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +39,7 @@ from vdx.interop.wan_config import FIELDS as WAN_FIELDS
 from vdx.interop.wan_config import wan_from_config
 from vdx.interop.wan_keys import distilled_prefix, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.types import Params
 
 KeyRows = tuple[Row, ...]
@@ -136,11 +136,6 @@ def _source_rows(
     return (*whole, *layers, *zero)
 
 
-def _init_shapes(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Params:
-    """Return the abstract parameters of a network; no array of its inputs is made."""
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
 def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
     """Open a Wan transformer as a Denoiser.
 
@@ -171,7 +166,7 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
     # The network. Its rows lead from the names of diffusers.
     module = Denoiser({**backbone, "dtype": dtype}, signals)
-    shapes = jax.eval_shape(module.new_params, jax.random.key(0))
+    shapes = new_shapes(module)
     rows = tuple(wan_transformer_rows(module))
     return Component(
         config=config,
@@ -194,7 +189,7 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
     module = t5_from_config(config, dtype)
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 4), jnp.bool_)
-    shapes = _init_shapes(module, ids, mask)
+    shapes = init_shapes(module, ids, mask)
     library_rows = t5_rows(("shared.weight",), module)
     return Component(
         config=config,
@@ -217,7 +212,7 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
     config = config or read_config(path / "config.json", CLIP_FIELDS)
     module = clip_vision_from_config(config, dtype)
     pixels = jax.ShapeDtypeStruct((1, module.image, module.image, 3), jnp.float32)
-    shapes = _init_shapes(module, pixels)
+    shapes = init_shapes(module, pixels)
     library_rows = clip_rows(("vision_model.",), module)
     return Component(
         config=config,
@@ -241,7 +236,7 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
     latent_pixel = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
-    shapes = _init_shapes(module, latent_pixel)
+    shapes = init_shapes(module, latent_pixel)
 
     library_rows = video_vae_rows(module)
     # The original's keys differ from those of diffusers.

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -45,6 +44,7 @@ from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.types import Params
 
 __all__ = ["LAYOUTS", "factor_rows", "open_lora", "write_lora"]
@@ -125,7 +125,7 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
     an array that holds NaN or infinity.
     """
     # The names and shapes of the model's weights in diffusers.
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     rows = wan_transformer_rows(model)
     plan = export_plan(shapes, rows)
     source = open_weights(path)
@@ -353,8 +353,7 @@ def factor_rows(model: Denoiser) -> list[Row]:
     Raises WeightsError for a network that is no Wan.
     """
     rows = wan_transformer_rows(model)
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
-    return adapter_rows(rows, export_plan(shapes, rows))
+    return adapter_rows(rows, export_plan(new_shapes(model), rows))
 
 
 def write_lora(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
@@ -37,6 +36,7 @@ from vdx.interop.unet_config import (
 from vdx.interop.unet_match import find_differences, motion_fields
 from vdx.interop.unet_rows import CONTROL, unet_rows
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.models.unet.blocks import frame_positions
 from vdx.types import Params
 
@@ -175,7 +175,7 @@ def load_unet(
     if wrong:
         raise WeightsError(listed(f"The model is not that of {paths}:", wrong))
 
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     params = abstract_params(shapes, mesh, dtype, trained)
 
     linear = files.has_linear_projections()

@@ -129,7 +129,9 @@ def _dropped(source: dict[str, Any], error: Exception | None) -> Look:
     reasons = source["reasons"] or ["unreadable"]
     if NOT_VIDEO in str(error):
         reasons = ["no_video"]
-    row = {**source, "verdict": "drop", "reasons": reasons, "error": str(error)}
+    # FFmpeg's message has the name of the file, on which nothing in the cache may depend.
+    message = getattr(error, "strerror", None) or str(error)
+    row = {**source, "verdict": "drop", "reasons": reasons, "error": message}
     return Look(row, {"start": [], "end": [], **{name: [] for name in MEASURES}})
 
 
