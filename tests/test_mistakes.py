@@ -137,6 +137,8 @@ MISTAKES = [
     (("vdx.export", RUN, "--out=x", "--layout=peft"), USAGE, "--layout=peft"),
     (("vdx.export", RUN, "--out=x", PROMPT), USAGE, "--prompt and --weights go together"),
     (("vdx.export", RUN, "--out=x", "--weights=y"), USAGE, "--prompt and --weights go together"),
+    (("vdx.export", RUN, "--out=x", "--image=y"), USAGE, "--image only with them"),
+    (("vdx.export", RUN, "--out=x", "--weights=y", "--prompt="), USAGE, "--prompt is empty"),
     (("vdx.plan",), USAGE, "--config is missing.*--topology is missing"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--most=3"), USAGE, "--most is .* of --search"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--clip=big"), USAGE, "--clip=big is not like"),

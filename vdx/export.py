@@ -27,11 +27,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Export the run that the flags name."""
-    if bool(FLAGS.prompt) != bool(FLAGS.weights):
-        raise app.UsageError(
-            "--prompt and --weights go together: clips of the prompts are drawn with the exported "
-            "file and the pretrained model in the folder --weights."
-        )
+    check_flags()
 
     # Everything that may be wrong, before weights are read.
     workdir = Path(FLAGS.workdir)
@@ -51,6 +47,17 @@ def main() -> None:
         draw_clips(pipeline, request, places)
     write_card(experiment, places, step, FLAGS.layout, data, FLAGS.prompt)
     print(f"Wrote {printable(FLAGS.out)} of step {step}, and {printable(str(places.card))}")
+
+
+def check_flags() -> None:
+    """Raise UsageError for flags of sample clips that do not belong together."""
+    if bool(FLAGS.prompt) != bool(FLAGS.weights) or (FLAGS.image and not FLAGS.prompt):
+        raise app.UsageError(
+            "--prompt and --weights go together, and --image only with them: clips of the prompts "
+            "are drawn with the exported file and the pretrained model in the folder --weights."
+        )
+    if not all(prompt.strip() for prompt in FLAGS.prompt):
+        raise app.UsageError("--prompt is empty: write what the clip shows.")
 
 
 def define_flags() -> None:
