@@ -6,13 +6,16 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests.command_line import run_here
 from tests.test_finetune import LORA, ROOT, leaves, write_data
 from tests.wan_pipelines import NETWORK, VAE, assembled, scheduler
 from vdx.config.loader import resolve
 from vdx.experiment import Experiment, load
+from vdx.exporter import sample_request
 from vdx.generate.latent_preview import open_around
+from vdx.generate.pretrained_pipeline import PretrainedPipeline
 from vdx.generate.video_io import read_video
 from vdx.interop.keymap import WeightsError
 from vdx.interop.lora import open_lora
@@ -32,6 +35,7 @@ SETTINGS = [
 # In float32, without guidance, at the times of the folder's scheduler: as a pretrained pipeline.
 EXACT = [
     "--config.model.backbone.dtype=float32",
+    "--config.optim.learning_rate=0.03",  # so that the adapters are seen in the pixels
     "--config.sample.guidance=1.0",
     "--config.sample.timesteps=diffusers_unipc",
     "--config.sample.shift=3.0",
@@ -121,12 +125,16 @@ def test_sample_clips_of_the_file_are_those_of_the_preview(train, folder, tmp_pa
     assert ended.code == 0, ended.err
     preview = clips(run / "samples" / "00000002").astype(int)
     drawn = clips(tmp_path / "lora_clips").astype(int)
-    assert np.abs(drawn - preview).mean() < 0.5 < preview.std()
+    pipeline = PretrainedPipeline(folder)
+    without = pipeline.draw(sample_request(load(run), pipeline, PROMPTS, None))
+    others = np.stack([clip.frames for clip in without]).astype(int)
+    far = np.abs(others - preview[:, :, ::2, ::2]).mean()  # an mp4 repeats small pixels
+    assert np.abs(drawn - preview).mean() < 0.5 and far > 5
     assert "(lora_clips/001.mp4) | the street |" in (tmp_path / "lora.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_whole_network_becomes_a_folder(train, folder, mesh, tmp_path, capsys):
+def test_a_whole_network_becomes_a_folder(train, mesh, tmp_path, capsys):
     workdir = train("--config.train.sample_every=0", name="wan21_t2v_1p3b")
     out = tmp_path / "transformer"
     ended = run_here(capsys, "vdx.export", f"--workdir={workdir}", f"--out={out}")
@@ -134,12 +142,13 @@ def test_a_whole_network_becomes_a_folder(train, folder, mesh, tmp_path, capsys)
     read = load(workdir)
     with jax.set_mesh(mesh):
         params, *_ = open_trained(read, workdir, mesh)
-    theirs = diffusers.WanTransformer3DModel.from_pretrained(out).state_dict()
+    written = load_file(out / "diffusion_pytorch_model.safetensors")
+    theirs = diffusers.WanTransformer3DModel.from_config(
+        json.loads((out / "config.json").read_text())
+    )
+    theirs.load_state_dict(written, strict=True)
     table = np.asarray(params["network"]["table"]).reshape(-1)
-    np.testing.assert_array_equal(theirs["scale_shift_table"].reshape(-1), table)
-    original = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
-    assert theirs.keys() == original.keys()
-    assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in original.items()}
+    np.testing.assert_array_equal(written["scale_shift_table"].reshape(-1), table)
     assert "WanTransformer3DModel" in (out / "README.md").read_text()
 
 
