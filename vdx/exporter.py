@@ -1,4 +1,4 @@
-"""From the checkpoint of a run to weights that other programs read, and clips drawn with them."""
+"""From the checkpoint of a run to files of other programs, and clips of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,7 +36,10 @@ __all__ = [
 
 
 def output_places(experiment: Experiment, out: Path) -> Places:
-    """Return where an export is written. Raises ConfigError and WeightsError if it cannot be."""
+    """Return where an export is written.
+
+    Raises ConfigError for a place that cannot be written, WeightsError for a folder with files.
+    """
     if experiment.lora is None:
         check_output_folder(out, "out")
         empty_folder(out)
@@ -49,9 +52,9 @@ def output_places(experiment: Experiment, out: Path) -> Places:
 
 
 def check_export(experiment: Experiment, layout: str, draws: bool) -> None:
-    """Raise ConfigError for a run that cannot be written in a layout of other programs.
+    """Raise ConfigError for a run that other programs have no layout for.
 
-    draws: sample clips are asked for.
+    draws: there are prompts of sample clips.
     """
     if isinstance(experiment.trained_part, Trainable):
         raise ConfigError(
@@ -98,7 +101,10 @@ def write_weights(
     layout: str,
     data: DataSummary,
 ) -> int:
-    """Write the averaged weights of a step, and return its number. Raises CheckpointError."""
+    """Write the averaged weights of a step, and return its number.
+
+    Raises CheckpointError.
+    """
     # The mesh of training may be larger than this machine. Adapters fit on one device.
     mesh = MeshSpec(data=1, fsdp=-1).make()
     if experiment.lora is not None:
@@ -132,9 +138,10 @@ def _write_network(experiment: Experiment, params: Params, folder: Path) -> None
 def sample_request(
     experiment: Experiment, pipeline: PretrainedPipeline, prompts: Sequence[str], image: str | None
 ) -> PretrainedRequest:
-    """Return the checked request of sample clips, without the adapters, which are no file yet.
+    """Return the checked request of sample clips, without the adapters.
 
-    The clips have the size of the first training clip, if the data are at hand.
+    They are no file yet. The clips have the size of the first training clip, if the data are at
+    hand.
     """
     sampling = experiment.sampling
     settings: dict[str, Any] = {"steps": sampling.steps, "guidance": sampling.guidance}

@@ -143,7 +143,7 @@ def train_and_evaluate(
 
 
 def sample_tasks(experiment: Experiment, workdir: Path, mesh: Mesh) -> list[PeriodicTask]:
-    """Return the task that draws the sample grid and writes the report, if it can be drawn."""
+    """Return the task that draws the sample grid and writes the report, if any."""
     draw_samples = sample_drawer(experiment, mesh)
     if draw_samples is None:
         return []

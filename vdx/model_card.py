@@ -1,4 +1,4 @@
-"""The model card of an export: a page that says what the weights are and how to use them."""
+"""The model card of an export: what the weights are, and how to use them."""
 
 import json
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class Places(NamedTuple):
 
 
 class DataSummary(NamedTuple):
-    """What a model card says of the data."""
+    """The data of a run, as its model card describes them."""
 
     text: str
     trigger_word: str | None  # the word in every caption that calls what was learned
@@ -102,7 +102,7 @@ def describe_data(experiment: Experiment) -> DataSummary:
 
 
 def base_name(experiment: Experiment) -> str:
-    """Return the name of the pretrained model that a run started from, without its folder."""
+    """Return the name of the pretrained model that a run started from."""
     weights = experiment.weights.path
     if not isinstance(weights, str):
         return "new weights"

@@ -365,8 +365,9 @@ def write_lora(
     part: str = "transformer",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file of these factors. layout: a row of LAYOUTS. metadata: texts for its header.
+    """Write a file of these factors.
 
+    layout: a row of LAYOUTS. metadata: texts for the header.
     `scale` is multiplied into B, so that all readers agree, however they treat an alpha. Raises
     ConfigError for an unknown layout, WeightsError for factors of layers that it cannot name.
     """
