@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "steps": 5000,
                 "ema": 0.999,
                 "log_every": 20,
-                "sample_every": 0,
+                "sample_every": 500,
                 "save_every": 500,
             },
             "sample": {"sampler": "unipc", "steps": 50, "guidance": 5.0, "shift": 5.0, "batch": 1},
@@ -69,7 +69,8 @@ def get_config(variant: str = "") -> ConfigDict:
             {"channels": 4, "width": 48, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
         )
         config.model.signals.embeddings.features = 16
-        config.train.update({"steps": 4, "log_every": 1, "save_every": 2})
+        config.train.update({"steps": 4, "log_every": 1, "save_every": 2, "sample_every": 4})
+        config.sample.steps = 2
         config.eval.loss.update({"every": 4, "clips": 8})
     elif variant:
         raise ValueError(f"There is the variant 'smoke', and no {variant!r}.")

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top to the ground; a module may import its own level and lower ones.
 LEVELS = [
-    {"main", "sample", "evaluate", "convert", "plan", "prepare", "reference"},
+    {"main", "sample", "evaluate", "convert", "export", "plan", "prepare", "reference"},
     {"cli"},
     {"evaluation", "planning", "preparation"},
-    {"load_pipeline"},
+    {"exporter", "load_pipeline", "model_card"},
     {"experiment", "weights"},
     {"train", "generate"},
     {"interop", "metrics"},

@@ -18,6 +18,8 @@ from vdx.files import write_json
 TINY = f"--config={ROOT}/configs/t2v_tiny.py"
 FOLDER = f"--config={ROOT}/configs/t2v_folder.py"
 RUN = "--workdir={at}/run"  # a workdir with a config and no checkpoints
+LORA = "--workdir={at}/lora_run"  # the same of adapters
+WAN = "--workdir={at}/wan_run"  # the same of a Wan, all of it trained
 NEW = "--workdir={at}/new"
 PROMPT = "--prompt=a red circle"
 USAGE = 2
@@ -68,8 +70,11 @@ def at(tmp_path_factory):
     config = resolve(f"{ROOT}/configs/t2v_tiny.py", MICRO)
     config["eval"] = {"loss": {"every": 3, "clips": 8}}
     config["data"]["mean"] = 0.0
-    for name in ("run", "half_run", "list_run", "typo_run"):
+    for name in ("run", "half_run", "list_run", "typo_run", "lora_run", "wan_run"):
         (at / name).mkdir()
+    write_json(at / "lora_run" / "config.json", config | {"lora": {"rank": 4}})
+    wan = resolve(f"{ROOT}/configs/wan21_t2v_1p3b.py:smoke", [])
+    write_json(at / "wan_run" / "config.json", wan)
     write_json(at / "run" / "config.json", config)
     (at / "half_run" / "config.json").write_text('{"data":')
     write_json(at / "list_run" / "config.json", [])
@@ -128,6 +133,12 @@ MISTAKES = [
     (("vdx.evaluate", "{at}/run"), USAGE, "Unknown arguments"),
     (("vdx.convert",), USAGE, "--source is missing.*--out is missing"),
     (("vdx.convert", "--source=x", "--out=y", "--to=torch"), USAGE, "--to=torch"),
+    (("vdx.export",), USAGE, "--workdir is missing.*--out is missing"),
+    (("vdx.export", RUN, "--out=x", "--layout=peft"), USAGE, "--layout=peft"),
+    (("vdx.export", RUN, "--out=x", PROMPT), USAGE, "--prompt and --weights go together"),
+    (("vdx.export", RUN, "--out=x", "--weights=y"), USAGE, "--prompt and --weights go together"),
+    (("vdx.export", RUN, "--out=x", "--image=y"), USAGE, "--image only with them"),
+    (("vdx.export", RUN, "--out=x", "--weights=y", "--prompt="), USAGE, "--prompt is empty"),
     (("vdx.plan",), USAGE, "--config is missing.*--topology is missing"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--most=3"), USAGE, "--most is .* of --search"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--clip=big"), USAGE, "--clip=big is not like"),
@@ -205,6 +216,10 @@ MISTAKES = [
     (("vdx.sample", RUN, PROMPT, "--save_array={at}/file/a.npy"), 1, "--save_array=.* is a file"),
     (("vdx.convert", "--source={at}/model", "--out={at}/file"), 1, "exists and is not a folder"),
     (("vdx.convert", "--source={at}/model", "--out={at}/full"), 1, "is not empty. Name a new"),
+    (("vdx.export", RUN, "--out={at}/file"), 1, "exists and is not a folder"),
+    (("vdx.export", RUN, "--out={at}/full"), 1, "is not empty. Name a new"),
+    (("vdx.export", LORA, "--out={at}/a.bin"), 1, "in .bin cannot be written"),
+    (("vdx.export", LORA, "--out={at}/file/a.safetensors"), 1, "file is a file, not a folder"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--out={at}/a.txt"), 1, "expected .json"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--out={at}/file/a.json"), 1, "is a file"),
     (("vdx.reference", "--out={at}/file/a.md"), 1, "is a file"),
@@ -240,6 +255,12 @@ MISTAKES = [
     (("vdx.convert", "--source={at}/model", "--out={at}/o"), 1, "model_index.json"),
     (("vdx.convert", "--source={at}/weights.safetensors", "--out={at}/o"), 1, "safetensors"),
     (("vdx.convert", "--source={at}/model", "--out={at}/o", "--vae=x"), 1, "--vae cannot be given"),
+    (("vdx.export", "--workdir={at}/none", "--out={at}/o"), 1, "not the workdir of a run"),
+    (("vdx.export", RUN, "--out={at}/o"), 1, "Only Wan networks and their adapters"),
+    (("vdx.export", LORA, "--out={at}/o.safetensors"), 1, "Only Wan networks and their adapters"),
+    (("vdx.export", WAN, "--out={at}/o", "--layout=comfyui"), 1, "Leave --layout away"),
+    (("vdx.export", WAN, "--out={at}/o", PROMPT, "--weights=x"), 1, "with adapters alone"),
+    (("vdx.export", WAN, "--out={at}/o"), 1, "No checkpoint in {at}/wan_run"),
     (("vdx.plan", TINY, "--topology=v5e"), 1, "v5e"),
     (("vdx.plan", TINY, "--topology=v9:2x2"), 1, "v9"),
     (("vdx.plan", TINY, "--topology=v5e:2x2", "--what=trian"), 1, "Did you mean 'train'"),
@@ -301,7 +322,16 @@ def test_a_mistake_that_is_found_later(command, code, message, at, capsys):
     test_a_mistake_ends_in_a_message(command, code, message, at, capsys)
 
 
-PROGRAMS = ["main", "sample", "evaluate", "convert", "plan", "reference", "data.checksums"]
+PROGRAMS = [
+    "main",
+    "sample",
+    "evaluate",
+    "convert",
+    "export",
+    "plan",
+    "reference",
+    "data.checksums",
+]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

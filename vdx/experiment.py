@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,8 @@ class Experiment:
         if self.training.sample_prompts:
             return self.training.sample_prompts
         source = self.source()
+        if self.clip is None:
+            return tuple(itertools.islice(source.captions(), DEFAULT_PROMPTS))
         captions: list[str] = []
         for i in range(min(CAPTIONS_TRIED, len(source))):
             with contextlib.suppress(BadRecord):  # the pipeline counts and names it

@@ -1,6 +1,8 @@
 """`vdx.load`: from a workdir or a folder of pretrained weights to a Pipeline."""
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,20 +10,27 @@ from typing import Any
 from jax.sharding import Mesh
 
 from vdx.config.build import ConfigError, fill
+from vdx.data.pipeline import DataError
+from vdx.data.record import BadRecord
 from vdx.experiment import Experiment
 from vdx.experiment import load as load_experiment
+from vdx.generate.clip import Clip
+from vdx.generate.latent_preview import open_around, open_preview
 from vdx.generate.manifest import PretrainedWeights, RunWeights, manifest_weights
 from vdx.generate.pipeline import Pipeline
 from vdx.generate.pretrained_pipeline import PretrainedPipeline
 from vdx.generate.run_pipeline import ClipDefaults, LoadedWeights, RunPipeline
 from vdx.interop.pretrained import INDEX
+from vdx.models.adapters.lora import Adapted
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import locate
+from vdx.types import Params
 from vdx.weights import open_params
 
 CONFIG = "config.json"  # of a workdir
 # Files of the original Wan, which vdx.convert reads.
 ORIGINAL = ("diffusion_pytorch_model*.safetensors", "high_noise_model", "models_t5_*.pth")
+EXAMPLES_TRIED = 64  # records that are read for a sample grid, since some may be bad
 Log = Callable[[str], None]
 
 
@@ -114,6 +123,51 @@ def params_pipeline(experiment: Experiment, mesh: Mesh) -> RunPipeline:
     so that equal programs are compiled once.
     """
     return run_pipeline(experiment, mesh, lambda: LoadedWeights({}, None))
+
+
+def sample_drawer(
+    experiment: Experiment, mesh: Mesh
+) -> Callable[[Params | Adapted], list[Clip]] | None:
+    """Return the function that draws the sample grid of a run with given parameters.
+
+    The clips of a model of latents are decoded by the pretrained model that `config.weights` is a
+    part of. Returns None if there is none, and logs why. Raises ConfigError and DataError.
+    """
+    if experiment.clip is not None:
+        pipeline = params_pipeline(experiment, mesh)
+        return lambda params: pipeline.with_params(params)(experiment.sample_prompts, seed=0)
+
+    if not experiment.training.sample_every:
+        return None
+    try:
+        folder = open_around(experiment.weights.path)
+    except ValueError as error:
+        logging.warning("No samples are drawn (config.train.sample_every = 0 agrees): %s", error)
+        return None
+
+    prompts = experiment.sample_prompts
+    examples = latent_examples(experiment.source(), len(prompts))
+    latents = examples[0]["latents"].shape
+    generator = experiment.generator(size=latents[1:3])
+    return open_preview(folder, generator, mesh, prompts, examples).draw
+
+
+def latent_examples(source: Any, count: int) -> list[dict[str, Any]]:
+    """Return up to `count` ready examples of clips of one shape, the first ones.
+
+    Raises DataError if none can be read.
+    """
+    examples: list[dict[str, Any]] = []
+    for i in range(min(EXAMPLES_TRIED, len(source))):
+        with contextlib.suppress(BadRecord):  # the pipeline counts and names it
+            example = source[i]
+            if not examples or example["latents"].shape == examples[0]["latents"].shape:
+                examples.append(example)
+        if len(examples) == count:
+            break
+    if not examples:
+        raise DataError(f"None of the first {EXAMPLES_TRIED} records can be read.")
+    return examples
 
 
 def _open_run(

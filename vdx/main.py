@@ -51,7 +51,7 @@ from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, periodic_tasks, rows_at_end
 from vdx.experiment import Experiment, Spec, with_pixel_mean
 from vdx.generate.sample_grid import draw_sample_grid
-from vdx.load_pipeline import params_pipeline
+from vdx.load_pipeline import sample_drawer
 from vdx.output_paths import check_output_folder
 from vdx.programs import run_program, start
 from vdx.train.config_changes import check_config, list_changes
@@ -111,7 +111,7 @@ def train_and_evaluate(
         mesh,
         preemption,
         evaluations=periodic_tasks(experiment, workdir, mesh),
-        samples=[sample_task(experiment, workdir, mesh)],
+        samples=sample_tasks(experiment, workdir, mesh),
         facts=run_facts(experiment, mesh),
     )
     rows = rows_at_end(experiment)
@@ -120,18 +120,20 @@ def train_and_evaluate(
     return done
 
 
-def sample_task(experiment: Experiment, workdir: Path, mesh: Mesh) -> PeriodicTask:
-    """Return the task that draws the sample grid and writes the report."""
-    pipeline = params_pipeline(experiment, mesh)
+def sample_tasks(experiment: Experiment, workdir: Path, mesh: Mesh) -> list[PeriodicTask]:
+    """Return the task that draws the sample grid and writes the report, if any."""
+    draw_samples = sample_drawer(experiment, mesh)
+    if draw_samples is None:
+        return []
 
     def draw(step: int, params: Params) -> dict[str, float]:
         folder = workdir / "samples" / f"{step:08d}"
-        draw_sample_grid(pipeline.with_params(params), experiment.sample_prompts, folder)
+        draw_sample_grid(lambda: draw_samples(params), folder)
         if jax.process_index() == 0:
             write_report(workdir)
         return {}
 
-    return PeriodicTask("samples", experiment.training.sample_every, draw)
+    return [PeriodicTask("samples", experiment.training.sample_every, draw)]
 
 
 def run_facts(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:

@@ -33,10 +33,10 @@ def test_a_finite_one_is_written(tmp_path):
 
 
 def test_a_sample_grid_that_is_not_finite_does_not_end_the_training(tmp_path, caplog):
-    def pipeline(prompts, seed):
+    def draw():
         return list(iter_uint8_frames(pieces(np.nan)))
 
-    draw_sample_grid(pipeline, ["a cat"], tmp_path / "samples")
+    draw_sample_grid(draw, tmp_path / "samples")
     assert "NaN or infinite" in caplog.text and not (tmp_path / "samples").exists()
 
 

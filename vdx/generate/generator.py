@@ -103,7 +103,8 @@ class Generator:
 
         Clip i starts from noise drawn from seeds[i] alone, or from noise[i] if given
         (float32 [n t h w c]). controls: batch entries of other signals, each [n ...]; a signal
-        without an entry is dropped. Runs under the current mesh; every process gets all clips.
+        without an entry is dropped. With the entry "text" no prompt is encoded. Runs under the
+        current mesh; every process gets all clips.
         Raises ConfigError for entries that no signal of the model reads, or that one needs.
         """
         # What is wrong with the arguments.
@@ -122,7 +123,9 @@ class Generator:
         for start in range(0, count, chunk):
             # Repetition fills the last chunk, so that one program serves all.
             rows = [min(i, count - 1) for i in range(start, start + chunk)]
-            batch = self.text_batch([prompts[i] for i in rows], num_frames, fps)
+            batch: dict[str, Any] = {}
+            if "text" not in controls:  # with the text encoded, every entry is given
+                batch = self.text_batch([prompts[i] for i in rows], num_frames, fps)
             batch |= {name: np.asarray(value)[rows] for name, value in controls.items()}
 
             x0, _ = self.from_seeds(

@@ -1,7 +1,7 @@
 """Images, videos and masks from files, as pretrained models read them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +102,13 @@ def mask_channels(mask: np.ndarray, frames: int, side: int) -> np.ndarray:
     t = len(mask)
     middle = (2 * np.arange(frames) + 1) * t // (2 * frames)
     return rearrange(mask[middle], "t (h i) (w j) -> t h w (i j)", i=side, j=side)
+
+
+def given_mask(is_given: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:
+    """Return float32 [t h w rate]: which of the frames of a latent frame are given.
+
+    is_given: bool, one for each frame of the clip; the first counts for all `rate` frames of the
+    first latent frame. grid: (t, h, w) of the latents.
+    """
+    frames = np.concatenate([np.repeat(is_given[:1], rate), is_given[1:]])
+    return np.broadcast_to(frames.reshape(-1, 1, 1, rate), (*grid, rate)).astype(np.float32)

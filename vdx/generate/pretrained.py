@@ -21,6 +21,7 @@ from vdx.diffusion.samplers import Carry, StepTable
 from vdx.generate.decode import Decoder
 from vdx.generate.generator import ClampedFrames, Generator
 from vdx.generate.image_inputs import (
+    given_mask,
     iter_frames,
     letterbox,
     mask_channels,
@@ -71,10 +72,7 @@ class PretrainedGenerator(PretrainedNetworks):
             text = self.encode_text()
             images = self.read_images()
             latents = self.denoise(text, images)
-            vae = self.model.components["vae"].module
-            decoder = Decoder(vae, self.load("vae"), self.chunk, exact)
-        for number in range(len(latents)):
-            yield self.decode(decoder, latents, number)
+        yield from self.decode_clips(latents, exact)
 
     # Stage 1: text.
 
@@ -293,6 +291,14 @@ class PretrainedGenerator(PretrainedNetworks):
 
     # Stage 4: pixels.
 
+    def decode_clips(self, latents: np.ndarray, exact: bool) -> Iterator[Iterator[np.ndarray]]:
+        """Yield the clips of latents [n t h w c], as `clips` does."""
+        with jax.set_mesh(self.mesh):
+            vae = self.model.components["vae"].module
+            decoder = Decoder(vae, self.load("vae"), self.chunk, exact)
+        for number in range(len(latents)):
+            yield self.decode(decoder, latents, number)
+
     def decode(self, decoder: Decoder, latents: np.ndarray, number: int) -> Iterator[np.ndarray]:
         """Yield the pieces of a clip, without the references before it."""
         pieces = decoder(latents[number, len(self.request.references) :])
@@ -339,13 +345,3 @@ def _run_steps(
 ) -> tuple[Carry, Array]:
     keys = seed_keys(seeds)
     return generator.run_steps(params, batch, negative, carry, table, keys, clamped)
-
-
-def given_mask(is_given: np.ndarray, grid: Sequence[int], rate: int) -> np.ndarray:
-    """Return float32 [t h w rate]: which of the frames of a latent frame are given.
-
-    is_given: bool, one for each frame of the clip; the first counts for all `rate` frames of the
-    first latent frame. grid: (t, h, w) of the latents.
-    """
-    frames = np.concatenate([np.repeat(is_given[:1], rate), is_given[1:]])
-    return np.broadcast_to(frames.reshape(-1, 1, 1, rate), (*grid, rate)).astype(np.float32)

@@ -38,7 +38,10 @@ class PretrainedNetworks:
 
         def features(apply: Any, ids: Array, mask: Array) -> Array:
             found = apply(ids, mask)
-            return found.last if isinstance(found, Features) else found  # of CLIP, of T5
+            if not isinstance(found, Features):  # of T5
+                return found
+            assert found.last is not None  # of CLIP's text
+            return found.last
 
         encode = self.compile_call("text_encoder", features)
         return lambda ids, mask: np.asarray(encode(params, ids, mask))

@@ -2,7 +2,7 @@
 
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vdx.files import write_json
-from vdx.generate.clip import write_clips
-from vdx.generate.pipeline import Pipeline
+from vdx.generate.clip import Clip, write_clips
 from vdx.generate.video_io import NotFinite, write_webp
 
 BORDER = 16  # pixels left and right of a tile
@@ -43,11 +42,16 @@ def _tile(video: np.ndarray, prompt: str, side: int) -> np.ndarray:
     """Return a video [t h w 3] above its prompt, uint8 [t side+32 side+32 3]."""
     text = "\n".join(textwrap.wrap(prompt, TEXT_LINE, max_lines=2, placeholder="..."))
     frames = []
+    height, width = video.shape[1:3]
+    scale = side / max(height, width)
+    width, height = round(width * scale), round(height * scale)
+    # Small pixels stay sharp; large frames are averaged.
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     for frame in video:
         size = side + 2 * BORDER
         image = Image.new("RGB", (size, size), (PAPER, PAPER, PAPER))
-        pixels = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
-        image.paste(pixels, (BORDER, TOP))
+        pixels = Image.fromarray(frame).resize((width, height), resampling)
+        image.paste(pixels, (BORDER + (side - width) // 2, TOP + side - height))
         ImageDraw.Draw(image).multiline_text(
             (size // 2, side + 4),
             text,
@@ -60,21 +64,22 @@ def _tile(video: np.ndarray, prompt: str, side: int) -> np.ndarray:
     return np.stack(frames)
 
 
-def draw_sample_grid(pipeline: Pipeline, prompts: Sequence[str], folder: Path) -> None:
-    """Draw clip i of the grid from prompt i and seed i, and write all of them.
+def draw_sample_grid(draw: Callable[[], Sequence[Clip]], folder: Path) -> None:
+    """Draw the clips of the grid and write all of them.
 
-    Every process draws. The first one writes the clips, `samples.json`, and all clips as one
-    animation, `sample_grid.webp`. Clips that are not finite are reported and not written: the
-    training that draws them continues.
+    draw: gives clip i of prompt i and seed i. Every process draws. The first one writes the clips,
+    `samples.json`, and all clips as one animation, `sample_grid.webp`. Clips that are not finite
+    are reported and not written: the training that draws them continues.
     """
     try:
-        clips = pipeline(prompts, seed=0)
+        clips = draw()
     except NotFinite as error:
         logging.warning("No samples in %s: %s", folder, error)
         return
     if jax.process_index() == 0:
         videos = np.stack([clip.frames for clip in clips])
         fps = clips[0].fps
+        prompts = [clip.prompt for clip in clips]
         write_sheet(folder / "sample_grid.webp", videos, prompts, fps, columns=4)
         rows = [{"prompt": clip.prompt, "seed": clip.seed} for clip in clips]
         written = write_clips(folder, [clip.frames for clip in clips], fps, rows)

@@ -47,7 +47,7 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.shapes import new_shapes
 from vdx.types import Params
 
-__all__ = ["LAYOUTS", "open_lora", "write_lora"]
+__all__ = ["LAYOUTS", "factor_rows", "open_lora", "write_lora"]
 
 # A key: which network of a file it is of, then the rest.
 PART = re.compile(
@@ -347,6 +347,15 @@ def _matches(pattern: str, layer: str) -> bool:
 # Writing
 
 
+def factor_rows(model: Denoiser) -> list[Row]:
+    """Return the rows of the factors of every kernel of a Wan model.
+
+    Raises WeightsError for a network that is no Wan.
+    """
+    rows = wan_transformer_rows(model)
+    return adapter_rows(rows, export_plan(new_shapes(model), rows))
+
+
 def write_lora(
     path: str | Path,
     factors: Params,
@@ -354,17 +363,16 @@ def write_lora(
     scale: float = 1.0,
     layout: str = "diffusers",
     part: str = "transformer",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file of these factors. layout: a row of LAYOUTS.
+    """Write a file of these factors.
 
+    layout: a row of LAYOUTS. metadata: texts for the header.
     `scale` is multiplied into B, so that all readers agree, however they treat an alpha. Raises
     ConfigError for an unknown layout, WeightsError for factors of layers that it cannot name.
     """
-    # The rows of the factors.
     layer_name = lookup(layout, LAYOUTS, "layout")
-    weight_rows = wan_transformer_rows(model)
-    shapes = new_shapes(model)
-    rows = adapter_rows(weight_rows, export_plan(shapes, weight_rows))
+    rows = factor_rows(model)
 
     # Multiply the scale into B.
     scaled = {}
@@ -381,4 +389,5 @@ def write_lora(
 
     # Write under the layout's names.
     plan = {rename(key): planned for key, planned in export_plan(tree, rows).items()}
-    write(path, plan, ((rename(key), value) for key, value in export(tree, rows)))
+    arrays = ((rename(key), value) for key, value in export(tree, rows))
+    write(path, plan, arrays, metadata)

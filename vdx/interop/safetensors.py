@@ -163,12 +163,18 @@ def _check_order(arrays: Mapping[str, StoredArray], start: int) -> int:
     return end
 
 
-def write(path: str | Path, plan: Plan, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+def write(
+    path: str | Path,
+    plan: Plan,
+    arrays: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a file, one array at a time; the file is complete or absent.
 
-    `arrays` gives each array of `plan` once, with its key, in any order.
+    `arrays` gives each array of `plan` once, with its key, in any order. metadata: texts for the
+    header.
     """
-    header, num_bytes = _new_header(plan)
+    header, num_bytes = _new_header(plan, metadata or {})
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the first array is aligned
     start = LENGTH_BYTES + len(text)
@@ -187,9 +193,9 @@ def write(path: str | Path, plan: Plan, arrays: Iterable[tuple[str, np.ndarray]]
         assert not missing, missing
 
 
-def _new_header(plan: Plan) -> tuple[dict[str, dict[str, Any]], int]:
+def _new_header(plan: Plan, metadata: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], int]:
     """Return the header of a file, and the bytes of its arrays."""
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     # Types with large entries first, so that every array begins at a multiple of its entries' size.
     for key, (shape, dtype) in sorted(plan.items(), key=lambda item: -item[1][1].itemsize):

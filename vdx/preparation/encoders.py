@@ -26,8 +26,9 @@ from vdx.data.preparation.pieces import LatentSettings, Piece, cut_pieces
 from vdx.data.preparation.store import MOST_BYTES, Store, key_of
 from vdx.data.record import BadRecord
 from vdx.files import read_bounded
+from vdx.generate.image_inputs import given_mask
 from vdx.generate.preprocess import crop_for_clip
-from vdx.generate.pretrained import PIXELS, PROMPTS, given_mask
+from vdx.generate.pretrained import PIXELS, PROMPTS
 from vdx.generate.pretrained_networks import Arrays, PretrainedNetworks
 from vdx.parallel import MeshSpec
 from vdx.preparation.batching import BatchRunner
@@ -265,8 +266,9 @@ class _ClipBatches:
                 name: _half(values[row], f"{name} of {clip.name}")
                 for name, values in results.items()
             }
-            arrays["start"] = np.float64(piece.start)
-            arrays["motion"] = np.float32(motion_score(piece.video, self.encoders.settings.fps))
+            arrays["start"] = np.asarray(piece.start, np.float64)
+            motion = motion_score(piece.video, self.encoders.settings.fps)
+            arrays["motion"] = np.asarray(motion, np.float32)
             if self.encoders.model.has_tokens:
                 arrays["first"] = piece.video[0]
             done[number] = arrays

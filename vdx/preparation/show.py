@@ -44,7 +44,7 @@ figure {{ margin: 0; }} video {{ width: 100%; }} small {{ color: #667; overflow-
 class Entry(NamedTuple):
     """A record of the page."""
 
-    index: int  # in the data set
+    number: int  # in the data set
     row: Mapping[str, Any]  # its features
 
 
@@ -69,7 +69,7 @@ def show_latents(data: Path, weights: Path, page: Path) -> None:
         for record in tqdm(list(_rows(source, places.tolist())), desc="decode", unit="clip"):
             latents = np.asarray(record.row["latents"], np.float32)
             frames = decode(latents)
-            file = media / f"{record.index:06d}.mp4"
+            file = media / f"{record.number:06d}.mp4"
             write_video(file, frames, float(record.row["fps"]))
             figures.append(_figure(record.row, frames.shape, f"{media.name}/{file.name}"))
     _write(page, data, figures, len(source))

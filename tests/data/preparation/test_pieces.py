@@ -28,7 +28,7 @@ def clip(tmp_path_factory) -> bytes:
 def cut(clip: bytes, **settings):
     pieces = cut_pieces("a", clip, LatentSettings(**settings))
     found = list(pieces.pieces)
-    assert len(found) == pieces.count
+    assert len(found) == pieces.number
     return found
 
 

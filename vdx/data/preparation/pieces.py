@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 class Pieces(NamedTuple):
     """The pieces of one clip."""
 
-    count: int
+    number: int
     pieces: Iterator[Piece]  # decoded when they are read
 
 
