@@ -68,9 +68,7 @@ def path_of(draw: Draw, speed: float, accelerate: float = 0.3) -> np.ndarray:
     return along[:, None] * np.array([np.cos(angle), np.sin(angle)])
 
 
-def view(
-    photo: np.ndarray, shift: np.ndarray, zoom: float = 1.0, angle: float = 0.0
-) -> np.ndarray:
+def view(photo: np.ndarray, shift: np.ndarray, zoom: float = 1.0, angle: float = 0.0) -> np.ndarray:
     """Return what a camera sees of a photograph that is continued by its mirror image."""
     height, width = photo.shape[:2]
     cosine = np.cos(angle) / zoom
@@ -132,12 +130,16 @@ class _Object:
         height, width = self.cover.shape
         patch, cover = (
             cv2.warpAffine(
-                image, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+                image,
+                matrix,
+                (width, height),
+                flags=cv2.INTER_CUBIC,
+                borderMode=cv2.BORDER_REPLICATE,
             )
             for image in (self.patch, self.cover)
         )
         top, left = np.maximum(whole[::-1], 0)
-        bottom, right = np.minimum(whole[::-1] + (height, width), (HEIGHT, WIDTH))
+        bottom, right = np.minimum(np.add(whole[::-1], [height, width]), [HEIGHT, WIDTH])
         if top < bottom and left < right:
             own = slice(top - whole[1], bottom - whole[1]), slice(left - whole[0], right - whole[0])
             share = np.clip(cover[own], 0, 1)[..., None]
@@ -174,7 +176,10 @@ def low_resolution(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Pla
 
 def encoded_before(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Planted:
     frames = usual(draw, photos)
-    if number % 2:
+    if number % 3 == 2:
+        options = {"crf": str(int(draw.integers(46, 52)))}
+        return Planted("h264 before", ("compression",), decoded(encoded(frames, options)))
+    if number % 3:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(draw.integers(6, 15))]
         spoil = lambda frame: cv2.imdecode(cv2.imencode(".jpg", frame, quality)[1], 1)
         return Planted("jpeg before", ("compression",), each(frames, spoil))
@@ -192,7 +197,11 @@ def _through_mpeg4(frames: np.ndarray, quantiser: int) -> np.ndarray:
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode(None))
-    with av.open(io.BytesIO(file.getvalue())) as container:
+    return decoded(file.getvalue())
+
+
+def decoded(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -230,7 +239,7 @@ def frozen(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Planted:
 
 
 def shaking(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Planted:
-    path = path_of(draw, draw.uniform(0, 2)) + draw.normal(0, draw.uniform(2, 6), (FRAMES, 2))
+    path = path_of(draw, draw.uniform(0, 2)) + draw.normal(0, draw.uniform(1, 5), (FRAMES, 2))
     return Planted("shaking", ("shake",), scene(draw, photos, path))
 
 
@@ -241,7 +250,9 @@ def watermark(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Planted:
     x = int(draw.choice([12, WIDTH - width - 12]))
     y = int(draw.choice([height + 12, HEIGHT - 14]))
     alpha = draw.uniform(0.45, 0.9)
-    return Planted("watermark", ("watermark",), _written(usual(draw, photos), text, (x, y), scale, alpha))
+    return Planted(
+        "watermark", ("watermark",), _written(usual(draw, photos), text, (x, y), scale, alpha)
+    )
 
 
 def subtitle(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Planted:
@@ -359,7 +370,7 @@ def usual_encoding(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Pla
 
 FAULTS = {
     low_resolution: 3,
-    encoded_before: 2,
+    encoded_before: 3,
     own_quantiser: 2,
     bars: 4,
     blank: 3,
@@ -397,11 +408,17 @@ def corpus(
             yield make(draw, photos, number)
 
 
-def write(planted: Planted, path: Path) -> None:
-    """Encode a clip."""
-    options = {**X264, "preset": "veryfast", "threads": "1", **planted.options}
-    with av.open(str(path), "w", format="mp4") as out:
+def encoded(frames: np.ndarray, options: dict[str, str]) -> bytes:
+    """Return H.264 in mp4. options: of x264."""
+    file = io.BytesIO()
+    options = {**X264, "preset": "veryfast", "threads": "1", **options}
+    with av.open(file, "w", format="mp4") as out:
         stream = add_stream(out, Fraction(FPS), HEIGHT, WIDTH, options)
-        for number, frame in enumerate(planted.frames):
+        for number, frame in enumerate(frames):
             out.mux(stream.encode(yuv_frame(frame, number, Fraction(FPS))))
         out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def write(planted: Planted, path: Path) -> None:
+    path.write_bytes(encoded(planted.frames, planted.options))

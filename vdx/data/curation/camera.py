@@ -26,6 +26,8 @@ def camera_shift(flow: np.ndarray, image: np.ndarray) -> tuple[float, float]:
     rows, columns = np.mgrid[top : height - top : STEP, left : width - left : STEP]
     rows = rows.ravel()
     columns = columns.ravel()
+    if len(rows) < FEWEST:
+        return float("nan"), float("nan")
 
     levels = image.astype(np.float32)
     slopes_x = np.abs(cv2.Sobel(levels, cv2.CV_32F, 1, 0, scale=0.125))

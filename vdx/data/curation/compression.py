@@ -8,6 +8,7 @@ __all__ = ["blockiness", "quantiser"]
 
 BLOCK = 8  # pixels; of MPEG-1 to MPEG-4 and JPEG, and of the transforms of H.264
 CLIP = 8.0  # levels; a larger second difference is an edge of the scene
+FLOOR = 0.1  # levels; without it, rounding of a smooth sky would be an excess
 
 
 def quantiser(cell: Cell) -> float | None:
@@ -18,21 +19,27 @@ def quantiser(cell: Cell) -> float | None:
 
 
 def blockiness(cell: Cell) -> float | None:
-    """Return the excess of change at the edges of blocks, 0 for none.
+    """Return how much edges of blocks of 8 pixels stand out of the image, 0 for not at all.
 
-    Clipped second differences along rows, mean of each of the 8 phases of columns; the largest
-    over the mean of the others, less 1. It is 0.40 and more after damage that a later encoding
-    does not hide.
+    It finds damage that a file has from an earlier encoding, such as MPEG or JPEG; H.264's own
+    filter smooths the edges of its blocks. None for tiny images.
     """
     levels = cell.content.astype(np.float32)
     if min(levels.shape) < 4 * BLOCK:
         return None
-    # The step between columns x and x + 1, less the mean of the steps around it.
+    return (_excess(levels) + _excess(levels.T)) / 2
+
+
+def _excess(levels: np.ndarray) -> float:
+    """Return the excess of the largest phase of 8 columns over the others, as a share of them.
+
+    An edge of a block also changes the two phases next to it, which do not count. An enlarged
+    image has several large phases, so its excess is small.
+    """
     steps = np.diff(levels, axis=1)
-    excess = np.abs(steps[:, 1:-1] - (steps[:, :-2] + steps[:, 2:]) / 2)
-    columns = np.minimum(excess, CLIP).mean(axis=0)
+    bends = np.abs(steps[:, 1:-1] - (steps[:, :-2] + steps[:, 2:]) / 2)
+    columns = np.minimum(bends, CLIP).mean(axis=0)
     phases = np.array([columns[phase::BLOCK].mean() for phase in range(BLOCK)])
-    others = (phases.sum() - phases.max()) / (BLOCK - 1)
-    if others < 0.05:
-        return None
-    return float(phases.max() / others) - 1
+    largest = int(phases.argmax())
+    others = np.delete(phases, [largest, (largest + 1) % BLOCK, (largest - 1) % BLOCK]).max()
+    return float((phases[largest] - others) / (others + FLOOR))

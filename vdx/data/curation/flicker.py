@@ -8,7 +8,7 @@ from vdx.data.curation.opencv import opencv
 __all__ = ["flicker"]
 
 BLOCK = 8  # pixels of a side
-MOST_TURN = 0.5  # pixels by which a pixel changes its motion unlike the others; more is occluded
+MOST_TURN = 0.5  # pixels; a pixel that turns more than the others is near an occlusion
 FEWEST = 0.1  # of the blocks
 
 
@@ -16,7 +16,7 @@ def flicker(cell: Cell) -> float | None:
     """Return half the mean second difference of block levels along the flow, in levels.
 
     The two neighbours of each frame are warped to it; pixels that change their motion unlike
-    the others, as at an occlusion, do not count. The median over frames; None for less than three frames.
+    the others, as at an occlusion, do not count. The median over frames; None for less than three.
     """
     values = []
     for number in range(1, len(cell.flow)):
@@ -33,7 +33,7 @@ def _second_difference(cell: Cell, number: int) -> float | None:
     cv2 = opencv()
     here = cell.moving[number].astype(np.float32)
     height, width = here.shape
-    columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
 
     def warp(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
         warped: np.ndarray = cv2.remap(

@@ -37,7 +37,7 @@ class LookSettings:
 
     cell_seconds: Positive = 0.5  # a measure is a number for each cell of this length
     text: bool = False  # read text, for watermarks and captions: the extra `text`, 0.5 s a frame
-    text_seconds: Positive = 2.0  # of footage, of which one frame is read
+    text_seconds: Positive = 1.0  # of footage, of which one frame is read
 
 
 @dataclasses.dataclass

@@ -50,19 +50,25 @@ class _Soundtrack:
         return True
 
 
-def audio_spans(path: str, origin: float, edges: Iterator[tuple[float, float]]) -> Iterator[np.ndarray]:
+def audio_spans(
+    path: str, origin: float, edges: Iterator[tuple[float, float]]
+) -> Iterator[np.ndarray]:
     """Yield the audio of spans that ascend, float32 [samples], mono in [-1, 1].
 
     edges: (start, end) in seconds from the first frame shown. origin: time of that frame in the
     container. What does not decode is missing.
     """
-    with av.open(f"file:{path}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}) as container:
+    with av.open(
+        f"file:{path}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    ) as container:
         track = _Soundtrack(_chunks(container, origin))
         for start, end in edges:
             yield track.span(round(start * RATE), round(end * RATE))
 
 
-def _chunks(container: av.container.InputContainer, origin: float) -> Iterator[tuple[float, np.ndarray]]:
+def _chunks(
+    container: av.container.InputContainer, origin: float
+) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds from the first frame shown, samples) up to the first damage."""
     resampler = AudioResampler("flt", "mono", RATE)
     frames = container.decode(container.streams.audio[0])
