@@ -40,7 +40,7 @@ def content_box(luma: np.ndarray, grey: np.ndarray) -> Box | None:
 
 
 def _bars(luma: np.ndarray, grey: np.ndarray) -> tuple[int, int]:
-    """Return the lines of the bars at the start and at the end of the rows of an image."""
+    """Return the number of rows of the bars at the start and at the end."""
     first = _bar(luma, grey)
     last = _bar(luma[::-1], grey[:, ::-1])
     size = len(luma)
@@ -52,7 +52,7 @@ def _bars(luma: np.ndarray, grey: np.ndarray) -> tuple[int, int]:
 
 
 def _bar(luma: np.ndarray, grey: np.ndarray) -> int:
-    """Return the number of the rows of a bar at the start; all if the image is one colour."""
+    """Return the number of rows of a bar at the start; all for one colour."""
     low, high = np.percentile(luma, (2, 98), axis=1)
     means = luma.mean(axis=1)
     is_flat = (high - low < FLAT) & (np.abs(means - means[0]) < SAME)

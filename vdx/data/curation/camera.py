@@ -14,7 +14,7 @@ SIDE = 1 / 8  # of a frame at each side is not used: what leaves the image has n
 
 
 def camera_shift(flow: np.ndarray, image: np.ndarray) -> tuple[float, float]:
-    """Return the shift of the image's centre in pixels (x, y), NaN where it has no texture.
+    """Return the shift of the image's centre in pixels (x, y); NaN without texture.
 
     A similarity (shift, rotation, zoom) is fitted to the flow by RANSAC, so objects that move by
     themselves do not count. flow: float32 [h w 2]. image: uint8 [h w], the first frame.

@@ -36,7 +36,7 @@ class Cell:
 
     @functools.cached_property
     def box(self) -> Box | None:
-        """What is inside the bars of the middle frame; None if it is blank."""
+        """The content of the middle frame, inside its bars; None if it is blank."""
         return content_box(self.luma, self.grey)
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class Cell:
 
     @functools.cached_property
     def flow(self) -> np.ndarray:
-        """Optical flow between consecutive frames of `moving`, float32 [n-1 h w 2], pixels."""
+        """Flow between consecutive frames of `moving`, float32 [n-1 h w 2], pixels."""
         height, width = self.grey.shape[1:]
         flows = [dense_flow(*pair) for pair in zip(self.moving, self.moving[1:], strict=False)]
         return np.array(flows, np.float32).reshape(-1, height, width, 2)

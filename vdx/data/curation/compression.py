@@ -1,4 +1,4 @@
-"""Strong compression: by the file's own quantiser, and by the blocks that it leaves."""
+"""Strong compression: the file's own quantiser, and blocks that are visible."""
 
 import numpy as np
 
@@ -12,14 +12,14 @@ FLOOR = 0.1  # levels; without it, rounding of a smooth sky would be an excess
 
 
 def quantiser(cell: Cell) -> float | None:
-    """Return the mean quantiser of the frames, 0 to 51; None for codecs other than H.264."""
+    """Return the mean quantiser of the frames, 0 to 51; None unless it is H.264."""
     if cell.qp is None:
         return None
     return float(cell.qp.mean())
 
 
 def blockiness(cell: Cell) -> float | None:
-    """Return how much edges of blocks of 8 pixels stand out of the image, 0 for not at all.
+    """Return how much the edges of blocks of 8 pixels stand out; 0: not at all.
 
     It finds damage that a file has from an earlier encoding, such as MPEG or JPEG; H.264's own
     filter smooths the edges of its blocks. None for tiny images.
@@ -31,7 +31,7 @@ def blockiness(cell: Cell) -> float | None:
 
 
 def _excess(levels: np.ndarray) -> float:
-    """Return the excess of the largest phase of 8 columns over the others, as a share of them.
+    """Return the excess of the largest of 8 phases of columns over the others.
 
     An edge of a block also changes the two phases next to it, which do not count. An enlarged
     image has several large phases, so its excess is small.

@@ -13,7 +13,7 @@ FEWEST = 0.1  # of the blocks
 
 
 def flicker(cell: Cell) -> float | None:
-    """Return half the mean second difference of block levels along the flow, in levels.
+    """Return half the second difference of block levels along the flow, in levels.
 
     The two neighbours of each frame are warped to it; pixels that change their motion unlike
     the others, as at an occlusion, do not count. The median over frames; None for less than three.

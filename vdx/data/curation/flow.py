@@ -20,7 +20,7 @@ def _dis() -> Any:
 
 
 def dense_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the flow from a frame uint8 [h w] to another, float32 [h w 2], in pixels (x, y)."""
+    """Return the flow between frames uint8 [h w], float32 [h w 2], pixels (x, y)."""
     if min(first.shape) < SMALLEST:
         return np.zeros((*first.shape, 2), np.float32)
     flow: np.ndarray = _dis().calc(first, second, None)

@@ -10,7 +10,7 @@ SILENCE = -100.0  # decibels, also of digital silence
 
 
 def loudness(cell: Cell) -> float | None:
-    """Return the root mean square of the samples in decibels of full scale; None without audio."""
+    """Return the root mean square in decibels of full scale; None without audio."""
     if cell.audio is None or not len(cell.audio):
         return None
     power = float(np.mean(np.square(cell.audio, dtype=np.float64)))

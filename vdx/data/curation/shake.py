@@ -8,7 +8,7 @@ __all__ = ["shake"]
 
 
 def shake(cell: Cell) -> float | None:
-    """Return the median change of the camera's motion from frame to frame, in 0.1 % of the width.
+    """Return the median change of the camera's motion, in thousandths of the width.
 
     The median of the absolute second differences of its path: a whip pan or a strobe changes few
     of them. None for less than three frames, or without texture.

@@ -1,4 +1,4 @@
-"""Text in the image: captions, titles and signs, and watermarks, which stay where they are."""
+"""Text in the image: captions, titles, signs and watermarks."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ STILL = 0.3  # pixels a frame of the small frames
 
 
 def text_share(cell: Cell) -> float | None:
-    """Return the share of the image under text that is no watermark; None if none is read."""
+    """Return the share of the image under other text; None if no text is read."""
     return _share(cell, watermarks=False)
 
 
