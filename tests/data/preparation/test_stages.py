@@ -1,7 +1,9 @@
 """From a folder to a data set; only what is new is done again."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from vdx.data.preparation.sources import list_sources
 from vdx.data.sources import Folder, Records
 from vdx.data.transforms import ClipSampling, to_example
 
-SOURCES = 5
+SOURCES = 3
+FRAMES = 18  # 1.5 seconds
 
 
 def prepare(source, out, *overrides):
@@ -34,9 +37,9 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory):
-    """Write five clips, a copy of one, half of one, and a file that is no video."""
+    """Write clips, a copy of one, half of one, and a file that is no video."""
     folder = tmp_path_factory.mktemp("footage")
-    write_footage(folder, SOURCES)
+    write_footage(folder, SOURCES, FRAMES)
     shutil.copy(folder / "0.mp4", folder / "copy.mp4")
     data = (folder / "1.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(data[: len(data) // 2])
@@ -81,9 +84,11 @@ def test_the_records_are_the_kept_clips(prepared, split):
     assert record.timestamps == pytest.approx(facts["timestamps"], abs=1e-4)
     example = to_example(
         record,
-        sampling=ClipSampling(num_frames=(4,), fps=(12.0,)),
+        clip=ClipSampling(num_frames=(4,), fps=(12.0,)),
+        num_frames=4,
         height=32,
         width=32,
+        tokenize=lambda caption: (np.zeros(4, int), np.ones(4, bool)),
         rng=np.random.default_rng(0),
     )
     assert example["video"].shape == (4, 32, 32, 3)
@@ -128,7 +133,7 @@ def test_only_new_files_are_decoded_again(footage, prepared, tmp_path, monkeypat
     monkeypatch.setattr(
         stages, "look", lambda path, *rest: looked.append(path) or real(path, *rest)
     )
-    write_footage(tmp_path / "more", SOURCES + 1)
+    write_footage(tmp_path / "more", SOURCES + 1, FRAMES)
     for suffix in (".mp4", ".txt"):
         shutil.copy(tmp_path / "more" / f"{SOURCES}{suffix}", source)
     prepare(source, out, "shards.per_shard=2")
@@ -144,6 +149,26 @@ def test_nothing_kept_is_refused_with_the_reason(footage, tmp_path, capsys):
     with pytest.raises(ConfigError, match="No clip is kept"):
         prepare(footage, tmp_path / "out", "decide.thresholds.blank.contrast=500")
     assert "--config.decide.thresholds.blank.contrast=" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_no_fault_of_the_files(footage, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)  # the import fails as if it were absent
+    with pytest.raises(ConfigError, match=r"vdx\[prepare\]"):
+        prepare(footage, tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes")
+def test_what_cannot_be_opened_has_a_row(tmp_path):
+    write_footage(tmp_path / "in", 1, FRAMES)
+    os.mkfifo(tmp_path / "in" / "pipe.mp4")
+    (tmp_path / "in" / "list.csv").write_text(
+        "file_name,caption\n0.mp4,a\npipe.mp4,b\ngone.mp4,c\n"
+    )
+    prepare(tmp_path / "in" / "list.csv", tmp_path / "out")
+    found = {row["source"]: row for row in rows_of(tmp_path / "out" / "sources.jsonl")}
+    assert found["0.mp4"]["verdict"] == "ok"
+    assert "pipe" in found["pipe.mp4"]["error"]
+    assert found["gone.mp4"]["reasons"] == ["unreadable"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -91,22 +92,25 @@ def _pool_results(
     With one worker they come in order, and the next one is that at which it died.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX halfway
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        futures: dict[Future[Result], int] = {
-            pool.submit(function, items[number]): number for number in numbers
-        }
-        order: Iterable[Future[Result]] = futures if workers == 1 else as_completed(futures)
-        try:
-            for future in order:
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            return
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    futures: dict[Future[Result], int] = {
+        pool.submit(function, items[number]): number for number in numbers
+    }
+    order: Iterable[Future[Result]] = futures if workers == 1 else as_completed(futures)
+    done = False
+    try:
+        for future in order:
+            yield futures[future], future.result()
+        done = True
+    except BrokenProcessPool:
+        done = True
+    finally:
+        pool.shutdown(wait=done, cancel_futures=True)  # an interrupt waits for no work
 
 
-def _end_with_parent() -> None:
-    """End this process when the one that started it dies, however that is killed."""
+def _follow_parent() -> None:
+    """End this process when the one that started it ends, however that is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
     parent = multiprocessing.parent_process()
     assert parent is not None
 

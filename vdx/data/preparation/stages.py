@@ -26,7 +26,7 @@ from vdx.data.preparation.shards import ShardRow, write_shards
 from vdx.data.preparation.sources import SourceFile, SourceList
 from vdx.data.preparation.store import Store, file_sha256, key_of
 from vdx.data.records import clip_features
-from vdx.files import append_rows, atomic_write, printable
+from vdx.files import FileError, append_rows, atomic_write, printable
 
 __all__ = ["Preparation", "PrepareSections", "ShardSettings", "kept_rows"]
 
@@ -204,8 +204,8 @@ def _look_at(path: str, settings: LookSettings, store: Store) -> dict[str, str]:
             stage="look", version=VERSION, settings=dataclasses.asdict(settings), sha256=sha256
         )
         store.get(key, lambda: _to_json(look(Path(path), settings).to_json()))
-    except (OSError, ValueError) as error:
-        return {"error": str(error)}
+    except (OSError, FileError) as error:
+        return {"error": getattr(error, "strerror", None) or str(error)}
     return {"key": key}
 
 
