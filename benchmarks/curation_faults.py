@@ -15,7 +15,7 @@ from vdx.data.curation.decide import REASONS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("seeds", ["0", "1"], "One corpus each.")
-flags.DEFINE_integer("rounds", 1, "43 clips each.")
+flags.DEFINE_integer("rounds", 1, "45 clips each.")
 flags.DEFINE_list("photos", [], "Files of photographs.")
 flags.DEFINE_list("kinds", [], "Functions of tests/data/planted_faults.py; empty: all.")
 flags.DEFINE_bool("text", False, "Read text too.")

@@ -32,11 +32,13 @@ def get_config() -> ConfigDict:
                         # Pixels. Enlarged 2.5 to 4 times: 2.8 to 3.7; photographs: 2.0 to 2.8.
                         "edge_width": 3.1,
                         # Decades. Enlarged 2.5 to 4 times: -2.9 to -2.3; photographs: above -2.2.
-                        "fine_detail": -2.35,
+                        "fine_detail": -2.3,
+                        # Share of the lines. Pixels made 2 to 4 times larger: 0.4 and more.
+                        "repeated_lines": 0.25,
                     },
                     "compression": {
                         # H.264 at CRF 38 to 48: 44 to 51; at CRF 20 to 28: 22 to 35.
-                        "quantiser": 39.0,
+                        "quantiser": 38.0,
                         # JPEG and MPEG-4 inside: 0.15 to 3; clean footage: up to 0.2.
                         "blockiness": 0.22,
                     },

@@ -163,7 +163,8 @@ def each(frames: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np
 
 
 def low_resolution(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Planted:
-    kernel = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)[number % 3]
+    kernels = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4, cv2.INTER_NEAREST)
+    kernel = kernels[number % 4]
     factor = draw.uniform(2.5, 4)
     small = (round(WIDTH / factor), round(HEIGHT / factor))
 
@@ -369,7 +370,7 @@ def usual_encoding(draw: Draw, photos: Sequence[np.ndarray], number: int) -> Pla
 
 
 FAULTS = {
-    low_resolution: 3,
+    low_resolution: 4,
     encoded_before: 3,
     own_quantiser: 2,
     bars: 4,

@@ -123,6 +123,16 @@ def test_enlarged_footage_has_wide_edges_and_no_fine_detail():
         assert measure("edge_width", still(enlarged)) > 2.5  # it was 2.2
 
 
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_pixels_made_larger_repeat_lines(times):
+    small = np.clip(TEXTURE[:100, :100], 0, 255).astype(np.uint8)
+    larger = np.repeat(np.repeat(small, times, axis=0), times, axis=1)
+    assert measure("repeated_lines", still(larger)) == pytest.approx(1 - 1 / times, abs=0.05)
+    smooth = cv2.resize(small, larger.shape[::-1], interpolation=cv2.INTER_CUBIC)
+    for image in (small, smooth):
+        assert measure("repeated_lines", still(image)) < 0.1
+
+
 def test_nothing_to_measure_is_none():
     flat = still(np.full((HEIGHT, WIDTH), 90))
     for name in ("edge_width", "fine_detail", "bar_share", "loudness", "quantiser", "text_share"):

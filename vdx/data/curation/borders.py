@@ -8,7 +8,8 @@ __all__ = ["Box", "content_box"]
 
 FLAT = 8.0  # levels between the 2nd and the 98th percentile of a line of a bar
 SAME = 6.0  # levels between the means of lines of a bar
-STEP = 8.0  # levels by which the first lines inside differ, on the mean of their pixels
+STEP = 4.0  # levels by which at least half of the first lines inside differs
+BLURRED = 0.03  # of a side, over which the step is blurred at most
 LEAST_BAR = 0.01  # of a side; what is thinner is the edge of a scan
 LEAST_CONTENT = 0.25  # of a side; less is a title on one colour
 
@@ -41,30 +42,47 @@ def content_box(luma: np.ndarray, grey: np.ndarray) -> Box | None:
 
 def _bars(luma: np.ndarray, grey: np.ndarray) -> tuple[int, int]:
     """Return the number of rows of the bars at the start and at the end."""
-    first = _bar(luma, grey)
-    last = _bar(luma[::-1], grey[:, ::-1])
     size = len(luma)
-    if first + last >= size:
+    first = _flat_rows(luma)
+    last = _flat_rows(luma[::-1])
+    if first == size:
         return size, 0
+    has_first = _is_bar(luma, grey, first)
+    has_last = _is_bar(luma[::-1], grey[:, ::-1], last)
+
+    # Dark content hides where one bar ends; the other one has the same height.
+    if has_first and not has_last and last >= first:
+        last = first
+        has_last = True
+    if has_last and not has_first and first >= last:
+        first = last
+        has_first = True
+    first *= has_first
+    last *= has_last
     if size - first - last < LEAST_CONTENT * size:
         return 0, 0
     return first, last
 
 
-def _bar(luma: np.ndarray, grey: np.ndarray) -> int:
-    """Return the number of rows of a bar at the start; all for one colour."""
+def _flat_rows(luma: np.ndarray) -> int:
+    """Return the number of rows of one colour at the start."""
     low, high = np.percentile(luma, (2, 98), axis=1)
     means = luma.mean(axis=1)
     is_flat = (high - low < FLAT) & (np.abs(means - means[0]) < SAME)
-    count = len(luma) if is_flat.all() else int(np.argmin(is_flat))
-    if count == len(luma) or count < LEAST_BAR * len(luma):
-        return count if count == len(luma) else 0
+    return len(luma) if is_flat.all() else int(np.argmin(is_flat))
 
-    # Content begins with a step, and never enters the bar.
-    inner = luma[count : count + 3].astype(np.float32)
-    if np.abs(inner - means[:count].mean()).mean() < STEP:
-        return 0
+
+def _is_bar(luma: np.ndarray, grey: np.ndarray, count: int) -> bool:
+    """Return whether the first `count` rows, which have one colour, are a bar."""
+    if count < LEAST_BAR * len(luma):
+        return False
+
+    # Content begins along at least half of the bar: an object on a white ground does not.
+    # Encoding blurs the step over some rows.
+    inner = luma[count : count + max(3, round(BLURRED * len(luma)))].astype(np.float32)
+    if np.median(np.abs(inner - luma[:count].mean()), axis=1).max() < STEP:
+        return False
+
+    # Nothing enters the bar in the other frames.
     small = int(count * grey.shape[1] / len(luma))
-    if small > 1 and np.ptp(grey[:, : small - 1].mean(axis=2)) > SAME:
-        return 0
-    return count
+    return small < 2 or bool(np.ptp(grey[:, : small - 1].mean(axis=2)) <= SAME)

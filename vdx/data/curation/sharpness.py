@@ -5,7 +5,7 @@ import numpy as np
 from vdx.data.curation.cell import Cell
 from vdx.data.curation.opencv import opencv
 
-__all__ = ["edge_width", "fine_detail", "short_side"]
+__all__ = ["edge_width", "fine_detail", "repeated_lines", "short_side"]
 
 WINDOW = 17  # pixels across an edge
 SLOPE = 12.0  # levels a pixel, of a strong edge
@@ -13,6 +13,8 @@ FEWEST_EDGES = 50
 SHARPEST = 10  # percentile of the widths: most edges are out of focus or rounded
 FINE = (0.25, 0.33)  # cycles a pixel; an image enlarged twice has nothing there
 COARSE = (0.08, 0.125)
+NEIGHBOURS = 5  # lines; an image enlarged up to 5 times has an edge of its pixels among them
+REPEATED = 0.35  # of the largest change among the neighbours; a line with less is the same again
 TILE = 64  # pixels of a side, whose spectra are averaged
 
 
@@ -41,6 +43,25 @@ def edge_width(cell: Cell) -> float | None:
     if len(found) < FEWEST_EDGES:
         return None
     return float(np.percentile(found, SHARPEST))
+
+
+def repeated_lines(cell: Cell) -> float | None:
+    """Return the share of lines that repeat the one before: pixels made larger.
+
+    The smaller share of columns and rows. An image enlarged k times without interpolation has
+    (k - 1) / k. None for tiny images.
+    """
+    if min(cell.content.shape) < 4 * NEIGHBOURS:
+        return None
+    return min(_repeated_columns(cell.content), _repeated_columns(cell.content.T))
+
+
+def _repeated_columns(image: np.ndarray) -> float:
+    """Return the share of columns that change little from the one before."""
+    cv2 = opencv()
+    steps = np.abs(np.diff(image.astype(np.float32), axis=1)).mean(axis=0, keepdims=True)
+    largest = cv2.dilate(steps, np.ones((1, NEIGHBOURS), np.uint8))
+    return float((steps < REPEATED * largest).mean())
 
 
 def fine_detail(cell: Cell) -> float | None:

@@ -18,7 +18,7 @@ from vdx.data.curation.flicker import flicker
 from vdx.data.curation.flow_strength import flow_strength
 from vdx.data.curation.loudness import loudness
 from vdx.data.curation.shake import shake
-from vdx.data.curation.sharpness import edge_width, fine_detail, short_side
+from vdx.data.curation.sharpness import edge_width, fine_detail, repeated_lines, short_side
 from vdx.data.curation.static import block_change
 from vdx.data.curation.text import text_share, watermark_share
 
@@ -50,6 +50,7 @@ MEASURES: dict[str, Measure] = {
     "short_side": Measure(short_side, "pixels", _min),
     "edge_width": Measure(edge_width, "pixels", _min),
     "fine_detail": Measure(fine_detail, "decades", _max),
+    "repeated_lines": Measure(repeated_lines, "share of the lines", _min),
     "quantiser": Measure(quantiser, "0 to 51", _median),
     "blockiness": Measure(blockiness, "excess", _median),
     "bar_share": Measure(bar_share, "share of the image", _median),
