@@ -80,7 +80,8 @@ def _is_bar(luma: np.ndarray, grey: np.ndarray, count: int) -> bool:
     # Content begins along at least half of the bar: an object on a white ground does not.
     # Encoding blurs the step over some rows.
     inner = luma[count : count + max(3, round(BLURRED * len(luma)))].astype(np.float32)
-    if np.median(np.abs(inner - luma[:count].mean()), axis=1).max() < STEP:
+    step = np.median(np.abs(inner - luma[:count].mean()), axis=1).max()
+    if step < max(STEP, 2 * np.ptp(luma[:count].mean(axis=1))):  # a sky is a slope
         return False
 
     # Nothing enters the bar in the other frames.
