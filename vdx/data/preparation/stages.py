@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vdx.data.curation.look import VERSION, LookSettings, dropped_source, look
 from vdx.data.curation.table import MEASURES
 from vdx.data.folders import validation_names
 from vdx.data.preparation.clips import ClipSettings, ClipSpan, clip_key, make_clips, read_clip
-from vdx.data.preparation.runner import Runner, WorkerDied
+from vdx.data.preparation.runner import BEAM_FOLDER, Runner, WorkerDied
 from vdx.data.preparation.shards import ShardRow, write_shards
 from vdx.data.preparation.sources import SourceFile, SourceList
 from vdx.data.preparation.store import Store, file_sha256, key_of
@@ -71,6 +72,7 @@ class Preparation:
         """Remove the unfinished files that a killed run has left."""
         self.looks.remove_parts()
         self.clips.remove_parts()
+        shutil.rmtree(self.out / "cache" / BEAM_FOLDER, ignore_errors=True)
         for name in ("sources", "clips", "prepare"):
             for part in self.out.glob(f".{name}.*.json*"):
                 part.unlink()
