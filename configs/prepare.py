@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
                         "edge_width": 3.1,
                         # Decades. Enlarged 2.5 to 4 times: -2.9 to -2.3; photographs: above -2.2.
                         "fine_detail": -2.3,
-                        # Share of the lines. Pixels made 2 to 4 times larger: 0.4 and more.
-                        "repeated_lines": 0.25,
+                        # Share of the lines. Pixels made 2 to 4 times larger: 0.2 to 0.7; else 0.1.
+                        "repeated_lines": 0.15,
                     },
                     "compression": {
                         # H.264 at CRF 38 to 48: 44 to 51; at CRF 20 to 28: 22 to 35.

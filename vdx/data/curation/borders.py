@@ -8,7 +8,8 @@ __all__ = ["Box", "content_box"]
 
 FLAT = 8.0  # levels between the 2nd and the 98th percentile of a line of a bar
 SAME = 6.0  # levels between the means of lines of a bar
-STEP = 4.0  # levels by which at least half of the first lines inside differs
+STEP = 4.0  # levels by which content differs from a bar
+ALONG = 0.8  # of the length of a bar, along which content begins
 BLURRED = 0.03  # of a side, over which the step is blurred at most
 LEAST_BAR = 0.01  # of a side; what is thinner is the edge of a scan
 LEAST_CONTENT = 0.25  # of a side; less is a title on one colour
@@ -30,7 +31,10 @@ def content_box(luma: np.ndarray, grey: np.ndarray) -> Box | None:
     them, which a dark sky above a moving camera is not.
     """
     height, width = luma.shape
-    top, bottom = _bars(luma, grey)
+    # Where there are bars on all sides, those at the sides are no part of the rows' content.
+    first = _flat_rows(luma.T)
+    last = width - _flat_rows(luma.T[::-1])
+    top, bottom = _bars(luma[:, first:last] if first < last else luma, grey)
     if top + bottom >= height:
         return None
     inside = luma[top : height - bottom]
@@ -77,11 +81,12 @@ def _is_bar(luma: np.ndarray, grey: np.ndarray, count: int) -> bool:
     if count < LEAST_BAR * len(luma):
         return False
 
-    # Content begins along at least half of the bar: an object on a white ground does not.
+    # Content begins all along the bar: an object on a white ground does not.
     # Encoding blurs the step over some rows.
     inner = luma[count : count + max(3, round(BLURRED * len(luma)))].astype(np.float32)
-    step = np.median(np.abs(inner - luma[:count].mean()), axis=1).max()
-    if step < max(STEP, 2 * np.ptp(luma[:count].mean(axis=1))):  # a sky is a slope
+    steps = np.abs(inner - luma[:count].mean())
+    step = np.percentile(steps, 100 * (1 - ALONG), axis=1).max()
+    if step < max(STEP, 3 * np.ptp(luma[:count].mean(axis=1))):  # a sky is a slope
         return False
 
     # Nothing enters the bar in the other frames.

@@ -14,7 +14,7 @@ SHARPEST = 10  # percentile of the widths: most edges are out of focus or rounde
 FINE = (0.25, 0.33)  # cycles a pixel; an image enlarged twice has nothing there
 COARSE = (0.08, 0.125)
 NEIGHBOURS = 5  # lines; an image enlarged up to 5 times has an edge of its pixels among them
-REPEATED = 0.35  # of the largest change among the neighbours; a line with less is the same again
+REPEATED = 0.2  # of the largest change among the neighbours; a line with less is the same again
 TILE = 64  # pixels of a side, whose spectra are averaged
 
 
