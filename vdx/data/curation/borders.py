@@ -34,11 +34,16 @@ def content_box(luma: np.ndarray, grey: np.ndarray) -> Box | None:
     # Where there are bars on all sides, those at the sides are no part of the rows' content.
     first = _flat_rows(luma.T)
     last = width - _flat_rows(luma.T[::-1])
-    top, bottom = _bars(luma[:, first:last] if first < last else luma, grey)
+    if 0 < first < last < width:
+        top, bottom = _bars(luma[:, first:last], grey)
+        left, right = _bars(luma[top : height - bottom].T, grey.transpose(0, 2, 1))
+        if min(top, bottom, left, right) > 0 and top + bottom < height and left + right < width:
+            return Box(left, top, width - left - right, height - top - bottom)
+
+    top, bottom = _bars(luma, grey)
     if top + bottom >= height:
         return None
-    inside = luma[top : height - bottom]
-    left, right = _bars(inside.T, grey.transpose(0, 2, 1))
+    left, right = _bars(luma[top : height - bottom].T, grey.transpose(0, 2, 1))
     if left + right >= width:
         return None
     return Box(left, top, width - left - right, height - top - bottom)
