@@ -73,8 +73,8 @@ def fine_detail(cell: Cell) -> float | None:
     rows, columns = image.shape[0] // TILE, image.shape[1] // TILE
     if not rows or not columns:
         return None
-    tiles = image[: rows * TILE, : columns * TILE].reshape(rows, TILE, columns, TILE)
-    tiles = tiles.transpose(0, 2, 1, 3).reshape(-1, TILE, TILE)
+    blocks = image[: rows * TILE, : columns * TILE].reshape(rows, TILE, columns, TILE)
+    tiles = blocks.transpose(0, 2, 1, 3).reshape(-1, TILE, TILE)
     window = np.hanning(TILE)[:, None] * np.hanning(TILE)
     tiles = (tiles - tiles.mean(axis=(1, 2), keepdims=True)) * window
     power = np.square(np.abs(np.fft.rfft2(tiles)))  # [n TILE TILE/2+1]
