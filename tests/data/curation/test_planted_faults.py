@@ -1,6 +1,7 @@
 """The figures that the thresholds of configs/prepare.py reach on footage with planted faults.
 
-The thresholds were set on other photographs; `python -m benchmarks.curation_faults` prints more.
+The thresholds were set on seed 0 and on other photographs. `python -m benchmarks.curation_faults`
+prints more.
 """
 
 import importlib.util
