@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
         {
             "look": {
                 "cell_seconds": 0.5,  # a measure is a number for each half second
+                # Read text, for watermarks and captions: half a second of a CPU for each frame.
+                "text": False,  # true needs the extra `text`
+                "text_seconds": 1.0,  # of footage, of which one frame is read
             },
             "decide": {
                 "min_seconds": 1.0,  # a shorter piece of a shot is dropped
@@ -21,10 +24,35 @@ def get_config() -> ConfigDict:
                 "cut_score": 0.0,  # candidates of cuts below it are no cuts
                 "caption_required": True,  # a clip without a caption is dropped
                 # reason -> measure -> number. A clip beyond any of them is dropped.
+                # The figures in comments are from tests/data/planted_faults.py, 400x224.
                 "thresholds": {
-                    # Levels of 255 that some part of the image changes in half a second.
+                    "low_resolution": {
+                        # Pixels of the content. Set it to the side that you train at.
+                        "short_side": None,
+                        # Pixels. Enlarged 2.5 to 4 times: 2.8 to 3.7; photographs: 2.0 to 2.8.
+                        "edge_width": 3.1,
+                        # Decades. Enlarged 2.5 to 4 times: -2.9 to -2.3; photographs: above -2.2.
+                        "fine_detail": -2.3,
+                        # Share of the lines. Pixels made 2 to 4 times larger: 0.2 to 0.7; else 0.1.
+                        "repeated_lines": 0.15,
+                    },
+                    "compression": {
+                        # H.264 at CRF 38 to 48: 44 to 51; at CRF 20 to 28: 22 to 35.
+                        "quantiser": 38.0,
+                        # JPEG and MPEG-4 inside: 0.15 to 3; clean footage: up to 0.2.
+                        "blockiness": 0.22,
+                    },
+                    # Shares of the image. Measured with --config.look.text=true alone.
+                    "watermark": {"watermark_share": 0.002},
+                    "text": {"text_share": 0.01},
+                    # Thousandths of the width. Jitter of 1 pixel of 400: 9; strobe, hands: up to 4.
+                    "shake": {"shake": 4.5},
+                    # Levels of 255 that some part of the image changes in half a second. Frozen
+                    # frames with noise: up to 0.7; an object on a tripod: 12 and more.
                     "static": {"block_change": 1.8},
-                    # Standard deviation of the levels: black, white, one colour.
+                    # Share of the image. null keeps such clips, without their bars.
+                    "borders": {"bar_share": 0.02},
+                    # Standard deviation of the levels. One colour: up to 0.6; night: 7 and more.
                     "blank": {"contrast": 4.0},
                 },
             },

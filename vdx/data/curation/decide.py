@@ -25,7 +25,18 @@ BELOW = "below"
 
 # Reason -> the measures that give it, and on which side of the threshold. Any of them is enough.
 REASONS: dict[str, dict[str, Side]] = {
+    "low_resolution": {
+        "short_side": BELOW,
+        "edge_width": ABOVE,
+        "fine_detail": BELOW,
+        "repeated_lines": ABOVE,
+    },
+    "compression": {"quantiser": ABOVE, "blockiness": ABOVE},
+    "watermark": {"watermark_share": ABOVE},
+    "text": {"text_share": ABOVE},
+    "shake": {"shake": ABOVE},
     "static": {"block_change": BELOW},
+    "borders": {"bar_share": ABOVE},
     "blank": {"contrast": BELOW},
 }
 

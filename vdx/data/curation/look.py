@@ -15,16 +15,17 @@ import numpy as np
 from vdx.config.ranges import Positive
 from vdx.data.containers import first_bytes, open_video
 from vdx.data.curation.cell import Cell
+from vdx.data.curation.opencv import opencv
+from vdx.data.curation.soundtrack import audio_spans
 from vdx.data.curation.table import MEASURES
 from vdx.data.images import is_animated, open_image_file
 from vdx.data.record import frame_step
 from vdx.data.video_files import ANIMATION, DisplayedFrame, Footage, Opener, open_footage
-from vdx.extras import import_extra
 from vdx.files import open_regular
 
 __all__ = ["VERSION", "Look", "LookSettings", "dropped_source", "look"]
 
-VERSION = 1  # of the results; a change of any measure raises it, and every file is decoded again
+VERSION = 2  # of the results; a change of any measure raises it, and every file is decoded again
 SMALL_WIDTH = 160  # pixels of the grey frames
 MOST_DAMAGE = 16  # damaged spans, after which the rest of a file is not decoded
 NOT_VIDEO = "no video stream"  # in the message of the reader
@@ -35,6 +36,8 @@ class LookSettings:
     """`config.look`: what the results of `look` depend on, besides the file."""
 
     cell_seconds: Positive = 0.5  # a measure is a number for each cell of this length
+    text: bool = False  # read text, for watermarks and captions: the extra `text`, 0.5 s a frame
+    text_seconds: Positive = 1.0  # of footage, of which one frame is read
 
 
 @dataclasses.dataclass
@@ -84,11 +87,14 @@ def look(path: Path, settings: LookSettings) -> Look:
     found: dict[str, list[float | None]] = {"start": [], "end": []}
     found |= {name: [] for name in MEASURES}
     damage = _Damage()
-    for cell in _cells(_decode(footage, opener, damage), footage, settings):
+    boxes: list[list[int] | None] = []
+    audio = str(path.absolute()) if source["audio"] else None
+    for cell in _cells(_decode(footage, opener, damage), footage, audio, settings):
         found["start"].append(cell.start)
         found["end"].append(cell.end)
         for name, measure in MEASURES.items():
             found[name].append(measure.of(cell))
+        boxes.append(None if cell.box is None else list(cell.box))
         source["height"], source["width"] = cell.frame.shape[:2]
 
     if not found["start"]:
@@ -98,7 +104,7 @@ def look(path: Path, settings: LookSettings) -> Look:
         source["reasons"].append("damaged")
     ends = [*footage.stamps.tolist(), footage.duration]  # of frames before each
     spans = [[ends[first], ends[last]] for first, last in damage]
-    return Look(source, found, damage=spans)
+    return Look(source, found, damage=spans, box=boxes)
 
 
 def dropped_source(sha256: str | None, error: Exception) -> Look:
@@ -204,9 +210,12 @@ def _decode(footage: Footage, opener: Opener, damage: _Damage) -> Iterator[Displ
 
 
 def _cells(
-    frames: Iterator[DisplayedFrame], footage: Footage, settings: LookSettings
+    frames: Iterator[DisplayedFrame],
+    footage: Footage,
+    audio: str | None,
+    settings: LookSettings,
 ) -> Iterator[Cell]:
-    """Yield the cells of footage.
+    """Yield the cells of footage. audio: the file, if it has any.
 
     Memory holds the small frames of one cell, and two large frames.
     """
@@ -219,6 +228,9 @@ def _cells(
 
     before = None
     anchor = None
+    spans: list[tuple[float, float]] = []  # of the cell at hand
+    sounds = audio_spans(audio, footage.origin, iter(spans.pop, None)) if audio else None
+    every = max(1, round(settings.text_seconds / settings.cell_seconds))
     for index, group in itertools.groupby(frames, key=lambda frame: cell_of[frame.number]):
         displayed = []
         grey = []
@@ -233,16 +245,20 @@ def _cells(
 
         assert native is not None
         stack = np.stack(grey)
+        start = float(stamps[displayed[0]])
+        end = float(ends[index])
+        spans.append((start, end))
         yield Cell(
-            start=float(stamps[displayed[0]]),
-            end=float(ends[index]),
+            start=start,
+            end=end,
             times=stamps[displayed],
             grey=stack,
             before=stack[:0] if before is None else before,
             frame=native,
             anchor=anchor,
             qp=None if None in quantisers else np.array(quantisers, np.float32),
-            audio=None,
+            audio=None if sounds is None else next(sounds),
+            reads_text=settings.text and index % every == every // 2,
         )
         before = stack[-2:]
         anchor = stack[0]
@@ -250,7 +266,7 @@ def _cells(
 
 def _small(pixels: np.ndarray) -> np.ndarray:
     """Return the grey levels of a frame uint8 [h w 3], SMALL_WIDTH wide."""
-    cv2 = import_extra("cv2", "prepare")
+    cv2 = opencv()
     height, width = pixels.shape[:2]
     size = (SMALL_WIDTH, max(1, round(SMALL_WIDTH * height / width)))
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
