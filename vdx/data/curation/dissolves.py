@@ -1,0 +1,149 @@
+"""Gradual transitions: frames that are a blend of an earlier and a later frame.
+
+A frame m between a and b is explained by the blend a + k (b - a) with the least squared error. In
+a dissolve or a fade the blend explains most of the difference to either; in motion it does not.
+"""
+
+import collections
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vdx.data.curation.cuts import explained
+from vdx.extras import import_extra
+
+__all__ = ["DissolveDetector"]
+
+SPANS = (6, 10, 14, 20)  # frames from the blend to the frame before, and to the one after
+REACH = max(SPANS)
+MOST_FPS = 32.0  # of faster footage frames are left out
+WIDTH = 64  # pixels of the frames that are blended: finer content moves too far
+BLENDS = (0.2, 0.8)  # k of a blend
+UNLIKE = 0.35  # correlation of the frames at both ends, after motion compensation: at most
+SHARE = 0.55  # explained by the blend, at score 0.5
+FLOOR = 0.4  # candidates of lower scores are not reported
+LEAST_CHANGE = 6.0  # levels, root of the mean squared difference of both ends
+GAP = 0.25  # seconds; closer ones are one transition: out to black, and in from it
+
+
+class _Frame(NamedTuple):
+    time: float  # seconds
+    grey: np.ndarray  # uint8 [h w]
+    coarse: np.ndarray  # float32 [h w], flat, WIDTH wide
+
+
+class _Hit(NamedTuple):
+    """A blend."""
+
+    score: float
+    start: float  # seconds, of the transition
+    end: float
+    number: int  # of the frame
+
+
+class DissolveDetector:
+    """Gradual transitions of frames that are given one by one; memory holds a window of them."""
+
+    def __init__(self) -> None:
+        self.cuts: list[dict[str, Any]] = []
+        self._frames: collections.deque[_Frame] = collections.deque(maxlen=2 * REACH + 1)
+        self._number = 0
+        self._best: _Hit | None = None
+        self._last = 0  # number of the last hit
+
+    def add(self, time: float, grey: np.ndarray) -> None:
+        """Take the next frame uint8 [h w] at a time in seconds."""
+        if self._frames and time - self._frames[-1].time < 1 / MOST_FPS:
+            return
+        self._frames.append(_Frame(time, grey, _coarse(grey)))
+        self._number += 1
+        self._evaluate(len(self._frames) - 1 - REACH)
+
+    def finish(self) -> None:
+        """Evaluate the frames that have few others after them."""
+        for place in range(max(len(self._frames) - REACH, 0), len(self._frames)):
+            self._number += 1
+            self._evaluate(place)
+        self._close()
+
+    def _evaluate(self, place: int) -> None:
+        """Evaluate the frame at a place of the window."""
+        if self._best is not None and self._number - self._last > SPANS[0]:
+            self._close()
+        for span in SPANS:
+            if place - span < 0 or place + span >= len(self._frames):
+                return
+            hit = self._blend(place, span)
+            if hit is None:
+                continue
+            self._last = self._number
+            if self._best is None or hit.score > self._best.score:
+                self._best = hit
+
+    def _blend(self, place: int, span: int) -> _Hit | None:
+        """Return the blend that a frame is of those `span` before and after it."""
+        first = self._frames[place - span]
+        last = self._frames[place + span]
+        middle = self._frames[place].coarse - first.coarse
+        whole = last.coarse - first.coarse
+        power = float(whole @ whole)
+        if power < LEAST_CHANGE**2 * whole.size:
+            return None
+        share = float(middle @ whole) / power
+        if not BLENDS[0] < share < BLENDS[1]:
+            return None
+
+        # How much of the smaller difference, to either end, the blend leaves.
+        total = float(middle @ middle)
+        left = total - share**2 * power
+        to_last = total - 2 * share * power + power
+        score = 1 - left / min(total, to_last) / (1 - SHARE) / 2
+        if score < FLOOR or (self._best is not None and score <= self._best.score):
+            return None
+        if explained(first.grey, last.grey) > UNLIKE:
+            return None
+        return _Hit(round(score, 4), *self._extent(first, whole / power), self._number)
+
+    def _extent(self, first: _Frame, direction: np.ndarray) -> tuple[float, float]:
+        """Return where the blend begins and ends, by the times of a quarter and three quarters."""
+        shares = np.array([(frame.coarse - first.coarse) @ direction for frame in self._frames])
+        times = np.array([frame.time for frame in self._frames])
+        begin = next(n for n, frame in enumerate(self._frames) if frame is first)
+        quarter = begin + int(np.argmax(shares[begin:] > 0.25))
+        rest = begin + int(np.argmax(shares[begin:] > 0.75))
+        half = (times[rest] + times[quarter]) / 2
+        length = max(times[rest] - times[quarter], 1e-3)
+        return (
+            float(times[np.abs(times - (half - length)).argmin()]),
+            float(times[np.abs(times - (half + length)).argmin()]),
+        )
+
+    def _close(self) -> None:
+        """Report the best of the blends that follow one another."""
+        best = self._best
+        self._best = None
+        if best is None:
+            return
+        cut = {
+            "time": (best.start + best.end) / 2,
+            "kind": "gradual",
+            "start": best.start,
+            "end": best.end,
+            "score": best.score,
+        }
+        if self.cuts and cut["start"] - self.cuts[-1]["end"] < GAP:
+            before = self.cuts.pop()
+            cut["start"] = min(before["start"], cut["start"])
+            cut["end"] = max(before["end"], cut["end"])
+            cut["time"] = (cut["start"] + cut["end"]) / 2
+            cut["score"] = max(before["score"], cut["score"])
+        self.cuts.append(cut)
+
+
+def _coarse(grey: np.ndarray) -> np.ndarray:
+    """Return a frame uint8 [h w] as float32, flat, WIDTH wide."""
+    cv2 = import_extra("cv2", "prepare")
+    height = max(1, round(WIDTH * grey.shape[0] / grey.shape[1]))
+    small = cv2.resize(grey, (WIDTH, height), interpolation=cv2.INTER_AREA)
+    flat: np.ndarray = small.astype(np.float32).ravel()
+    return flat
