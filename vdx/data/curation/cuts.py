@@ -7,6 +7,7 @@ the old frame explains a later one; whip pans are explained as badly as the fram
 
 import collections
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ __all__ = ["CutDetector", "explained"]
 NEIGHBOURS = 8  # frames on each side, whose median change is that of the neighbourhood
 LEAST_CHANGE = 2.5  # levels of 255; less is no cut of content that is visible
 LEAST_RATIO = 2.2  # of a change to that of its neighbourhood
-# (frames before the last old one, frames after the first new one) of the pairs that are compared.
-PAIRS = ((0, 0), (0, 1), (0, 2), (3, 2), (0, 4), (0, 6), (3, 6))
+OLD = 5  # frames before a cut that may explain one after it
+NEW = 7  # frames after it
+PAIRS = 6  # of an old and a new frame are compared: those that differ least
 CORRELATION = 0.45  # of a moved old frame and a new one: less is a cut, at score 0.5
 OF_CONTROL = 0.75  # of the correlation of frames within the shots: less is a cut, at score 0.5
 FLOOR = 0.2  # candidates of lower scores are not reported
@@ -76,19 +78,34 @@ class CutDetector:
         frames = [grey for _, grey in self._frames]
         controls = [
             explained(frames[first], frames[first + 1])
-            for first in (here - 2, here)
+            for first in (here - 3, here - 2, here, here + 1)
             if 0 <= first < len(frames) - 1
         ]
-        limit = min([2 * CORRELATION, *(2 * OF_CONTROL * control for control in controls)])
-        most = (1 - FLOOR) * limit
+        limit = min([CORRELATION, *(OF_CONTROL * control for control in controls)])
 
+        old = frames[max(here - OLD, 0) : here]
+        new = frames[here : here + NEW]
         best = 0.0
-        for back, ahead in PAIRS:
-            if here - 1 - back >= 0 and here + ahead < len(frames):
-                best = max(best, explained(frames[here - 1 - back], frames[here + ahead]))
-            if best > most:
+        for first, second in _pairs(old, new):
+            best = max(best, explained(first, second))
+            if limit - best / 2 < FLOOR * CORRELATION:
                 return 0.0
-        return round(1 - best / limit, 4) if limit > 0 else 0.0
+        return round((limit - best / 2) / CORRELATION, 4)
+
+
+def _pairs(
+    old: Sequence[np.ndarray], new: Sequence[np.ndarray]
+) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    """Return frames before and after a cut to compare: the neighbours, and those most alike.
+
+    Of two pairs that differ as much, the one with less time between comes first.
+    """
+    pairs = list(itertools.product(range(len(old)), range(len(new))))
+    ranks = [
+        _change(old[first], new[second]) + len(old) - first + second for first, second in pairs
+    ]
+    nearest = [pairs[number] for number in np.argsort(ranks, kind="stable")[:PAIRS]]
+    return [(old[first], new[second]) for first, second in [(len(old) - 1, 0), *nearest]]
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> float:

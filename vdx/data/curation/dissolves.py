@@ -14,7 +14,7 @@ from vdx.extras import import_extra
 
 __all__ = ["DissolveDetector"]
 
-SPANS = (6, 10, 14, 20)  # frames from the blend to the frame before, and to the one after
+SPANS = (4, 7, 10, 14, 20)  # frames from the blend to the frame before, and to the one after
 REACH = max(SPANS)
 MOST_FPS = 32.0  # of faster footage frames are left out
 WIDTH = 64  # pixels of the frames that are blended: finer content moves too far
@@ -22,6 +22,7 @@ BLENDS = (0.2, 0.8)  # k of a blend
 UNLIKE = 0.35  # correlation of the frames at both ends, after motion compensation: at most
 SHARE = 0.55  # explained by the blend, at score 0.5
 FLOOR = 0.4  # candidates of lower scores are not reported
+LEAST_FRAMES = 2  # from a quarter of the blend to three quarters; a flash is shorter
 LEAST_CHANGE = 6.0  # levels, root of the mean squared difference of both ends
 GAP = 0.25  # seconds; closer ones are one transition: out to black, and in from it
 
@@ -93,30 +94,26 @@ class DissolveDetector:
         if not BLENDS[0] < share < BLENDS[1]:
             return None
 
-        # How much of the smaller difference, to either end, the blend leaves.
-        total = float(middle @ middle)
-        left = total - share**2 * power
-        to_last = total - 2 * share * power + power
-        score = 1 - left / min(total, to_last) / (1 - SHARE) / 2
+        # The frames from a quarter to three quarters of the blend.
+        window = list(self._frames)[place - span : place + span + 1]
+        shares = np.array([(frame.coarse - first.coarse) @ whole for frame in window]) / power
+        quarter = int(np.argmax(shares > 0.25))
+        rest = int(np.argmax(shares > 0.75))
+        if rest - quarter < LEAST_FRAMES or np.diff(shares[quarter : rest + 1]).min() < 0:
+            return None
+        scores = [_score(frame.coarse - first.coarse, whole, power) for frame in window[quarter:rest]]
+        score = float(np.mean(scores))
         if score < FLOOR or (self._best is not None and score <= self._best.score):
             return None
         if explained(first.grey, last.grey) > UNLIKE:
             return None
-        return _Hit(round(score, 4), *self._extent(first, whole / power), self._number)
 
-    def _extent(self, first: _Frame, direction: np.ndarray) -> tuple[float, float]:
-        """Return where the blend begins and ends, by the times of a quarter and three quarters."""
-        shares = np.array([(frame.coarse - first.coarse) @ direction for frame in self._frames])
         times = np.array([frame.time for frame in self._frames])
-        begin = next(n for n, frame in enumerate(self._frames) if frame is first)
-        quarter = begin + int(np.argmax(shares[begin:] > 0.25))
-        rest = begin + int(np.argmax(shares[begin:] > 0.75))
-        half = (times[rest] + times[quarter]) / 2
-        length = max(times[rest] - times[quarter], 1e-3)
-        return (
-            float(times[np.abs(times - (half - length)).argmin()]),
-            float(times[np.abs(times - (half + length)).argmin()]),
-        )
+        half = (window[rest].time + window[quarter].time) / 2
+        length = window[rest].time - window[quarter].time
+        start = float(times[np.abs(times - (half - length)).argmin()])
+        end = float(times[np.abs(times - (half + length)).argmin()])
+        return _Hit(round(score, 4), start, end, self._number)
 
     def _close(self) -> None:
         """Report the best of the blends that follow one another."""
@@ -138,6 +135,15 @@ class DissolveDetector:
             cut["time"] = (cut["start"] + cut["end"]) / 2
             cut["score"] = max(before["score"], cut["score"])
         self.cuts.append(cut)
+
+
+def _score(middle: np.ndarray, whole: np.ndarray, power: float) -> float:
+    """Return how much of the smaller difference to either end a blend explains, 0.5 at SHARE."""
+    total = float(middle @ middle)
+    along = float(middle @ whole)
+    left = total - along**2 / power
+    to_last = total - 2 * along + power
+    return 1 - left / min(total, to_last) / (1 - SHARE) / 2
 
 
 def _coarse(grey: np.ndarray) -> np.ndarray:
