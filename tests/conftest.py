@@ -3,12 +3,15 @@
 All of it is set before anything imports jax or vdx.
 """
 
+import fcntl
 import os
 import tempfile
 
-COUNT = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}".strip()
+from tests.xla_flags import COMPILE_FAST, EIGHT_DEVICES
+
+for flag in (COMPILE_FAST, EIGHT_DEVICES):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Each program runs a few times: LLVM's optimizations would double the time of the whole suite.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -96,8 +99,16 @@ def workdir(tmp_path_factory):
     """
     from tests.micro_run import MICRO, command
 
-    path = tmp_path_factory.mktemp("run") / "micro"
-    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={path}", *MICRO)
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one run for all workers
+        base = base.parent
+    path = base / "micro"
+    done = base / "micro_done"
+    with open(base / "micro_lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={path}", *MICRO)
+            done.touch()
     return path
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.xla_flags import COMPILE_FAST
 from vdx.config.loader import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ MICRO = [
     "--config.model.backbone.depth=2",
     "--config.model.backbone.heads=2",
     "--config.sample.steps=3",
+    "--config.sample.batch=2",  # of all drawn clips, so that one program draws them
     "--config.train.sample_prompts=('a red circle moves right', 'a blue square turns')",
 ]
 # Python in which torch and TensorFlow, which the core path does not need, are not installed.
@@ -51,7 +53,7 @@ def config(*extra: str) -> dict:
 
 def command(module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
     """Run a vdx command as a user does, on one device, with torch and TensorFlow blocked."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": COMPILE_FAST, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", BLOCK, module, *args],
         cwd=ROOT,

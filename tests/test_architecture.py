@@ -1,6 +1,7 @@
 """The structure: which way imports go, what configs may import, and what an install brings."""
 
 import ast
+import functools
 import tomllib
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def part(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,6 +1,7 @@
 """Only regular files are opened, and none is read beyond its bound."""
 
 import codecs
+import io
 import json
 import math
 import os
@@ -9,10 +10,12 @@ import socket
 import numpy as np
 import pytest
 
+from vdx import files
 from vdx.files import (
     FileError,
     append_rows,
     check_regular_file,
+    file_stamp,
     open_regular,
     parse_json,
     read_bounded,
@@ -61,6 +64,37 @@ def test_a_regular_file_is_read_through_links_and_to_its_bound(tmp_path):
     with pytest.raises(FileError, match="file is longer than 4 bytes"):
         read_bounded(tmp_path / "file", 4)
     assert read_bounded(tmp_path / "file", 1 << 60) == b"12345"  # reserves no more than it reads
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_that_becomes_another_kind_between_check_and_opening(kind, make, monkeypatch):
+    """Without waiting for somebody who writes into the pipe."""
+    path = make(kind)
+    monkeypatch.setattr(files, "check_regular_file", lambda path: 0)
+    with pytest.raises(FileError, match=f"{path.name} is a {kind}; only regular files"):
+        open_regular(path)
+
+
+def test_a_file_that_grows_is_read_to_its_bound_and_no_further(monkeypatch):
+    class Endless(io.BytesIO):
+        left = 3
+
+        def read(self, size):
+            self.left -= 1
+            assert self.left >= 0
+            return bytes(size)
+
+    monkeypatch.setattr(files, "open_regular", lambda path: Endless())
+    with pytest.raises(FileError, match=r"log is longer than 2,000,000 bytes"):
+        read_bounded("log", 2_000_000)
+
+
+def test_a_stamp_is_of_the_file_that_a_name_leads_to(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert file_stamp(tmp_path / "a") == file_stamp(tmp_path / "link")
+    assert file_stamp(tmp_path / "a") == (5, (tmp_path / "a").stat().st_mtime_ns)
+    assert file_stamp(tmp_path / "absent") is None and file_stamp("a\0b") is None
 
 
 def test_names_that_no_file_can_have(tmp_path):
@@ -172,6 +206,13 @@ def test_rows_of_a_log_skip_half_lines_and_keep_numbers_that_are_not_finite(tmp_
     append_rows(path, [{"step": 2}])
     assert read_rows(path) == [{"step": 1}, {"loss": math.inf}, {"step": 2}]
     assert read_rows(tmp_path / "absent.jsonl") == []
+
+
+def test_a_row_beyond_the_bound_is_skipped_with_all_of_its_line(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\n' + " " * 20 + '{"b": 2}\n{"c": 3}')
+    monkeypatch.setattr(files, "MOST_JSON_BYTES", 20)
+    assert read_rows(path) == [{"a": 1}, {"c": 3}]
 
 
 # Arrays

@@ -12,6 +12,7 @@ from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.flops import traced
 from vdx.hardware import CHIPS, chip_of
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.models.transformer import Transformer
 from vdx.models.unet.unet import UNet
 from vdx.types import Ports
@@ -34,19 +35,28 @@ CASES = {
 def forward(model, clip, ports):
     """(function, its arguments as shapes)"""
     args = shape(1, *clip), shape(1), ports
-    return model.apply, (jax.eval_shape(model.init, jax.random.key(0), *args), *args)
+    return model.apply, ({"params": init_shapes(model, *args)}, *args)
+
+
+def make(case):
+    fields = CASES[case][0]
+    return functools.partial(Transformer, channels=4, width=384, heads=6, attention="xla", **fields)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_formula_is_what_xla_counts_and_what_is_traced(case):
+def test_the_formula_is_what_xla_counts(case):
     """XLA counts a scanned layer once, and a few percent that is no matrix product."""
-    fields, clip, ports = CASES[case]
-    make = functools.partial(Transformer, channels=4, width=384, heads=6, attention="xla", **fields)
-    once = make(depth=len(make().dims().pattern))
+    _, clip, ports = CASES[case]
+    once = make(case)(depth=len(make(case)().dims().pattern))
     run, args = forward(once, clip, ports)
     counted = jax.jit(run).lower(*args).cost_analysis()["flops"]
     assert 1 <= counted / once.flops(clip, ports) < 1.04
-    deep = make(depth=4)
+
+
+@pytest.mark.parametrize("case", ["text", "control"])
+def test_the_formula_of_many_layers_is_what_is_traced(case):
+    _, clip, ports = CASES[case]
+    deep = make(case)(depth=4)
     run, args = forward(deep, clip, ports)
     assert traced(run, *args) == pytest.approx(deep.flops(clip, ports), rel=1e-6)
 
@@ -88,7 +98,7 @@ def test_convolutions(kernel, stride):
     """Here padding is counted as if it were pixels, which XLA leaves out."""
     conv = nn.Conv(16, kernel, stride)
     x = shape(1, 16, 32, 32, 8)
-    params = jax.eval_shape(conv.init, jax.random.key(0), x)
+    params = {"params": init_shapes(conv, x)}
     counted = jax.jit(conv.apply).lower(params, x).cost_analysis()["flops"]
     assert 1 <= traced(conv.apply, params, x) / counted < 1.15
 
@@ -106,7 +116,7 @@ def test_a_denoiser_is_its_network_and_its_conditions(config, at_root):
     batch = jax.eval_shape(lambda: model.conditioning.dummy_batch(clip))
     if "embeddings" in model.signals:
         batch |= {"text": shape(1, 256, 4096), "text_mask": jax.ShapeDtypeStruct((1, 256), bool)}
-    params = jax.eval_shape(model.new_params, jax.random.key(0))
+    params = new_shapes(model)
     assert model.flops(clip, 256) == pytest.approx(
         traced(whole, params, shape(1, *clip), batch), rel=1e-6
     )

@@ -55,9 +55,13 @@ class Stubs:
         self.add("sleep")
 
     def add(self, name: str, body: str = "") -> None:
+        # Only what the body needs: stubs are called hundreds of times.
+        modules = [name for name in ("shutil", "subprocess", "time") if f"{name}." in body]
+        folder = f"pathlib.Path({str(self.here)!r})" if "here" in body or "next_of" in body else ""
+        modules += ["pathlib"] if folder else []
         (self.bin / name).write_text(f"""#!{sys.executable} -SE
-import json, os, pathlib, shutil, signal, subprocess, sys, time
-here, args = pathlib.Path({str(self.here)!r}), sys.argv[1:]
+import {", ".join(["json", "os", "signal", "sys", *modules])}
+here, args = {folder or None}, sys.argv[1:]
 
 def next_of(name):      # the next word of a file
     words = (here / name).read_text().split()
@@ -69,7 +73,7 @@ def end(code):          # as a shell would see it
         os.kill(os.getpid(), code - 128)
     sys.exit(code)
 
-with open(here / "calls", "a") as file:
+with open({str(self.here / "calls")!r}, "a") as file:
     file.write(json.dumps([{name!r}, *args]) + "\\n")
 {body}
 """)

@@ -1,6 +1,5 @@
 """The whole path at a very small size: train, resume, sample, evaluate, report."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -60,11 +59,22 @@ def test_bins_average_to_the_loss(workdir):
 
 
 def test_resume_is_exact(workdir, tmp_path):
-    """6 steps = 4 steps + the same command again, in every bit of weights and of losses."""
+    """6 steps = 4 steps + the same command again, in every bit of weights and of losses.
+
+    What is drawn and evaluated of the result is left out.
+    """
     halved = tmp_path / "halved"
     shutil.copytree(workdir, halved)
     shutil.rmtree(halved / "checkpoints" / "6")
-    command("vdx.main", "--config=configs/t2v_tiny.py", f"--workdir={halved}", *MICRO)
+    loss = {"loss": read_json(workdir / "config.json")["eval"]["loss"]}
+    command(
+        "vdx.main",
+        "--config=configs/t2v_tiny.py",
+        f"--workdir={halved}",
+        *MICRO,
+        f"--config.eval={loss}",
+        "--config.train.sample_every=0",
+    )
     assert weights(halved) == weights(workdir)
     whole, parts = (
         {
@@ -103,45 +113,21 @@ def weights(workdir: Path) -> str:
         return open_params(experiment, workdir, mesh)[2]
 
 
-def test_sample_and_make_again(workdir, tmp_path):
-    """The manifest alone makes the same clip again, bit for bit."""
-    out, array = tmp_path / "out.mp4", tmp_path / "x.npy"
-    command(
-        "vdx.sample",
-        f"--workdir={workdir}",
-        "--prompt=a red circle moves right",
-        f"--out={out}",
-        f"--save_array={array}",
-        "--seed=5",
-        "--steps=4",
-        "--fps=4",
-    )
-    manifest = read_json(out.with_suffix(".json"))
-    assert manifest["request"]["seed"] == 5 and manifest["request"]["sampling"]["steps"] == 4
-    assert manifest["request"]["fps"] == 4.0
-    again, array2 = tmp_path / "again.mp4", tmp_path / "y.npy"
-    command(
-        "vdx.sample",
-        f"--workdir={workdir}",
-        f"--from_manifest={out.with_suffix('.json')}",
-        f"--out={again}",
-        f"--save_array={array2}",
-    )
-    np.testing.assert_array_equal(np.load(array), np.load(array2))
-    assert out.read_bytes() == again.read_bytes()
-    assert np.load(array).shape == (1, 8, 32, 32, 3)
-
-
-def test_sample_from_a_file_of_prompts(workdir, tmp_path):
+def test_sample_from_a_file_of_prompts_and_make_again(workdir, tmp_path):
+    """The manifest alone makes the same clips again, bit for bit."""
     prompts = tmp_path / "prompts.txt"
     lines = "a blue square moves up\r\n\r\na green\u2028cross grows\r\n"
     prompts.write_bytes(lines.encode("utf-16"))
-    out = tmp_path / "clips"
+    out, array = tmp_path / "clips", tmp_path / "x.npy"
     command(
         "vdx.sample",
         f"--workdir={workdir}",
         f"--prompts_file={prompts}",
         f"--out={out}",
+        f"--save_array={array}",
+        "--seed=5",
+        "--steps=4",
+        "--fps=4",
         "--sampler=euler",
         "--num_frames=16",
     )
@@ -150,108 +136,64 @@ def test_sample_from_a_file_of_prompts(workdir, tmp_path):
         "a blue square moves up",
         "a green\u2028cross grows",
     ]
-    assert (out / "001.mp4").stat().st_size > 0
+    request = manifest["request"]
+    assert (request["seed"], request["fps"], request["num_frames"]) == (5, 4.0, 16)
+    assert (request["sampling"]["steps"], request["sampling"]["sampler"]) == (4, "euler")
 
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--prompt=x", "--sampler=dpm"], "Did you mean"),
-        (["--prompt=x", "--num_frames=7"], "multiples of the patch"),
-        ([], "--prompt"),
-    ],
-)
-def test_bad_requests_are_explained(workdir, tmp_path, args, message):
-    done = command(
-        "vdx.sample", f"--workdir={workdir}", f"--out={tmp_path / 'o.mp4'}", *args, check=False
-    )
-    assert done.returncode != 0 and message in done.stderr
-    assert not (tmp_path / "o.mp4").exists()
-
-
-def test_other_weights_than_the_manifests_are_refused(workdir, tmp_path):
-    manifest = tmp_path / "m.json"
-    manifest.write_text(
-        json.dumps(
-            {
-                "request": {
-                    "prompts": ["x"],
-                    "seed": 0,
-                    "num_frames": 8,
-                    "fps": 8.0,
-                    "sampling": {"sampler": "euler"},
-                },
-                "weights": {
-                    "workdir": str(workdir),
-                    "step": 6,
-                    "item": "ema",
-                    "identity": "0" * 64,
-                },
-            }
-        )
-    )
-    done = command(
+    again, array2 = tmp_path / "again", tmp_path / "y.npy"
+    command(
         "vdx.sample",
         f"--workdir={workdir}",
-        f"--from_manifest={manifest}",
-        f"--out={tmp_path / 'o.mp4'}",
-        check=False,
+        f"--from_manifest={out / 'manifest.json'}",
+        f"--out={again}",
+        f"--save_array={array2}",
     )
-    assert done.returncode != 0 and "not those of the manifest" in done.stderr
+    np.testing.assert_array_equal(np.load(array), np.load(array2))
+    assert np.load(array).shape == (2, 16, 32, 32, 3)
+    for name in ("000.mp4", "001.mp4"):
+        assert (out / name).read_bytes() == (again / name).read_bytes() != b""
 
 
-@pytest.mark.slow
-def test_one_compile_for_the_run(tmp_path, monkeypatch):
-    """Three batches, one program: nothing about a batch may reach the compiler."""
-    made = []
+@pytest.fixture
+def traced(monkeypatch):
+    """Has an entry for each time that the step of a run of this test is traced."""
+    traces = []
     real = compile_module.make_train_step
 
     def counting(*args, **kwargs):
         step = real(*args, **kwargs)
 
-        def traced(*a):
-            made.append(1)
+        def traced_step(*a):
+            traces.append(1)
             return step(*a)
 
-        return traced
+        return traced_step
 
     monkeypatch.setattr(compile_module, "make_train_step", counting)
-    run(
-        config(
-            "--config.train.steps=3",
-            "--config.eval={'loss': None}",
-            "--config.mesh.data=1",
-            "--config.mesh.fsdp=8",
-            "--config.train.sample_every=0",
-            "--config.train.save_every=0",
-        ),
-        tmp_path / "once",
-        PreemptionHandler(),
-    )
-    assert len(made) == 1
+    return traces
 
 
 @pytest.mark.slow
 def test_buckets_train_and_resume_exactly(tmp_path):
-    """Three shapes, three programs; 5 steps = 3 steps and the rest, in every bit."""
+    """Two shapes, two programs; 3 steps = 2 steps and the rest, in every bit."""
     made = config(
-        "--config.train.steps=5",
-        "--config.eval={'loss': {'every': 5, 'clips': 8}}",
+        "--config.train.steps=3",
+        "--config.eval={'loss': {'every': 3, 'clips': 8, 'times': (0.5,)}}",
+        "--config.data.mean=-0.8",
         "--config.train.sample_every=0",
-        "--config.train.save_every=1",
+        "--config.train.save_every=2",
         "--config.train.log_every=1",
         "--config.train.max_to_keep=9",
         "--config.model.backbone.depth=1",
-        "--config.data.loader.buckets=((8, 32, 32, 16), (16, 32, 32, 8), (8, 16, 32, 32))",
+        "--config.data.loader.buckets=((16, 32, 32, 8), (8, 16, 32, 32))",
     )
     run(made, tmp_path / "whole", PreemptionHandler())
     rows = [r for r in read_rows(tmp_path / "whole" / "metrics.jsonl") if "train/loss" in r]
     assert all(np.isfinite(r["train/loss"]) for r in rows)
     per_clip = [r["speed/tokens_per_s"] / r["speed/clips_per_s"] for r in rows]
-    np.testing.assert_allclose(per_clip, [64, 128, 32, 64, 128], rtol=1e-3)
+    np.testing.assert_allclose(per_clip, [128, 32, 128], rtol=1e-3)
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
-    for step in ("4", "5"):
-        shutil.rmtree(tmp_path / "halved" / "checkpoints" / step)
+    shutil.rmtree(tmp_path / "halved" / "checkpoints" / "3")
     run(made, tmp_path / "halved", PreemptionHandler())
     assert weights(tmp_path / "halved") == weights(tmp_path / "whole")
     again = {
@@ -264,8 +206,11 @@ def test_buckets_train_and_resume_exactly(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t2v_base", "i2v_base"])
-def test_the_base_configs_train_from_cached_latents(name, tmp_path):
-    """Shrunk by `:smoke`, on eight devices, through the whole entrypoint."""
+def test_the_base_configs_train_from_cached_latents(name, tmp_path, traced):
+    """Shrunk by `:smoke`, on eight devices, through the whole entrypoint.
+
+    Three batches, one program: nothing about a batch may reach the compiler.
+    """
     rng = np.random.default_rng(0)
     more = {"t2v_base": {}, "i2v_base": {"image_tokens": (5, 16), "motion": ()}}[name]
     meta = {"latents": [4, 8, 8, 4], "text": [6, 32]}
@@ -288,12 +233,14 @@ def test_the_base_configs_train_from_cached_latents(name, tmp_path):
         metadata=meta,
     )
     base = resolve(
-        str(ROOT / "configs" / f"{name}.py:smoke"), [f"--config.data.path={tmp_path / 'data'}"]
+        str(ROOT / "configs" / f"{name}.py:smoke"),
+        [f"--config.data.path={tmp_path / 'data'}", "--config.eval.loss.times=(0.5,)"],
     )
     run(base, tmp_path / "run", PreemptionHandler())
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
     assert sorted(losses) == [1, 2, 3] and np.isfinite(list(losses.values())).all()
+    assert len(traced) == 1
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -311,6 +258,8 @@ def test_the_tiny_configs_run(name, tmp_path):
         [
             *micro,
             "--config.train.sample_every=0",
+            "--config.train.save_every=6",
+            "--config.data.mean=-0.8",
             f"--config.eval={rows}",
         ],
     )

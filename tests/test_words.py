@@ -4,6 +4,7 @@ A file fails once, with every place in it: `file:line: word -> what to write`.
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -109,6 +110,7 @@ FIELDS = 3  # `field: meaning` pairs in one paragraph of a docstring
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PATTERNS = {re.compile(rf"\b(?:{words})\b", re.IGNORECASE): to for words, to in WORDS.items()}
 ANY_WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
+ANY_NAME = re.compile(rf"(?:{'|'.join(NAMES)})")
 NAME_PATTERNS = {re.compile(rf"(?:{names})"): to for names, to in NAMES.items()}
 
 FOLDERS = ["vdx", "configs", "docs", "launch", "benchmarks", "colab"]
@@ -159,10 +161,20 @@ def pieces(path: Path, text: str) -> Iterator[Piece]:
             yield Piece(number, quoted, is_name=True)
 
 
+@functools.cache
+def is_suspect(text: str, is_name: bool) -> bool:
+    """Return whether a text may hold a given-up word: one search each for the long tables."""
+    if not is_name:
+        return bool(ANY_WORD.search(text.replace("_", " ")))
+    return bool(ANY_NAME.fullmatch(text) or ANY_WORD.search(spaced(text)))
+
+
 def words_of(path: Path, text: str) -> list[str]:
     """List the given-up words of a file."""
     found = []
     for piece in pieces(path, text):
+        if not is_suspect(piece.text, piece.is_name):
+            continue
         names = [
             f"{name(path)}:{piece.line}: {piece.text} -> {to}"
             for pattern, to in NAME_PATTERNS.items()
@@ -175,8 +187,6 @@ def words_of(path: Path, text: str) -> list[str]:
         read = piece.text.replace("_", " ")
         if piece.is_name:
             read = spaced(piece.text)
-        if not ANY_WORD.search(read):  # one search for most texts: the table has many rows
-            continue
         for pattern, to in PATTERNS.items():
             for match in pattern.finditer(read):
                 if (name(path), match[0].lower()) not in ALLOWED:

@@ -16,10 +16,12 @@ WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "walks", "the", "street", "blurre
 PROMPT, NEGATIVE = "a cat walks  the street", "blurred grey"
 FRAMES, HEIGHT, WIDTH, STEPS = 9, 32, 48, 5
 REFERENCES = 2
+# Light VAEs: test_video_vae.py compares those with all kinds of layers.
 VAE = {
     "base_dim": 8,
     "z_dim": 4,
-    "num_res_blocks": 1,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 0,
     "latents_mean": [0.1, -0.2, 0.3, 0.0],
     "latents_std": [1.5, 0.7, 1.0, 2.0],
 }

@@ -75,6 +75,19 @@ def open_regular(path: str | Path) -> BufferedReader:
         raise
 
 
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """Return (bytes, time of the last change in ns) of a file, or None.
+
+    None is for a file that cannot be accessed. A file that is replaced under its name has another
+    stamp. Links are followed.
+    """
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return facts.st_size, facts.st_mtime_ns
+
+
 def _check_kind(path: str | Path, status: os.stat_result) -> None:
     """Raise FileError for whatever is no regular file."""
     kind = stat.S_IFMT(status.st_mode)
@@ -265,7 +278,7 @@ def _kind_of(value: Any) -> str:
 def excerpt(text: str) -> str:
     """Return the beginning of a stranger's text in quotes, safe to print."""
     head = text[:MOST_EXCERPT]
-    quoted = repr(head) if head.isprintable() else ascii(head)
+    quoted = repr(head)  # escapes whatever is not printable
     return quoted if head == text else f"{quoted}..."
 
 
@@ -273,16 +286,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the JSON objects of a file that has one a line.
 
     A missing file has none. Lines that are no JSON object are skipped: a killed run may have left
-    half a line.
+    half a line. So is the rest of a line beyond the bound.
     """
     if not path.is_file():
         return []
 
     rows = []
     with open_regular(path) as file:
-        for line in iter(lambda: file.readline(MOST_JSON_BYTES), b""):
-            with contextlib.suppress(FileError):
-                rows.append(parse_json(line.decode("utf-8", "replace"), path, finite=False))
+        is_rest = False
+        for piece in iter(lambda: file.readline(MOST_JSON_BYTES), b""):
+            if not is_rest:
+                with contextlib.suppress(FileError):
+                    rows.append(parse_json(piece.decode("utf-8", "replace"), path, finite=False))
+            is_rest = not piece.endswith(b"\n")
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -304,7 +320,7 @@ def read_npy(path: str | Path) -> np.ndarray:
         message = excerpt(str(error) or type(error).__name__)
         raise FileError(f"{path} is not a .npy file of one array: {message}.") from error
 
-    if dtype.kind not in "biuf" or dtype.shape:
+    if dtype.kind not in "biuf":  # an entry that is itself an array is of kind V
         raise FileError(f"{path} holds entries of type {excerpt(str(dtype))}, expected numbers.")
     try:
         needed = start + array_bytes(shape, dtype.itemsize)

@@ -1,5 +1,6 @@
 """`vdx.load`: from a workdir or a folder of pretrained weights to a Pipeline."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from vdx.generate.run_pipeline import ClipDefaults, LoadedWeights, RunPipeline
 from vdx.interop.pretrained import INDEX
 from vdx.parallel import MeshSpec
 from vdx.train.checkpoint import locate
-from vdx.types import Params
 from vdx.weights import open_params
 
 CONFIG = "config.json"  # of a workdir
@@ -106,14 +106,14 @@ def run_pipeline(
     return RunPipeline(experiment.generator(), mesh, defaults, load_weights, workdir)
 
 
-def params_pipeline(
-    experiment: Experiment, mesh: Mesh, params: Params | None = None
-) -> RunPipeline:
-    """Return a pipeline for parameters in memory, for training and evaluation.
+@functools.lru_cache(maxsize=1)
+def params_pipeline(experiment: Experiment, mesh: Mesh) -> RunPipeline:
+    """Return the pipeline of training and evaluation, whose parameters are in memory.
 
-    params: None if `RunPipeline.with_params` gives them later.
+    `RunPipeline.with_params` gives them. The samples and the evaluators of an experiment share it,
+    so that equal programs are compiled once.
     """
-    return run_pipeline(experiment, mesh, lambda: LoadedWeights(params or {}, None))
+    return run_pipeline(experiment, mesh, lambda: LoadedWeights({}, None))
 
 
 def _open_run(

@@ -25,6 +25,7 @@ from vdx.models.adapters.lora import Lora, add_deltas, dense_kernels
 from vdx.models.adapters.trainable import Trainable, overlay
 from vdx.models.conditioning.text_signals import NULL, Embeddings
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes, trace_once
 from vdx.train.checkpoint import Checkpoints, RestoredParams, locate
 from vdx.train.checkpoint_match import CheckpointError, check_base
 from vdx.train.checksum import digest, whole_digest
@@ -60,14 +61,15 @@ class StartingWeights:
     @functools.cached_property
     def shapes(self) -> Params:
         """The network's parameters, abstract; raises ConfigError if it cannot be built."""
-        return jax.eval_shape(self.model.new_params, jax.random.key(0))
+        return new_shapes(self.model)
 
     @functools.cached_property
     def kernels(self) -> dict[str, Any]:
         """path -> abstract kernel that adapters act on; empty without adapters."""
         if not isinstance(self.trained_part, Lora):
             return {}
-        return self.trained_part.select_kernels(dense_kernels(self.model.new_params))
+        trace = lambda: dense_kernels(self.model.new_params)
+        return self.trained_part.select_kernels(trace_once(self.model, ("kernels",), trace))
 
     def new_params(self, key: PRNGKeyArray) -> Params:
         """Return new values of what is trained: all parameters, some, or adapters."""

@@ -4,13 +4,13 @@ import copy
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from vdx.config.build import ConfigError
 from vdx.config.loader import is_override, parse_value, resolve
 from vdx.evaluation.table import make_rows
 from vdx.experiment import Experiment
+from vdx.models.denoiser import Denoiser
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(str(p) for p in FOLDER.glob("*.py") if p.stem != "prepare")  # of experiments
@@ -123,8 +123,7 @@ def test_overrides_are_told_from_flags(arg, is_one):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: Path(p).stem)
 def test_every_config_is_an_experiment(path):
     experiment = Experiment(resolve(path, []))
-    params = jax.eval_shape(experiment.model.new_params, jax.random.key(0))
-    assert jax.tree.leaves(params) and experiment.tx
+    assert experiment.shapes and experiment.tx
     again = Experiment(json.loads(json.dumps(experiment.config)))  # as the workdir keeps it
     assert again.model == experiment.model and again.optimizer == experiment.optimizer
 
@@ -185,3 +184,19 @@ def test_a_typo_anywhere_names_what_was_meant(config, key, value, nearest):
     place[last] = value
     with pytest.raises(ConfigError, match=rf"Did you mean '{nearest}'\?"):
         make_rows(Experiment(config).eval)
+
+
+def test_equal_models_are_traced_once(at_root, monkeypatch):
+    traces = []
+    new_params = Denoiser.new_params
+    monkeypatch.setattr(
+        Denoiser, "new_params", lambda self, key: traces.append(1) or new_params(self, key)
+    )
+    tiny = [f"--config.model.backbone.{field}" for field in ("width=24", "depth=1", "heads=3")]
+    config = resolve("configs/t2v_tiny.py", tiny)
+    first, again = Experiment(config), Experiment(copy.deepcopy(config))
+    assert first.shapes == again.shapes and len(traces) == 1
+    # 24.0 equals 24, and is refused all the same.
+    config["model"]["backbone"]["width"] = 24.0
+    with pytest.raises(ConfigError, match=r"width = 24\.0"):
+        Experiment(config)

@@ -6,11 +6,19 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from absl import flags
 
 from tests.config.test_reference import CLASSES
-from vdx.config.build import ConfigError, configurable_fields, convert, fill, type_name
+from vdx.config.build import (
+    ConfigError,
+    check_entries,
+    configurable_fields,
+    convert,
+    fill,
+    type_name,
+)
 from vdx.config.ranges import (
     MAX_FLOAT,
     MAX_INT,
@@ -20,9 +28,12 @@ from vdx.config.ranges import (
     Fraction,
     Index,
     Interval,
+    Length,
+    LevelBlocks,
     NonNegative,
     OneOf,
     Positive,
+    PositiveFraction,
     Seed,
     define_number,
 )
@@ -119,6 +130,10 @@ def test_defaults_keep_to_their_ranges(row):
     assert convert(row, defaults, "config.x", required) == defaults
 
 
+def test_bounds_are_those_of_the_numbers_of_devices():
+    assert np.iinfo(np.int32).max == MAX_INT and np.finfo(np.float32).max == MAX_FLOAT
+
+
 @dataclasses.dataclass(frozen=True)
 class Toy:
     mode: Literal["fast", "slow"] = "fast"
@@ -128,6 +143,7 @@ class Toy:
     sizes: tuple[Count, ...] | Count = 1
     scales: dict[str, Finite] = dataclasses.field(default_factory=dict)
     rate: Fraction | None = None
+    levels: Annotated[tuple[Count, ...], Length(2)] = ()
 
 
 TABLE = {"red": 1, "green": 2}
@@ -145,12 +161,31 @@ TABLE = {"red": 1, "green": 2}
         ("mesh", 0, r"config\.t\.mesh = 0 is out of range, expected -1 \| int >= 1"),
         ("sizes", [4, 0], r"config\.t\.sizes = 0 is out of range, expected int >= 1"),
         ("scales", {"a": math.nan}, r"config\.t\.scales\.a = nan is not a finite number"),
+        ("levels", [1, 1, 1], r"levels = .*, expected tuple\[int >= 1, \.\.\.\] of at most 2"),
+        ("levels", [1, 0], r"config\.t\.levels = 0 is out of range"),
         ("rate", 2, r"config\.t\.rate = 2\.0 is out of range, expected float in \[0, 1\]"),
     ],
 )
 def test_messages_of_choices_unions_and_mappings(key, value, message):
     with pytest.raises(ConfigError, match=message):
         fill(Toy, {key: value}, "config.t")
+
+
+def test_entries_of_strangers_are_checked_as_fields_are():
+    hints = {"size": Count, "inside": {"size": Count}}
+    check_entries({"size": 1, "inside": {"size": 1, "other": "x"}, "other": []}, hints, "file")
+    for entries, reason in (
+        ({"size": 0}, "file: size = 0 is out of range, expected int >= 1"),
+        ({"inside": {"size": None}}, "file: inside: size = None is NoneType, expected int"),
+        ({"inside": []}, r"file: inside = \[\] is list, expected dict"),
+        ({"size": "a" * 10**6}, r"file: size = 'a{499}\.\.\. is str"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_entries(entries, hints, "file")
+
+
+def test_a_list_may_be_as_long_as_its_limit():
+    assert fill(Toy, {"levels": [1, 2]}, "config.t").levels == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +199,8 @@ def test_messages_of_choices_unions_and_mappings(key, value, message):
         (NonNegative, "float >= 0"),
         (Fraction, "float in [0, 1]"),
         (Decay, "float in [0, 1)"),
+        (PositiveFraction, "float in (0, 1]"),
+        (LevelBlocks, "int in [1, 8]"),
         (tuple[Count, ...] | None, "tuple[int >= 1, ...] | None"),
     ],
 )

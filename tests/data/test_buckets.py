@@ -1,14 +1,18 @@
 """Every clip is in the bucket nearest to it, and every bucket has its turns."""
 
 import dataclasses
+import json
+import os
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from vdx.data.buckets import MAX_CYCLE, ClipShape, bucket_cycle, nearest_bucket
+from tests.data.test_video_files import make_clip
+from vdx.data.buckets import MAX_CYCLE, ClipShape, bucket_cycle, nearest_bucket, plan_buckets
 from vdx.data.pipeline import DataError, make_loader
 from vdx.data.record import BadRecord, Record
+from vdx.data.sources import VideoFolder
 from vdx.data.stream import BatchShape
 from vdx.data.transforms import ClipSampling, to_example
 from vdx.files import read_json, write_json
@@ -274,3 +278,40 @@ def test_shapes_are_read_once_and_kept_for_the_next_start(tmp_path):
     for rows in ([None], 3, [[8, 12]] * 14, [[0, 12, 20]] * 14, [["8", 12, 20]] * 14):
         write_json(path, {"identity": stored["identity"], "shapes": rows})
         same(take(loader(threads=0, shapes_file=path), 8), whole)
+
+
+@pytest.mark.parametrize("change", ["size", "time", "target of a link"])
+def test_a_file_replaced_under_its_name_is_read_again(tmp_path, change):
+    """Its shape decides its bucket; the others are the same files."""
+    root = tmp_path / "clips"
+    root.mkdir()
+    stored = tmp_path / "clip_shapes.json"
+    for name in ("a.mp4", "b.mp4"):
+        make_clip(tmp_path / name, np.arange(20) / 8, range(20))
+        (root / name).symlink_to(tmp_path / name)
+    rows = [{"file_name": name, "caption": name} for name in ("a.mp4", "b.mp4")]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    buckets = [BatchShape(1, 16, (8, 8)), BatchShape(1, 4, (8, 8))]
+
+    def members():
+        plan = plan_buckets(VideoFolder(str(root)), buckets, CLIP, 1, stored)
+        return {bucket.frames: found.tolist() for bucket, found in plan.members.items()}
+
+    assert members() == {16: [0, 1]}
+    before = stored.read_bytes()
+    assert members() == {16: [0, 1]} and stored.read_bytes() == before
+
+    facts = (tmp_path / "b.mp4").stat()
+    make_clip(tmp_path / "new.mp4", np.arange(6) / 8, range(6))
+    if change == "target of a link":
+        (root / "b.mp4").unlink()
+        (root / "b.mp4").symlink_to(tmp_path / "new.mp4")
+    else:
+        os.replace(tmp_path / "new.mp4", tmp_path / "b.mp4")
+    if change == "size":  # as tools do that keep the times of files
+        os.utime(tmp_path / "b.mp4", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    if change == "time":
+        with (tmp_path / "b.mp4").open("ab") as file:
+            file.write(bytes(facts.st_size - file.tell()))
+        assert (tmp_path / "b.mp4").stat().st_size == facts.st_size
+    assert members() == {16: [0], 4: [1]}

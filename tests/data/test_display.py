@@ -1,5 +1,6 @@
 """Decoded frames are shown as players show them: colours, alpha, pixel shape, orientation."""
 
+import struct
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -259,6 +260,83 @@ def test_pixel_shape_comes_before_the_turn(tmp_path):
     straight = read(write(tmp_path / "b.mov", [SMOOTH] * 2, "png", "rgb24", ratio=Fraction(2)))
     np.testing.assert_array_equal(got, np.rot90(straight))
     assert np.abs(resize(straight[None], 32, 48)[0].astype(int)[4:-4, 4:-4]).any()
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_videos_with_alpha_are_turned_too(tmp_path, codec):
+    corner = np.zeros((32, 64, 4), np.uint8)
+    corner[:16, :16] = (0, 0, 0, 255)
+    name, settings = "a.webm", {"auto-alt-ref": "0", "crf": "4"}
+    options = {"settings": settings, "turn": (90, False, False)}
+    got = read(write(tmp_path / name, [corner] * 3, codec, "yuva420p", **options))
+    dark = got[..., 0] < 128
+    np.testing.assert_array_equal(dark, np.rot90(corner[..., 3] == 255))
+
+
+def with_aperture(path, numbers):
+    """Write a clean aperture into the sample entry of a mov whose index is at the end."""
+    data = bytearray(path.read_bytes())
+    clap = struct.pack(">I4sIIIIiIiI", 40, b"clap", *numbers)
+    end = data.rfind(b"png ") - 4 + int.from_bytes(data[data.rfind(b"png ") - 4 :][:4])
+    data[end:end] = clap
+    for name in (b"png ", b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+        place = data.rfind(name, 0, end) - 4
+        length = int.from_bytes(data[place : place + 4])
+        data[place : place + 4] = (length + len(clap)).to_bytes(4)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "numbers, rows, columns",
+    [
+        ((32, 1, 24, 1, 0, 1, 0, 1), slice(4, 28), slice(8, 40)),
+        ((32, 1, 24, 1, -8, 1, 4, 1), slice(8, 32), slice(0, 32)),
+        ((63, 2, 20, 1, 1, 4, 0, 1), slice(6, 26), slice(8, 40)),  # of 31.5 pixels from 8.5 on
+        ((48, 1, 32, 1, 0, 1, 0, 1), slice(0, 32), slice(0, 48)),
+    ],
+)
+def test_a_clean_aperture_is_cut_out_before_the_turn(tmp_path, numbers, rows, columns):
+    path = write(tmp_path / "a.mov", [SMOOTH] * 2, "png", "rgb24", turn=(90, False, False))
+    with_aperture(path, numbers)
+    np.testing.assert_array_equal(read(path), np.rot90(SMOOTH[rows, columns]))
+
+
+def test_a_clean_aperture_outside_of_the_frame_is_refused(tmp_path):
+    path = write(tmp_path / "a.mov", [SMOOTH] * 2, "png", "rgb24")
+    with_aperture(path, (32, 1, 24, 1, 9, 1, 0, 1))
+    with pytest.raises(BadRecord, match="a clean aperture of 24x32 pixels at 4, 17 in frames of"):
+        read(path)
+
+
+# Interlacing -----------------------------------------------------------------------------------
+
+
+FIELDS = np.empty((48, 64, 3), np.uint8)  # two moments: dark above, then bright
+FIELDS[::2] = np.linspace(40, 100, 24).astype(np.uint8)[:, None, None]
+FIELDS[1::2] = 220
+
+
+@pytest.mark.parametrize("order", ["tff", "bff"])
+def test_an_interlaced_frame_shows_its_top_field(tmp_path, order):
+    settings = {"x264-params": f"{order}=1", "crf": "1"}
+    path = write(tmp_path / "a.mp4", [FIELDS] * 3, "libx264", "yuv444p", settings=settings)
+    got = read(path).astype(int)
+    assert np.abs(got[::2] - FIELDS[::2]).max() <= 2
+    between = (FIELDS[:-2:2].astype(int) + FIELDS[2::2]) / 2
+    assert np.abs(got[1:-1:2] - between).max() <= 2
+    assert np.abs(got[-1] - FIELDS[-2]).max() <= 2
+
+
+def test_the_lines_of_a_progressive_frame_stay(tmp_path):
+    path = write(tmp_path / "a.mkv", [FIELDS] * 2, "ffv1", "bgr0")
+    np.testing.assert_array_equal(read(path), FIELDS)
+
+
+def test_hevc_of_fields_is_refused(tmp_path):
+    settings = {"x265-params": "interlace=tff:log-level=none:pools=1:frame-threads=1"}
+    path = write(tmp_path / "a.mp4", [FIELDS] * 4, "libx265", "yuv420p", settings=settings)
+    with pytest.raises(BadRecord, match="interlaced HEVC"):
+        read(path)
 
 
 @pytest.mark.parametrize("transfer, white", [(16, 0.58), (18, 0.75)])

@@ -108,6 +108,30 @@ def test_what_links_reach_twice_is_read_once_under_its_own_name(tmp_path):
     assert sorted(unusable) == ["gone.mp4", "pipe.mp4", "self"]
 
 
+def test_of_two_names_with_captions_the_one_that_is_no_link_is_read(tmp_path):
+    put(tmp_path, "z.mp4", "z.txt", "b.txt")
+    (tmp_path / "b.mp4").symlink_to("z.mp4")  # sorts before "z.mp4"
+    listing = list_videos(tmp_path)
+    assert names(listing) == ["z.mp4"]
+    assert listing.left_out["files and folders that links reach twice"] == ["b.mp4"]
+
+
+def test_a_folder_that_cannot_be_opened_is_counted(tmp_path, monkeypatch):
+    put(tmp_path, "a.mp4", "a.txt", "shut/b.mp4", "shut/b.txt")
+    scandir = os.scandir
+
+    def scan(path):
+        if path == tmp_path / "shut":
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    listing = list_videos(tmp_path)
+    assert names(listing) == ["a.mp4"]
+    unusable = listing.left_out["broken links, pipes, devices or folders that cannot be opened"]
+    assert unusable == ["shut"]
+
+
 @pytest.mark.parametrize("stored, listed", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
 def test_names_match_in_every_unicode_form(tmp_path, stored, listed):
     names_of = {form: unicodedata.normalize(form, "Gänse für Zoë") for form in ("NFC", "NFD")}
@@ -147,6 +171,53 @@ def test_rows_are_compared_with_the_folder(tmp_path):
     }
     put(tmp_path, "new.mp4")
     assert list_videos(tmp_path).left_out["videos that no row names"] == ["new.mp4"]
+
+
+@pytest.mark.parametrize("caption", [{"caption": "x"}, {}], ids=["captioned", "not captioned"])
+@pytest.mark.parametrize(
+    "name", ["a.mp4", "./a.mp4", "sub//a.mp4", "also/a.mp4", ".a.mp4", "é.mp4"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "broken link", "missing", "file"])
+def test_whatever_a_row_names_is_counted_once(tmp_path, kind, name, caption):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "also").symlink_to("sub")
+    path = tmp_path / unicodedata.normalize("NFD", name)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "broken link":
+        path.symlink_to("nowhere")
+    elif kind == "file":
+        path.write_text("x")
+    row = {"file_name": unicodedata.normalize("NFC", name), **caption}
+    put(tmp_path, "metadata.jsonl", text=json.dumps(row))
+
+    listing = list_videos(tmp_path)
+    counted = [
+        one
+        for kind, names in listing.left_out.items()
+        for one in names
+        if kind != "files and folders that links reach twice"
+    ]
+    used = kind == "file" and bool(caption)
+    assert len(counted) == (0 if used else 1)
+    assert len(names(listing)) == len(caption)
+    if kind in ("pipe", "broken link") and not name.startswith("."):
+        assert listing.left_out["broken links, pipes, devices or folders that cannot be opened"]
+
+
+def test_a_name_that_no_file_can_have_is_refused_in_few_words(tmp_path):
+    row = {"file_name": "a" * 100_000 + ".mp4", "caption": "x"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1.*100004 characters") as caught:
+        VideoFolder(str(tmp_path))
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    row = {"file_name": "a.mp4", "caption": "\ufeffa red circle"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (entry,) = list_videos(tmp_path).entries
+    assert entry.caption == "a red circle"
 
 
 def test_a_caption_that_is_no_text_is_one_bad_record(tmp_path):

@@ -4,7 +4,9 @@ import io
 import os
 import struct
 import zlib
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -101,6 +103,66 @@ def test_16_bits_are_scaled(format):
     nearness = read_map(io.BytesIO(data))
     np.testing.assert_allclose(nearness, ramp / 65535, atol=1e-7)
     assert (np.diff(nearness.ravel()) > 0).all()
+
+
+def grey_tiff(levels, bits, photometric=1, sample_format=1):
+    """Return an uncompressed little-endian TIFF of levels [h w], packed by TIFF 6.0."""
+    height, width = levels.shape
+    if bits == 16:
+        data = levels.astype("<u2").tobytes()
+    else:
+        ones = levels[..., None] >> np.arange(bits)[::-1] & 1  # the highest bit comes first
+        data = np.packbits(ones.reshape(height, -1), axis=1).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data), 339: sample_format}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data += bytes(len(data) % 2)
+    directory = struct.pack("<H", len(tags)) + rows + bytes(4)
+    return io.BytesIO(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_a_tiff_of_every_depth_is_scaled_by_its_depth_or_refused(bits):
+    top = (1 << bits) - 1
+    ramp = np.rint(np.linspace(0, top, 64)).astype(int).reshape(4, 16)
+    if bits not in (1, 2, 4, 8, 12, 16):
+        with pytest.raises(ValueError, match="whose samples cannot be read: expected grey of"):
+            read_image(grey_tiff(ramp, bits))
+        return
+    np.testing.assert_array_equal(
+        read_image(grey_tiff(ramp, bits))[..., 0], np.rint(ramp / top * 255)
+    )
+    tolerance = 1e-7 if bits > 8 else 0.5 / 255
+    np.testing.assert_allclose(read_map(grey_tiff(ramp, bits)), ramp / top, atol=tolerance)
+
+
+def test_a_signed_or_inverted_deep_tiff():
+    ramp = np.linspace(0, 32767, 64).astype(int).reshape(4, 16)
+    signed = read_map(grey_tiff(ramp, 16, sample_format=2))
+    np.testing.assert_allclose(signed, ramp / 32767, atol=1e-7)
+    with pytest.raises(ValueError, match="16 bits a sample in which 0 is white: invert it"):
+        read_image(grey_tiff(ramp, 16, photometric=0))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_a_jpeg_2000_is_scaled_by_its_depth(bits):
+    top = (1 << bits) - 1
+    ramp = np.rint(np.linspace(0, top, 256)).reshape(16, 16)
+    codec = av.codec.CodecContext.create("jpeg2000", "w")
+    codec.width, codec.height, codec.time_base = 16, 16, Fraction(1, 1)
+    codec.pix_fmt = f"gray{bits}le" if bits > 8 else "gray"
+    codec.options = {"pred": "dwt53"}  # without loss
+    dtype = np.uint16 if bits > 8 else np.uint8
+    frame = av.VideoFrame(16, 16, codec.pix_fmt)
+    lines = np.zeros((16, frame.planes[0].line_size // dtype().itemsize), dtype)
+    lines[:, :16] = ramp
+    frame.planes[0].update(lines.tobytes())
+    frame.pts = 0
+    data = b"".join(map(bytes, [*codec.encode(frame), *codec.encode(None)]))
+    np.testing.assert_allclose(
+        read_map(io.BytesIO(data)), ramp / top, atol=1e-7 if bits > 8 else 0.5 / 255
+    )
+    assert read_image(io.BytesIO(data)).max() == 255
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.25, 0.75), (-3, 7), (0, 255), (1000, 1001)])

@@ -1,7 +1,11 @@
 """Folders of videos: captions that stay with their clips, splits, planted faults."""
 
+import hashlib
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -9,7 +13,9 @@ import pytest
 
 from tests.data.test_video_files import level, make_clip, noise_clip
 from vdx.config.build import ConfigError, build
+from vdx.data import sources
 from vdx.data.record import BadRecord
+from vdx.data.records import CLASS_KEYS
 from vdx.data.sources import SOURCES, Records, VideoFolder
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -63,7 +69,12 @@ def test_text_files_of_the_same_name_are_captions(tmp_path):
         ('{"file_name": "a.mp4", "score": 1e999}\n', "line 1 .* '1e999' is too large"),
         (f'{{"file_name": "a.mp4", "id": {10**30}}}\n', "line 1 .*more than 64 bits"),
         ("[" * 100_000, "line 1 .*nested more than 64 deep"),
+        (
+            f'{{"file_name": "a.mp4", "sha256": "{"0" * 65}"}}\n',
+            "line 1: \"sha256\" is '0+', expected 64",
+        ),
         ('{"caption": "x"}\n', 'line 1 has no "file_name"'),
+        ('{"file_name": ""}\n', 'line 1 has no "file_name"'),
         ("[1]\n", 'line 1 has no "file_name"'),
         ('{"file_name": "a.mp4", "sha256": "ABC"}\n', "line 1: \"sha256\" is 'ABC', expected 64"),
     ],
@@ -130,6 +141,99 @@ def test_a_file_that_cannot_be_used_is_a_bad_record(tmp_path, fault, reason):
     folder = VideoFolder(listed(tmp_path, [{"file_name": "bad.mp4", "caption": "x"}]))
     with pytest.raises(BadRecord, match=f"bad.mp4: not a usable video: .*({reason})"):
         folder[0].read(np.arange(10) / 10)
+
+
+def test_a_video_that_differs_from_its_checksum_is_a_bad_record(tmp_path):
+    path = tmp_path / "a.mp4"
+    make_clip(path, [0.0, 0.1])
+    row = {"file_name": "a.mp4", "caption": "x"}
+    row["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    folder = VideoFolder(listed(tmp_path, [row]))
+    assert len(folder[0].timestamps) == 2
+    make_clip(path, [0.0, 0.2])
+    with pytest.raises(BadRecord, match=r"its SHA-256 is .*metadata\.jsonl says"):
+        folder[0]
+
+
+def test_pipes_in_the_place_of_videos_and_tracks_are_bad_records(tmp_path):
+    """FFmpeg would wait for somebody who writes into them."""
+    make_clip(tmp_path / "a.mp4", [0.0, 0.1])
+    for name in ("b.mp4", "pose.mp4"):
+        os.mkfifo(tmp_path / name)
+    rows = [
+        {"file_name": "a.mp4", "caption": "x", "pose": "pose.mp4"},
+        {"file_name": "b.mp4", "caption": "x"},
+    ]
+    folder = VideoFolder(listed(tmp_path, rows))
+    with pytest.raises(BadRecord, match=r"pose 'pose\.mp4': .*is a pipe"):
+        folder[0].tracks["pose"](np.zeros(1))
+    with pytest.raises(BadRecord, match=r"b\.mp4 is a pipe"):
+        folder[1]
+
+
+@pytest.mark.parametrize("track", ["../depth.npy", "/etc/depth.npy", 3])
+def test_a_track_outside_the_folder_is_a_bad_record(tmp_path, track):
+    root = tmp_path / "clips"
+    root.mkdir()
+    make_clip(root / "a.mp4", [0.0, 0.1])
+    np.save(tmp_path / "depth.npy", np.zeros((2, 32, 48)))
+    folder = VideoFolder(listed(root, [{"file_name": "a.mp4", "caption": "x", "depth": track}]))
+    with pytest.raises(BadRecord, match="expected the name of a file inside the folder"):
+        folder[0].tracks["depth"](np.zeros(1))
+
+
+def test_surveys_of_captions_are_bounded(tmp_path, monkeypatch):
+    rows = [{"file_name": f"{i}.mp4", "caption": str(i)} for i in range(5)]
+    monkeypatch.setattr(sources, "FOLDER_SURVEYED", 2)
+    assert list(VideoFolder(listed(tmp_path, rows)).captions()) == ["0", "1"]
+
+    monkeypatch.setattr(sources, "RECORDS_SURVEYED", 3)
+    records = object.__new__(Records)
+    for name, value in {"path": "p", "split": "train"}.items():
+        object.__setattr__(records, name, value)
+    rows = [{"caption": row["caption"].encode()} for row in rows]
+    object.__setattr__(records, "rows", rows)
+    assert list(records.captions()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("features", "split", "reason"),
+    [
+        (("video", "caption"), "test", "has no split 'test'; it has train"),
+        (("video",), "train", "has the features video; expected video and caption"),
+        (("latents", "caption"), "train", "has the features caption, latents; expected"),
+        (("latents", "text"), "train", None),
+        (("video", "caption", "key"), "train", None),
+    ],
+)
+def test_prepared_directories_that_are_refused(tmp_path, monkeypatch, features, split, reason):
+    info = SimpleNamespace(splits={"train": 1}, features=dict.fromkeys(features), metadata=None)
+    builder = SimpleNamespace(info=info, as_data_source=lambda split: [split])
+    tfds = SimpleNamespace(builder_from_directory=lambda path: builder)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    (tmp_path / "features.json").write_text("{}")
+    if reason is None:
+        records = Records(str(tmp_path), split)
+        assert len(records) == 1
+        before = records.file_stamps()
+        (tmp_path / "features.json").write_text("{ }")
+        assert records.file_stamps() != before
+        return
+    with pytest.raises(ValueError, match=reason):
+        Records(str(tmp_path), split)
+
+
+@pytest.mark.parametrize(
+    "file, key", [(file, key) for file, keys in CLASS_KEYS.items() for key in sorted(keys)]
+)
+def test_a_prepared_directory_that_names_a_class_is_refused_before_tfds_reads_it(
+    tmp_path, monkeypatch, file, key
+):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it raises
+    (tmp_path / "features.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps({"a": [{key: "os.system"}]}))
+    with pytest.raises(ValueError, match=rf"{file} names the class 'os\.system'"):
+        Records(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -212,3 +212,22 @@ def test_the_cover_of_a_film_is_not_its_video(tmp_path):
                 out.mux(packet)
     record = video_record("b", "", lambda: str(tmp_path / "b.mp4"))
     assert grid.numbers(record.read(record.timestamps)) == list(range(grid.FRAMES))
+
+
+def test_a_file_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
+    calls = []
+    indexed = video_files.output_order
+    monkeypatch.setattr(
+        video_files, "output_order", lambda *args: calls.append(1) or indexed(*args)
+    )
+    encoded = grid.encode(grid.STREAMS["mpeg2 open"], tmp_path / "template")
+    path = tmp_path / "a.ts"
+    grid.write(encoded, path)
+    for _ in range(3):
+        assert len(video_record("a", "", lambda: str(path)).timestamps) == grid.FRAMES
+    assert len(calls) == 1
+
+    first = encoded.keys()[1][0]
+    grid.write(encoded, path, first=first)
+    assert len(video_record("a", "", lambda: str(path)).timestamps) < grid.FRAMES
+    assert len(calls) == 2

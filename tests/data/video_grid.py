@@ -103,6 +103,12 @@ LAYOUTS = {
 }
 
 
+FRAGMENTS = "frag_keyframe+delay_moov+default_base_moof"  # with an edit list, places are relative
+
+# Start code and supplemental information "recovery after 0 frames, exactly" (ITU-T H.264, D.1.8).
+RECOVERY = bytes((0, 0, 0, 1, 0x06, 0x06, 0x01, 0xC4, 0x80))
+
+
 def has_encoder(name: str) -> bool:
     """Return true if PyAV has an encoder."""
     try:
@@ -181,16 +187,30 @@ def write(
     return True
 
 
-def trim(path: Path, begin: int, frames: int) -> None:
-    """Make the edit list of an mp4 show `frames` frames from one on, as editors of phones do."""
+def edit(path: Path, parts: Iterable[tuple[int, int]]) -> None:
+    """Make the edit list of an mp4 show parts of (first frame, frames), as editors of phones do.
+
+    The index of packets must stand at the end of the file.
+    """
     data = bytearray(path.read_bytes())
-    edit, movie, media = data.find(b"elst"), data.find(b"mvhd"), data.find(b"mdhd")
+    at, movie, media = data.find(b"elst"), data.find(b"mvhd"), data.find(b"mdhd")
     movie_rate, media_rate = (
         struct.unpack(">I", data[at + 16 : at + 20])[0] for at in (movie, media)
     )
-    (start,) = struct.unpack(">i", data[edit + 16 : edit + 20])
-    values = movie_rate * frames // RATE, start + begin * media_rate // RATE
-    data[edit + 12 : edit + 20] = struct.pack(">Ii", *values)
+    size, _, _, count, _, start = struct.unpack(">I4s4sIIi", data[at - 4 : at + 20])
+    rows = [
+        struct.pack(
+            ">IiI", movie_rate * frames // RATE, start + begin * media_rate // RATE, 1 << 16
+        )
+        for begin, frames in parts
+    ]
+    body = struct.pack(">4sII", b"elst", 0, len(rows)) + b"".join(rows)
+
+    data[at : at - 4 + size] = body
+    boxes = [at - 4, *(data.rfind(name, 0, at) - 4 for name in (b"edts", b"trak", b"moov"))]
+    for box in boxes:
+        (length,) = struct.unpack(">I", data[box : box + 4])
+        data[box : box + 4] = struct.pack(">I", length + 12 * (len(rows) - count))
     path.write_bytes(data)
 
 
@@ -216,6 +236,24 @@ def containers(encoded: Encoded, folder: Path) -> Iterator[Variant]:
             yield Variant(folder / name, [*range(FRAMES)], _seconds(range(FRAMES)))
 
 
+def marked(encoded: Encoded, folder: Path) -> Iterator[Variant]:
+    """Yield files that call every packet a key packet, as some recorders do.
+
+    Those of H.264 call it a point of recovery inside the stream too.
+    """
+    with av.open(str(encoded.template)) as source:
+        is_h264 = source.streams.video[0].codec_context.name == "h264"
+    claim = RECOVERY if is_h264 else b""
+    keys = [
+        packet if packet.is_key else packet._replace(data=claim + packet.data, is_key=True)
+        for packet in encoded.packets
+    ]
+    for suffix in (".mp4", ".mkv", ".avi"):
+        path = folder / f"marked{suffix}"
+        if write(encoded._replace(packets=keys), path):
+            yield Variant(path, [*range(FRAMES)], _seconds(range(FRAMES)))
+
+
 def uneven(encoded: Encoded, folder: Path) -> Iterator[Variant]:
     """Yield frames that start late, and of which some were left out, in containers with times."""
     for suffix in (".mp4", ".mov", ".mkv", ".webm", ".ts"):
@@ -228,7 +266,7 @@ def cuts(encoded: Encoded, folder: Path) -> Iterator[Variant]:
     """Yield copies of the packets from a later one on: from key frames, and from between two."""
     for key, shown in encoded.keys()[1:3]:
         places = [(key, suffix) for suffix in (".mp4", ".mkv", ".ts", ".avi", ".mpg")]
-        places += [(key - 2, suffix) for suffix in (".ts", ".mpg")]
+        places += [(key - 2, suffix) for suffix in (".ts", ".mpg", ".avi")]
         for first, suffix in places:
             path = folder / f"from {first}{suffix}"
             # An AVI fills the time before a late start with empty packets.
@@ -238,11 +276,24 @@ def cuts(encoded: Encoded, folder: Path) -> Iterator[Variant]:
                 yield Variant(path, [*frames], _seconds(frames))
 
 
+# Parts (first frame, frames) that an edit list shows: one, with a gap, repeated, in reverse order.
+EDITS = (
+    [(1, 9)],
+    [(7, 8)],
+    [(9, 15)],
+    [(13, 4)],
+    [(2, 5), (13, 9)],
+    [(10, 6), (10, 6)],
+    [(17, 7), (4, 8)],
+)
+
+
 def edits(encoded: Encoded, folder: Path) -> Iterator[Variant]:
-    """Yield mp4 files with an edit list that shows a part of the frames."""
-    for begin, frames in ((1, 9), (7, 8), (9, 15), (13, 4)):
-        for suffix in (".mp4", ".mov"):
-            path = folder / f"trimmed {begin}{suffix}"
-            if write(encoded, path):
-                trim(path, begin, frames)
-                yield Variant(path, [*range(begin, begin + frames)], _seconds(range(frames)))
+    """Yield mp4 files with an edit list that shows parts of the frames."""
+    for parts in EDITS:
+        frames = [begin + n for begin, count in parts for n in range(count)]
+        for name, mux in (("whole.mp4", {}), ("fragments.mov", {"movflags": FRAGMENTS})):
+            path = folder / f"{parts} {name}"
+            if write(encoded, path, mux):
+                edit(path, parts)
+                yield Variant(path, frames, _seconds(range(len(frames))))

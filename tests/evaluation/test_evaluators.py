@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,12 +14,14 @@ from vdx.config.loader import resolve
 from vdx.data.scenes.world import COLOURS
 from vdx.evaluation.drawing import ClipDrawer
 from vdx.evaluation.evaluator import NEEDS, EvaluationContext
+from vdx.evaluation.loss_at_times import LossAtTimes
 from vdx.evaluation.report import write_report
 from vdx.evaluation.run import evaluate_run, format_scores, periodic_tasks, rows_at_end
 from vdx.evaluation.table import EVALUATORS, make_evaluators, make_rows
 from vdx.experiment import Experiment
 from vdx.files import read_json, write_json
-from vdx.generate.video_io import write_video
+from vdx.generate.run_pipeline import RunPipeline
+from vdx.generate.video_io import NotFinite, write_video
 from vdx.metrics.tracking import foreground
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +40,8 @@ ROWS = {
     "loss": {"clips": 4, "times": [0.2, 0.8]},
     "prompt_following": {"prompts": 4},
     "control": {"clips": 4},
-    "flicker": {"clips": 2},
-    "identity_drift": {"clips": 2},
+    "flicker": {"clips": 4},  # as many as the others draw at once, so that programs are shared
+    "identity_drift": {"clips": 4},
 }
 # The keys that each row documents.
 KEYS = {
@@ -80,7 +83,7 @@ def numbers(value):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, mesh):
+def run(tmp_path_factory, mesh, randomise):
     """(experiment, parameters, workdir, result) of all rows on one small random model."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.chdir(ROOT)
@@ -89,7 +92,7 @@ def run(tmp_path_factory, mesh):
     workdir = tmp_path_factory.mktemp("run")
     write_json(workdir / "config.json", experiment.config)
     with jax.set_mesh(mesh):
-        params = experiment.new_params(jax.random.key(0))
+        params = jax.tree.map(jnp.asarray, randomise(experiment.shapes))
         result = evaluate_run(experiment, params, workdir, 7)
     return experiment, params, workdir, result
 
@@ -140,7 +143,7 @@ def test_eval_json_is_json_and_the_text_names_every_row(run):
     for word in (
         "validation prompts",
         "shuffled",
-        "flicker, 2 clips",
+        "flicker, 4 clips",
         "train_eval",
         "motion score",
     ):
@@ -156,7 +159,19 @@ def test_control_is_compared_with_clips_without_the_signal(run):
     assert rows[0]["true"] < 0.1
 
 
-def test_rows_are_chosen_and_others_stay(run, tmp_path, mesh):
+@pytest.fixture
+def noise_is_drawn(monkeypatch):
+    """Noise in place of the clips of a network, which the fixture `run` draws."""
+    rng = np.random.default_rng(0)
+    shape = (8, 32, 32, 3)
+    monkeypatch.setattr(
+        ClipDrawer,
+        "draw",
+        lambda self, params, prompts, **_: rng.integers(0, 256, (len(prompts), *shape), np.uint8),
+    )
+
+
+def test_rows_are_chosen_and_others_stay(run, tmp_path, mesh, noise_is_drawn):
     experiment, params, _, _ = run
     write_json(tmp_path / "eval.json", {"loss": {"step": 3}})
     with jax.set_mesh(mesh):
@@ -210,7 +225,7 @@ def test_a_row_refuses_data_that_it_cannot_evaluate(name):
         assert list(make_evaluators(latents)) == [name]
 
 
-def test_footage_is_evaluated_without_truth(tmp_path, mesh):
+def test_footage_is_evaluated_without_truth(tmp_path, mesh, noise_is_drawn):
     """Clips in a folder: their flicker is measured, and their subject is not guessed."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (12, 32, 40, 3)).astype(np.uint8)
@@ -220,9 +235,8 @@ def test_footage_is_evaluated_without_truth(tmp_path, mesh):
     rows = {"loss": None, "flicker": {"clips": 2}, "identity_drift": {"clips": 2}}
     experiment = folder_experiment(tmp_path, rows)
     with jax.set_mesh(mesh):
-        params = experiment.new_params(jax.random.key(0))
-        result = evaluate_run(experiment, params, tmp_path / "run", 1)
-    assert result["flicker"]["clips"] >= 1 and result["flicker"]["motion"] > 0
+        result = evaluate_run(experiment, {}, tmp_path / "run", 1)
+    assert result["flicker"]["clips"] >= 1 and result["flicker"]["true"]["motion"] > 0
     drift = result["identity_drift"]
     assert drift["true"]["conclusive"] == 0 and math.isnan(drift["true"]["drift"])
     assert read_json(tmp_path / "run" / "eval.json")["identity_drift"]["true"]["drift"] is None
@@ -356,3 +370,37 @@ def test_a_subject_that_cannot_be_found_is_inconclusive(evaluated):
     ):
         scores = evaluated("identity_drift", fault)
         assert math.isnan(scores["drift"]) and scores["conclusive"] == 0.0
+
+
+@pytest.fixture(params=[math.nan, math.inf, -math.inf])
+def second_clip_is_bad(request, monkeypatch):
+    """The second of the drawn clips has one bad pixel; nothing is computed."""
+
+    def draw_arrays(self, drawn, controls):
+        clips = np.zeros((len(drawn.prompts), 8, 32, 32, 3), np.float32)
+        clips[1, -1, -1, -1, -1] = request.param
+        return clips
+
+    monkeypatch.setattr(RunPipeline, "draw_arrays", draw_arrays)
+
+
+def test_a_clip_that_is_not_finite_is_refused_by_name(second_clip_is_bad, mesh):
+    drawing = ClipDrawer(small(), mesh)
+    with pytest.raises(NotFinite, match=r"^The clip of prompt 'a dog' and seed 10001 has pixels"):
+        drawing.draw({}, ["a cat", "a dog"])
+
+
+def test_refused_clips_end_neither_the_training_nor_the_other_rows(
+    second_clip_is_bad, mesh, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(LossAtTimes, "prepare", lambda self, context: lambda params: {"x": 1.0})
+    rows = {"flicker": {"clips": 2, "every": 5}, "loss": {"every": 5}}
+    experiment = small(f"--config.eval={rows}")
+    tasks = periodic_tasks(experiment, tmp_path, mesh)
+    scores = {task.name: task.run(5, {}) for task in tasks}
+    assert scores == {"flicker": {}, "loss": {"x": 1.0}}
+    assert "No scores of flicker at step 5: The clip of prompt" in caplog.text
+
+    with jax.set_mesh(mesh), pytest.raises(NotFinite, match=r"No scores of .*flicker: The clip"):
+        evaluate_run(experiment, {}, tmp_path, 6)
+    assert read_json(tmp_path / "eval.json") == {"loss": {"step": 6, "x": 1.0}}

@@ -22,6 +22,11 @@ from vdx.train.checkpoint import Checkpoints
 from vdx.train.preemption import PREEMPTED, STUCK
 
 pytestmark = pytest.mark.faults
+# Of a group, one test runs at a time, on one worker: tests that read the same finished run, and
+# tests of two processes, which need both cores.
+alone = pytest.mark.xdist_group("one")
+eight = pytest.mark.xdist_group("eight")
+pairs = pytest.mark.xdist_group("pair")
 STEPS = 20
 SHORT = [
     f"--config.train.steps={STEPS}",
@@ -30,18 +35,22 @@ SHORT = [
     "--config.eval.loss.every=10",
     "--config.eval.loss.clips=8",
 ]
+QUIET = "--config.eval.loss=null"  # for tests that read no loss of an evaluation
 FIRST_STEP = re.compile(r"\d+/\d+ \[\d\d:\d\d<\d")
+# Of several processes only the first would find a program in the cache, and would then wait for the
+# others, which compile: JAX gives processes on CPUs 30 s to meet in a collective.
+NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 PLACES = {
     "one": {},
     "four": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-    "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    "pair": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", **NO_CACHE},
     "eight": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
 }
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Holds the runs of this file and the programs that they share."""
+    """Holds the runs of this file that several tests read."""
     return tmp_path_factory.mktemp("faults")
 
 
@@ -138,9 +147,9 @@ def progress(workdir: Path, step: int = STEPS) -> dict:
 @pytest.mark.parametrize(
     ("place", "number", "resumed_with"),
     [
-        ("one", signal.SIGTERM, ["--config.data.loader.workers=2"]),
+        pytest.param("one", signal.SIGTERM, ["--config.data.loader.workers=2"], marks=alone),
         ("four", signal.SIGINT, ["--config.data.loader.threads=0"]),
-        ("pair", signal.SIGTERM, ["--config.data.loader.workers=1"]),
+        pytest.param("pair", signal.SIGTERM, ["--config.data.loader.workers=1"], marks=pairs),
     ],
 )
 def test_preempted_and_resumed_is_the_same_run(folder, place, number, resumed_with):
@@ -165,13 +174,18 @@ def test_preempted_and_resumed_is_the_same_run(folder, place, number, resumed_wi
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("eight", "four"), ("eight", "one"), ("pair", "one")]
+    ("before", "after"),
+    [
+        pytest.param("eight", "four", marks=eight),
+        pytest.param("eight", "one", marks=eight),
+        pytest.param("pair", "one", marks=pairs),
+    ],
 )
 def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     """From step 10 of another mesh: the same batches, and losses within 1e-6 at every step."""
     each = [
         "--config.train.log_every=1",
-        "--config.eval.loss=null",
+        QUIET,
         "--config.mesh.data=1",
         "--config.mesh.fsdp=-1",
         "--config.optim.name=adamw",
@@ -194,23 +208,23 @@ def test_another_mesh_goes_on_with_the_same_losses(folder, before, after):
     assert progress(moved) == progress(whole)
 
 
-def test_kills(tmp_path, capsys):
+def test_kills(tmp_path):
     tally = campaign(tmp_path, kills=10, inside_saves=6)
-    with capsys.disabled():
-        print(
-            f"\n{tally.kills} kills, {tally.inside_saves} inside a save, up to "
-            f"{tally.most_kills_of_a_run} in a run: nothing lost"
-        )
+    print(
+        f"\n{tally.kills} kills, {tally.inside_saves} inside a save, up to "
+        f"{tally.most_kills_of_a_run} in a run: nothing lost"
+    )
     assert tally.kills >= 10 and tally.inside_saves >= 6 and tally.most_kills_of_a_run >= 6
 
 
 # Where a run begins
 
 
+@alone
 def test_what_wins_when_several_checkpoints_exist(folder, tmp_path):
     """The workdir's own, then config.resume, then config.init, then nothing."""
     first = finished(folder, "whole_one", "one")
-    given = [f"--config.resume={first}/checkpoints/10", f"--config.init={first}"]
+    given = [QUIET, f"--config.resume={first}/checkpoints/10", f"--config.init={first}"]
     resumed = tmp_path / "resumed"
     ends(resumed, launch(resumed, *SHORT, *given), 0)
     assert f"Resumes from step 10 of {first}/checkpoints/10." in log_of(resumed)
@@ -219,7 +233,7 @@ def test_what_wins_when_several_checkpoints_exist(folder, tmp_path):
     assert f"Resumes from step {STEPS} of {resumed}." in log_of(resumed)
 
     tuned = tmp_path / "tuned"
-    ends(tuned, launch(tuned, *SHORT, *given[1:], "--config.train.steps=10"), 0)
+    ends(tuned, launch(tuned, *SHORT, QUIET, given[2], "--config.train.steps=10"), 0)
     assert f"Starts with the averaged weights of {first}, step {STEPS}." in log_of(tuned)
     assert losses(tuned)[5, "train/loss"] < losses(first)[5, "train/loss"]
 
@@ -228,6 +242,7 @@ def test_what_wins_when_several_checkpoints_exist(folder, tmp_path):
     assert "Traceback" not in log_of(tmp_path / "lost")
 
 
+@alone
 def test_another_model_is_refused_and_nothing_is_lost(folder, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished(folder, "whole_one", "one"), workdir)
@@ -311,13 +326,13 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@alone
 def test_a_full_and_a_read_only_disk(folder, disk):
     workdir, log = disk / "run", disk.with_suffix(".log")
-    elsewhere = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
 
     def trains(*args: str) -> subprocess.Popen:
         log.write_text("")
-        return start(workdir, log, *SHORT, *args, env=elsewhere)
+        return start(workdir, log, *SHORT, QUIET, *args)
 
     child = trains("--config.train.save_every=5")
     until(lambda: whole_steps(workdir), [child])
@@ -349,7 +364,7 @@ def test_a_worker_that_hangs_ends_the_program(tmp_path):
         workdir,
         "--config.train.steps=100000",
         "--config.data.loader.workers=1",
-        "--config.train.watchdog_seconds=60",  # the first step compiles for half of it
+        "--config.train.watchdog_seconds=60",  # a busy machine traces the step for half of it
     )
     until(lambda: whole_steps(workdir), children)
     for pid in orphans(children[0].pid):  # all of the group that live
@@ -360,6 +375,7 @@ def test_a_worker_that_hangs_ends_the_program(tmp_path):
     assert "No step for 60 s" in text and "most recent call first" in text
 
 
+@pairs
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_peer_ends_the_other(tmp_path, victim):
     workdir = tmp_path / "run"
@@ -379,12 +395,13 @@ def test_a_dead_peer_ends_the_other(tmp_path, victim):
 # Several processes as a user starts them
 
 
+@pairs
 def test_the_local_launcher(tmp_path):
     """Two processes share the batches; one writes; a signal to the launcher stops both, saved."""
     workdir = tmp_path / "run"
     command = ["launch/local.sh", "--processes=2", "configs/t2v_tiny.py", str(workdir)]
     quick = [a for a in (*TINY, *SHORT) if not a.startswith("--config=")]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, **NO_CACHE, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     run = lambda *more: subprocess.Popen(
         [*command, *quick, *more],
         cwd=ROOT,
@@ -408,6 +425,7 @@ def test_the_local_launcher(tmp_path):
     assert rows == sorted(set(rows)) and rows[-1] == STEPS
 
 
+@pairs
 def test_an_error_in_one_process_is_not_tried_again(tmp_path):
     done = subprocess.run(
         [

@@ -42,7 +42,12 @@ def sees(spec, query: int, key: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("spec", "mixer"), [*((spec, "full") for spec in BLOCKS), ("sink", "time")]
+    ("spec", "mixer"),
+    [
+        ("window", "full"),
+        ("sink", "time"),
+        *(pytest.param(spec, "full", marks=pytest.mark.slow) for spec in ("all", "sink", "one")),
+    ],
 )
 def test_a_token_sees_its_block_and_those_before(spec, mixer, randomise):
     """Seven frames: the last block is not whole."""
@@ -80,7 +85,7 @@ PORTS = Ports(
 
 
 class Cached:
-    """Five blocks through a transformer. Every frame has its own time but within a patch."""
+    """Six blocks through a transformer. Every frame has its own time but within a patch."""
 
     def __init__(self, spec, pt, randomise, pattern=()):
         self.net = Transformer(
@@ -92,8 +97,8 @@ class Cached:
             pattern=({"name": "full", **spec}, *pattern),
         )
         self.frames = spec["block"] * pt
-        self.x = RNG.normal(size=(2, 5 * self.frames, 4, 4, 3)).astype(np.float32)
-        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 5 * spec["block"])), pt, 1)
+        self.x = RNG.normal(size=(2, 6 * self.frames, 4, 4, 3)).astype(np.float32)
+        self.time = np.repeat(RNG.uniform(0, 1e3, size=(2, 6 * spec["block"])), pt, 1)
         self.params = randomise(
             jax.eval_shape(self.net.init, jax.random.key(0), self.x, self.time, PORTS)["params"]
         )
@@ -114,14 +119,14 @@ class Cached:
                 x,
                 time,
                 PORTS,
-                CachePosition(start, 5),
+                CachePosition(start, 6),
                 mutable=["cache"],
             )
 
         return jax.jit(run)
 
     def by_block(self):
-        parts = [np.split(a, 5, 1) for a in (self.x, self.time)]
+        parts = [np.split(a, 6, 1) for a in (self.x, self.time)]
         empty = jax.eval_shape(self.step, {}, parts[0][0], parts[1][0], jnp.int32(0))[1]
         cache, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty), []
         for i, (x, time) in enumerate(zip(*parts, strict=True)):
@@ -159,14 +164,14 @@ def test_with_mixers_of_one_frame_and_of_one_place(randomise):
 
 def test_positions_that_do_not_shift_are_detected(cached, monkeypatch):
     monkeypatch.setattr(transformer, "shift_rope", lambda rope, *_: rope)
-    case = copy.copy(cached("all", 2))
+    case = copy.copy(cached("sink", 1))
     vars(case).pop("step", None)
     assert case.error() > 1e-3
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 2, "tensor": 2}])
 def test_on_eight_devices_it_is_that_of_one(sizes, cached):
-    case = cached("all", 2)  # ten frames of tokens, two of them to a block
+    case = cached("sink", 1)
     with jax.set_mesh(MeshSpec(data=1, **sizes).make()):
         np.testing.assert_allclose(case.now_whole(), case.whole, atol=1e-5)
 
@@ -329,23 +334,17 @@ def test_a_cache_of_blocks_that_are_not_clean_is_detected(fault, weights, define
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["window", "all"])
-def test_streamed_blocks_are_those_of_the_clip_by_one_program(spec, drawn, weights):
-    generator, clips = drawn(spec)
+def test_streamed_blocks_are_those_of_the_clip_by_one_program(drawn, weights):
+    generator, clips = drawn("window")
     stream = lambda frames: generator.stream(weights, PROMPTS, SEEDS, num_frames=frames, fps=8.0)
     blocks = list(stream(6))
     assert [b.shape for b in blocks] == [(2, 2, *SHAPE)] * 3
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
     again = list(stream(6))
     np.testing.assert_array_equal(again, blocks)
+    longer = list(itertools.islice(stream(None), 5))  # and of a clip without end
+    np.testing.assert_array_equal(longer[:3], blocks)
     assert generator._next_block._cache_size() == 1
-    if spec == "window":  # and of a clip without end
-        longer = list(itertools.islice(stream(None), 5))
-        np.testing.assert_array_equal(longer[:3], blocks)
-        assert generator._next_block._cache_size() == 1
-    else:
-        with pytest.raises(ConfigError, match="needs a window"):
-            stream(None)
 
 
 @pytest.mark.slow
@@ -380,10 +379,12 @@ def test_conditions_of_frames_reach_their_block(randomise):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_streams(sampler, weights):
+    """Without a window the cache has a place for every block."""
     generator = generator_of(BLOCKS["all"], sampler=sampler, guidance=1.0)
     clips = generator(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0)
     blocks = list(generator.stream(weights, PROMPTS, SEEDS, num_frames=4, fps=8.0))
     np.testing.assert_allclose(np.concatenate(blocks, 1), clips, atol=1e-5)
+    assert generator._next_block._cache_size() == 1
 
 
 @pytest.mark.slow
@@ -405,6 +406,8 @@ def test_what_cannot_be_streamed(weights):
         generator_of({}, pattern=({"name": "full", "block": 2}, "time"))
     with pytest.raises(ValueError, match=r"7 frames are no number of blocks.*multiple of 2"):
         generator_of({"block": 2})(weights, PROMPTS, SEEDS, num_frames=7, fps=8.0)
+    with pytest.raises(ConfigError, match="needs a window"):
+        generator_of(BLOCKS["all"]).stream(weights, PROMPTS, SEEDS, num_frames=None, fps=8.0)
     with pytest.raises(ConfigError, match="This model's signals"):
         generator_of({"block": 2}).stream(
             weights, PROMPTS, SEEDS, num_frames=4, fps=8.0, controls={"actions": np.zeros((2, 4))}

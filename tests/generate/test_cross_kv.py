@@ -17,7 +17,7 @@ BACKBONE = {
     "name": "transformer",
     "channels": 2,
     "width": 16,
-    "depth": 4,
+    "depth": 2,
     "heads": 2,
     "patch": (1, 2, 2),
 }
@@ -36,7 +36,7 @@ def programs(randomise):
     """(kind) -> the compiled draw and its arguments."""
 
     def make(kind):
-        pattern = ({"name": "full", "block": 2},) if kind == "blocks" else ("full", "time")
+        pattern = ({"name": "full", "block": 2},) if kind == "blocks" else ("full",)
         model = Denoiser({**BACKBONE, "pattern": pattern}, SIGNALS)
         params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
         if kind == "adapted":

@@ -13,6 +13,7 @@ from PIL import Image
 from vdx.files import read_json, write_json
 from vdx.generate.control_inputs import _read_video
 from vdx.generate.video_io import (
+    NotFinite,
     frames_at,
     read_video,
     to_uint8,
@@ -121,6 +122,13 @@ def test_to_uint8_rounds_and_clips():
     assert to_uint8([-2, -1, -0.9999, 0, 0.999, 1, 3]).tolist() == [0, 0, 0, 128, 255, 255, 255]
     steps = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(steps / np.float32(127.5) - 1), steps)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_to_uint8_refuses_what_is_not_finite(bad):
+    """NaN would become a grey level, and infinity black or white."""
+    with pytest.raises(NotFinite, match="NaN or infinite"):
+        to_uint8([0.0, bad])
 
 
 def test_to_uint8_inside_a_program_has_the_same_bits():

@@ -159,7 +159,8 @@ def run_class(row, cases):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, help="of each class")
-    parser.add_argument("--only", help="one class")
+    parser.add_argument("--times", type=int, default=1, help="times as many cases of each class")
+    parser.add_argument("--only", help="one class, or several with commas between them")
     parser.add_argument("--case", type=int, help="write the file of this case")
     parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
@@ -168,7 +169,7 @@ def main():
 
     # A child needs no thread of its parent.
     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-    rows = {args.only: CLASSES[args.only]} if args.only else CLASSES
+    rows = {name: CLASSES[name] for name in args.only.split(",")} if args.only else CLASSES
     if args.case is not None:
         row = rows[args.only]
         content, _ = new_case(row, row.make(), args.case)
@@ -178,7 +179,7 @@ def main():
     results = {}
     print("class        tried refused    read crashed foreign   wrong slowest s most MiB")
     for name, row in rows.items():
-        result = run_class(row, args.cases or row.cases)
+        result = run_class(row, args.cases or args.times * row.cases)
         results[name] = vars(result)
         counts = [result.outcomes[k] for k in ("refused", "read", "crashed", "foreign", "wrong")]
         print(

@@ -66,6 +66,7 @@ GLOBAL = b"\x80\x02ctorch\nf\n"
         ),
         (b"\x80\x02})K\x01s.", "a key of a dictionary is neither a text nor a number"),
         (b"\x80\x02}(K\x01NK\x01Nu.", "the key '1' stands twice"),
+        (b"\x80\x02}(K\x01u.", "changes an object that is no dictionary"),  # a key alone
         (b"\x80\x02}(K\x01Nu(NNu.", None),
         (b"\x80\x02NN.", "does not end with one value"),
         (b"\x80\x02.", "does not end with one value"),

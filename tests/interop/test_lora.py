@@ -19,6 +19,7 @@ from vdx.interop.wan_config import wan_config, wan_from_config
 from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import WeightDelta, adapt
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 
 TINY: dict[str, Any] = dict(
     patch_size=[1, 2, 2],
@@ -48,7 +49,7 @@ class Tiny:
     def __init__(self, config, randomise):
         self.model = Denoiser(*wan_from_config(config))
         self.rows = wan_transformer_rows(self.model)
-        self.shapes = jax.eval_shape(self.model.new_params, jax.random.key(0))
+        self.shapes = new_shapes(self.model)
         self.params = randomise(self.shapes)
         self.params["conditioning"]["embeddings"]["null"][:] = 0
         self.weights = dict(export(self.params, self.rows))

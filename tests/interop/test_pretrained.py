@@ -26,7 +26,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 import diffusers  # noqa: E402
 
-from tests.micro_run import command  # noqa: E402
 from tests.parity.test_wan import original_names  # noqa: E402
 from tests.wan_pipelines import CLIP, NETWORK, pipeline, randomised  # noqa: E402
 
@@ -357,7 +356,7 @@ def params(path: Path, mesh) -> dict:
     return {name: part.load(mesh) for name, part in open_pretrained(path).components.items()}
 
 
-@pytest.mark.parametrize("kind", ["flf2v", "5b"])
+@pytest.mark.parametrize("kind", ["flf2v", pytest.param("5b", marks=pytest.mark.slow)])
 def test_to_vdx_and_back_is_every_bit(kind, folder, tmp_path, mesh):
     own, back = tmp_path / "own", tmp_path / "back"
     open_source(folder(kind), {}).save(own, own=True)
@@ -388,16 +387,9 @@ def test_types_are_kept(folder, copy, tmp_path):
     same(everything(tmp_path / "back"), everything(path))
 
 
-def test_a_conversion_that_cannot_be(folder, tmp_path):
+def test_a_conversion_that_cannot_be(folder):
     with pytest.raises(WeightsError, match="is a whole model; --vae cannot be given besides"):
         open_source(folder("t2v"), {"vae": "x"})
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("")
-    done = command(
-        "vdx.convert", f"--source={folder('t2v')}", f"--out={tmp_path / 'full'}", check=False
-    )
-    assert done.returncode == 1 and "Name a new folder" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_one_file_and_parts_that_are_given(folder, tmp_path):

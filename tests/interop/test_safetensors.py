@@ -46,6 +46,9 @@ def test_a_file_that_is_cut_off(tmp_path, keep):
     file.write_bytes(content[:keep])
     with pytest.raises(WeightsError, match=r"model.safetensors is (cut off|not a safetensors)"):
         open_weights(file)
+    file.write_bytes(content[:50])  # in the middle of the header
+    with pytest.raises(WeightsError, match=r"model.safetensors is cut off: it has 50 bytes"):
+        open_weights(file)
     file.write_bytes(content[:-1])
     with pytest.raises(
         WeightsError,
@@ -53,6 +56,13 @@ def test_a_file_that_is_cut_off(tmp_path, keep):
         rf"{len(content):,}\. Download it again",
     ):
         open_weights(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", bytes(7), b"\xff" * 7])
+def test_a_file_without_room_for_the_length_of_a_header(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match="does not begin with the length of a header"):
+        read_header(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +96,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": entry()}, "8 more than its header requires"),
         ({"a": entry(), "b": entry(shape=(4,), offsets=(8, 24))}, "is cut off"),
         ({"a": entry(shape=(3,))}, "'a' of 12 bytes does not fill 0 to 8"),
+        ({"a": entry(shape=(1,))}, "'a' of 4 bytes does not fill 0 to 8"),
+        ({"a": entry(offsets=(0, 4)) | {"shape": ""}}, "'a' has no lists of its sizes"),
+        ({"a": entry(offsets=(0, 4)) | {"shape": {}}}, "'a' has no lists of its sizes"),
         ({"a": entry(shape=(-2,))}, "no shape of an array"),
         ({"a": entry(shape=(True, 2))}, "no shape of an array"),
         ({"a": entry(shape=(2.0,))}, "no shape of an array"),

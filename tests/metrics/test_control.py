@@ -1,6 +1,7 @@
 """Each measure is right on true renders, sees the fault that is planted and nothing else."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ def truths_of(scenes, fps=FPS, size=32, frames=8):
     return [scene_truth(scene, np.arange(frames) / fps, size, size) for scene in scenes]
 
 
+@functools.cache
 def asked(kind):
     """(truths, fps of each): for "fps" each scene at two rates."""
     if kind != "fps":

@@ -43,18 +43,18 @@ def spoil(video, rng, noise, blur=True, gain=0.95, tint=(8.0, 0.0, 4.0)):
 
 @pytest.fixture(scope="module")
 def truth():
-    videos, wanted = clips(FULL, 200)
+    videos, wanted = clips(FULL, 100)
     return videos, wanted, score(videos, wanted)
 
 
 def test_true_renders_are_read(truth):
     result = truth[2]
-    assert result["count"] == 200
+    assert result["count"] == 100
     assert result["accuracy"]["all"] >= 0.99, result["confusion"]
 
 
 def test_the_simple_subset_is_read():
-    result = score(*clips(SIMPLE, 80))
+    result = score(*clips(SIMPLE, 40))
     assert result["accuracy"]["all"] == 1.0, result["confusion"]
 
 
@@ -67,7 +67,7 @@ def test_other_lengths_rates_and_sizes_are_read(frames, fps, size):
 
 @pytest.mark.parametrize("noise", [pytest.param(8.0, marks=pytest.mark.slow), 16.0])
 def test_imperfect_clips_are_read(noise):
-    videos, wanted = clips(FULL, 60)
+    videos, wanted = clips(FULL, 40)
     rng = np.random.default_rng(0)
     result = score([spoil(v, rng, noise) for v in videos], wanted)
     assert result["accuracy"]["all"] >= 0.95, result["confusion"]

@@ -8,6 +8,7 @@ from scipy.special import erf
 
 from vdx.models.layers import ACTIVATIONS, MLP, EmbedMLP, LayerNorm, RMSNorm, layer_norm
 from vdx.models.positions import sinusoidal
+from vdx.models.shapes import init_shapes
 
 RNG = np.random.default_rng(0)
 X = 3 * RNG.normal(size=(2, 3, 12)) + 1
@@ -67,7 +68,7 @@ def test_sinusoidal_and_its_mlp(randomise):
     want = np.concatenate([np.cos(x[:, None] * freqs), np.sin(x[:, None] * freqs)], -1)
     close(sinusoidal(jnp.asarray(x, jnp.float32), 8), want, 1e-4)  # 999 in float32: 3e-5 rad
     layer = EmbedMLP(6, sinusoid=8)
-    params = randomise(jax.eval_shape(layer.init, jax.random.key(0), jnp.ones(1))["params"])
+    params = randomise(init_shapes(layer, jnp.ones(1)))
     up, down = params["up"], params["down"]
     h = DEFINITIONS["silu"](want @ up["kernel"] + up["bias"])
     got = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))

@@ -12,6 +12,7 @@ from vdx.config.build import ConfigError
 from vdx.interop.image_vae import image_vae_from_config, image_vae_rows
 from vdx.interop.keymap import WeightsError, assign, export, gather
 from vdx.models.image_blocks import GroupNorm
+from vdx.models.shapes import init_shapes
 from vdx.models.vae.image_vae import ImageVAE
 from vdx.parallel import MeshSpec, param_shardings
 
@@ -49,7 +50,7 @@ def channels_first(x):
 
 
 def shapes(vae):
-    return jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    return init_shapes(vae, jnp.zeros((1, 8, 8, 3)))
 
 
 class Case:

@@ -12,6 +12,7 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.encoders import minilm
 from vdx.models.encoders.bert import KEYS, Bert, KeyRule, import_weights
 from vdx.models.encoders.minilm import embed
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec
 
 installed = pytest.mark.skipif(
@@ -134,7 +135,7 @@ def like():
     """The parameters of a small BERT, whose torch keys `source` makes up."""
     bert = Bert(width=12, depth=1, heads=2, vocabulary=5)
     ids = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(bert.init, jax.random.key(0), ids, ids == 0)["params"]
+    return init_shapes(bert, ids, ids == 0)
 
 
 @pytest.fixture

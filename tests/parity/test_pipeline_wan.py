@@ -133,9 +133,9 @@ def known_frame_at_time_t(monkeypatch):
 
 
 MUTATIONS: dict[str, tuple[str, dict, Any]] = {
-    "another shift": ("t2v", {"shift": 3.2}, None),
     "another grid": ("t2v", {"timesteps": "wan_unipc"}, None),
-    "no negative prompt": ("t2v", {"negative_prompt": ""}, None),
+    "another shift": ("t2v euler", {"shift": 3.2}, None),
+    "no negative prompt": ("t2v euler", {"negative_prompt": ""}, None),
     "guidance swapped": ("a14b t2v", {"guidance": (2.0, 6.0)}, None),
     "mask in reverse": ("a14b i2v", {}, reversed_channels),
     "mask after latents": ("i2v", {}, mask_last),

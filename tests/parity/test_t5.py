@@ -9,6 +9,7 @@ from vdx.interop.keymap import WeightsError, export, gather
 from vdx.interop.t5 import t5_from_config, t5_rows
 from vdx.models.encoders import t5
 from vdx.models.encoders.t5 import SIZES, T5Encoder, distance_buckets
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec, batch_sharding, param_shardings
 
 torch = pytest.importorskip("torch")
@@ -32,7 +33,7 @@ MASK = np.arange(20) < LENGTHS[:, None]
 
 
 def shapes(model):
-    return jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
+    return init_shapes(model, IDS, MASK)
 
 
 def read(file, model):

@@ -44,13 +44,11 @@ SETTINGS = {
     "width": WIDTH,
 }
 FREE = {name: None for name in ("num_frames", "height", "width")}
-# A light VAE of the same rates.
-LIGHT = VAE | {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return assembled(VACE, scheduler("unipc"), None, False, LIGHT)
+    return assembled(VACE, scheduler("unipc"), None, False, VAE)
 
 
 @pytest.fixture(scope="module")

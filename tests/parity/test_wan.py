@@ -24,6 +24,7 @@ from vdx.models.denoiser import Denoiser
 from vdx.models.layers import RMSNorm, layer_norm
 from vdx.models.mixers import grid_attention
 from vdx.models.positions import Rope, rope_table
+from vdx.models.shapes import new_shapes
 from vdx.parallel import MeshSpec, put_batch
 
 torch = pytest.importorskip("torch")
@@ -54,6 +55,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "skyreels_rate": TINY | {"num_frame_per_block": 1, "inject_sample_info": True},
     "vace": TINY | dict(num_layers=4, vace_layers=[0, 2], vace_in_channels=12),
 }
+# Of the rest, what each adds is in one of these.
+QUICK = ("t2v", "flf2v", "skyreels_rate", "vace")
+
+
+def each(kinds):
+    """The kinds as cases, those that are not quick as slow ones."""
+    return [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in kinds]
+
+
 B, T, H, W = 2, 4, 4, 6
 WEAK = 0.7  # of the control
 
@@ -113,7 +123,7 @@ class Case:
 
 
 def abstract(model: Denoiser, mesh=None, dtype="float32"):
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     return abstract_params(shapes, mesh or MeshSpec().make(jax.devices()[:1]), dtype)
 
 
@@ -204,22 +214,25 @@ def cases(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS))
 def test_the_prediction_is_theirs(kind, cases):
     case = cases(kind)
     assert case.want.std() > 0.5
     assert case.error() < 1e-4
 
 
-def test_blocks_and_rates_of_skyreels_are_seen(cases):
-    """Other blocks or other rates change the prediction. Set to blocks, their network predicts the
-    same as ours with blocks, from weights that do not depend on blocks."""
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [1, None])
+def test_other_blocks_of_skyreels_are_seen(block, cases):
     case = cases("skyreels")
-    for block in (1, None):
-        backbone = {**case.model.backbone_config, "pattern": ({"name": "full", "block": block},)}
-        other = Denoiser(backbone, case.model.signals)
-        assert dataclasses.replace(case, model=other).error() > 1e-3
+    backbone = {**case.model.backbone_config, "pattern": ({"name": "full", "block": block},)}
+    other = Denoiser(backbone, case.model.signals)
+    assert dataclasses.replace(case, model=other).error() > 1e-3
 
+
+def test_blocks_and_rates_of_skyreels_are_seen(cases):
+    """Other rates and other blocks change the prediction. Set to blocks, their network predicts the
+    same as ours with blocks, from weights that do not depend on blocks."""
     case = cases("skyreels_rate")
     swapped = {**case.batch, "fps": np.array([24, 16], np.float32)}
     assert np.abs(case.run(case.params, swapped) - case.want).max() > 1e-3
@@ -234,7 +247,7 @@ def test_blocks_and_rates_of_skyreels_are_seen(cases):
     assert got.error(params) < 1e-4 and np.abs(got.want - case.want).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
+@pytest.mark.parametrize("kind", each(["i2v", "flf2v"]))
 def test_the_embeddings_of_the_conditions_are_theirs(kind, cases):
     case = cases(kind)
     ports = jax.jit(
@@ -246,10 +259,9 @@ def test_the_embeddings_of_the_conditions_are_theirs(kind, cases):
     with torch.no_grad():
         want = embedder.text_embedder(torch.from_numpy(padded)).numpy()
         np.testing.assert_allclose(ports.tokens, want, atol=1e-5)
-        if kind != "t2v":
-            images = torch.from_numpy(case.batch["image_tokens"]).reshape(-1, 7, 20)
-            want = embedder.image_embedder(images).numpy()
-            np.testing.assert_allclose(ports.image_tokens, want, atol=1e-5)
+        images = torch.from_numpy(case.batch["image_tokens"]).reshape(-1, 7, 20)
+        want = embedder.image_embedder(images).numpy()
+        np.testing.assert_allclose(ports.image_tokens, want.reshape(B, -1, 48), atol=1e-5)
 
 
 def swapped_axes(grid, width, theta=1e4):
@@ -270,7 +282,6 @@ class PerHead(RMSNorm):
 
 FAULTS = {
     "rope axes swapped": (transformer, "rope_table", swapped_axes),
-    "epsilon 1e-3": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-3)),
     "epsilon 1e-5": (transformer_blocks, "layer_norm", functools.partial(layer_norm, eps=1e-5)),
     "norm after the split": (grid_attention, "RMSNorm", PerHead),
 }
@@ -307,7 +318,7 @@ def test_text_is_padded_with_zeros_that_are_seen(cases):
 
 
 def test_in_bfloat16_it_is_close(cases):
-    case = cases("i2v")
+    case = cases("flf2v")
     half = Denoiser({**case.model.backbone_config, "dtype": "bfloat16"}, case.model.signals)
     wan = open_wan(case.folder)
     params = load_params(wan.source, abstract(half, dtype="bfloat16"), wan_transformer_rows(half))
@@ -318,7 +329,7 @@ def test_in_bfloat16_it_is_close(cases):
     assert np.linalg.norm(got - case.want) < 0.03 * np.linalg.norm(case.want)
 
 
-@pytest.mark.parametrize("kind", ["i2v", "vace"])
+@pytest.mark.parametrize("kind", each(["i2v", "vace"]))
 def test_on_eight_devices_it_is_that_of_one(kind, cases):
     case, wan = cases(kind), open_wan(cases(kind).folder)
     mesh = MeshSpec(data=1, fsdp=2, context=2, tensor=2).make()
@@ -334,7 +345,12 @@ def test_on_eight_devices_it_is_that_of_one(kind, cases):
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    [("t2v", 10**9), ("vace", 99_000), ("flf2v", 99_000), ("skyreels_rate", 10**9)],
+    [
+        ("vace", 99_000),
+        ("flf2v", 99_000),
+        ("skyreels_rate", 10**9),
+        pytest.param("t2v", 10**9, marks=pytest.mark.slow),
+    ],
 )
 def test_diffusers_reads_what_is_written(kind, most, cases, tmp_path, monkeypatch):
     case = cases(kind)
@@ -457,7 +473,14 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# One of each kind of network; the others differ from these in numbers alone.
+KINDS_OF_NETWORK = ("T2V 1.3B", "FLF2V 14B", "SkyReels DF 1.3B", "VACE 1.3B")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in KINDS_OF_NETWORK else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED],
+)
 def test_published_models_have_these_arrays(name):
     """Names and shapes of diffusers' own models, which hold no memory here."""
     billions, config = PUBLISHED[name]
@@ -465,7 +488,7 @@ def test_published_models_have_these_arrays(name):
         want = {k: tuple(v.shape) for k, v in config_class(config)(**config).state_dict().items()}
     assert sum(np.prod(s) for s in want.values()) / 1e9 == pytest.approx(billions, rel=5e-3)
     model = Denoiser(*wan_from_config(config))
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     rows = wan_transformer_rows(model)
     assert {k: shape for k, (shape, _) in export_plan(shapes, rows).items()} == want
     found = wan_config(want, 128)
@@ -503,9 +526,9 @@ def test_configs_that_are_another_network(changes, message):
 
 def test_a_config_that_disagrees_with_the_weights(cases, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(
-        cases("i2v").folder / "diffusion_pytorch_model.safetensors"
+        cases("flf2v").folder / "diffusion_pytorch_model.safetensors"
     )
-    text = (cases("i2v").folder / "config.json").read_text()
+    text = (cases("flf2v").folder / "config.json").read_text()
     (tmp_path / "config.json").write_text(
         text.replace('"ffn_dim": 64', '"ffn_dim": 65').replace(
             '"image_dim": 20', '"image_dim": null'
@@ -533,7 +556,7 @@ def test_weights_of_something_else(tmp_path):
 
 
 def test_an_array_of_older_files_is_not_read(cases):
-    case = cases("i2v")
+    case = cases("flf2v")
     wan, rows = open_wan(case.folder), wan_transformer_rows(case.model)
     extra = StoredArray(case.folder / "nowhere", np.dtype("f4"), (48,), 0)
     source = wan.source | {"blocks.1.attn2.norm_added_q.weight": extra}

@@ -41,9 +41,13 @@ def base():
     return Job(Experiment(config), "train", (16, 32, 32, 4), 256)
 
 
-def test_a_gpu_is_planned_without_a_compiler(base):
-    plan = plan_job(base, Slice("h100:8"))
-    row = plan.to_json()
+@pytest.fixture(scope="module")
+def planned(base):
+    return plan_job(base, Slice("h100:8"))
+
+
+def test_a_gpu_is_planned_without_a_compiler(base, planned):
+    row = planned.to_json()
     json.dumps(row)
     assert row["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1} and row["fits"]
     state = 16 * row["parameters"] / 8  # weights, average, two moments
@@ -51,7 +55,7 @@ def test_a_gpu_is_planned_without_a_compiler(base):
     assert row["memory"]["arguments"] == pytest.approx(state + batch, rel=0.04)
     assert row["model_flops"] == 3 * 32 * base.experiment.model.flops((16, 32, 32, 4), 256)
     assert row["stated_flops"] == pytest.approx(4 / 3 * row["model_flops"], rel=0.01)  # remat
-    text = table(plan, 1000, 2.0)
+    text = table(planned, 1000, 2.0)
     assert "estimated, not compiled" in text and "USD" in text and "fits" in text
 
 
@@ -105,7 +109,7 @@ def test_a_cached_batch_has_the_shapes_of_the_cache(base, mesh):
     assert facts(abstract) == facts(real)
 
 
-def test_out_of_memory_is_a_result(base):
+def test_out_of_memory_is_a_result(planned):
     assert out_of_memory(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 51.34G of 31.25G hbm. "
         "Exceeded hbm capacity by 20.09G."
@@ -115,7 +119,7 @@ def test_out_of_memory_is_a_result(base):
         "available HBM (15.75G)."
     ) == (20.83 * GIB, 15.75 * GIB)
     plan = dataclasses.replace(
-        plan_job(base, Slice("h100:8")),
+        planned,
         fits=False,
         compiled=True,
         compile_seconds=1.0,

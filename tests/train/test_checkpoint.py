@@ -101,7 +101,14 @@ def restored(mesh, workdir, **options):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 4}, {"data": 2, "tensor": 2}, {}], ids=str
+    "sizes",
+    [
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
+        {"data": 2, "tensor": 2},
+        {},
+    ],
+    ids=str,
 )
 def test_a_step_comes_back_on_any_mesh(saved, sizes):
     spec = MeshSpec(**{"data": 1, **sizes})
@@ -188,10 +195,10 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def test_flipped_bits_are_found_and_answered(saved, one, tmp_path, caplog):
-    """25 flips in the files of the arrays and of the facts: each is found and named, and the
+    """12 flips in the files of the arrays and of the facts: each is found and named, and the
     older step takes its place; or it changed no value, in the copies that OCDBT leaves behind."""
     rng, found, harmless = random.Random(0), 0, 0
-    while found < 25:
+    while found < 12:
         work = Path(shutil.copytree(saved, tmp_path / f"{found}_{harmless}"))
         step = work / "checkpoints" / "3"
         files = [*array_files(step), step / "facts" / "metadata"]
@@ -207,8 +214,8 @@ def test_flipped_bits_are_found_and_answered(saved, one, tmp_path, caplog):
         assert (work / "damaged" / "3").is_dir() and not step.exists()
         found += 1
         shutil.rmtree(work)
-    print(f"\n25 flips found, {harmless} changed no value")
-    assert harmless < 25
+    print(f"\n12 flips found, {harmless} changed no value")
+    assert harmless < 12
 
 
 def test_the_damaged_array_is_named(copy, one, caplog):
@@ -330,7 +337,7 @@ def test_newest_every_and_best_compose_and_survive_restarts(tmp_path, one):
 
 def test_a_step_without_a_score_is_not_best_and_not_kept_for_it(tmp_path, one):
     with jax.set_mesh(one), Checkpoints(tmp_path, max_to_keep=1, best_metric="m") as checkpoints:
-        for step, metrics in ((1, {"m": 2.0}), (2, None), (3, {"m": 3.0}), (4, None)):
+        for step, metrics in ((1, {"m": 2.0}), (2, None), (3, {"m": 3.0}), (4, {"n": 0.0})):
             checkpoints.save(step, on(one, new_state(step)), PROGRESS, metrics)
         checkpoints.wait()
         assert checkpoints.steps() == [1, 4] and checkpoints.best_step() == 1

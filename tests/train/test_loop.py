@@ -9,13 +9,13 @@ from vdx.config.loader import resolve
 from vdx.experiment import Experiment
 from vdx.files import read_rows
 from vdx.parallel import put_batch
+from vdx.train import loop
 from vdx.train import step as step_module
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.checksum import fingerprints
+from vdx.train.compile import train_program
 from vdx.train.loop import BadNumbers, PeriodicTask, train
 from vdx.train.preemption import PreemptionHandler
-from vdx.train.state import state_shardings
-from vdx.train.step import make_train_step
 
 STEPS, BATCH = 12, 2
 
@@ -49,8 +49,10 @@ def experiment(bad: dict[int, float], *overrides: str) -> Experiment:
             "configs/t2v_base.py:smoke",
             [
                 "--config.model.backbone.width=16",
-                "--config.model.backbone.depth=2",
+                "--config.model.backbone.depth=1",
                 "--config.model.backbone.heads=2",
+                "--config.model.backbone.pattern=full",
+                "--config.model.backbone.remat=none",
                 f"--config.data.loader.global_batch={BATCH}",
                 "--config.data.loader.shuffle=False",
                 f"--config.train.steps={STEPS}",
@@ -76,22 +78,23 @@ def memory():
 
 
 @pytest.fixture(scope="module")
-def step_fn(mesh, memory):
-    """The step that `train` takes, compiled once for this file, and its first state."""
+def program(mesh, memory):
+    """The program that `train` compiles: only the data differ between the runs of this file."""
+    with jax.set_mesh(mesh):
+        made = train_program(experiment({}).job(), mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_program", lambda job, mesh: made)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def step_fn(mesh, program):
+    """The step that `train` takes, and its first state."""
     made = experiment({})
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, jax.eval_shape(made.init_state))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
         state = jax.jit(made.init_state, out_shardings=shardings)()
-        step = jax.jit(
-            make_train_step(
-                made.objective,
-                made.tx,
-                made.training.ema,
-                max_grad_norm_ratio=made.training.max_grad_norm_ratio,
-            ),
-            out_shardings=(shardings, None),
-        )
-    return step, state
+    return program.step, state
 
 
 def batches(bad: dict[int, float], mesh, *positions: int):
@@ -103,24 +106,31 @@ def batches(bad: dict[int, float], mesh, *positions: int):
 
 def run(step_fn, mesh, bad, *positions: int, state=None):
     step, first = step_fn
-    state, log = first if state is None else state, []
+    # A copy: a step takes over the memory of its state.
+    state, log = jax.tree.map(jnp.copy, first if state is None else state), []
     with jax.set_mesh(mesh):
         for batch in batches(bad, mesh, *positions):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, None)
             log.append(jax.device_get(metrics))
         return state, log, fingerprints(state)
 
 
+@pytest.fixture(scope="module")
+def four_steps(step_fn, mesh):
+    """(state, log, fingerprints) after four good batches."""
+    return run(step_fn, mesh, {}, 0, 1, 2, 3)
+
+
 @pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf, 1e30, 1e6], ids=str)
-def test_a_bad_batch_changes_no_bit(step_fn, mesh, factor):
-    state, _, before = run(step_fn, mesh, {}, 0, 1, 2, 3)
+def test_a_bad_batch_changes_no_bit(step_fn, four_steps, mesh, factor):
+    state, _, before = four_steps
     _, log, after = run(step_fn, mesh, {4: factor}, 4, state=state)
     assert not log[0]["ok"]
     assert {k for k in before if before[k] != after[k]} == {"step"}
 
 
-def test_a_good_batch_does(step_fn, mesh):
-    state, _, before = run(step_fn, mesh, {}, 0, 1, 2, 3)
+def test_a_good_batch_does(step_fn, four_steps, mesh):
+    state, _, before = four_steps
     _, log, after = run(step_fn, mesh, {4: 1.5}, 4, state=state)
     assert log[0]["ok"] and log[0]["accepted"] == 5
     changed = {k for k in before if before[k] != after[k]}
@@ -139,7 +149,7 @@ def trained(made, mesh, workdir, **tasks):
         return state, fingerprints(state)
 
 
-def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
+def test_two_bad_batches_are_refused_and_named(step_fn, mesh, tmp_path):
     """And periodic tasks run, evaluations before samples, with scores in the log."""
     calls = []
 
@@ -147,7 +157,7 @@ def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
         return PeriodicTask(name, every, lambda step, _: calls.append((name, step)) or scores)
 
     _, got = trained(
-        experiment({5: np.nan, 7: np.inf}),
+        experiment({5: np.nan, 7: np.inf}, "--config.train.save_every=6"),
         mesh,
         tmp_path / "run",
         evaluations=[task("one", 8, {"a": 1.0}), task("two", 5, {"b": 2.0}), task("off", 0, {})],
@@ -170,7 +180,7 @@ def test_two_bad_batches_are_refused_and_named(step_fn, mesh, memory, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_streak_goes_back_and_takes_new_data(step_fn, mesh, memory, tmp_path):
+def test_a_streak_goes_back_and_takes_new_data(step_fn, mesh, tmp_path):
     """Steps 6, 7 and 8 are refused: back to step 4, then the batches that follow."""
     bad = dict.fromkeys((5, 6, 7), np.nan)
     state, got = trained(experiment(bad), mesh, tmp_path / "run")
@@ -185,7 +195,7 @@ def test_a_streak_goes_back_and_takes_new_data(step_fn, mesh, memory, tmp_path):
 
 
 @pytest.mark.slow
-def test_when_going_back_does_not_help(mesh, memory, tmp_path):
+def test_when_going_back_does_not_help(mesh, program, tmp_path):
     workdir, bad = tmp_path / "run", dict.fromkeys(range(5, 400), np.nan)
     with pytest.raises(BadNumbers) as error:
         # Without a log there is nothing to write, and no interval to divide by.
@@ -200,7 +210,7 @@ def test_when_going_back_does_not_help(mesh, memory, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_streak_before_the_first_save_begins_anew(mesh, memory, tmp_path):
+def test_a_streak_before_the_first_save_begins_anew(mesh, program, tmp_path):
     trained(experiment(dict.fromkeys((0, 1, 2), np.nan)), mesh, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["step"] == STEPS and rows[-1]["train/refused"] == 0

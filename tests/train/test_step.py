@@ -94,7 +94,7 @@ def test_the_loss_of_every_way_to_draw_times(fields, strategy, rank):
     Affine.times.clear()
     got = jax.jit(made.losses)(PARAMS, batch(), KEY)
     assert {len(shape) for shape in Affine.times} == {rank}  # times of clips, or of frames
-    times, noise, _ = made.draw(x0, KEY)
+    times, noise, _ = jax.jit(made.draw)(x0, KEY)
 
     each, report = [], []
     for clip in range(CLIPS):
@@ -171,10 +171,9 @@ def test_two_terms_and_their_shares_of_the_gradient(flicker, accumulate):
         parts = [({"latents": latents[i::2]}, jax.random.fold_in(key, i)) for i in range(2)]
     values, gradients = {}, {}
     for name, term in TWO.items():
-        of = [
-            jax.value_and_grad(lambda p, n=name, d=d, k=k: terms_by_hand(made, p, d, k)[n])(PARAMS)
-            for d, k in parts
-        ]
+        loss = lambda p, d, k, n=name: terms_by_hand(made, p, d, k)[n]
+        by_hand = jax.jit(jax.value_and_grad(loss))
+        of = [by_hand(PARAMS, d, k) for d, k in parts]
         values[name] = np.mean([value for value, _ in of])
         summed = [np.array([g["scale"], g["shift"]]) for _, g in of]
         gradients[name] = term["weight"] * np.mean(summed, axis=0)
@@ -209,14 +208,13 @@ def test_one_term_logs_and_computes_nothing_more():
 def test_microbatches_take_turns_through_the_batch():
     """Their average is that of the parts, each with a key of its own."""
     made = objective()
-    whole = accumulated_gradients(made, PARAMS, None, batch(), KEY, 2)
+    gradients = jax.jit(
+        lambda batch, key, count: accumulated_gradients(made, PARAMS, None, batch, key, count),
+        static_argnums=2,
+    )
+    whole = gradients(batch(), KEY, 2)
     latents = batch()["latents"]
-    parts = [
-        accumulated_gradients(
-            made, PARAMS, None, {"latents": latents[i::2]}, jax.random.fold_in(KEY, i), 1
-        )
-        for i in range(2)
-    ]
+    parts = [gradients({"latents": latents[i::2]}, jax.random.fold_in(KEY, i), 1) for i in range(2)]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *[part.gradients for part in parts])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole.gradients, mean)
     assert whole.losses.bin_counts.sum() == CLIPS

@@ -14,10 +14,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from vdx.config.ranges import MAX_FLOAT, Interval, OneOf
+from vdx.config.ranges import MAX_FLOAT, Interval, Length, OneOf
 
 T = TypeVar("T")
 _FLAX_FIELDS = {"parent", "name"}
+_MOST_QUOTED = 500  # characters of a wrong value in a message
 
 
 class ConfigError(ValueError):
@@ -56,7 +57,7 @@ def type_name(hint: Any) -> str:
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
     if origin is Annotated:
-        ranges = [str(limit) for limit in args[1:] if isinstance(limit, Interval)]
+        ranges = [str(limit) for limit in args[1:] if isinstance(limit, Interval | Length)]
         return " ".join([type_name(args[0]), *filter(None, ranges)])
     if origin is Literal:
         return " | ".join(map(repr, args))
@@ -96,7 +97,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return {k: _convert(v, of, f"{where}.{k}") for k, v in value.items()}
     elif isinstance(value, origin or hint):
         return value
-    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {type_name(hint)}.")
+    raise _wrong_type(value, hint, where)
 
 
 def _convert_union(value: Any, hint: Any, where: str) -> Any:
@@ -112,8 +113,8 @@ def _convert_union(value: Any, hint: Any, where: str) -> Any:
     if len(errors) == 1:  # the one option whose type the value has
         raise errors[0]
     if errors:
-        raise _OutOfRange(f"{where} = {value!r} is out of range, expected {type_name(hint)}.")
-    raise ConfigError(f"{where} = {value!r} is {type(value).__name__}, expected {type_name(hint)}.")
+        raise _out_of_range(value, hint, where)
+    raise _wrong_type(value, hint, where)
 
 
 def _check_limits(value: Any, hint: Any, where: str) -> Any:
@@ -121,18 +122,32 @@ def _check_limits(value: Any, hint: Any, where: str) -> Any:
     for limit in hint.__metadata__:
         if isinstance(limit, OneOf):
             _check_name(value, limit.names(), where)
-        if isinstance(limit, Interval) and value not in limit:
-            raise _OutOfRange(f"{where} = {value!r} is out of range, expected {type_name(hint)}.")
+        if isinstance(limit, Interval | Length) and value not in limit:
+            raise _out_of_range(value, hint, where)
     return value
+
+
+def _wrong_type(value: Any, hint: Any, where: str) -> ConfigError:
+    given = f"{_quote(value)} is {type(value).__name__}"
+    return ConfigError(f"{where} = {given}, expected {type_name(hint)}.")
+
+
+def _out_of_range(value: Any, hint: Any, where: str) -> _OutOfRange:
+    given = f"{_quote(value)} is out of range"
+    return _OutOfRange(f"{where} = {given}, expected {type_name(hint)}.")
+
+
+def _quote(value: Any) -> str:
+    """Return a wrong value for a message, without the end of a long one."""
+    text = repr(value)
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}..."
 
 
 def _choose(value: Any, hint: Any, where: str) -> Any:
     """Return a value that is one of the choices of a Literal."""
     choices = typing.get_args(hint)
     if type(value) not in map(type, choices):
-        raise ConfigError(
-            f"{where} = {value!r} is {type(value).__name__}, expected {type_name(hint)}."
-        )
+        raise _wrong_type(value, hint, where)
     _check_name(value, choices, where)
     return value
 
@@ -150,7 +165,7 @@ def _check_name(name: Any, known: Iterable[Any], where: str) -> None:
 def _finite(value: float, where: str) -> float:
     """Return a number as float. Raises ConfigError unless float32 holds it."""
     if not abs(value) <= MAX_FLOAT:
-        raise _OutOfRange(f"{where} = {value!r} is not a finite number of float32.")
+        raise _OutOfRange(f"{where} = {_quote(value)} is not a finite number of float32.")
     return float(value)
 
 
@@ -162,6 +177,21 @@ def check_fields(instance: object, where: str = "") -> None:
     cls: Any = type(instance)
     for name, hint in configurable_fields(cls).items():
         _convert(getattr(instance, name), hint, f"{where or cls.__name__}.{name}")
+
+
+def check_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for an entry of a mapping that its type or range excludes.
+
+    hints: key -> type, or the hints of a mapping below. Entries without a hint are not checked.
+    """
+    for key, hint in hints.items():
+        if key not in values:
+            continue
+        if not isinstance(hint, Mapping):
+            _convert(values[key], hint, f"{where}: {key}")
+            continue
+        _convert(values[key], dict, f"{where}: {key}")
+        check_entries(values[key], hint, f"{where}: {key}")
 
 
 def convert(

@@ -12,12 +12,13 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Annotated, Any, Literal
 
 from absl import flags
 
 __all__ = [
+    "Channels",
     "ComputeType",
     "Count",
     "Decay",
@@ -25,6 +26,8 @@ __all__ = [
     "Fraction",
     "Index",
     "Interval",
+    "Length",
+    "LevelBlocks",
     "NonNegative",
     "OneOf",
     "Positive",
@@ -64,6 +67,21 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Length:
+    """The lists of at most `most` entries."""
+
+    most: int
+
+    def __contains__(self, value: Sized) -> bool:
+        """Return whether a list is short enough."""
+        return len(value) <= self.most
+
+    def __str__(self) -> str:
+        """Return how the limit reads after a type."""
+        return f"of at most {self.most}"
+
+
+@dataclasses.dataclass(frozen=True)
 class OneOf:
     """The names of a table, which may be defined below the field."""
 
@@ -78,6 +96,8 @@ def _bound(value: float) -> str:
 
 
 Count = Annotated[int, Interval(1, MAX_INT)]
+Channels = Annotated[int, Interval(1, 1_000_000)]  # of a layer; its arrays stay below 2^63 bytes
+LevelBlocks = Annotated[int, Interval(1, 8)]  # of one level of a network; each is traced
 Index = Annotated[int, Interval(0, MAX_INT)]  # an integer that may also be 0
 Seed = Annotated[int, Interval(0, 2**64 - 1)]
 Finite = Annotated[float, Interval()]

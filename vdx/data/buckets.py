@@ -2,8 +2,8 @@
 
 One frame and the timestamps of every clip are read once, before training. A clip belongs to one
 bucket from then on. Buckets take turns in a fixed cycle, in proportion to their clips.
-`clip_shapes.json` in the workdir spares a resumed run the reading. Delete it after videos were
-replaced under their old names.
+`clip_shapes.json` in the workdir spares a resumed run the reading. It holds for these records,
+with files of these sizes and times.
 """
 
 import hashlib
@@ -58,8 +58,7 @@ def plan_buckets(
     pipeline refuses them with the reason. threads: records that are read at once. stored: a file
     of the shapes; written, or read if it is of this source.
     """
-    content = [getattr(source, name, None) for name in ("rows", "metadata")]
-    identity = hashlib.sha256(repr((source, len(source), content, clip)).encode()).hexdigest()
+    identity = _identity(source, clip)
     shapes = _stored_shapes(stored, identity, len(source))
     if shapes is None:
         shapes = list(_read_shapes(source, clip, threads))
@@ -147,6 +146,18 @@ def _clip_of(bucket: BatchShape) -> tuple[int, tuple[int, int]]:
     height, width = bucket.size
     assert bucket.frames is not None  # a bucket names all three
     return bucket.frames, (height, width)
+
+
+def _identity(source: Source, clip: ClipSampling) -> str:
+    """Return a digest of what the shapes depend on.
+
+    It covers the records, their files, and how clips are cut. A file that was replaced under its
+    name has another size or time. Procedural sources have no files.
+    """
+    names = getattr(source, "rows", None)
+    stamps: list[Any] = getattr(source, "file_stamps", list)()
+    facts = repr((source, len(source), names, stamps, clip))
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _stored_shapes(path: Path | None, identity: str, count: int) -> list[ClipShape | None] | None:

@@ -19,6 +19,8 @@ __all__ = [
     "MOST_PIXELS",
     "Opener",
     "check_complete",
+    "first_bytes",
+    "open_bytes",
     "open_video",
 ]
 
@@ -36,14 +38,18 @@ def open_video(file: str | io.BytesIO) -> tuple[InputContainer, VideoStream]:
     """Open a video file; return the container and its first video stream.
 
     FFmpeg also opens playlists, which name other files and addresses, and images. Only CONTAINERS
-    are accepted. Raises ValueError if there is no usable video stream.
+    are accepted. Edit lists are left to `vdx.data.mp4_boxes`. Raises ValueError if there is no
+    usable video stream.
     """
     # FFmpeg takes the name "a:b.mp4" for an address of the protocol a.
     name = f"file:{file}" if isinstance(file, str) else file
+    options = {
+        "format_whitelist": CONTAINERS,
+        "protocol_whitelist": "file",
+        "ignore_editlist": "1",
+    }
     try:
-        container = av.open(
-            name, "r", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-        )
+        container = av.open(name, "r", options=options)
     except av.error.ArgumentError as error:
         raise ValueError(f"not one of the containers {CONTAINERS}") from error
     try:
@@ -85,18 +91,18 @@ def check_complete(file: str | io.BytesIO) -> None:
     Numbers of frames and durations in headers are estimates and are not compared. MPEG program
     streams declare nothing.
     """
-    with _open_bytes(file) as opened:
+    with open_bytes(file) as opened:
         _check_end(opened)
 
 
 def first_bytes(file: str | io.BytesIO) -> bytes:
     """Return the first bytes of a file, which state its format."""
-    with _open_bytes(file) as opened:
+    with open_bytes(file) as opened:
         return opened.read(16)
 
 
 @contextlib.contextmanager
-def _open_bytes(file: str | io.BytesIO) -> Iterator[BinaryIO]:
+def open_bytes(file: str | io.BytesIO) -> Iterator[BinaryIO]:
     """Yield a file that is open for reading, from its start."""
     if isinstance(file, io.BytesIO):
         file.seek(0)

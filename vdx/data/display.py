@@ -7,15 +7,17 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 from PIL import Image
 
 from vdx.data.images import BACKGROUND, MOST_PIXELS
+from vdx.data.mp4_boxes import Aperture
 from vdx.data.tone_mapping import GAMUTS, TRANSFERS, to_sdr
 
-__all__ = ["decoder_of", "display_pixels"]
+__all__ = ["decoder_of", "display_matrix", "display_pixels"]
 
 # Numbers of ITU-T H.273. Matrices: that of swscale for each matrix that it has.
 UNTAGGED = (0, 2, 3)
@@ -50,21 +52,46 @@ def decoder_of(stream: VideoStream) -> VideoCodecContext:
     return decoder
 
 
+def display_matrix(stream: VideoStream, packet: "av.Packet[VideoStream]") -> bytes | None:
+    """Return the display matrix of a stream that `decoder_of` decodes otherwise.
+
+    FFmpeg's own decoder copies it from the header to its frames. packet: a key packet.
+    """
+    for frame in stream.codec_context.decode(packet):
+        return _matrix_of(frame)
+    return None
+
+
+def _matrix_of(frame: av.VideoFrame) -> bytes | None:
+    """Return the display matrix of a frame."""
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    return None if data is None else bytes(data)
+
+
 def _has_alpha_stream(stream: VideoStream) -> bool:
     """Return whether alpha is a second stream inside that of a WebM."""
     return stream.metadata.get("alpha_mode") == "1"
 
 
-def display_pixels(frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
+def display_pixels(
+    frame: av.VideoFrame,
+    stream: VideoStream,
+    aperture: Aperture | None = None,
+    matrix: bytes | None = None,
+) -> np.ndarray:
     """Return a decoded frame as uint8 [h w 3], as the file states it.
 
-    Upright, with square pixels, in SDR, on BACKGROUND. Raises ValueError for what cannot be shown
+    Upright, with square pixels, in SDR, on BACKGROUND. aperture: the clean aperture. matrix: the
+    display matrix, if the frame has none of its own. Raises ValueError for what cannot be shown
     like this.
     """
+    if frame.interlaced_frame and stream.codec_context.name == "hevc":
+        raise ValueError("interlaced HEVC, whose fields look like frames: deinterlace it")
+
     # Levels of R'G'B', and of alpha.
-    transfer, primaries, matrix = _colours(frame, stream)
+    transfer, primaries, coefficients = _colours(frame, stream)
     is_sdr = transfer not in TRANSFERS and primaries not in GAMUTS
-    levels = _levels(frame, matrix, 8 if is_sdr else 16)
+    levels = _levels_of_lines(frame, coefficients, 8 if is_sdr else 16)
     rgb = levels[..., :3]
     if not is_sdr:
         rgb = to_sdr(rgb, transfer, primaries)
@@ -73,7 +100,8 @@ def display_pixels(frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
         rgb = _composite(rgb, levels[..., 3])
     elif _has_alpha_stream(stream):
         raise ValueError("transparent frames whose alpha was not decoded")
-    return _upright(_square(rgb, stream.sample_aspect_ratio), frame)
+    rgb = _square(_clean(rgb, aperture), stream.sample_aspect_ratio)
+    return _upright(rgb, _matrix_of(frame) or matrix)
 
 
 def _colours(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int, int]:
@@ -113,6 +141,36 @@ def _usual_matrix(frame: av.VideoFrame, primaries: int) -> int:
     return BT601
 
 
+def _levels_of_lines(frame: av.VideoFrame, matrix: int, bits: int) -> np.ndarray:
+    """Return R'G'B' and any alpha of one moment, as `_levels` does.
+
+    The lines of an interlaced frame are of two moments. The top field, lines 0, 2 and so on,
+    stays; each other line becomes the mean of its neighbours.
+    """
+    if not frame.interlaced_frame:
+        return _levels(frame, matrix, bits)
+
+    kept = _levels(_top_field(frame), matrix, bits)
+    below = np.concatenate([kept[1:], kept[-1:]]).astype(np.uint32)
+    levels = np.empty((frame.height, *kept.shape[1:]), kept.dtype)
+    levels[::2] = kept
+    levels[1::2] = ((kept + below + 1) // 2)[: frame.height // 2]
+    return levels
+
+
+def _top_field(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return every second line of a frame, from the first on."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1)
+    )
+    graph.link_nodes(source, graph.add("field", "type=top"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    field = graph.pull()
+    assert isinstance(field, av.VideoFrame)
+    return field
+
+
 def _levels(frame: av.VideoFrame, matrix: int, bits: int) -> np.ndarray:
     """Return R'G'B' and any alpha, uint8 or uint16 [h w 3 or 4], full range."""
     components = frame.format.components
@@ -140,6 +198,26 @@ def _composite(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.rint(rgb * opacity + background * (1 - opacity)).astype(np.uint8)
 
 
+def _clean(rgb: np.ndarray, aperture: Aperture | None) -> np.ndarray:
+    """Return the clean aperture, rounded to whole pixels. Raises ValueError."""
+    if aperture is None:
+        return rgb
+    width, height = map(round, aperture.size)
+    left, top = (
+        round((whole - part) / 2 + offset)
+        for whole, part, offset in zip(
+            (rgb.shape[1], rgb.shape[0]), aperture.size, aperture.offset, strict=True
+        )
+    )
+    inside = 0 <= left < left + width <= rgb.shape[1] and 0 <= top < top + height <= rgb.shape[0]
+    if not inside:
+        raise ValueError(
+            f"a clean aperture of {height}x{width} pixels at {top}, {left} in frames of "
+            f"{rgb.shape[0]}x{rgb.shape[1]}"
+        )
+    return rgb[top : top + height, left : left + width]
+
+
 def _square(rgb: np.ndarray, ratio: Fraction | None) -> np.ndarray:
     """Return pixels resampled bicubically to squares; the shorter side grows.
 
@@ -158,16 +236,15 @@ def _square(rgb: np.ndarray, ratio: Fraction | None) -> np.ndarray:
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
 
 
-def _upright(rgb: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Return pixels turned and mirrored as the display matrix of a frame states.
+def _upright(rgb: np.ndarray, matrix: bytes | None) -> np.ndarray:
+    """Return pixels turned and mirrored as a display matrix states.
 
     The matrix [a b u; c d v; x y w] of ISO/IEC 14496-12 sends (p, q), q down, to
     (a p + c q, b p + d q). Raises ValueError if that is not quarter turns and mirrors.
     """
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
+    if matrix is None:
         return rgb
-    ((a, b), (c, d)) = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65_536
+    ((a, b), (c, d)) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2] / 65_536
 
     # Entries off the axes are at most rounding.
     upright = min(abs(a), abs(d))

@@ -256,6 +256,14 @@ def _from_rows(root: Path, walk: Walk, rows: list[dict[str, Any]]) -> FolderList
     entries = [_entry(row, on_disk) for row in rows]
     captioned = [entry for entry in entries if entry.caption is not None]
 
+    # Pipes and broken links that rows name are counted as such, and not as missing files too.
+    unusable = {_location(root, name) for name in walk.unusable}
+    countable = [
+        entry
+        for entry in entries
+        if entry.name in on_disk or not unusable or _location(root, entry.name) not in unusable
+    ]
+
     # Names that the walk does not have are missing, or lead through a link to what it has.
     named = {PurePosixPath(entry.name).as_posix() for entry in entries}
     named |= {file for entry in entries for _, file in entry.tracks if isinstance(file, str)}
@@ -266,14 +274,24 @@ def _from_rows(root: Path, walk: Walk, rows: list[dict[str, Any]]) -> FolderList
         unnamed = [name for name in unnamed if _identity(root / name) not in linked]
 
     left_out = {
-        NO_CAPTION_IN_ROW: [entry.name for entry in entries if entry.caption is None],
-        NO_FILE: [entry.name for entry in captioned if not _exists(root, entry.name, on_disk)],
+        NO_CAPTION_IN_ROW: [entry.name for entry in countable if entry.caption is None],
+        NO_FILE: [
+            entry.name
+            for entry in countable
+            if entry.caption is not None and not _exists(root, entry.name, on_disk)
+        ],
         NO_ROW: unnamed,
-        HIDDEN: walk.hidden,
+        HIDDEN: [name for name in walk.hidden if name not in named],
         REPEATED: walk.repeated,
         UNUSABLE: walk.unusable,
     }
     return FolderListing(root, captioned, left_out)
+
+
+def _location(root: Path, name: str) -> str:
+    """Return the one path that all names of a pipe or a broken link have in common."""
+    path = root / name
+    return nfc(str(path.parent.resolve() / path.name))
 
 
 def _exists(root: Path, name: str, on_disk: Mapping[str, str]) -> bool:

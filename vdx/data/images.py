@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
 from vdx.data.tone_mapping import GAMUTS, TRANSFERS, to_sdr
 from vdx.files import open_regular
@@ -47,6 +47,14 @@ CODE_POINT_CHUNKS = {
     "AVIF": re.compile(rb"colrnclx(?P<primaries>..)(?P<transfer>..)", re.DOTALL),
 }
 CODE_POINTS = "code_points"  # their name in the information of an image
+LARGEST = "largest_level"  # the name of the level that is white
+# The marker SIZ of a JPEG 2000, with the bits of the first component less 1 (T.800, A.5.1).
+JPEG2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{38}(?P<bits>.)", re.DOTALL)
+TIFF_HEADS = (b"II*\0", b"MM\0*")
+# Numbers of tags of a TIFF (TIFF 6.0), and of their values.
+PHOTOMETRIC, BITS, SAMPLE_FORMAT = 262, 258, 339
+WHITE_IS_ZERO = 0
+SIGNED = 2
 HEADER = 1 << 16  # bytes, among which they stand
 BT709 = 1
 MOST_PIXELS = 1 << 26  # of an image (8192 x 8192); a hostile header may demand all memory
@@ -80,6 +88,12 @@ def _open(file: BinaryIO) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
+        file.seek(0)
+        if file.read(4) in TIFF_HEADS:
+            raise ValueError(
+                "a damaged TIFF, or one whose samples cannot be read: expected grey of 1, 2, 4, 8, "
+                "12 or 16 bits or of 32-bit floats, or colours of 8 or 16 bits"
+            ) from error
         raise ValueError(f"not an image of the formats {', '.join(FORMATS)}, or damaged") from error
     except Exception as error:  # there is no list of what decoders raise on damaged files
         raise ValueError(f"not an image that can be read: {error}") from error
@@ -88,15 +102,44 @@ def _open(file: BinaryIO) -> Image.Image:
         _check_trailer(file)
     if image.format in CODE_POINT_CHUNKS:
         _read_code_points(image, file)
+    if image.format in ("TIFF", "JPEG2000"):
+        _read_largest_level(image, file)
     return image
+
+
+def _read_largest_level(image: Image.Image, file: BinaryIO) -> None:
+    """Store the level of a deep image that is white. Raises ValueError.
+
+    Pillow gives the levels of a TIFF as they are stored, and shifts those of a JPEG 2000 to 8 or
+    16 bits.
+    """
+    if image.format == "JPEG2000":
+        found = JPEG2000_SIZE.search(_header(file))
+        bits = (found["bits"][0] & 127) + 1 if found else 16
+        if bits < 8:
+            raise ValueError(f"a JPEG 2000 of {bits} bits a sample, expected 8 or more")
+        image.info[LARGEST] = (1 << 16) - (1 << max(16 - bits, 0))
+    elif isinstance(image, TiffImagePlugin.TiffImageFile) and _is_deep(image):
+        bits = image.tag_v2[BITS][0]
+        if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            raise ValueError(f"a TIFF of {bits} bits a sample in which 0 is white: invert it")
+        if bits <= 16:
+            is_signed = image.tag_v2.get(SAMPLE_FORMAT, (0,))[0] == SIGNED
+            image.info[LARGEST] = (1 << bits - is_signed) - 1
+
+
+def _header(file: BinaryIO) -> bytes:
+    """Return the first bytes of an open file, and stay where it is."""
+    place = file.seek(0, io.SEEK_CUR)
+    file.seek(0)
+    header = file.read(HEADER)
+    file.seek(place)
+    return header
 
 
 def _read_code_points(image: Image.Image, file: BinaryIO) -> None:
     """Store (transfer, primaries) of a PNG or AVIF; Pillow leaves them out."""
-    place = file.seek(0, io.SEEK_CUR)
-    file.seek(0)
-    found = CODE_POINT_CHUNKS[image.format or ""].search(file.read(HEADER))
-    file.seek(place)
+    found = CODE_POINT_CHUNKS[image.format or ""].search(_header(file))
     if found:
         image.info[CODE_POINTS] = (found["transfer"][-1], found["primaries"][-1])
 
@@ -212,18 +255,20 @@ def _deep_levels(image: Image.Image) -> np.ndarray:
         span = np.float64(levels.max()) - low
         if span and (low < 0 or levels.max() > 1):
             levels = (levels - np.float64(low)) / span
-    return to_unit(levels)
+    return to_unit(levels, image.info.get(LARGEST))
 
 
-def to_unit(levels: np.ndarray) -> np.ndarray:
+def to_unit(levels: np.ndarray, largest: int | None = None) -> np.ndarray:
     """Return levels as float32 in [0, 1].
 
-    uint8 is divided by 255, other integers by 65,535. Floats stay. Raises ValueError for numbers
-    outside these ranges, or not finite.
+    largest: the level that becomes 1. If it is not stated, uint8 is divided by 255, other
+    integers by 65,535, and floats stay. Raises ValueError for numbers outside these ranges, or
+    not finite.
     """
-    largest = {"u": 65_535, "i": 65_535, "f": 1}.get(levels.dtype.kind)
-    if levels.dtype == np.uint8:
-        largest = 255
+    if largest is None:
+        largest = {"u": 65_535, "i": 65_535, "f": 1}.get(levels.dtype.kind)
+        if levels.dtype == np.uint8:
+            largest = 255
     if largest is None:
         raise ValueError(f"holds {levels.dtype}, expected floats or integers")
     if not np.isfinite(levels).all():

@@ -10,6 +10,8 @@ from vdx.text_files import read_lines
 __all__ = ["read_metadata", "stays_inside"]
 
 SHA256 = re.compile("[0-9a-f]{64}")
+MOST_NAME = 4096  # characters of a path; no usual file system has longer ones
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin every text with it
 
 
 def read_metadata(path: Path) -> list[dict[str, Any]]:
@@ -31,6 +33,11 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
             '{"file_name": "clip.mp4", "caption": "what it shows"}.'
         )
 
+    if len(name) > MOST_NAME:
+        raise ValueError(
+            f'{where}: "file_name" has {len(name)} characters, at most {MOST_NAME} expected: '
+            f"{name[:80]!r}..."
+        )
     if not stays_inside(name):
         raise ValueError(
             f"{where}: {name!r} leaves the folder; name files inside it, with / between folders."
@@ -42,6 +49,9 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
             f'{where}: "sha256" is {sha256!r}, expected 64 of 0-9 a-f. Remove it, '
             "and let `python -m vdx.data.checksums` write it."
         )
+
+    if isinstance(row.get("caption"), str):
+        row["caption"] = row["caption"].removeprefix(BYTE_ORDER_MARK)
     return row
 
 

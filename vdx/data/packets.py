@@ -3,6 +3,7 @@
 import array
 import io
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -10,10 +11,20 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vdx.data.containers import MOST_PACKETS, open_video
-from vdx.data.display import decoder_of
+from vdx.data.containers import MOST_PACKETS, open_bytes, open_video
+from vdx.data.display import decoder_of, display_matrix
+from vdx.data.mp4_boxes import Edit, Track, read_track
 
-__all__ = ["Decoded", "Packets", "decode_packets", "display_times", "output_order", "read_packets"]
+__all__ = [
+    "Decoded",
+    "Packets",
+    "Shown",
+    "apply_edits",
+    "decode_packets",
+    "display_times",
+    "output_order",
+    "read_packets",
+]
 
 NO_TIME = np.iinfo(np.int64).min  # FFmpeg's number for a missing time
 # Codecs of which each packet is shown once, at the time that it states.
@@ -28,9 +39,9 @@ class Packets(NamedTuple):
     decoded_at: np.ndarray  # int64 [packets], decoding times in ticks, or NO_TIME
     durations: np.ndarray  # int64 [packets], ticks; 0: not stated
     is_key: np.ndarray  # bool [packets]
-    is_discard: np.ndarray  # bool [packets], only prepares the decoder for others
-    tick: float  # seconds
+    tick: Fraction  # seconds
     shown_as_stamped: bool  # each packet is one frame, shown at the time that it states
+    track: Track  # what the header of an mp4 states
 
     @property
     def first_key(self) -> int:
@@ -48,19 +59,25 @@ def read_packets(file: str | io.BytesIO, partial: bool = False) -> Packets:
     with container:
         for packet in _demux(container, stream, partial):
             times = (NO_TIME if t is None else t for t in (packet.pts, packet.dts))
-            rows.extend((*times, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+            rows.extend((*times, packet.duration or 0, packet.is_keyframe))
         if stream.time_base is None:
             raise ValueError("a video stream without a time base")
-        tick = float(stream.time_base)
+        tick = stream.time_base
         codec = stream.codec_context.codec
         name = container.format.name
+        number = stream.id
     if not rows:
         raise ValueError("no frames")
     if name.startswith("mov") and codec.canonical_name == "mpeg1video":
         # FFmpeg applies neither edit lists nor cuts to it.
         raise ValueError("MPEG-1 in an mp4 has no certain order of frames: store it as .mpg")
 
-    shown_at, decoded_at, durations, is_key, is_discard = np.array(rows).reshape(-1, 5).T
+    track = Track(edits=(), aperture=None)
+    if name.startswith("mov"):
+        with open_bytes(file) as opened:
+            track = read_track(opened, number)
+
+    shown_at, decoded_at, durations, is_key = np.array(rows).reshape(-1, 4).T
     if name == "avi":  # it states when packets are decoded; FFmpeg guesses when they are shown
         shown_at = decoded_at
     # A file that was cut without encoding it may start with frames that cannot be decoded.
@@ -74,21 +91,21 @@ def read_packets(file: str | io.BytesIO, partial: bool = False) -> Packets:
         decoded_at,
         durations,
         is_key.astype(bool),
-        is_discard.astype(bool),
         tick,
         shown_as_stamped=bool(starts_clean and unique and simple),
+        track=track,
     )
 
 
 def output_order(file: str | io.BytesIO, start: int, partial: bool = False) -> np.ndarray:
     """Return the packet of each frame in display order, int [frames]; decodes all."""
     numbers: list[int] = []
-    for packet, frame, _ in decode_packets(file, start, partial):
-        if not frame.is_corrupt:
-            numbers.append(packet)
+    for decoded in decode_packets(file, start, partial):
+        if not decoded.frame.is_corrupt:
+            numbers.append(decoded.packet)
         elif partial and numbers:
             break
-        elif numbers or packet == start:  # others are shown before the first key frame
+        elif numbers or decoded.packet == start:  # others are shown before the first key frame
             raise ValueError("damaged frame")
     return np.array(numbers, int)
 
@@ -102,11 +119,53 @@ def display_times(packets: Packets, numbers: np.ndarray) -> np.ndarray:
     if shown_at.min() > NO_TIME and np.all(np.diff(shown_at) >= 0):
         return shown_at
 
-    # Old containers state when packets are decoded: at the rate at which frames are shown.
+    # Old containers state when packets are decoded: at the rate at which frames are shown. A cut
+    # between frames that were reordered loses those that are shown before all others.
     decoded_at = packets.decoded_at
     if decoded_at.min() > NO_TIME and np.all(np.diff(decoded_at) > 0):
-        return np.sort(decoded_at[numbers])
+        second = int(np.sort(numbers)[1])
+        used = np.union1d(numbers, np.arange(second))
+        return decoded_at[used][-len(numbers) :]
     raise ValueError("the times of its frames go back or are missing: encode it again")
+
+
+class Shown(NamedTuple):
+    """The frames that a file shows, in order."""
+
+    frames: np.ndarray  # int [shown], numbers of frames in display order
+    ticks: np.ndarray  # int64 [shown], their times
+
+
+def apply_edits(edits: tuple[Edit, ...], ticks: np.ndarray, tick: Fraction) -> Shown:
+    """Return the frames that an edit list shows.
+
+    ticks: int64 [frames], times of all frames in display order. Parts may leave out, repeat and
+    reorder frames. The frame that is on the screen where a part begins is shown from there on.
+    Raises ValueError for more than MOST_PACKETS.
+    """
+    if not edits:
+        return Shown(np.arange(len(ticks)), ticks)
+
+    frames = []
+    shown_at = []
+    begin = 0
+    count = 0
+    for edit in edits:
+        length = round(edit.duration / tick)
+        if edit.media_time >= 0:
+            first = max(int(np.searchsorted(ticks, edit.media_time, "right")) - 1, 0)
+            end = len(ticks)
+            if length:
+                end = int(np.searchsorted(ticks, edit.media_time + length, "left"))
+            count += max(end - first, 0)
+            if count > MOST_PACKETS:
+                raise ValueError(f"an edit list of more than {MOST_PACKETS} frames")
+            frames.append(np.arange(first, end))
+            shown_at.append(begin + np.maximum(ticks[first:end] - edit.media_time, 0))
+        begin += length
+    if not count:
+        raise ValueError("no frames: its edit list shows none")
+    return Shown(np.concatenate(frames), np.concatenate(shown_at))
 
 
 def _demux(
@@ -136,6 +195,7 @@ class Decoded(NamedTuple):
     packet: int  # number of its packet, in decoding order
     frame: av.VideoFrame
     stream: VideoStream
+    matrix: bytes | None  # the display matrix, where frames have none of their own
 
 
 def decode_packets(file: str | io.BytesIO, start: int, partial: bool = False) -> Iterator[Decoded]:
@@ -146,14 +206,17 @@ def decode_packets(file: str | io.BytesIO, start: int, partial: bool = False) ->
     container, stream = open_video(file)
     with container:
         decoder = decoder_of(stream)
+        matrix = None
         for number, packet in enumerate(_demux(container, stream, partial)):
             if number < start:
                 continue
+            if number == start and decoder is not stream.codec_context:
+                matrix = display_matrix(stream, packet)
             packet.pts = number  # the decoder hands it on to the frame
             for frame in decoder.decode(packet):
-                yield Decoded(_number(frame), frame, stream)
+                yield Decoded(_number(frame), frame, stream, matrix)
         for frame in decoder.decode(None):
-            yield Decoded(_number(frame), frame, stream)
+            yield Decoded(_number(frame), frame, stream, matrix)
 
 
 def _number(frame: av.VideoFrame) -> int:

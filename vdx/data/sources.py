@@ -25,7 +25,7 @@ from vdx.data.records import check_classes, ready_example
 from vdx.data.scenes.source import Scenes
 from vdx.data.track_files import TRACK_FILES
 from vdx.data.video_files import VIDEOS, Opener, guard, video_record
-from vdx.files import check_regular_file, open_regular, warn_once
+from vdx.files import check_regular_file, file_stamp, open_regular, warn_once
 from vdx.text_files import MAX_CAPTION_BYTES, check_text, read_text
 
 __all__ = ["SOURCES", "Records", "VideoFolder"]
@@ -126,6 +126,10 @@ class VideoFolder:
                 caption = _read_caption(entry)
                 if isinstance(caption, str):
                     yield check_text(caption)
+
+    def file_stamps(self) -> list[Any]:
+        """Return the stamp of every video; see `file_stamp`."""
+        return [file_stamp(Path(self.path) / entry.name) for entry in self.rows]
 
     def _report(self, listing: FolderListing, in_validation: int) -> None:
         """Log one line about the folder, if something in it is not used or it is small."""
@@ -259,6 +263,11 @@ class Records:
                 key, row = self._read_row(index)
                 yield guard(key, row["caption"].decode, what="caption")
 
+    def file_stamps(self) -> list[Any]:
+        """Return the name and the stamp of every file of the directory; see `file_stamp`."""
+        folder = _data_set(Path(self.path))
+        return [(path.name, file_stamp(path)) for path in sorted(folder.iterdir())]
+
     def _read_row(self, index: int) -> tuple[str, Mapping[str, Any]]:
         """Return (key, features) of record `index`; raises BadRecord for a damaged chunk."""
         key = f"{self.path}/{self.split}/{index}"
@@ -314,6 +323,10 @@ class Folder:
     def rows(self) -> Sequence[Any]:
         """Return the videos of the split, as `source` has them."""
         return self.source.rows
+
+    def file_stamps(self) -> list[Any]:
+        """Return the stamps of the files; see `file_stamp`."""
+        return self.source.file_stamps()
 
     @property
     def metadata(self) -> dict[str, Any]:

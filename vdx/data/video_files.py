@@ -6,7 +6,9 @@ or hostile file makes the decoder raise becomes BadRecord.
 """
 
 import dataclasses
+import functools
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,15 @@ import numpy as np
 from vdx.data.animation import is_animation, iter_animation
 from vdx.data.containers import Opener, check_complete, first_bytes
 from vdx.data.display import display_pixels
-from vdx.data.packets import Decoded, decode_packets, display_times, output_order, read_packets
+from vdx.data.mp4_boxes import Aperture
+from vdx.data.packets import (
+    Decoded,
+    apply_edits,
+    decode_packets,
+    display_times,
+    output_order,
+    read_packets,
+)
 from vdx.data.record import BadRecord, FrameFunction, Record, frame_index_at
 
 __all__ = [
@@ -55,6 +65,7 @@ MAYBE_ANIMATED = (".png", ".webp")  # suffixes of images, some of which are clip
 INTRA = 1  # FFmpeg's type of frames that are coded without others, "I"
 ANIMATION = re.compile(rb"GIF8|\x89PNG|RIFF.{4}WEBP", re.DOTALL)  # first bytes of the files
 MOST_BYTES = 1 << 31  # of the frames of one read
+MOST_TIMELINES = 128  # kept in memory: 3 MB for an hour of video
 
 
 class DisplayedFrame(NamedTuple):
@@ -77,12 +88,12 @@ class Footage(Protocol):
         """Seconds from the first frame to the end of the last one."""
 
     @property
-    def keys(self) -> np.ndarray:
-        """Numbers of the frames where decoding may start, int [keys]."""
-
-    @property
     def origin(self) -> float:
         """Time of the first frame in the container, in seconds, as audio has it."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Numbers of the frames where decoding may start, int [starts]."""
 
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
         """Yield the frames from a number on, in one decode; memory holds one at a time."""
@@ -113,16 +124,12 @@ class Animation:
 
     stamps: np.ndarray  # float64 [frames], seconds from the first frame
     duration: float  # seconds
+    origin: float = 0.0  # seconds
 
     @property
-    def keys(self) -> np.ndarray:
+    def starts(self) -> np.ndarray:
         """Numbers of the frames where decoding may start: the first."""
         return np.zeros(1, int)
-
-    @property
-    def origin(self) -> float:
-        """Time of the first frame in the container, in seconds."""
-        return 0.0
 
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
         """Yield the frames from a number on, in one decode; memory holds one at a time."""
@@ -148,39 +155,65 @@ def _open_animation(opener: Opener) -> Animation:
 
 @dataclasses.dataclass(frozen=True)
 class Movie:
-    """The frames of an encoded video, by the packets that they are decoded from."""
+    """The frames of an encoded video, by the packets that they are decoded from.
+
+    Coded frames are all frames in display order. An edit list may show a part of them.
+    """
 
     stamps: np.ndarray  # float64 [frames], seconds from the first frame, ascending
     duration: float  # seconds, from the first frame to the end of the last one
-    packets: np.ndarray  # int [frames], number of the packet of each frame
-    first_packet: int  # decoding from here gives every frame
-    keys: np.ndarray  # int [keys], frames of key packets, where decoding may start
-    origin: float = 0.0  # time of the first frame in the container, seconds: that of the audio
+    coded: np.ndarray  # int [frames], number of the coded frame of each
+    packets: np.ndarray  # int [coded frames], number of the packet of each
+    first_packet: int  # decoding from here gives every coded frame
+    keys: np.ndarray  # int [keys], coded frames of key packets, where decoding may start
+    aperture: Aperture | None  # the part of each frame that is shown
+    origin: float = 0.0  # time of the first frame in the container, in seconds, as audio has it
     partial: bool = False  # the file ends at the first incomplete packet
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Numbers of the frames where decoding may start, int [starts]."""
+        return np.flatnonzero(np.isin(self.coded, self.keys))
 
     def all_frames(self, opener: Opener, start: int = 0) -> Iterator[DisplayedFrame]:
         """Yield the frames from a number on, in one decode; memory holds one at a time.
 
         Raises ValueError for frames that do not decode; the decoder would only conceal them.
         """
-        for number, decoded in self._from(opener, start):
-            pixels = display_pixels(decoded.frame, decoded.stream)
-            yield DisplayedFrame(number, pixels, _quantiser(decoded.frame))
+        for number, decoded in self._decoded(opener, range(start, len(self.stamps))):
+            yield DisplayedFrame(number, self._pixels(decoded), _quantiser(decoded.frame))
 
     def frames(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number, uint8 [h w 3]) of the frames `wanted`, which ascend.
 
         Raises ValueError for frames that do not decode; the decoder would only conceal them.
         """
-        kept = set(wanted)
-        for number, decoded in self._from(opener, wanted[0]):
-            if number in kept:
-                yield number, display_pixels(decoded.frame, decoded.stream)
-            if number == wanted[-1]:
+        for number, decoded in self._decoded(opener, wanted):
+            yield number, self._pixels(decoded)
+
+    def _pixels(self, decoded: Decoded) -> np.ndarray:
+        """Return a decoded frame as players show it, uint8 [h w 3]."""
+        return display_pixels(decoded.frame, decoded.stream, self.aperture, decoded.matrix)
+
+    def _decoded(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, Decoded]]:
+        """Yield (number, decoded frame) of the frames `wanted`, which ascend."""
+        # An edit list may go back: decode each run of ascending coded frames by itself.
+        coded = self.coded[list(wanted)]
+        ends = np.flatnonzero(np.diff(coded) <= 0) + 1
+        for run in np.split(np.asarray(wanted), ends):
+            yield from self._decoded_run(opener, run.tolist())
+
+    def _decoded_run(self, opener: Opener, wanted: Sequence[int]) -> Iterator[tuple[int, Decoded]]:
+        """Yield (number, decoded frame) of frames `wanted` whose coded frames ascend."""
+        numbers = dict(zip(self.coded[wanted].tolist(), wanted, strict=True))
+        for coded, decoded in self._from(opener, min(numbers)):
+            if coded in numbers:
+                yield numbers.pop(coded), decoded
+            if not numbers:
                 return
 
     def _from(self, opener: Opener, number: int) -> Iterator[tuple[int, Decoded]]:
-        """Yield (number, decoded frame) of the frames from a number, each in its turn.
+        """Yield (number, decoded frame) of the coded frames from a number, in order.
 
         Decoding starts at the last key packet, and again earlier, in the end at the start, if
         frames are missing from there or come in another order.
@@ -200,18 +233,23 @@ class Movie:
             except (av.error.FFmpegError, ValueError):
                 if start == self.first_packet:
                     raise
-        if number < len(self.stamps):
-            raise ValueError(f"frame {number} of {len(self.stamps)} does not decode in its turn")
+        if number < len(self.packets):
+            raise ValueError(
+                f"frame {number} of {len(self.packets)} does not decode in its turn: damage, or a "
+                "cut inside a group of frames"
+            )
 
     def _decode(self, file: str | io.BytesIO, start: int) -> Iterator[tuple[int, Decoded]]:
         """Yield (number, decoded frame) as the decoder gives them from packet `start` on."""
         numbers = {packet: number for number, packet in enumerate(self.packets.tolist())}
         certain = start == self.first_packet
         for decoded in decode_packets(file, start, self.partial):
-            # In a stream without whole key frames the image is only complete later.
+            # In a stream without whole key frames the image is only complete later. Packets may
+            # claim to be keys, and frames to be points of recovery; intra frames of VP9 and AV1
+            # may come before frames that need earlier ones.
             frame = decoded.frame
             is_key = frame.key_frame and frame.pict_type == INTRA
-            if not certain and not (decoded.packet == start and is_key):
+            if not certain and not is_key:
                 raise ValueError("decoding cannot start here")
             certain = True
 
@@ -229,15 +267,14 @@ def _quantiser(frame: av.VideoFrame) -> float | None:
     return float(parameters.qp_map().mean())
 
 
-def _open_movie(opener: Opener, partial: bool) -> Movie:
+def _open_movie(opener: Opener, partial: bool = False) -> Movie:
     """Return the timeline of an encoded video.
 
     Times are never computed from a frame rate. Raises ValueError.
     """
     packets = read_packets(opener(), partial)
     if packets.shown_as_stamped:
-        numbers = np.flatnonzero(~packets.is_discard)
-        numbers = numbers[np.argsort(packets.shown_at[numbers])]
+        numbers = np.argsort(packets.shown_at)
     else:
         numbers = output_order(opener(), packets.first_key, partial)
     if not len(numbers):
@@ -249,18 +286,31 @@ def _open_movie(opener: Opener, partial: bool) -> Movie:
     ticks = ticks[kept]
     numbers = numbers[kept]
 
-    last_duration = float(packets.durations[numbers[-1]])
+    visible = apply_edits(packets.track.edits, ticks, packets.tick)
+    ticks = visible.ticks
+    last_duration = float(packets.durations[numbers[visible.frames[-1]]])
     if not last_duration and len(ticks) > 1:  # not every container stores it
         last_duration = float(np.median(np.diff(ticks)))
     return Movie(
-        stamps=(ticks - ticks[0]) * packets.tick,
-        duration=(float(ticks[-1] - ticks[0]) + last_duration) * packets.tick,
+        stamps=(ticks - ticks[0]) * float(packets.tick),
+        duration=(float(ticks[-1] - ticks[0]) + last_duration) * float(packets.tick),
+        coded=visible.frames,
         packets=numbers,
         first_packet=packets.first_key,
         keys=np.flatnonzero(packets.is_key[numbers]),
-        origin=float(ticks[0]) * packets.tick,
+        aperture=packets.track.aperture,
+        origin=float(ticks[0] * packets.tick),
         partial=partial,
     )
+
+
+@functools.lru_cache(maxsize=MOST_TIMELINES)
+def _open_movie_once(path: str, size: int, changed_at: int) -> Movie:
+    """Return the timeline of a file; one that has not changed is not decoded again.
+
+    size, changed_at: bytes, and nanoseconds of the last change.
+    """
+    return _open_movie(lambda: path)
 
 
 def is_video(path: Path) -> bool:
@@ -286,6 +336,9 @@ def open_footage(opener: Opener, partial: bool = False) -> Footage:
         check_complete(file)
     if ANIMATION.match(first_bytes(file)):
         return _open_animation(opener)
+    if isinstance(file, str) and not partial:
+        status = os.stat(file)
+        return _open_movie_once(file, status.st_size, status.st_mtime_ns)
     return _open_movie(opener, partial)
 
 

@@ -52,7 +52,7 @@ class Steps(NamedTuple):
     """The result of some consecutive evaluations."""
 
     carry: Carry  # the sampler's state after them
-    evaluated: Array  # bool [evaluations]: which of them evaluated the network
+    evaluated: Array  # bool [evaluations b]: which of them evaluated the network for a clip
 
 
 def sample(
@@ -112,14 +112,15 @@ def run_steps(
         state: tuple[Carry, StepCacheState | None], now: tuple[Any, Array]
     ) -> tuple[tuple[Carry, StepCacheState | None], Array]:
         carry, cached = state
-        row, evaluated = now  # coefficients of this evaluation; whether it is required
+        row, required = now  # coefficients of this evaluation; whether it is required
         x = carry[0]
         t = jnp.broadcast_to(row["t"], x.shape[:1])
 
         if step_cache is None or cached is None:
             prediction = denoise(x, t)
+            evaluated = jnp.broadcast_to(required, len(x))
         else:
-            prediction, cached, evaluated = step_cache(denoise, x, t, evaluated, cached)
+            prediction, cached, evaluated = step_cache(denoise, x, t, required, cached)
 
         x0, noise = process.to_x0_noise(prediction, x, t)
         fresh = None

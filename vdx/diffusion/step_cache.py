@@ -7,6 +7,7 @@ accumulates the changes since the last evaluation; here the distance from that e
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from vdx.types import Array
 
 
 class StepCacheState(NamedTuple):
-    """The last evaluation of the network."""
+    """The last evaluation of each clip."""
 
     x: Array  # its input [b t h w c]
     prediction: Array  # its output [b t h w c]
@@ -30,17 +31,18 @@ class CachedStep(NamedTuple):
 
     prediction: Array  # [b t h w c], of the network or extrapolated
     state: StepCacheState
-    evaluated: Array  # bool []: whether the network was evaluated
+    evaluated: Array  # bool [b]: clips whose prediction is of the network
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCache:
     """The rule that decides whether to evaluate the network.
 
-    It decides for all clips of a batch together. The network is evaluated when the estimated change
-    of any clip's prediction reaches `threshold`. Otherwise the last prediction is moved by as much
-    as the input has moved. These evaluations are required: the first two (they give the rate), the
-    last, and the first on both sides of each end of `interval`.
+    It decides for each clip by itself, so that a clip is the same in any batch. A clip is evaluated
+    when the estimated change of its prediction reaches `threshold`. Otherwise its last prediction
+    is moved by as much as its input has moved. The network runs on the whole batch, unless no clip
+    is evaluated. These evaluations are required: the first two (they give the rate), the last, and
+    the first on both sides of each end of `interval`.
     """
 
     threshold: float | Array  # change of a prediction relative to its size; 0: always evaluate
@@ -66,22 +68,27 @@ class StepCache:
         required: Array,
         state: StepCacheState,
     ) -> CachedStep:
-        """Evaluate the network at (x, t), or extrapolates its last prediction."""
+        """Evaluate the network at (x, t), or extrapolate, clip by clip."""
         moved = x - state.x
         change = state.rate * _size(moved) / _size(state.prediction)
         # Negated, so that a change that is not a number evaluates the network too.
-        evaluate = required | ~jnp.all(change < self.threshold)
+        evaluate = required | ~(change < self.threshold)  # b
 
-        def evaluated() -> tuple[Array, StepCacheState]:
+        def evaluated() -> StepCacheState:
             prediction = denoise(x, t)
             rate = _size(prediction - state.prediction) / _size(moved)
-            return prediction, StepCacheState(x, prediction, rate)
+            fresh = StepCacheState(x, prediction, rate)
+            return jax.tree.map(functools.partial(_select_clips, evaluate), fresh, state)
 
-        def extrapolated() -> tuple[Array, StepCacheState]:
-            return state.prediction + moved, state
+        state = jax.lax.cond(jnp.any(evaluate), evaluated, lambda: state)
 
-        prediction, state = jax.lax.cond(evaluate, evaluated, extrapolated)
-        return CachedStep(prediction, state, evaluate)
+        # A clip that was evaluated has not moved since.
+        return CachedStep(state.prediction + (x - state.x), state, evaluate)
+
+
+def _select_clips(chosen: Array, one: Array, other: Array) -> Array:
+    """Return the chosen clips [b] of one array and the rest of the other."""
+    return jnp.where(chosen.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
 
 
 def _size(x: Array) -> Array:

@@ -11,7 +11,7 @@ from vdx.data.record import BadRecord, Record, clip_times
 from vdx.data.resize import resize
 from vdx.experiment import Experiment
 from vdx.generate.run_pipeline import RunPipeline
-from vdx.generate.video_io import to_uint8
+from vdx.generate.video_io import check_finite, to_uint8
 from vdx.load_pipeline import params_pipeline
 from vdx.types import Params
 
@@ -57,11 +57,15 @@ class ClipDrawer:
     ) -> np.ndarray:
         """Draw uint8 [n t h w 3]; clip i starts from the noise of seed FIRST_SEED + i.
 
-        controls: entries of the batch for other signals than the text, each [n ...].
+        controls: entries of the batch for other signals than the text, each [n ...]. Raises
+        NotFinite that names the first clip with pixels that are NaN or infinite.
         """
         pipeline = self.pipeline.with_params(params)
         request = pipeline.request(prompts, seed=FIRST_SEED, fps=fps or self.fps)
-        return to_uint8(pipeline.draw_arrays(request, controls or {}))
+        clips = pipeline.draw_arrays(request, controls or {})
+        for seed, prompt, clip in zip(request.seeds, prompts, clips, strict=True):
+            check_finite(np.isfinite(clip), f"The clip of prompt {prompt!r} and seed {seed}")
+        return to_uint8(clips)
 
     def validation_records(self, count: int) -> list[Record]:
         """Return the first `count` validation records that can be read, or all if fewer."""

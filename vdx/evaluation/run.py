@@ -1,6 +1,7 @@
 """Evaluates a run: while it trains, when it ends, and again from its checkpoints."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from vdx.evaluation.evaluator import EvaluationContext, Evaluator, Scores
 from vdx.evaluation.table import make_evaluators
 from vdx.experiment import Experiment
 from vdx.files import read_json, write_json
+from vdx.generate.video_io import NotFinite
 from vdx.train.loop import PeriodicTask
 from vdx.types import Params
 
@@ -62,7 +64,8 @@ def evaluate_run(
 
     rows: the rows to run; those of earlier runs stay in eval.json. None: all, and none stays.
     Call under `jax.set_mesh`. Returns the rows that were run. Raises ConfigError for a row that
-    is not on, and see make_evaluators.
+    is not on, and see make_evaluators; NotFinite, after all other rows, for rows whose clips are
+    not finite.
     """
     evaluators = make_evaluators(experiment)
     chosen = list(evaluators) if rows is None else list(rows)
@@ -72,10 +75,17 @@ def evaluate_run(
     context = EvaluationContext(experiment, workdir, jax.sharding.get_mesh())
     earlier = {} if rows is None else _read_scores(workdir)
     result: dict[str, Any] = {}
+    refused = []
     for name in chosen:
-        scores = evaluators[name].prepare(context)(params)
+        try:
+            scores = evaluators[name].prepare(context)(params)
+        except NotFinite as error:
+            refused.append(f"{name}: {error}")
+            continue
         result[name] = {"step": step, **scores}
         _write_scores(workdir, {**earlier, **result})
+    if refused:
+        raise NotFinite("No scores of these rows of config.eval. " + "\n".join(refused))
     return result
 
 
@@ -96,7 +106,11 @@ def _run_task(
     step: int,
     params: Params,
 ) -> dict[str, float]:
-    scores = run(params)
+    try:
+        scores = run(params)
+    except NotFinite as error:  # the training continues, with the checkpoint that is due
+        logging.warning("No scores of %s at step %d: %s", name, step, error)
+        return {}
     earlier = _read_scores(context.workdir)
     _write_scores(context.workdir, {**earlier, name: {"step": step, **scores}})
     return row.logged(scores)

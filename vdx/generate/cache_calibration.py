@@ -166,7 +166,7 @@ class _Clips:
             np.float32(threshold),
             (self.num_frames, *generator.frame_shape),
         )
-        return to_uint8(x0[0]), int(np.sum(evaluated))
+        return to_uint8(x0[0]), int(np.sum(evaluated[:, 0]))
 
 
 def calibrate(
@@ -184,8 +184,8 @@ def calibrate(
     """Find the largest threshold at which every clip has an SSIM of `floor`.
 
     The SSIM is to the clip of all evaluations; the threshold is 0 if there is none. Clip i has
-    seed + i. Clips are drawn one by one: a batch makes at least as many evaluations. Raises
-    ConfigError for a floor that is no SSIM.
+    seed + i. Clips are drawn one by one: a clip is the same in any batch. Raises ConfigError for a
+    floor that is no SSIM.
     """
     if not 0 < floor <= 1:
         raise ConfigError(f"--calibrate_cache={floor} is an SSIM, above 0 and at most 1.")

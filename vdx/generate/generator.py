@@ -206,7 +206,7 @@ class Generator:
         keys: Key[Array, "b"],
         threshold: float | Array | None = None,
     ) -> tuple[Array, Array]:
-        """Return (x0 [b t h w c], bool [steps]: which evaluations were made). Pure.
+        """Return (x0 [b t h w c], bool [steps b]: evaluations of each clip). Pure.
 
         noise: [b t h w c]. keys: [b], one a clip, of stochastic samplers. threshold: replaces
         `sampling.cache_threshold`.
@@ -262,7 +262,7 @@ class Generator:
         clamped: ClampedFrames | None = None,
         threshold: float | Array | None = None,
     ) -> tuple[Carry, Array]:
-        """Return (carry after the steps of `table`, bool [steps]: evaluated). Pure.
+        """Return (carry after the steps of `table`, bool [steps b]: evaluated). Pure.
 
         The clip is the first array of the carry. Guidance leads from the conditions `negative`
         to those of `batch`; None: to those of `batch` from the same without their text. keys:

@@ -360,7 +360,8 @@ class PretrainedGenerator:
         self, rows: np.ndarray, start: int, end: int, total: int, evaluated: Array, begin: float
     ) -> None:
         """Log the evaluations start .. end - 1 of `total` for some clips."""
-        made = f", {evaluated.sum()} made" if self.request.sampling["cache_threshold"] else ""
+        ran = evaluated.any(1).sum()  # rows in which any clip needs the network
+        made = f", {ran} made" if self.request.sampling["cache_threshold"] else ""
         self.log_time(
             f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(self.request.prompts)}: "
             f"evaluations {start + 1} to {end} of {total}{made}",

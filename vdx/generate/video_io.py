@@ -38,24 +38,28 @@ class NotFinite(ConfigError):
     """Drawn pixels are NaN or infinite, with these weights and settings."""
 
 
-def check_finite(is_finite: Any) -> None:
-    """Raise NotFinite unless all pixels of a piece are finite."""
+def check_finite(is_finite: Any, clip: str = "The clip") -> None:
+    """Raise NotFinite unless all pixels are finite; clip: its name."""
     if not np.all(is_finite):
         raise NotFinite(
-            "The clip has pixels that are NaN or infinite, and is not written. Either the weights "
+            f"{clip} has pixels that are NaN or infinite, and is not used. Either the weights "
             "hold such numbers, or an activation overflows: try a smaller guidance scale, more "
             "steps, dtype float32, or another checkpoint."
         )
 
 
 def to_uint8(x: Any) -> np.ndarray:
-    """Return floats in [-1, 1] as uint8, rounded; values outside are clipped."""
+    """Return floats in [-1, 1] as uint8, rounded; values outside are clipped.
+
+    Raises NotFinite for pixels that are NaN or infinite.
+    """
     x = np.asarray(x, np.float32)
+    check_finite(np.isfinite(x))
     return np.rint(np.clip(x * 127.5 + 127.5, 0, 255)).astype(np.uint8)
 
 
 def to_uint8_on_device(x: Array) -> Array:
-    """Return `to_uint8` inside a program, bit for bit.
+    """Return `to_uint8` inside a program, bit for bit, of finite pixels.
 
     The host receives a quarter of the bytes.
     """

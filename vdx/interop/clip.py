@@ -8,15 +8,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from vdx.config.build import ConfigError, lookup
+from vdx.config.ranges import Index, OneOf, PositiveFraction
+from vdx.interop.config_ranges import Channels, Heads, Layers, Pixels, Places, Vocabulary
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.stored_array import StoredArray
 from vdx.interop.t5 import config_fields
 from vdx.models.encoders.clip import CLIPTextModel, CLIPVisionModel
 
 __all__ = [
+    "FIELDS",
     "clip_names",
     "clip_rows",
     "clip_text_from_config",
@@ -258,6 +261,25 @@ _ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
 }
+
+
+# Fields of a config.json that are read: of a tower, and of the model around both.
+TOWER_FIELDS = {
+    "model_type": str,
+    "hidden_size": Channels,
+    "num_hidden_layers": Layers,
+    "num_attention_heads": Heads,
+    "intermediate_size": Channels,
+    "hidden_act": Annotated[str, OneOf(lambda: _ACTIVATIONS)],
+    "layer_norm_eps": PositiveFraction,
+    "vocab_size": Vocabulary,
+    "max_position_embeddings": Places,
+    "eos_token_id": Index,
+    "image_size": Pixels,
+    "patch_size": Pixels,
+    "num_channels": Channels,
+}
+FIELDS = {**TOWER_FIELDS, "text_config": TOWER_FIELDS, "vision_config": TOWER_FIELDS}
 
 
 def _tower_config(config: Mapping[str, Any], tower: str) -> Mapping[str, Any]:

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.files import read_json_object, write_json
+from vdx.files import write_json
+from vdx.interop.clip import FIELDS as CLIP_FIELDS
 from vdx.interop.clip import clip_names, clip_rows, clip_vision_from_config
+from vdx.interop.config_ranges import read_config
 from vdx.interop.keymap import KEEP, Row, WeightsError, assign, flat, key_finder
 from vdx.interop.load import (
     abstract_params,
@@ -29,12 +30,16 @@ from vdx.interop.load import (
 )
 from vdx.interop.save import write_shards
 from vdx.interop.stored_array import StoredArray, read_finite
+from vdx.interop.t5 import FIELDS as T5_FIELDS
 from vdx.interop.t5 import t5_from_config, t5_rows
+from vdx.interop.video_vae import FIELDS as VAE_FIELDS
 from vdx.interop.video_vae import video_vae_from_config, video_vae_rows
 from vdx.interop.wan import open_wan
+from vdx.interop.wan_config import FIELDS as WAN_FIELDS
 from vdx.interop.wan_config import wan_from_config
 from vdx.interop.wan_keys import distilled_prefix, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.types import Params
 
 KeyRows = tuple[Row, ...]
@@ -131,10 +136,6 @@ def _source_rows(
     return (*whole, *layers, *zero)
 
 
-def _init_shapes(module: nn.Module, *inputs: jax.Array) -> Params:
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
 def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
     """Open a Wan transformer as a Denoiser.
 
@@ -154,7 +155,7 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
     # The config and, for keys in another layout, the names of diffusers.
     if is_own(source):
-        config = config or read_json_object(path / "config.json")
+        config = config or read_config(path / "config.json", WAN_FIELDS)
         backbone, signals = wan_from_config(config)
     else:
         wan = open_wan(path)
@@ -165,7 +166,7 @@ def open_transformer(path: Path, config: Mapping[str, Any] | None, dtype: str) -
 
     # The network. Its rows lead from the names of diffusers.
     module = Denoiser({**backbone, "dtype": dtype}, signals)
-    shapes = jax.eval_shape(module.new_params, jax.random.key(0))
+    shapes = new_shapes(module)
     rows = tuple(wan_transformer_rows(module))
     return Component(
         config=config,
@@ -184,9 +185,11 @@ def open_text_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) 
     config: see `open_component`.
     """
     source = open_weights(path)
-    config = config or read_json_object(path / "config.json")
+    config = config or read_config(path / "config.json", T5_FIELDS)
     module = t5_from_config(config, dtype)
-    shapes = _init_shapes(module, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 4), jnp.bool_)
+    shapes = init_shapes(module, ids, mask)
     library_rows = t5_rows(("shared.weight",), module)
     return Component(
         config=config,
@@ -206,9 +209,10 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
     config: see `open_component`.
     """
     source = clip_names(open_weights(path))
-    config = config or read_json_object(path / "config.json")
+    config = config or read_config(path / "config.json", CLIP_FIELDS)
     module = clip_vision_from_config(config, dtype)
-    shapes = _init_shapes(module, jnp.zeros((1, module.image, module.image, 3)))
+    pixels = jax.ShapeDtypeStruct((1, module.image, module.image, 3), jnp.float32)
+    shapes = init_shapes(module, pixels)
     library_rows = clip_rows(("vision_model.",), module)
     return Component(
         config=config,
@@ -228,10 +232,11 @@ def open_vae(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Compon
     config: see `open_component`.
     """
     source = open_weights(path)
-    config = config or read_json_object(path / "config.json")
+    config = config or read_config(path / "config.json", VAE_FIELDS)
     module = video_vae_from_config(config, dtype)
     _, side = module.rates
-    shapes = _init_shapes(module, jnp.zeros((1, 1, side, side, 3)))  # one latent pixel
+    latent_pixel = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
+    shapes = init_shapes(module, latent_pixel)
 
     library_rows = video_vae_rows(module)
     # The original's keys differ from those of diffusers.

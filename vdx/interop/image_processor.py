@@ -42,10 +42,12 @@ def processor_differences(config: Mapping[str, Any], size: int) -> list[str]:
 
 
 def _same(given: Any, ours: Any) -> bool:
+    """Return whether a value of any type means what ours does."""
     if isinstance(ours, float):
-        return abs(given - ours) < TOLERANCE
+        return isinstance(given, int | float) and abs(given - ours) < TOLERANCE
     if isinstance(ours, dict) and not isinstance(given, dict):
-        return set(ours.values()) == {given}  # older files have one number
+        return all(value == given for value in ours.values())  # older files have one number
     if isinstance(ours, list):
-        return len(given) == len(ours) and all(map(_same, given, ours))
+        same_length = isinstance(given, list) and len(given) == len(ours)
+        return same_length and all(map(_same, given, ours))
     return given == ours

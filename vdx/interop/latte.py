@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vdx.files import read_json_object
+from vdx.interop.config_ranges import Channels, Heads, Layers, Pixels, read_config
 from vdx.interop.keymap import KEEP, LINEAR, Layout, Row, WeightsError, listed, patches
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.stored_array import StoredArray
 from vdx.models.conditioning.text_signals import NULL
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.types import Params
 
 CLASS = "LatteTransformer3DModel"
@@ -45,6 +45,19 @@ SIZES = (
     "patch_size",
     "caption_channels",
 )
+
+
+# Fields that are read.
+FIELDS = {
+    "num_attention_heads": Heads,
+    "attention_head_dim": Heads,
+    "in_channels": Channels,
+    "out_channels": Channels | None,
+    "num_layers": Layers,
+    "sample_size": Pixels,
+    "patch_size": Pixels,
+    "caption_channels": Channels,
+}
 
 
 class Dense(NamedTuple):
@@ -238,7 +251,7 @@ def load_latte(
 
     # Their network, for the comparison with `model`.
     source = open_weights(path)
-    theirs = latte_denoiser(read_json_object(config_file))
+    theirs = latte_denoiser(read_config(config_file, FIELDS))
     rows = latte_rows(model, _predicts_variance(source, theirs))
     return load_model(model, theirs, source, rows, path, mesh, dtype, trained)
 
@@ -247,5 +260,5 @@ def _predicts_variance(source: Mapping[str, StoredArray], theirs: Denoiser) -> b
     """Return whether the last layer of a file has more outputs than our network."""
     if OUT_BIAS not in source:
         return False
-    params = jax.eval_shape(theirs.new_params, jax.random.key(0))
+    params = new_shapes(theirs)
     return source[OUT_BIAS].shape != params["network"]["unpatch"]["bias"].shape

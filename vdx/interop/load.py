@@ -34,6 +34,7 @@ from vdx.interop.pth import read_pth
 from vdx.interop.safetensors import read_header
 from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.models.transformer import Transformer
 from vdx.parallel import param_shardings, path_str
 from vdx.types import Params
@@ -289,7 +290,7 @@ def load_model(
         raise WeightsError(listed(f"The model is not that of {path}:", differences))
 
     # The arrays.
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     abstract = abstract_params(shapes, mesh, dtype, trained)
     return load_params(source, abstract, rows, trained)
 

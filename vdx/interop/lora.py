@@ -19,12 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vdx.config.build import lookup
-from vdx.files import parse_json, read_json_object
+from vdx.config.build import check_entries, lookup
+from vdx.config.ranges import Positive
+from vdx.files import parse_json
+from vdx.interop.config_ranges import read_config
 from vdx.interop.keymap import (
     LINEAR,
     Layout,
@@ -43,6 +44,7 @@ from vdx.interop.stored_array import StoredArray, read_finite
 from vdx.interop.wan_keys import original_name, wan_transformer_rows
 from vdx.models.adapters.lora import A, B, WeightDelta
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.types import Params
 
 __all__ = ["LAYOUTS", "open_lora", "write_lora"]
@@ -58,6 +60,13 @@ LEAF = re.compile(
     r"|(?P<other>alpha|diff|diff_b|diff_m))$"
 )
 HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
+# Of peft's settings, those that are read.
+SETTINGS = {
+    "lora_alpha": Positive | None,
+    "alpha_pattern": dict[str, Positive] | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+}
 METADATA = "lora_adapter_metadata"  # peft's settings in a file's header
 # Layouts that are written: (layer of diffusers, part) -> the layer's name.
 LAYOUTS: dict[str, Callable[[str, str], str]] = {
@@ -116,7 +125,7 @@ def open_lora(path: str | Path, model: Denoiser, part: str = "transformer") -> W
     an array that holds NaN or infinity.
     """
     # The names and shapes of the model's weights in diffusers.
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     rows = wan_transformer_rows(model)
     plan = export_plan(shapes, rows)
     source = open_weights(path)
@@ -167,7 +176,7 @@ def _read_settings(path: Path, source: Mapping[str, StoredArray], name: str) -> 
     folder = path if path.is_dir() else path.parent
     settings_file = folder / "adapter_config.json"
     if settings_file.is_file() and any(key.startswith("base_model.") for key in source):
-        settings = read_json_object(settings_file)
+        settings = read_config(settings_file, SETTINGS)
 
     # The headers that diffusers writes.
     files = {stored.file for stored in source.values() if stored.file.suffix == ".safetensors"}
@@ -180,6 +189,7 @@ def _read_settings(path: Path, source: Mapping[str, StoredArray], name: str) -> 
         for key, value in stored.items():
             if key.startswith(prefix):
                 settings[key.removeprefix(prefix)] = value
+        check_entries(settings, SETTINGS, f"{METADATA} in {file}")
 
     if settings.get("use_dora"):
         raise WeightsError(
@@ -318,12 +328,20 @@ def _scale(layer: str, rank: int, alpha: _Entry | None, settings: Mapping[str, A
 
     # The first pattern that matches the layer goes before the setting for all.
     for pattern, special in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+        if _matches(pattern, layer):
             value = special
             break
     if settings.get("use_rslora"):
         return value / math.sqrt(rank)
     return value / rank
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    """Return whether a regex of peft's settings is of a layer."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
+    except re.error as error:
+        raise WeightsError(f"alpha_pattern: {pattern!r:.200} is no regex: {error}.") from error
 
 
 # Writing
@@ -345,7 +363,7 @@ def write_lora(
     # The rows of the factors.
     layer_name = lookup(layout, LAYOUTS, "layout")
     weight_rows = wan_transformer_rows(model)
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     rows = adapter_rows(weight_rows, export_plan(shapes, weight_rows))
 
     # Multiply the scale into B.

@@ -17,17 +17,27 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from vdx.config.ranges import Fraction
 from vdx.files import read_json_object, write_json
 from vdx.interop.components import COMPONENTS, Component, open_component
+from vdx.interop.config_ranges import read_config
 from vdx.interop.image_processor import processor_config, processor_differences
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.save import empty_folder
+from vdx.interop.schedulers import FIELDS as SCHEDULER_FIELDS
 from vdx.interop.schedulers import Schedule, schedule_of
 from vdx.interop.stored_array import StoredArray
 
 VACE = "WanVACEPipeline"
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", VACE)
 INDEX = "model_index.json"
+# Fields of the index that are read. A part is [library, class], of nulls if it is not there.
+INDEX_FIELDS: dict[str, Any] = {
+    "_class_name": str,
+    "boundary_ratio": Fraction | None,
+    "expand_timesteps": bool | None,
+    **dict.fromkeys(COMPONENTS, tuple[str | None, str | None] | None),
+}
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 IMAGE_PROCESSOR = Path("image_processor", "preprocessor_config.json")
 EXPERTS = ("transformer", "transformer_2")  # for high and for low noise levels, or one for all
@@ -173,7 +183,7 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
     path = Path(path)
     if not (path / INDEX).is_file():
         raise WeightsError(_no_model(path))
-    index = read_json_object(path / INDEX)
+    index = read_config(path / INDEX, INDEX_FIELDS)
 
     # What kind of model is it, and is it complete?
     pipeline = str(index.get("_class_name"))
@@ -199,7 +209,7 @@ def open_pretrained(path: str | Path, dtype: str = "float32") -> PretrainedModel
         path=path,
         dtype=dtype,
         index=index,
-        scheduler=read_json_object(path / SCHEDULER),
+        scheduler=read_config(path / SCHEDULER, SCHEDULER_FIELDS),
         tokenizer=path / "tokenizer",
         components=components,
     )

@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vdx.config.ranges import Positive
 from vdx.interop.keymap import WeightsError, listed
 
 OVERRIDE = "Set --sampler, --timesteps and --shift"
+
+
+# Fields of a scheduler_config.json that are read; the others are compared.
+FIELDS = {"_class_name": str, "flow_shift": Positive, "shift": Positive}
 
 
 class Schedule(NamedTuple):

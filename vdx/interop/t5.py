@@ -4,14 +4,30 @@ Files are those of transformers, or `models_t5_umt5-xxl-enc-bf16.pth` of the ori
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from vdx.config.build import ConfigError, lookup
+from vdx.config.ranges import Interval, PositiveFraction
+from vdx.interop.config_ranges import Channels, Heads, Layers, Places, Vocabulary
 from vdx.interop.keymap import KEEP, LINEAR, Row
 from vdx.models.encoders.t5 import T5Encoder
 
-__all__ = ["config_fields", "t5_from_config", "t5_rows"]
+__all__ = ["FIELDS", "config_fields", "t5_from_config", "t5_rows"]
 
+# Fields of a config.json that are read.
+FIELDS = {
+    "model_type": str,
+    "feed_forward_proj": str,
+    "vocab_size": Vocabulary,
+    "d_model": Channels,
+    "num_layers": Layers,
+    "num_heads": Heads,
+    "d_kv": Heads,
+    "d_ff": Channels,
+    "relative_attention_num_buckets": Annotated[int, Interval(4, 100_000)],
+    "relative_attention_max_distance": Places,
+    "layer_norm_epsilon": PositiveFraction,
+}
 # Parts of a T5 layer, ours -> theirs.
 _TRANSFORMERS = {
     "norm_a": "layer.0.layer_norm",
@@ -123,9 +139,23 @@ def t5_from_config(config: Mapping[str, Any], dtype: str = "float32") -> T5Encod
 
     return T5Encoder(
         **sizes,
+        **_distances(config),
         shared_bias=shared_bias,
         dtype=dtype,
-        buckets=config.get("relative_attention_num_buckets", 32),
-        farthest=config.get("relative_attention_max_distance", 128),
         eps=config.get("layer_norm_epsilon", 1e-6),
     )
+
+
+def _distances(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the fields of `distance_buckets`.
+
+    Raises ConfigError if the distances beyond the exact ones have no room up to the farthest.
+    """
+    buckets = config.get("relative_attention_num_buckets", 32)
+    farthest = config.get("relative_attention_max_distance", 128)
+    if farthest <= buckets // 4:
+        raise ConfigError(
+            f"config.json of a T5: relative_attention_max_distance = {farthest} must exceed a "
+            f"quarter of relative_attention_num_buckets = {buckets}."
+        )
+    return {"buckets": buckets, "farthest": farthest}

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from vdx.files import read_json_object, write_json
+from vdx.files import write_json
 from vdx.interop.animatediff import open_animatediff
+from vdx.interop.config_ranges import read_config
 from vdx.interop.keymap import WeightsError, export, flat, listed, slot_finder
 from vdx.interop.load import abstract_params, load_params, open_weights
 from vdx.interop.save import empty_folder, export_plan, write_shards
@@ -26,6 +26,7 @@ from vdx.interop.unet_config import (
     ADAPTER,
     CLASSES,
     CONTROLS,
+    FIELDS,
     control_config,
     control_from_config,
     motion_config,
@@ -35,6 +36,7 @@ from vdx.interop.unet_config import (
 from vdx.interop.unet_match import find_differences, motion_fields
 from vdx.interop.unet_rows import CONTROL, unet_rows
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.models.unet.blocks import frame_positions
 from vdx.types import Params
 
@@ -137,7 +139,7 @@ def _open_part(path: Path) -> tuple[Mapping[str, Any], dict[str, StoredArray]]:
             "modules."
         )
 
-    config = read_json_object(folder / "config.json")
+    config = read_config(folder / "config.json", FIELDS)
     name = str(config.get("_class_name"))
     known = (*CLASSES, ADAPTER, *CONTROLS)
     if name not in known:
@@ -173,7 +175,7 @@ def load_unet(
     if wrong:
         raise WeightsError(listed(f"The model is not that of {paths}:", wrong))
 
-    shapes = jax.eval_shape(model.new_params, jax.random.key(0))
+    shapes = new_shapes(model)
     params = abstract_params(shapes, mesh, dtype, trained)
 
     linear = files.has_linear_projections()

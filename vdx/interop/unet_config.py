@@ -6,6 +6,7 @@ Motion adapters and control branches have configs too.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vdx.interop.config_ranges import Blocks, Channels, Heads, Levels, Names
 from vdx.interop.keymap import WeightsError, listed
 from vdx.models.conditioning.text_signals import Embeddings
 from vdx.models.denoiser import Denoiser
@@ -65,25 +66,25 @@ SILENT = {
     "addition_embed_type_num_heads",
 }
 # Keys that are read below. Any other key is of a part that we do not have, unless it is off.
-READ = {
-    "in_channels",
-    "out_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "down_block_types",
-    "up_block_types",
-    "attention_head_dim",
-    "num_attention_heads",
-    "norm_num_groups",
-    "cross_attention_dim",
-    "use_motion_mid_block",
-    "motion_num_attention_heads",
-    "motion_norm_num_groups",
-    "motion_layers_per_block",
-    "conditioning_channels",
-    "conditioning_embedding_out_channels",
-    "concat_conditioning_mask",
-    "use_simplified_condition_embedding",
+FIELDS = {
+    "in_channels": Channels,
+    "out_channels": Channels,
+    "block_out_channels": Levels,
+    "layers_per_block": Blocks,
+    "down_block_types": Names,
+    "up_block_types": Names,
+    "attention_head_dim": Heads | Levels | None,
+    "num_attention_heads": Heads | Levels | None,
+    "norm_num_groups": Channels,
+    "cross_attention_dim": Channels | Levels,
+    "use_motion_mid_block": bool,
+    "motion_num_attention_heads": Heads | Levels,
+    "motion_norm_num_groups": Channels,
+    "motion_layers_per_block": Blocks,
+    "conditioning_channels": Channels,
+    "conditioning_embedding_out_channels": Levels | None,
+    "concat_conditioning_mask": bool,
+    "use_simplified_condition_embedding": bool,
 }
 # Keys that the config of a whole network must have.
 REQUIRED = (
@@ -112,7 +113,7 @@ def unknown(config: Mapping[str, Any]) -> list[str]:
         for key, value in config.items()
         if key in FIXED and value is not None and single(value) != FIXED[key]
     ]
-    known = {*FIXED, *SILENT, *READ}
+    known = {*FIXED, *SILENT, *FIELDS}
     return problems + [
         f"{key} = {value!r}: not known"
         for key, value in config.items()
@@ -135,6 +136,13 @@ def unet_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     missing = [f"{key}: is missing" for key in REQUIRED if config.get(key) is None]
     if missing:
         raise WeightsError(listed("This is not the config of a U-Net:", missing))
+
+    # Lists of the levels are of one length.
+    levels = ("block_out_channels", "down_block_types", "num_attention_heads", "attention_head_dim")
+    lists = {key: config[key] for key in levels if isinstance(config.get(key), list | tuple)}
+    lengths = [f"{key} = {value}: {len(value)} levels" for key, value in lists.items()]
+    if len(set(map(len, lists.values()))) > 1 or not config["block_out_channels"]:
+        raise WeightsError(listed("Lists of a U-Net's levels have one length, not:", lengths))
 
     # Is it one of ours?
     temporal, kind = CLASSES[name]

@@ -8,7 +8,8 @@ which comes without a config: VIDEO_VAES has them.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from vdx.config.build import ConfigError, fill
+from vdx.config.build import ConfigError, configurable_fields, fill
+from vdx.interop.config_ranges import Pixels
 from vdx.interop.image_vae import dense_rows, fields_of_class
 from vdx.interop.keymap import CONV, Layout, Row, patches
 from vdx.models.vae.video_vae import VideoVAE
@@ -55,6 +56,14 @@ VIDEO_VAES: dict[str, dict[str, Any]] = {
     },
 }
 # fmt: on
+
+
+# Fields of a config.json that are read.
+FIELDS = {
+    **configurable_fields(VideoVAE),
+    "scale_factor_temporal": Pixels | None,
+    "scale_factor_spatial": Pixels | None,
+}
 
 
 class Names(NamedTuple):

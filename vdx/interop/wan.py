@@ -11,11 +11,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vdx.files import read_json_object
+from vdx.interop.config_ranges import read_config
 from vdx.interop.keymap import WeightsError, listed
 from vdx.interop.load import load_model, open_weights
 from vdx.interop.stored_array import StoredArray
-from vdx.interop.wan_config import FIXED, wan_config, wan_from_config
+from vdx.interop.wan_config import FIELDS, FIXED, wan_config, wan_from_config
 from vdx.interop.wan_keys import diffusers_names, wan_transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.types import Params
@@ -45,7 +45,7 @@ def open_wan(path: str | Path) -> Wan:
     config_file = Path(path) / "config.json"
     given: dict[str, Any] = {}
     if config_file.exists():
-        given = read_json_object(config_file)
+        given = read_config(config_file, FIELDS)
     if "attention_head_dim" not in given:  # the original's config has other names
         given = {}
 

@@ -7,8 +7,10 @@ of diffusers.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from vdx.config.ranges import Index, Length
+from vdx.interop.config_ranges import Channels, Heads, Layers, Pixels, Places
 from vdx.interop.keymap import WeightsError, listed
 
 WAN = "WanTransformer3DModel"
@@ -26,6 +28,25 @@ SIZES = (
     "ffn_dim",
     "num_layers",
 )
+# Fields that are read.
+FIELDS = {
+    "patch_size": tuple[Pixels, Pixels, Pixels],
+    "num_attention_heads": Heads,
+    "attention_head_dim": Heads,
+    "in_channels": Channels,
+    "out_channels": Channels,
+    "text_dim": Channels,
+    "freq_dim": Channels,
+    "ffn_dim": Channels,
+    "num_layers": Layers,
+    "image_dim": Channels | None,
+    "added_kv_proj_dim": Channels | None,
+    "pos_embed_seq_len": Places | None,
+    "vace_in_channels": Channels,
+    "vace_layers": Annotated[tuple[Index, ...], Length(1000)] | None,
+    "num_frame_per_block": Places,
+    "inject_sample_info": bool,
+}
 TEXT_LENGTH = 512  # tokens, to which every Wan pads its text with zeros
 
 # Keys of diffusers whose shapes give the sizes.

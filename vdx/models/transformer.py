@@ -346,6 +346,8 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "lora": True},
             in_axes=nn.broadcast,
             length=dims.periods,
+            # The check traces the body twice, and moves the random numbers that layers draw.
+            check_constancy_invariants=self.is_initializing() or self.has_rng("lora"),
         )
 
         # One set of fields and, in each layer of the scan, one set of parameters.

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from vdx.config.build import ConfigError
 from vdx.flops import traced
 from vdx.interop.load import abstract_params
+from vdx.models.shapes import init_shapes
 from vdx.models.transformer import Transformer
 from vdx.models.vae.image_vae import ImageVAE
 from vdx.models.vae.video_vae import VideoVAE
@@ -113,8 +114,7 @@ def _decode(job: Job, mesh: Mesh) -> ShapedProgram:
         chunk = (max(1, PIXELS_AT_ONCE // pixels),)
 
     # Parameters depend on no size of the clip.
-    clip = (1, 1, 16, 16, 3)
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros(clip)))["params"]
+    shapes = init_shapes(vae, jax.ShapeDtypeStruct((1, 1, 16, 16, 3), jnp.float32))
     params = abstract_params(shapes, mesh, network.dtype)
 
     def decode(params: Params, latents: jax.Array) -> Any:

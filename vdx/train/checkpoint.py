@@ -183,12 +183,16 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         signed = ocp.args.JsonSave({**facts, "sha256": digest(facts)})
 
+        # An evaluation that was refused has no metric.
+        if self.best_metric not in (metrics or {}):
+            metrics = None
+
         # `force` skips Orbax's own rules of when to save: the loop decides.
         try:
             begun = self.manager.save(
                 step,
                 args=ocp.args.Composite(**arrays, facts=signed),
-                metrics=dict(metrics) if metrics and self.best_metric else None,
+                metrics=dict(metrics) if metrics else None,
                 force=True,
             )
         except Exception as error:

@@ -15,7 +15,8 @@ from vdx.data.preparation.sources import list_sources
 from vdx.data.sources import Folder, Records
 from vdx.data.transforms import ClipSampling, to_example
 
-SOURCES = 5
+SOURCES = 3
+FRAMES = 18  # 1.5 seconds
 
 
 def prepare(source, out, *overrides):
@@ -34,9 +35,9 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory):
-    """Write five clips, a copy of one, half of one, and a file that is no video."""
+    """Write clips, a copy of one, half of one, and a file that is no video."""
     folder = tmp_path_factory.mktemp("footage")
-    write_footage(folder, SOURCES)
+    write_footage(folder, SOURCES, FRAMES)
     shutil.copy(folder / "0.mp4", folder / "copy.mp4")
     data = (folder / "1.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(data[: len(data) // 2])
@@ -81,9 +82,11 @@ def test_the_records_are_the_kept_clips(prepared, split):
     assert record.timestamps == pytest.approx(facts["timestamps"], abs=1e-4)
     example = to_example(
         record,
-        sampling=ClipSampling(num_frames=(4,), fps=(12.0,)),
+        clip=ClipSampling(num_frames=(4,), fps=(12.0,)),
+        num_frames=4,
         height=32,
         width=32,
+        tokenize=lambda caption: (np.zeros(4, int), np.ones(4, bool)),
         rng=np.random.default_rng(0),
     )
     assert example["video"].shape == (4, 32, 32, 3)
@@ -128,7 +131,7 @@ def test_only_new_files_are_decoded_again(footage, prepared, tmp_path, monkeypat
     monkeypatch.setattr(
         stages, "look", lambda path, *rest: looked.append(path) or real(path, *rest)
     )
-    write_footage(tmp_path / "more", SOURCES + 1)
+    write_footage(tmp_path / "more", SOURCES + 1, FRAMES)
     for suffix in (".mp4", ".txt"):
         shutil.copy(tmp_path / "more" / f"{SOURCES}{suffix}", source)
     prepare(source, out, "shards.per_shard=2")

@@ -26,6 +26,7 @@ from vdx.models.adapters.lora import (
     merge_factors,
 )
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.parallel import MeshSpec, param_shardings, put_batch, replicated
 from vdx.train.state import init_state, state_shardings
 from vdx.train.step import make_train_step
@@ -79,7 +80,7 @@ def kernels(model):
 
 @pytest.fixture(scope="module")
 def params(model, randomise):
-    return randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    return randomise(new_shapes(model))
 
 
 def runner(model):
@@ -191,7 +192,7 @@ def arrays_of(jaxpr):
 def test_training_makes_no_array_of_a_kernels_size(model, params, kernels):
     """Neither W + A B nor a gradient of W: the products of the program are all smaller."""
     odd = Denoiser({**BACKBONE, "width": 52, "mlp_ratio": 3.0}, SIGNALS)  # no other such sizes
-    shapes = jax.eval_shape(odd.new_params, jax.random.key(0))
+    shapes = new_shapes(odd)
     found = EVERY.select_kernels(dense_kernels(odd.new_params))
     factors = jax.eval_shape(lambda: EVERY.new_factors(jax.random.key(0), found))
     keep = odd.drop_masks(B, False)
@@ -264,7 +265,7 @@ def test_layers_of_a_scan_drop_differently():
 
 def test_layers_of_the_transformer_drop(randomise):
     plain = Denoiser({**BACKBONE, "depth": 2}, {"embeddings": {"features": 16}})
-    params = randomise(jax.eval_shape(plain.new_params, jax.random.key(0)))
+    params = randomise(new_shapes(plain))
     lora, run = (
         Lora(rank=3, dropout=0.5, targets=("network/layers/block_1/time/v",)),
         runner(plain),

@@ -17,6 +17,7 @@ from vdx.files import read_rows
 from vdx.interop.unet import load_unet, save_unet
 from vdx.models.adapters.trainable import Trainable
 from vdx.models.denoiser import Denoiser
+from vdx.models.shapes import new_shapes
 from vdx.train.checkpoint import Checkpoints
 from vdx.train.checkpoint_match import CheckpointError
 from vdx.train.loop import TrainedRun, train
@@ -54,7 +55,7 @@ def image_model() -> Denoiser:
 def place(tmp_path_factory, randomise) -> tuple[str, ...]:
     """Options of the command: an image model with random weights, and data."""
     root, rng = tmp_path_factory.mktemp("public"), np.random.default_rng(0)
-    shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
+    shapes = new_shapes(image_model())
     save_unet(randomise(shapes), image_model(), root / "unet")
     rows = [
         {
@@ -178,7 +179,7 @@ def test_it_resumes_exactly_and_with_the_same_weights_only(first, place, mesh, t
     shutil.copytree(tmp_path / "half", tmp_path / "other")
     trained(experiment(*place), tmp_path / "half", mesh)
     assert facts(tmp_path / "half") == facts(whole)
-    shapes = jax.eval_shape(image_model().new_params, jax.random.key(0))
+    shapes = new_shapes(image_model())
     save_unet(randomise(shapes, 1), image_model(), tmp_path / "unet")
     with pytest.raises(CheckpointError, match="step 2 were trained with other frozen weights"):
         trained(

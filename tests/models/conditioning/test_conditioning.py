@@ -10,6 +10,7 @@ from vdx.models.conditioning.conditioning import Conditioning, merge
 from vdx.models.conditioning.table import SIGNALS
 from vdx.models.denoiser import Denoiser
 from vdx.models.encoders.text import ENCODERS
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.types import Ports
 
 WIDTH, LENGTH = 16, 16
@@ -158,7 +159,7 @@ def test_a_null_value_is_learned(name, randomise):
     batch, _ = BATCHES[name]
     module = Conditioning(WIDTH, {name: FIELDS.get(name, {})})
     drop = {name: jnp.ones(2, bool)}
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"])
+    params = randomise(init_shapes(module, batch, drop))
 
     def loss(params):
         p = module.apply({"params": params}, batch, drop)
@@ -177,9 +178,10 @@ def test_a_null_value_is_learned(name, randomise):
 def test_dropped_text_is_the_empty_caption(randomise):
     module = Conditioning(WIDTH, {"text": FIELDS["text"]})
     example, drop = module.dummy_batch(), lambda *d: {"text": jnp.array(d)}
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), example, drop(False)))
-    got = module.apply(params, captions("a red ball"), drop(True))
-    want = module.apply(params, captions(""), drop(False))
+    params = randomise(init_shapes(module, example, drop(False)))
+    run = jax.jit(lambda batch, drop: module.apply({"params": params}, batch, drop))
+    got = run(captions("a red ball"), drop(True))
+    want = run(captions(""), drop(False))
     assert differences(got, want) == 0
     np.testing.assert_array_equal(got.tokens_mask, want.tokens_mask)
 
@@ -237,8 +239,9 @@ def test_embeddings_of_one_length(randomise):
     """Filled up with zeros, which are seen; what the mask hides is zero."""
     module = Conditioning(WIDTH, {"embeddings": {"features": 6, "length": 5}})
     batch, keep = BATCHES["embeddings"][0], {"embeddings": jnp.zeros(2, bool)}
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), batch, keep))
-    run = lambda text, **other: module.apply(params, batch | {"text": text} | other, keep)
+    params = randomise(init_shapes(module, batch, keep))
+    apply = jax.jit(lambda batch: module.apply({"params": params}, batch, keep))
+    run = lambda text, **other: apply(batch | {"text": text} | other)
     ports = run(batch["text"])
     assert ports.tokens.shape == (2, 5, WIDTH) and ports.tokens_mask is None
     zero = run(np.zeros_like(batch["text"])).tokens[:, 0]
@@ -264,7 +267,7 @@ def test_every_signal_changes_the_prediction(randomise):
     names = [name for name in SIGNALS if name not in ("embeddings", "fps_class")]
     fields = FIELDS | {"depth": {}}  # a port of its own; `control` has the control blocks
     model = Denoiser(SMALL, {name: fields.get(name, {}) for name in names})
-    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    params = randomise(new_shapes(model))
     x = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
     time = np.array([0.2, 0.7], np.float32)
     run = jax.jit(lambda batch, drop: model.run(params, x, time, batch, drop, method="train_view"))
@@ -308,21 +311,17 @@ def test_a_vector_for_each_frame_reaches_the_tokens_of_that_frame(randomise):
     """With patches of one frame and no mixing over time, only there."""
     small = SMALL | {"patch": (1, 4, 4), "pattern": ("space",)}
     model = Denoiser(small, {"actions": {}, "fps": {}})
-    params = randomise(jax.eval_shape(model.new_params, jax.random.key(0)))
+    params = randomise(new_shapes(model))
     x = RNG.normal(size=(1, 3, 4, 4, 3)).astype(np.float32)
 
-    def run(*actions):
-        batch = {"actions": np.array([actions], np.int32), "fps": np.ones(1, np.float32)}
-        return model.run(
-            params,
-            x,
-            np.ones(1, np.float32),
-            batch,
-            model.drop_masks(1, False),
-            method="train_view",
-        )
+    @jax.jit
+    def run(actions):
+        batch = {"actions": actions, "fps": np.ones(1, np.float32)}
+        keep = model.drop_masks(1, False)
+        return model.run(params, x, np.ones(1, np.float32), batch, keep, method="train_view")
 
-    changed = np.abs(run(1, 2, 3) - run(1, 4, 3)).max((0, 2, 3, 4))
+    one, other = (run(np.array([ids], np.int32)) for ids in ((1, 2, 3), (1, 4, 3)))
+    changed = np.abs(one - other).max((0, 2, 3, 4))
     assert changed[1] > 1e-3 and not changed[[0, 2]].any()
 
 

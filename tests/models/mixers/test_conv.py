@@ -1,16 +1,16 @@
 """The convolution mixer against the loop that defines a convolution."""
 
-import jax
 import numpy as np
 
 from tests.models.test_convolution import X, conv_by_loop
 from vdx.models.mixers.conv import ConvMixer
+from vdx.models.shapes import init_shapes
 
 
 def test_a_separable_mixer_is_one_with_the_product_of_its_kernels(randomise):
     """Space, then time, as one 3D kernel; edges are the same beyond either."""
     apart, whole = (ConvMixer(1, separable=s, padding="edge") for s in (True, False))
-    p = randomise(jax.eval_shape(apart.init, jax.random.key(0), X, None)["params"])
+    p = randomise(init_shapes(apart, X, None))
     space, time = p["depthwise_space"], p["depthwise_time"]
     joint = {
         "kernel": time["kernel"] * space["kernel"],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vdx.models.mixers.recurrent import HALF_LIVES, STRENGTH, Recurrent, half_lives, linear_scan
+from vdx.models.shapes import init_shapes
 
 RNG = np.random.default_rng(0)
 WIDTH, FRAMES = 12, 64
@@ -40,7 +41,7 @@ def gelu(x):
 def made(request, randomise):
     """(module, parameters, what it makes of X)."""
     module = Recurrent(heads=1, bidirectional=request.param)
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), X[:, :1], None)["params"])
+    params = randomise(init_shapes(module, X[:, :1], None))
     run = jax.jit(lambda p, x: module.apply({"params": p}, x, None))
     return module, params, run(params, X)
 
@@ -76,7 +77,7 @@ def test_steps_and_windows_are_the_whole(made):
 def test_gradients_are_finite(size, randomise):
     """Also where a gate is shut or open in every bit, and the root's slope without bound."""
     module = Recurrent(heads=1, bidirectional=True)
-    params = randomise(jax.eval_shape(module.init, jax.random.key(0), X, None)["params"])
+    params = randomise(init_shapes(module, X, None))
     loss = lambda p, x: jnp.square(module.apply({"params": p}, x, None)).mean()
     grads = jax.jit(jax.grad(loss, (0, 1)))(params, size * X)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))

@@ -18,6 +18,7 @@ from vdx.interop.unet_config import control_config, motion_config, unet_config, 
 from vdx.interop.unet_rows import transformer_rows
 from vdx.models.denoiser import Denoiser
 from vdx.models.image_blocks import GroupNorm
+from vdx.models.shapes import init_shapes, new_shapes
 from vdx.models.unet.blocks import BlockConfig, SpaceTransformer, TimeConvs, TimeTransformer
 from vdx.models.unet.controlnet import Hint
 from vdx.models.unet.temporal import Temporal, temporal_of
@@ -61,7 +62,7 @@ def model(signals=TEXT, **fields) -> Denoiser:
 
 
 def shapes(made: Denoiser):
-    return jax.eval_shape(made.new_params, jax.random.key(0))
+    return new_shapes(made)
 
 
 def apply(made: Denoiser, params, x, time, **ports):
@@ -109,7 +110,7 @@ def test_a_motion_module_with_either_norm(joint, randomise):
     )
     ours = TimeTransformer(2, 8, BlockConfig(2, 0, 4, joint, Temporal(), jnp.float32))
     x = RNG.normal(size=(2, 3, 4, 6, 8)).astype(np.float32)
-    params = randomise(jax.eval_shape(ours.init, jax.random.key(0), x)["params"])
+    params = randomise(init_shapes(ours, x))
     for key, value in export({"x": params}, [*transformer_rows("x", "x", linear=True)]):
         theirs.get_parameter(key.removeprefix("x.")).copy_(torch.tensor(value))
     if not joint:

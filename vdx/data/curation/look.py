@@ -129,7 +129,9 @@ def _dropped(source: dict[str, Any], error: Exception | None) -> Look:
     reasons = source["reasons"] or ["unreadable"]
     if NOT_VIDEO in str(error):
         reasons = ["no_video"]
-    row = {**source, "verdict": "drop", "reasons": reasons, "error": str(error)}
+    # FFmpeg's message has the name of the file, on which nothing in the cache may depend.
+    message = getattr(error, "strerror", None) or str(error)
+    row = {**source, "verdict": "drop", "reasons": reasons, "error": message}
     return Look(row, {"start": [], "end": [], **{name: [] for name in MEASURES}})
 
 
@@ -192,7 +194,7 @@ def _decode(footage: Footage, opener: Opener, damage: _Damage) -> Iterator[Displ
                 yield frame
                 number = frame.number + 1
         except Exception as error:  # there is no list of what decoders raise on damaged files
-            later = footage.keys[footage.keys > number]
+            later = footage.starts[footage.starts > number]
             resumed = len(footage.stamps)
             if len(later) and len(damage) < MOST_DAMAGE:
                 resumed = int(later[0])

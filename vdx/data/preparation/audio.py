@@ -30,10 +30,14 @@ def read_audio(path: str, start: float, end: float, origin: float, rate: int) ->
         container.seek(int(max(first - LEAD, 0) / stream.time_base), stream=stream)
 
         samples = np.zeros(round((end - start) * rate), np.int16)
-        place = None
+        place: int | None = None
         for frame in _resampled(container.decode(stream), origin + end, rate):
             # Containers round times; a frame follows the one before unless there is a gap.
-            stated = round((frame.time - first) * rate)
+            stated = place
+            if frame.time is not None:
+                stated = round((frame.time - first) * rate)
+            if stated is None:  # nothing states when the audio begins
+                continue
             if place is None or abs(stated - place) > GAP * rate:
                 place = stated
             values = frame.to_ndarray()[0]

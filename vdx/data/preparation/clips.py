@@ -9,12 +9,12 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import av
 import numpy as np
 
-from vdx.config.ranges import Count, Index
+from vdx.config.ranges import Count, Index, Interval
 from vdx.data.encoding import X264, add_stream, yuv_frame
 from vdx.data.motion import motion_score
 from vdx.data.preparation.audio import read_audio
@@ -27,6 +27,9 @@ __all__ = ["VERSION", "ClipSettings", "ClipSpan", "clip_key", "make_clips", "rea
 VERSION = 1  # of the bytes; a change of the encoding raises it
 TICKS = 90_000  # a second, of timestamps; those of Matroska and of 1001/30000 are near multiples
 NEAR = 1e-6  # seconds
+# One thread, since their number changes the bytes. No B-frames, since an mp4 stores durations in
+# decoding order: the last frame on the screen would lose its own.
+EXACT = {"threads": "1", "bf": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,9 @@ class ClipSettings:
     """`config.clips`: how a clip is stored."""
 
     short_side: Count | None = None  # pixels; larger clips are made smaller; null: as they are
-    crf: Index = 16  # x264's constant rate factor; 16 is visually lossless, 0 lossless
+    crf: Annotated[int, Interval(0, 51)] = (
+        16  # x264's constant rate factor; 16 is visually lossless, 0 lossless
+    )
     audio_rate: Index = 16_000  # samples a second, mono; 0: no audio
 
 
@@ -153,8 +158,9 @@ class _Encoder:
         """Encode a frame uint8 [h w 3]; start and end in seconds of the source."""
         frame = _fit(pixels, self.span.crop, self.settings.short_side)
         if self._stream is None:
-            options = {**X264, "crf": str(self.settings.crf), "threads": "1"}
-            self._stream = add_stream(self._container, Fraction(TICKS), *frame.shape[:2], options)
+            options = {**X264, "crf": str(self.settings.crf), **EXACT}
+            height, width = frame.shape[:2]
+            self._stream = add_stream(self._container, Fraction(TICKS), height, width, options)
         if self._before is not None:
             self._changes.append(motion_score(np.stack([self._before, frame]), fps=1))
         self._before = frame

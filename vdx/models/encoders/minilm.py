@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from vdx.config.build import ConfigError, check_fields
 from vdx.config.ranges import Interval
 from vdx.models.encoders.bert import POSITIONS, Bert, import_weights
+from vdx.models.shapes import init_shapes
 from vdx.parallel import MeshSpec, replicated
 from vdx.types import Array, Bool, Float, Params
 
@@ -58,7 +59,7 @@ def _network() -> Network:
 
     bert = Bert()
     ids = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(bert.init, jax.random.key(0), ids, ids == 0)["params"]
+    shapes = init_shapes(bert, ids, ids == 0)
     params = import_weights(load_file(folder() / "model.safetensors"), shapes)
     mesh = MeshSpec().make(jax.local_devices(backend="cpu")[:1])
     variables = jax.device_put({"params": params}, replicated(mesh))

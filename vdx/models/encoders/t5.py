@@ -151,6 +151,7 @@ class T5Encoder(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
+            check_constancy_invariants=False,  # it would trace the body twice
         )
         layers = scanned(
             self.heads,

@@ -4,10 +4,13 @@ The design and the meaning of the fields are those of `AutoencoderKL` in diffuse
 al. 2022), so that pretrained weights are a configuration of this class (vdx.interop.image_vae).
 """
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import Channels, Finite, Length, LevelBlocks, Positive
 from vdx.models.image_blocks import GroupNorm, ImageResidual, down_conv, upsample_nearest
 from vdx.models.vae.blocks import attend_frames
 from vdx.models.vae.posterior import Posterior
@@ -107,14 +110,15 @@ class ImageVAE(nn.Module):
     """
 
     # The names of the fields are the reference's; the values are Stable Diffusion 1's.
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # of the levels, finest first
-    layers_per_block: int = 2  # residuals in a level of the encoder; the decoder has one more
-    latent_channels: int = 4  # z
-    norm_num_groups: int = 32
-    in_channels: int = 3
-    out_channels: int = 3
-    scaling_factor: float = 0.18215  # 1 / the standard deviation of the latents
-    shift_factor: float | None = None  # the mean of the latents; None: 0
+    # Of the levels, finest first.
+    block_out_channels: Annotated[tuple[Channels, ...], Length(8)] = (128, 256, 512, 512)
+    layers_per_block: LevelBlocks = 2  # residuals in the encoder; the decoder has one more
+    latent_channels: Channels = 4  # z
+    norm_num_groups: Channels = 32
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    scaling_factor: Positive = 0.18215  # 1 / the standard deviation of the latents
+    shift_factor: Finite | None = None  # the mean of the latents; None: 0
     use_quant_conv: bool = True  # a 1x1 convolution after the encoder
     use_post_quant_conv: bool = True  # a 1x1 convolution before the decoder
     mid_block_add_attention: bool = True

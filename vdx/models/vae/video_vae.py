@@ -6,13 +6,14 @@ of `AutoencoderKLWan` in diffusers, so that pretrained weights are a configurati
 Here a whole clip is one program, and `chunk` gives the same result in bounded memory.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 
 from vdx.config.build import ConfigError
+from vdx.config.ranges import Channels, Finite, Interval, Length, LevelBlocks, Positive
 from vdx.models.image_blocks import split_space
 from vdx.models.vae.chunks import FrameRates, causal_chunks
 from vdx.models.vae.posterior import Posterior
@@ -37,19 +38,22 @@ class VideoVAE(nn.Module):
     """
 
     # The names of the fields are the reference's; the values are Wan 2.1's.
-    base_dim: int = 96  # channels that dim_mult multiplies
-    decoder_base_dim: int | None = None  # the same for the decoder; None: base_dim
-    z_dim: int = 16  # channels of the latents
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # of each level, finest first
-    num_res_blocks: int = 2  # in a level of the encoder; the decoder has one more
-    attn_scales: tuple[float, ...] = ()  # resolutions at which the encoder's blocks have attention
+    base_dim: Channels = 96  # channels that dim_mult multiplies
+    decoder_base_dim: Channels | None = None  # the same for the decoder; None: base_dim
+    z_dim: Channels = 16  # channels of the latents
+    # Of each level, finest first.
+    dim_mult: Annotated[tuple[Annotated[int, Interval(1, 64)], ...], Length(8)] = (1, 2, 4, 4)
+    num_res_blocks: LevelBlocks = 2  # in a level of the encoder; the decoder has one more
+    # Resolutions at which the encoder's blocks have attention.
+    attn_scales: tuple[Positive, ...] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # steps that also halve time
     is_residual: bool = False  # Wan 2.2's shortcuts around levels
-    patch_size: int | None = None  # side of the squares of pixels moved into channels; None: 1
-    in_channels: int = 3  # of the encoder, after the patches
-    out_channels: int = 3  # of the decoder, before the patches
-    latents_mean: tuple[float, ...] = ()  # [z_dim], of the latents as encoded; empty: 0
-    latents_std: tuple[float, ...] = ()  # [z_dim]; empty, for a VAE in training: 1
+    # Side of the squares of pixels moved into channels; None: 1.
+    patch_size: Annotated[int, Interval(1, 64)] | None = None
+    in_channels: Channels = 3  # of the encoder, after the patches
+    out_channels: Channels = 3  # of the decoder, before the patches
+    latents_mean: tuple[Finite, ...] = ()  # [z_dim], of the latents as encoded; empty: 0
+    latents_std: tuple[Positive, ...] = ()  # [z_dim]; empty, for a VAE in training: 1
     dtype: str = "float32"  # of the convolutions
 
     @property
