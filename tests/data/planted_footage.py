@@ -8,9 +8,11 @@ taken from a folder where there is one.
 
 import dataclasses
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import cv2
 import numpy as np
 
@@ -259,9 +261,6 @@ def assemble(pieces: Sequence[Piece]) -> tuple[np.ndarray, list[int], list[tuple
 
 def encode(path: Path, frames: np.ndarray, fps: int, crf: int = 20) -> None:
     """Write frames uint8 [t h w 3] as H.264 in mp4."""
-    import av  # OpenCV brings FFmpeg too, and the one loaded first must be PyAV's
-    from fractions import Fraction
-
     rate = Fraction(fps)
     options = X264 | {"crf": str(crf), "preset": "veryfast"}
     with av.open(str(path), "w", format="mp4") as out:

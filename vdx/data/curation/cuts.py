@@ -48,7 +48,7 @@ class CutDetector:
         if len(self._frames) > self._next + NEIGHBOURS:
             self._evaluate()
 
-    def finish(self) -> None:
+    def finish(self, end: float) -> None:
         """Evaluate the frames that have fewer neighbours after them."""
         while self._next < len(self._frames):
             self._evaluate()

@@ -60,7 +60,7 @@ class DissolveDetector:
         self._number += 1
         self._evaluate(len(self._frames) - 1 - REACH)
 
-    def finish(self) -> None:
+    def finish(self, end: float) -> None:
         """Evaluate the frames that have few others after them."""
         for place in range(max(len(self._frames) - REACH, 0), len(self._frames)):
             self._number += 1
@@ -101,7 +101,9 @@ class DissolveDetector:
         rest = int(np.argmax(shares > 0.75))
         if rest - quarter < LEAST_FRAMES or np.diff(shares[quarter : rest + 1]).min() < 0:
             return None
-        scores = [_score(frame.coarse - first.coarse, whole, power) for frame in window[quarter:rest]]
+        scores = [
+            _score(frame.coarse - first.coarse, whole, power) for frame in window[quarter:rest]
+        ]
         score = float(np.mean(scores))
         if score < FLOOR or (self._best is not None and score <= self._best.score):
             return None

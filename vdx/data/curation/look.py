@@ -15,6 +15,9 @@ import numpy as np
 from vdx.config.ranges import Positive
 from vdx.data.containers import first_bytes, open_video
 from vdx.data.curation.cell import Cell
+from vdx.data.curation.cuts import CutDetector
+from vdx.data.curation.dissolves import DissolveDetector
+from vdx.data.curation.fingerprint import Fingerprint
 from vdx.data.curation.table import MEASURES
 from vdx.data.images import is_animated, open_image_file
 from vdx.data.record import frame_step
@@ -47,7 +50,7 @@ class Look:
     # Candidates [{time, kind: hard|gradual, start, end, score}] above a low floor.
     cuts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     damage: list[list[float]] = dataclasses.field(default_factory=list)  # [start, end], seconds
-    fingerprint: Any = None  # perceptual hash over time
+    fingerprint: list[str] = dataclasses.field(default_factory=list)  # perceptual hash over time
     box: list[list[int] | None] = dataclasses.field(default_factory=list)  # [x, y, w, h] of a cell
 
     def to_json(self) -> dict[str, Any]:
@@ -84,12 +87,21 @@ def look(path: Path, settings: LookSettings) -> Look:
     found: dict[str, list[float | None]] = {"start": [], "end": []}
     found |= {name: [] for name in MEASURES}
     damage = _Damage()
+    cuts = CutDetector()
+    dissolves = DissolveDetector()
+    fingerprint = Fingerprint()
+    import_extra("cv2", "prepare").setNumThreads(1)  # every process looks at a file of its own
     for cell in _cells(_decode(footage, opener, damage), footage, settings):
         found["start"].append(cell.start)
         found["end"].append(cell.end)
         for name, measure in MEASURES.items():
             found[name].append(measure.of(cell))
         source["height"], source["width"] = cell.frame.shape[:2]
+        for time, grey in zip(cell.times.tolist(), cell.grey, strict=True):
+            for detector in (cuts, dissolves, fingerprint):
+                detector.add(time, grey)
+    for detector in (cuts, dissolves, fingerprint):
+        detector.finish(footage.duration)
 
     if not found["start"]:
         return _dropped(source, damage.error)
@@ -98,7 +110,8 @@ def look(path: Path, settings: LookSettings) -> Look:
         source["reasons"].append("damaged")
     ends = [*footage.stamps.tolist(), footage.duration]  # of frames before each
     spans = [[ends[first], ends[last]] for first, last in damage]
-    return Look(source, found, damage=spans)
+    found_cuts = sorted(cuts.cuts + dissolves.cuts, key=lambda cut: cut["start"])
+    return Look(source, found, found_cuts, spans, fingerprint.hashes)
 
 
 def dropped_source(sha256: str | None, error: Exception) -> Look:
