@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 400, 224
 SCALE = 2.2  # of a photograph to a frame, along each side
 RATES = (24, 25, 30)  # frames a second
 EVENTS = ("flash", "strobe", "whip", "occluder")
+COPIES = ("re-encoded", "resized", "mirrored")
 MOTIONS = ("still", "pan", "zoom", "roll", "handheld", "shake")
 
 
@@ -213,21 +214,25 @@ def flash(frames: np.ndarray, rng: np.random.Generator, period: int = 0) -> None
 
 def shot(
     rng: np.random.Generator,
-    photographs: Sequence[np.ndarray],
+    photograph: np.ndarray,
+    textures: Sequence[np.ndarray],
     frames: int,
     motion: str | None = None,
     event: str | None = None,
 ) -> np.ndarray:
-    """Return the frames uint8 [t h w 3] of a shot without a cut."""
-    first, second, third = rng.permutation(len(photographs))[:3]
+    """Return the frames uint8 [t h w 3] of a shot without a cut.
+
+    textures: of the objects that move before the photograph.
+    """
+    first, second = rng.integers(0, len(textures), 2)
     path = camera_path(rng, frames, motion or str(rng.choice(MOTIONS)))
     if event == "whip":
         path = whip(path, rng)
-    pixels = render(photographs[first], path)
+    pixels = render(photograph, path)
     for _ in range(int(rng.integers(0, 3))):
-        add_object(pixels, photographs[second], rng, rng.uniform(0.08, 0.3), rng.uniform(0.8, 4))
+        add_object(pixels, textures[first], rng, rng.uniform(0.08, 0.3), rng.uniform(0.8, 4))
     if event == "occluder":
-        add_object(pixels, photographs[third], rng, rng.uniform(0.8, 1.1), rng.uniform(0.7, 1.6))
+        add_object(pixels, textures[second], rng, rng.uniform(0.8, 1.1), rng.uniform(0.7, 1.6))
     if event == "flash":
         flash(pixels, rng)
     if event == "strobe":
@@ -276,23 +281,39 @@ def make_footage(
 ) -> list[Planted]:
     """Write `count` files of several shots each, and return what is planted in them.
 
-    A third of the transitions is gradual; half of the shots has an event that is no cut.
+    Half of the transitions is gradual; half of the shots has an event that is no cut. No photograph
+    is the background of two shots.
     """
     rng = np.random.default_rng(seed)
     pool = load_photographs(photographs) if photographs else []
-    pool += [draw_photograph(rng) for _ in range(max(12, 40 - len(pool)))]
-    return [_make_file(rng, pool, folder / f"{seed}_{n:03d}.mp4") for n in range(count)]
+    pool += [draw_photograph(rng) for _ in range(5)]
+    deck = [pool[n] for n in rng.permutation(len(pool))]
+    return [_make_file(rng, deck, pool, folder / f"{seed}_{n:03d}.mp4") for n in range(count)]
 
 
-def _make_file(rng: np.random.Generator, pool: Sequence[np.ndarray], path: Path) -> Planted:
-    """Write one file of shots."""
+def _make_file(
+    rng: np.random.Generator, deck: list[np.ndarray], pool: Sequence[np.ndarray], path: Path
+) -> Planted:
+    """Write one file of shots, each of another photograph, taken from `deck`."""
     pieces = []
     for _ in range(int(rng.integers(2, 6))):
         event = str(rng.choice(EVENTS)) if rng.random() < 0.5 else None
-        frames = shot(rng, pool, int(rng.integers(45, 90)), event=event)
-        transition = str(rng.choice(["hard", "hard", "hard", "hard", "dissolve", "fade"]))
+        photograph = deck.pop() if deck else draw_photograph(rng)
+        frames = shot(rng, photograph, pool, int(rng.integers(65, 100)), event=event)
+        transition = str(rng.choice(["hard", "hard", "dissolve", "fade"]))
         pieces.append(Piece(frames, transition, int(rng.integers(8, 31))))
     pixels, hard, gradual = assemble(pieces)
     fps = int(rng.choice(RATES))
     encode(path, pixels, fps, int(rng.integers(17, 27)))
     return Planted(path, fps, len(pixels), hard, gradual)
+
+
+def make_copy(planted: Planted, path: Path, kind: str) -> None:
+    """Write a near-duplicate of a file: re-encoded, resized or mirrored."""
+    with av.open(str(planted.path)) as source:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in source.decode(video=0)])
+    if kind == "resized":
+        frames = np.stack([cv2.resize(f, (256, 144), interpolation=cv2.INTER_AREA) for f in frames])
+    if kind == "mirrored":
+        frames = np.ascontiguousarray(frames[:, :, ::-1])
+    encode(path, frames, planted.fps, crf=33 if kind == "re-encoded" else 23)

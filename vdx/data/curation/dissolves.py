@@ -20,10 +20,12 @@ MOST_FPS = 32.0  # of faster footage frames are left out
 WIDTH = 64  # pixels of the frames that are blended: finer content moves too far
 BLENDS = (0.2, 0.8)  # k of a blend
 UNLIKE = 0.35  # correlation of the frames at both ends, after motion compensation: at most
+FADED = 0.2  # contrast, of that of the other end; less is a fade
 SHARE = 0.55  # explained by the blend, at score 0.5
 FLOOR = 0.4  # candidates of lower scores are not reported
 LEAST_FRAMES = 2  # from a quarter of the blend to three quarters; a flash is shorter
 LEAST_CHANGE = 6.0  # levels, root of the mean squared difference of both ends
+MARGIN = 1.1  # of the length: the first and the last mixed frames are hardly mixed
 GAP = 0.25  # seconds; closer ones are one transition: out to black, and in from it
 
 
@@ -77,9 +79,10 @@ class DissolveDetector:
             hit = self._blend(place, span)
             if hit is None:
                 continue
+            if self._best is not None and not _overlap(self._best, hit):
+                self._close()
             self._last = self._number
-            if self._best is None or hit.score > self._best.score:
-                self._best = hit
+            self._best = hit
 
     def _blend(self, place: int, span: int) -> _Hit | None:
         """Return the blend that a frame is of those `span` before and after it."""
@@ -105,17 +108,24 @@ class DissolveDetector:
             _score(frame.coarse - first.coarse, whole, power) for frame in window[quarter:rest]
         ]
         score = float(np.mean(scores))
-        if score < FLOOR or (self._best is not None and score <= self._best.score):
-            return None
-        if explained(first.grey, last.grey) > UNLIKE:
-            return None
-
-        times = np.array([frame.time for frame in self._frames])
         half = (window[rest].time + window[quarter].time) / 2
-        length = window[rest].time - window[quarter].time
-        start = float(times[np.abs(times - (half - length)).argmin()])
-        end = float(times[np.abs(times - (half + length)).argmin()])
-        return _Hit(round(score, 4), start, end, self._number)
+        length = MARGIN * (window[rest].time - window[quarter].time)
+        start = self._nearest(half - length)
+        end = self._nearest(half + length)
+
+        hit = _Hit(round(score, 4), start, end, self._number)
+        if score < FLOOR or self._is_known(hit) or not _is_unlike(first.grey, last.grey):
+            return None
+        return hit
+
+    def _nearest(self, time: float) -> float:
+        """Return the time of the frame of the window that is the nearest to a time."""
+        return min((frame.time for frame in self._frames), key=lambda own: abs(own - time))
+
+    def _is_known(self, hit: _Hit) -> bool:
+        """Return whether a better blend at the same time is known."""
+        best = self._best
+        return best is not None and _overlap(best, hit) and best.score >= hit.score
 
     def _close(self) -> None:
         """Report the best of the blends that follow one another."""
@@ -137,6 +147,17 @@ class DissolveDetector:
             cut["time"] = (cut["start"] + cut["end"]) / 2
             cut["score"] = max(before["score"], cut["score"])
         self.cuts.append(cut)
+
+
+def _is_unlike(first: np.ndarray, last: np.ndarray) -> bool:
+    """Return whether the ends of a blend are no image and itself moved; black is unlike all."""
+    contrasts = sorted((float(first.std()), float(last.std())))
+    return contrasts[0] < FADED * contrasts[1] or explained(first, last) < UNLIKE
+
+
+def _overlap(first: _Hit, second: _Hit) -> bool:
+    """Return whether two blends share more than an instant."""
+    return min(first.end, second.end) - max(first.start, second.start) > 1e-6
 
 
 def _score(middle: np.ndarray, whole: np.ndarray, power: float) -> float:
