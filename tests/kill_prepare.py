@@ -34,7 +34,7 @@ def write_footage(folder: Path, count: int = SOURCES, frames: int = 36) -> None:
         rng = np.random.default_rng(number)
         levels = rng.integers(0, 255, (12, 40, 3)).astype(np.uint8)
         texture = levels.repeat(8, 0).repeat(8, 1)  # [96 320 3]
-        moving = (texture[:, 3 * step : 3 * step + 128] for step in range(frames))
+        moving = (np.roll(texture, -3 * step, axis=1)[:, :128] for step in range(frames))
         write_video(folder / f"{number}.mp4", moving, 12, min_side=16)
         (folder / f"{number}.txt").write_text(f"texture {number}")
 

@@ -17,7 +17,7 @@ from absl import app, flags
 from vdx.config.build import ConfigError
 from vdx.config.loader import resolve
 from vdx.config.ranges import Index, define_number
-from vdx.data.preparation.runner import Beam, Local, Runner
+from vdx.data.preparation.runner import BEAM_FOLDER, Beam, Local, Runner
 from vdx.data.preparation.sources import list_sources
 from vdx.data.preparation.stages import Preparation
 from vdx.files import printable, write_json
@@ -34,7 +34,7 @@ def choose_runner(out: Path) -> Runner:
     """Return the runner that the flags name. Raises UsageError."""
     options = tuple(f"--{arg.removeprefix(BEAM)}" for arg in sys.argv if arg.startswith(BEAM))
     if FLAGS.runner == "beam":
-        return Beam(options, out / "cache")
+        return Beam(options, out / "cache" / BEAM_FOLDER)
     if options:
         raise app.UsageError(f"{BEAM}* are flags of --runner=beam: give it too.")
     return Local(FLAGS.workers)

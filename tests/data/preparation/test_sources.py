@@ -121,6 +121,19 @@ def test_what_is_no_list_is_refused(tmp_path, name):
         list_sources(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", ['file_name\n"a', f"file_name\n{'x' * 140_000}"])
+def test_a_csv_that_is_none_is_refused_by_its_line(tmp_path, content):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(FileError, match="line"):
+        list_sources(tmp_path / "t.csv")
+
+
+def test_a_parquet_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "t.parquet").write_text("no parquet")
+    with pytest.raises(FileError, match="parquet"):
+        list_sources(tmp_path / "t.parquet")
+
+
 def test_a_row_of_a_table_without_a_file_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("file_name,caption\na.mp4,x\n,y\n")
     with pytest.raises(FileError, match="row 2"):

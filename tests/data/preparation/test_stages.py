@@ -1,7 +1,9 @@
 """From a folder to a data set; only what is new is done again."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -147,6 +149,26 @@ def test_nothing_kept_is_refused_with_the_reason(footage, tmp_path, capsys):
     with pytest.raises(ConfigError, match="No clip is kept"):
         prepare(footage, tmp_path / "out", "decide.thresholds.blank.contrast=500")
     assert "--config.decide.thresholds.blank.contrast=" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_no_fault_of_the_files(footage, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)  # the import fails as if it were absent
+    with pytest.raises(ConfigError, match=r"vdx\[prepare\]"):
+        prepare(footage, tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes")
+def test_what_cannot_be_opened_has_a_row(tmp_path):
+    write_footage(tmp_path / "in", 1, FRAMES)
+    os.mkfifo(tmp_path / "in" / "pipe.mp4")
+    (tmp_path / "in" / "list.csv").write_text(
+        "file_name,caption\n0.mp4,a\npipe.mp4,b\ngone.mp4,c\n"
+    )
+    prepare(tmp_path / "in" / "list.csv", tmp_path / "out")
+    found = {row["source"]: row for row in rows_of(tmp_path / "out" / "sources.jsonl")}
+    assert found["0.mp4"]["verdict"] == "ok"
+    assert "pipe" in found["pipe.mp4"]["error"]
+    assert found["gone.mp4"]["reasons"] == ["unreadable"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,11 @@ def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _csv_rows(path: Path) -> list[Any]:
-    return list(csv.DictReader(io.StringIO(read_text(path)), strict=True))
+    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise FileError(f"{path}, line {reader.line_num}: {error}.") from error
 
 
 def _jsonl_rows(path: Path) -> list[Any]:
@@ -125,7 +129,7 @@ def _parquet_rows(path: Path) -> list[Any]:
         names = parquet.read_schema(path).names
         columns = [name for name in names if name in NAME_COLUMNS + CAPTION_COLUMNS]
         rows: list[Any] = parquet.read_table(path, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:  # errors of pyarrow are both
+    except Exception as error:  # pyarrow's errors have many classes
         raise FileError(f"{path} cannot be read as parquet: {error}.") from error
     return rows
 

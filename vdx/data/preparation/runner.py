@@ -4,10 +4,13 @@ A function of a stage takes a small item, such as a path, and returns a small JS
 large is written into the cache. So every runner gives the same results.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -20,8 +23,9 @@ from tqdm import tqdm
 
 from vdx.extras import import_extra
 
-__all__ = ["Beam", "Local", "Runner", "WorkerDied"]
+__all__ = ["BEAM_FOLDER", "Beam", "Local", "Runner", "WorkerDied"]
 
+BEAM_FOLDER = "beam"  # in the cache, of results on their way
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -91,22 +95,44 @@ def _pool_results(
     With one worker they come in order, and the next one is that at which it died.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX halfway
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        futures: dict[Future[Result], int] = {
-            pool.submit(function, items[number]): number for number in numbers
-        }
-        order: Iterable[Future[Result]] = futures if workers == 1 else as_completed(futures)
-        try:
-            for future in order:
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            return
-        finally:
-            pool.shutdown(cancel_futures=True)
+    count = min(workers, len(numbers))
+    pool = ProcessPoolExecutor(count, context, initializer=_end_with_parent)
+    with _no_interrupts():
+        for _ in range(count):  # each starts a process
+            pool.submit(os.getpid)
+    futures: dict[Future[Result], int] = {
+        pool.submit(function, items[number]): number for number in numbers
+    }
+    order: Iterable[Future[Result]] = futures if workers == 1 else as_completed(futures)
+    done = False
+    try:
+        for future in order:
+            yield futures[future], future.result()
+        done = True
+    except BrokenProcessPool:
+        done = True
+    finally:
+        pool.shutdown(wait=done, cancel_futures=True)  # an interrupt waits for no work
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Start processes that ignore interrupts: a terminal sends them to all processes.
+
+    Only the main thread of a program can change what a signal does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it dies, however that is killed."""
+    """End this process when the one that started it ends, however that is."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -126,7 +152,7 @@ class Beam:
     """
 
     options: tuple[str, ...]  # flags of Beam, such as --runner=FlinkRunner
-    scratch: Path  # a folder that the workers share; results pass through a file in it
+    scratch: Path  # a folder of its own that the workers share; results pass through it
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], what: str
@@ -138,9 +164,9 @@ class Beam:
         if not items:
             return []
         print(f"{what}: {len(items)} items in Beam", flush=True)
-        prefix = self.scratch / f".beam-{what}"
-        for old in self.scratch.glob(f"{prefix.name}*"):
-            old.unlink()
+        shutil.rmtree(self.scratch, ignore_errors=True)  # what a killed run has left
+        self.scratch.mkdir(parents=True)
+        prefix = self.scratch / "results"
         with beam.Pipeline(options=PipelineOptions(list(self.options))) as pipeline:
             (
                 pipeline
@@ -151,11 +177,11 @@ class Beam:
             )
 
         results: dict[int, Result | WorkerDied] = {}
-        for file in sorted(self.scratch.glob(f"{prefix.name}*")):
+        for file in self.scratch.glob(f"{prefix.name}*"):
             for line in file.read_text().splitlines():
                 number, result = json.loads(line)
                 results[number] = result
-            file.unlink()
+        shutil.rmtree(self.scratch)
         return [results[number] for number in range(len(items))]
 
 

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from vdx.data.curation.look import VERSION, LookSettings, dropped_source, look
 from vdx.data.curation.table import MEASURES
 from vdx.data.folders import validation_names
 from vdx.data.preparation.clips import ClipSettings, ClipSpan, clip_key, make_clips, read_clip
-from vdx.data.preparation.runner import Runner, WorkerDied
+from vdx.data.preparation.runner import BEAM_FOLDER, Runner, WorkerDied
 from vdx.data.preparation.shards import ShardRow, write_shards
 from vdx.data.preparation.sources import SourceFile, SourceList
 from vdx.data.preparation.store import Store, file_sha256, key_of
 from vdx.data.records import clip_features
-from vdx.files import append_rows, atomic_write, printable
+from vdx.files import FileError, append_rows, atomic_write, printable
 
 __all__ = ["Preparation", "PrepareSections", "ShardSettings", "kept_rows"]
 
@@ -71,6 +72,7 @@ class Preparation:
         """Remove the unfinished files that a killed run has left."""
         self.looks.remove_parts()
         self.clips.remove_parts()
+        shutil.rmtree(self.out / "cache" / BEAM_FOLDER, ignore_errors=True)
         for name in ("sources", "clips", "prepare"):
             for part in self.out.glob(f".{name}.*.json*"):
                 part.unlink()
@@ -204,8 +206,8 @@ def _look_at(path: str, settings: LookSettings, store: Store) -> dict[str, str]:
             stage="look", version=VERSION, settings=dataclasses.asdict(settings), sha256=sha256
         )
         store.get(key, lambda: _to_json(look(Path(path), settings).to_json()))
-    except (OSError, ValueError) as error:
-        return {"error": str(error)}
+    except (OSError, FileError) as error:
+        return {"error": getattr(error, "strerror", None) or str(error)}
     return {"key": key}
 
 
