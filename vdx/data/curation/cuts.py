@@ -14,7 +14,7 @@ import numpy as np
 
 from vdx.extras import import_extra
 
-__all__ = ["CutDetector", "explained"]
+__all__ = ["CutDetector", "motion_compensated_correlation"]
 
 NEIGHBOURS = 8  # frames on each side, whose median change is that of the neighbourhood
 LEAST_CHANGE = 2.5  # levels of 255; less is no cut of content that is visible
@@ -30,13 +30,16 @@ FLAT = 1.0  # levels, standard deviation of high-pass images without content
 
 
 class CutDetector:
-    """Hard cuts of frames that are given one by one; memory holds a window of them."""
+    """Hard cuts of frames that are given one by one.
+
+    Memory holds a window of frames.
+    """
 
     def __init__(self) -> None:
         self.cuts: list[dict[str, Any]] = []
         self._frames: collections.deque[tuple[float, np.ndarray]] = collections.deque()
         self._changes: collections.deque[float] = collections.deque()  # from the frame before
-        self._next = 1  # place in the window of the frame that is judged next
+        self._next = 1  # place in the window of the frame that is evaluated next
 
     def add(self, time: float, grey: np.ndarray) -> None:
         """Take the next frame uint8 [h w] at a time in seconds."""
@@ -77,7 +80,7 @@ class CutDetector:
         """Return the score of a cut before a frame of the window; 0.5 is the threshold."""
         frames = [grey for _, grey in self._frames]
         controls = [
-            explained(frames[first], frames[first + 1])
+            motion_compensated_correlation(frames[first], frames[first + 1])
             for first in (here - 3, here - 2, here, here + 1)
             if 0 <= first < len(frames) - 1
         ]
@@ -87,7 +90,7 @@ class CutDetector:
         new = frames[here : here + NEW]
         best = 0.0
         for first, second in _pairs(old, new):
-            best = max(best, explained(first, second))
+            best = max(best, motion_compensated_correlation(first, second))
             if limit - best / 2 < FLOOR * CORRELATION:
                 return 0.0
         return round((limit - best / 2) / CORRELATION, 4)
@@ -96,7 +99,7 @@ class CutDetector:
 def _pairs(
     old: Sequence[np.ndarray], new: Sequence[np.ndarray]
 ) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """Return frames before and after a cut to compare: the neighbours, and those most alike.
+    """Return pairs of an old and a new frame: the neighbours, then the most similar.
 
     Of two pairs that differ as much, the one with less time between comes first.
     """
@@ -114,7 +117,7 @@ def _change(before: np.ndarray, after: np.ndarray) -> float:
     return float(cv2.norm(before, after, cv2.NORM_L1)) / before.size
 
 
-def explained(old: np.ndarray, new: np.ndarray) -> float:
+def motion_compensated_correlation(old: np.ndarray, new: np.ndarray) -> float:
     """Return how well motion of one frame explains another, both uint8 [h w].
 
     The correlation, at least 0, of the high-pass images after motion compensation; 1 if neither

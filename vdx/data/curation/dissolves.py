@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vdx.data.curation.cuts import explained
+from vdx.data.curation.cuts import motion_compensated_correlation
 from vdx.extras import import_extra
 
 __all__ = ["DissolveDetector"]
 
 SPANS = (4, 7, 10, 14, 20)  # frames from the blend to the frame before, and to the one after
-REACH = max(SPANS)
+WINDOW = max(SPANS)
 MOST_FPS = 32.0  # of faster footage frames are left out
 WIDTH = 20  # pixels of the frames that are blended: finer content moves too far
 BLENDS = (0.2, 0.8)  # k of a blend
@@ -45,11 +45,14 @@ class _Hit(NamedTuple):
 
 
 class DissolveDetector:
-    """Gradual transitions of frames that are given one by one; memory holds a window of them."""
+    """Gradual transitions of frames that are given one by one.
+
+    Memory holds a window of frames.
+    """
 
     def __init__(self) -> None:
         self.cuts: list[dict[str, Any]] = []
-        self._frames: collections.deque[_Frame] = collections.deque(maxlen=2 * REACH + 1)
+        self._frames: collections.deque[_Frame] = collections.deque(maxlen=2 * WINDOW + 1)
         self._number = 0
         self._best: _Hit | None = None
         self._last = 0  # number of the last hit
@@ -60,11 +63,11 @@ class DissolveDetector:
             return
         self._frames.append(_Frame(time, grey, _coarse(grey)))
         self._number += 1
-        self._evaluate(len(self._frames) - 1 - REACH)
+        self._evaluate(len(self._frames) - 1 - WINDOW)
 
     def finish(self, end: float) -> None:
         """Evaluate the frames that have few others after them."""
-        for place in range(max(len(self._frames) - REACH, 0), len(self._frames)):
+        for place in range(max(len(self._frames) - WINDOW, 0), len(self._frames)):
             self._number += 1
             self._evaluate(place)
         self._close()
@@ -150,9 +153,14 @@ class DissolveDetector:
 
 
 def _is_unlike(first: np.ndarray, last: np.ndarray) -> bool:
-    """Return whether the ends of a blend are no image and itself moved; black is unlike all."""
+    """Return whether motion does not lead from one end of a blend to the other.
+
+    Black is unlike every image.
+    """
     contrasts = sorted((float(first.std()), float(last.std())))
-    return contrasts[0] < FADED * contrasts[1] or explained(first, last) < UNLIKE
+    return (
+        contrasts[0] < FADED * contrasts[1] or motion_compensated_correlation(first, last) < UNLIKE
+    )
 
 
 def _overlap(first: _Hit, second: _Hit) -> bool:
@@ -161,7 +169,10 @@ def _overlap(first: _Hit, second: _Hit) -> bool:
 
 
 def _score(middle: np.ndarray, whole: np.ndarray, power: float) -> float:
-    """Return how much of the smaller difference to either end a blend explains, 0.5 at SHARE."""
+    """Return the score of a blend: 0.5 where it explains SHARE of the difference.
+
+    The smaller difference counts of those to either end.
+    """
     total = float(middle @ middle)
     along = float(middle @ whole)
     left = total - along**2 / power

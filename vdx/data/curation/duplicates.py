@@ -1,4 +1,7 @@
-"""Near-duplicates among clips: re-encoded, resized or mirrored, across files and inside them."""
+"""Near-duplicates among clips, across files and inside them.
+
+A near-duplicate is re-encoded, resized or mirrored.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -40,7 +43,9 @@ def find_duplicates(clips: Sequence[Hashed], limit: float) -> list[int | None]:
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the smallest share of bits that differ, over shifts in time, mirrored or not.
+    """Return the smallest share of bits that differ, over shifts in time.
+
+    One of the clips may be mirrored.
 
     first, second: uint64 [n]. 1 if they are too short to be compared.
     """

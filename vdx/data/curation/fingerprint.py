@@ -56,7 +56,10 @@ def _hash(grey: np.ndarray) -> str:
 
 
 def hashes_between(hashes: Sequence[str], start: float, end: float) -> np.ndarray:
-    """Return the hashes uint64 [n] of a clip, its times in seconds; blank images have none."""
+    """Return the hashes uint64 [n] of a clip, its times in seconds.
+
+    Blank images have none.
+    """
     first = int(np.ceil(start * RATE - 1e-6))
     stop = int(np.ceil(end * RATE - 1e-6))
     return np.array([int(text, 16) for text in hashes[first:stop] if text], np.uint64)
