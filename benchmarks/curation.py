@@ -133,10 +133,7 @@ def main(_: Sequence[str]) -> None:
         values = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         print(", ".join(values))
     if FLAGS.out:
-        with atomic_write(FLAGS.out) as part:
-            write_json(
-                part, {"processor": platform.processor() or platform.machine(), "rows": rows}
-            )
+        write_json(FLAGS.out, {"processor": processor(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class DecideSettings:
     thresholds: Mapping[str, Any]  # reason -> {measure: number}; null turns a reason off
     min_seconds: Positive = 1.0  # a shorter piece is dropped: too_short
     max_seconds: Positive = 10.0  # a longer shot is split into equal clips
-    cut_score: NonNegative = 0.5  # candidates of cuts below this score are no cuts
+    cut_score: NonNegative = 0.65  # candidates of cuts below this score are no cuts
     # Share of the bits of a perceptual hash: clips that differ less are duplicates; null: not used.
     duplicate_distance: NonNegative | None = 0.2
     caption_required: bool = True  # drop clips without a caption
