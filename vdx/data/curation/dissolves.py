@@ -136,7 +136,7 @@ class DissolveDetector:
         self._best = None
         if best is None:
             return
-        cut = {
+        cut: dict[str, Any] = {
             "time": (best.start + best.end) / 2,
             "kind": "gradual",
             "start": best.start,
