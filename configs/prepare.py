@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
             "decide": {
                 "min_seconds": 1.0,  # a shorter piece of a shot is dropped
                 "max_seconds": 10.0,  # a longer shot is split into equal clips
-                "cut_score": 0.0,  # candidates of cuts below it are no cuts
+                "cut_score": 0.65,  # candidates of cuts below it are no cuts
+                "duplicate_distance": 0.2,  # clips whose hashes differ in less are duplicates
                 "caption_required": True,  # a clip without a caption is dropped
                 # reason -> measure -> number. A clip beyond any of them is dropped.
                 # The figures in comments are from tests/data/planted_faults.py, 400x224.

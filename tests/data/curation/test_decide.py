@@ -14,7 +14,7 @@ from vdx.data.curation.explain import explain
 from vdx.data.curation.table import MEASURES
 
 THRESHOLDS = {"static": {"block_change": 2.0}, "blank": {"contrast": 4.0}}
-SETTINGS = DecideSettings(THRESHOLDS, min_seconds=1.0, max_seconds=4.0)
+SETTINGS = DecideSettings(THRESHOLDS, min_seconds=1.0, max_seconds=4.0, cut_score=0.0)
 CAPTIONS = {"a": Caption("a dog")}
 
 

@@ -6,7 +6,7 @@ is split into equal clips. A clip has every reason that holds, and is kept if no
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from vdx.config.build import ConfigError, nearest
 from vdx.config.ranges import NonNegative, Positive
 from vdx.data.curation.caption import Caption
+from vdx.data.curation.duplicates import Hashed, find_duplicates
+from vdx.data.curation.fingerprint import hashes_between
 from vdx.data.curation.table import MEASURES
 
 __all__ = ["REASONS", "DecideSettings", "Side", "decide"]
@@ -48,7 +50,9 @@ class DecideSettings:
     thresholds: Mapping[str, Any]  # reason -> {measure: number}; null turns a reason off
     min_seconds: Positive = 1.0  # a shorter piece is dropped: too_short
     max_seconds: Positive = 10.0  # a longer shot is split into equal clips
-    cut_score: NonNegative = 0.0  # candidates of cuts below this score are no cuts
+    cut_score: NonNegative = 0.65  # candidates of cuts below this score are no cuts
+    # Share of the bits of a perceptual hash: clips that differ less are duplicates; null: not used.
+    duplicate_distance: NonNegative | None = 0.2
     caption_required: bool = True  # drop clips without a caption
 
     def __post_init__(self) -> None:
@@ -98,20 +102,51 @@ def decide(
     looks: name of a source -> `Look.to_json()`. A source that does not decode has no rows.
     """
     rows: list[Row] = []
+    clips: list[Hashed] = []
     for name in sorted(looks):
         look = looks[name]
         caption = captions.get(name, Caption())
         cells = _Cells(look)
         if not len(cells.start):
             continue
+        shot = 0
         for piece in _pieces(look, cells, settings):
+            shot += piece.after_cut or not piece.is_shot
+            hashes = hashes_between(look.get("fingerprint") or [], piece.start, piece.end)
+            clips.append(Hashed(hashes, (name, shot)))
             row = _row(name, piece, cells, caption.at(piece.start, piece.end), settings)
             if "duplicate" in look["source"]["reasons"]:
                 row["reasons"].append("duplicate")
             rows.append(row)
+    _mark_duplicates(rows, clips, looks, settings)
     for row in rows:
         row["verdict"] = "drop" if row["reasons"] else "keep"
     return rows
+
+
+def _mark_duplicates(
+    rows: Sequence[Row],
+    clips: Sequence[Hashed],
+    looks: Mapping[str, Mapping[str, Any]],
+    settings: DecideSettings,
+) -> None:
+    """Give near-duplicates of better clips their reason.
+
+    A clip that is kept is better than one that is dropped, then a larger one, then the first.
+    """
+    if settings.duplicate_distance is None:
+        return
+
+    def rank(number: int) -> tuple[bool, int]:
+        source = looks[rows[number]["source"]]["source"]
+        return bool(rows[number]["reasons"]), -source["width"] * source["height"]
+
+    order = sorted(range(len(rows)), key=rank)
+    repeated = find_duplicates([clips[n] for n in order], settings.duplicate_distance)
+    for number, earlier in zip(order, repeated, strict=True):
+        reasons = rows[number]["reasons"]
+        if earlier is not None and "duplicate" not in reasons:
+            reasons.append("duplicate")
 
 
 class _Cells:

@@ -15,6 +15,9 @@ import numpy as np
 from vdx.config.ranges import Positive
 from vdx.data.containers import first_bytes, open_video
 from vdx.data.curation.cell import Cell
+from vdx.data.curation.cuts import CutDetector
+from vdx.data.curation.dissolves import DissolveDetector
+from vdx.data.curation.fingerprint import Fingerprint
 from vdx.data.curation.opencv import opencv
 from vdx.data.curation.soundtrack import audio_spans
 from vdx.data.curation.table import MEASURES
@@ -25,7 +28,7 @@ from vdx.files import open_regular
 
 __all__ = ["VERSION", "Look", "LookSettings", "dropped_source", "look"]
 
-VERSION = 2  # of the results; a change of any measure raises it, and every file is decoded again
+VERSION = 1  # of the results; a change of any measure raises it, and every file is decoded again
 SMALL_WIDTH = 160  # pixels of the grey frames
 MOST_DAMAGE = 16  # damaged spans, after which the rest of a file is not decoded
 NOT_VIDEO = "no video stream"  # in the message of the reader
@@ -50,7 +53,7 @@ class Look:
     # Candidates [{time, kind: hard|gradual, start, end, score}] above a low floor.
     cuts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     damage: list[list[float]] = dataclasses.field(default_factory=list)  # [start, end], seconds
-    fingerprint: Any = None  # perceptual hash over time
+    fingerprint: list[str] = dataclasses.field(default_factory=list)  # perceptual hash over time
     box: list[list[int] | None] = dataclasses.field(default_factory=list)  # [x, y, w, h] of a cell
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +91,9 @@ def look(path: Path, settings: LookSettings) -> Look:
     found |= {name: [] for name in MEASURES}
     damage = _Damage()
     boxes: list[list[int] | None] = []
+    cuts = CutDetector()
+    dissolves = DissolveDetector()
+    fingerprint = Fingerprint()
     audio = str(path.absolute()) if source["audio"] else None
     for cell in _cells(_decode(footage, opener, damage), footage, audio, settings):
         found["start"].append(cell.start)
@@ -96,6 +102,11 @@ def look(path: Path, settings: LookSettings) -> Look:
             found[name].append(measure.of(cell))
         boxes.append(None if cell.box is None else list(cell.box))
         source["height"], source["width"] = cell.frame.shape[:2]
+        for time, grey in zip(cell.times.tolist(), cell.grey, strict=True):
+            for detector in (cuts, dissolves, fingerprint):
+                detector.add(time, grey)
+    for detector in (cuts, dissolves, fingerprint):
+        detector.finish(footage.duration)
 
     if not found["start"]:
         return _dropped(source, damage.error)
@@ -104,7 +115,8 @@ def look(path: Path, settings: LookSettings) -> Look:
         source["reasons"].append("damaged")
     ends = [*footage.stamps.tolist(), footage.duration]  # of frames before each
     spans = [[ends[first], ends[last]] for first, last in damage]
-    return Look(source, found, damage=spans, box=boxes)
+    found_cuts = sorted(cuts.cuts + dissolves.cuts, key=lambda cut: cut["start"])
+    return Look(source, found, found_cuts, spans, fingerprint.hashes, boxes)
 
 
 def dropped_source(sha256: str | None, error: Exception) -> Look:
