@@ -21,6 +21,7 @@ from vdx.interop.keymap import WeightsError
 from vdx.interop.pretrained import INDEX, PretrainedModel, open_pretrained
 from vdx.interop.wan_original import LOCATIONS, open_original
 from vdx.models.adapters.lora import Adapted
+from vdx.parallel import MeshSpec
 from vdx.types import Params
 
 __all__ = ["LatentPreview", "open_around", "open_preview"]
@@ -31,7 +32,8 @@ class LatentPreview:
     """Draws the same clips again, with other parameters of the network each time."""
 
     generator: Generator  # of the run
-    pretrained: PretrainedGenerator  # decodes the latents
+    mesh: Mesh  # of the run
+    decoder: PretrainedGenerator  # on a mesh of its own: each device has the whole VAE
     prompts: tuple[str, ...]  # clip i has prompt i and seed i
     conditions: Mapping[str, np.ndarray]  # entries of the batch, each [n ...], one for a prompt
     latent_frames: int
@@ -39,7 +41,7 @@ class LatentPreview:
 
     def draw(self, params: Params | Adapted) -> list[Clip]:
         """Draw the clips with these parameters. Raises NotFinite."""
-        with jax.set_mesh(self.pretrained.mesh):
+        with jax.set_mesh(self.mesh):
             latents = self.generator(
                 params,
                 self.prompts,
@@ -49,7 +51,7 @@ class LatentPreview:
                 controls=self.conditions,
             )
         clips = []
-        for i, pieces in enumerate(self.pretrained.decode_clips(latents, exact=False)):
+        for i, pieces in enumerate(self.decoder.decode_clips(latents, exact=False)):
             frames = np.stack(list(iter_uint8_frames(pieces)))
             clips.append(Clip(frames, self.fps, self.prompts[i], i, {}))
         return clips
@@ -103,7 +105,11 @@ def open_preview(
         "width": width * side,
         "negative_prompt": "",
     }
-    pretrained = PretrainedGenerator(folder, complete(folder, settings), mesh, lambda line: None)
+    request = complete(folder, settings)
+    pretrained = PretrainedGenerator(folder, request, mesh, lambda line: None)
+    # Few of a VAE's sizes divide by the devices of a pod.
+    whole = MeshSpec(data=-1).make(mesh.devices.flatten().tolist())
+    decoder = PretrainedGenerator(folder, request, whole, lambda line: None)
 
     # The text encoder is released here, before the training state is made.
     with jax.set_mesh(mesh):
@@ -116,5 +122,5 @@ def open_preview(
             values = [examples[i % len(examples)][name] for i in range(len(prompts))]
             conditions[name] = np.stack(values)
     return LatentPreview(
-        generator, pretrained, tuple(prompts), conditions, frames, float(example["fps"])
+        generator, mesh, decoder, tuple(prompts), conditions, frames, float(example["fps"])
     )
