@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.xla_flags import EXACT
 from vdx.diffusion.process import RectifiedFlow
 from vdx.generate.blockwise import BlockwiseGenerator
 from vdx.generate.generator import Generator, Sampling
@@ -54,7 +55,7 @@ def programs(randomise):
         )
         args = params, BATCH, NOISE, jax.random.split(jax.random.key(0), len(NOISE))
         draw = jax.jit(lambda *args: generator.draw(*args)[0])
-        return draw.lower(*args).compile(), args
+        return draw.lower(*args).compile(EXACT), args
 
     return make
 

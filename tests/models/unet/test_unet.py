@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from tests.xla_flags import EXACT
 from vdx.config.build import ConfigError
 from vdx.interop.keymap import WeightsError, export
 from vdx.interop.unet import load_unet, open_unet, save_unet
@@ -67,7 +68,7 @@ def shapes(made: Denoiser):
 
 def apply(made: Denoiser, params, x, time, **ports):
     ports = Ports(**{name: jnp.asarray(value) for name, value in ports.items()})
-    return jax.jit(lambda *args: made.run(*args))(params, x, time, ports)
+    return jax.jit(lambda *args: made.run(*args), compiler_options=EXACT)(params, x, time, ports)
 
 
 # Parts
@@ -168,7 +169,9 @@ def test_fresh_it_is_the_image_network(temporal, randomise):
         )
 
     want = apply(image, params, X, TIME, tokens=TOKENS)
-    run = jax.jit(lambda p: clip.run(p, X, TIME, Ports(tokens=jnp.asarray(TOKENS))))
+    run = jax.jit(
+        lambda p: clip.run(p, X, TIME, Ports(tokens=jnp.asarray(TOKENS))), compiler_options=EXACT
+    )
     np.testing.assert_array_equal(run(whole(zeros)), want)
     assert np.std(want) > 0.1 and np.abs(run(whole()) - want).max() > 1e-2
 
