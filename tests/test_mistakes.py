@@ -354,15 +354,21 @@ def test_launch_scripts_answer_help(script):
     assert done.returncode == 0 and f"launch/{script.name}" in done.stdout and not done.stderr
 
 
-def test_interrupt_while_libraries_are_imported():
+@pytest.fixture
+def usual_interrupts():
+    """SIGINT as in a terminal; a shell starts what is in its background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_while_libraries_are_imported(usual_interrupts):
     with subprocess.Popen(
         [sys.executable, "-m", "vdx.reference", "--out=/proc/x.md"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONVERBOSE": ""},
-        # A shell starts what is in its background with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         # By now vdx is imported, and its libraries are on the way.
         while (
