@@ -259,18 +259,8 @@ def _open_clip_text(
 ) -> Component:
     """Open the text model of a CLIP."""
     module = clip_text_from_config(config, dtype)
-    shapes = init_shapes(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
-    library_rows = clip_rows(("text_model.",), module)
-    return Component(
-        config=config,
-        source=source,
-        module=module,
-        shapes=shapes,
-        library_rows=library_rows,
-        dtype=dtype,
-        stem="model",
-        rows=_source_rows(source, shapes, clip_rows(source, module), library_rows),
-    )
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    return _clip_component(source, config, module, "text_model.", ids)
 
 
 def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str) -> Component:
@@ -282,15 +272,26 @@ def open_image_encoder(path: Path, config: Mapping[str, Any] | None, dtype: str)
     config = config or read_config(path / "config.json", CLIP_FIELDS)
     module = clip_vision_from_config(config, dtype)
     pixels = jax.ShapeDtypeStruct((1, module.image, module.image, 3), jnp.float32)
-    shapes = init_shapes(module, pixels)
-    library_rows = clip_rows(("vision_model.",), module)
+    return _clip_component(source, config, module, "vision_model.", pixels)
+
+
+def _clip_component(
+    source: Mapping[str, StoredArray],
+    config: Mapping[str, Any],
+    module: Any,
+    prefix: str,
+    inputs: jax.ShapeDtypeStruct,
+) -> Component:
+    """Return one model of a CLIP; prefix: of its keys in the files of transformers."""
+    shapes = init_shapes(module, inputs)
+    library_rows = clip_rows((prefix,), module)
     return Component(
         config=config,
         source=source,
         module=module,
         shapes=shapes,
         library_rows=library_rows,
-        dtype=dtype,
+        dtype=module.dtype,
         stem="model",
         rows=_source_rows(source, shapes, clip_rows(source, module), library_rows),
     )

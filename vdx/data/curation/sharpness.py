@@ -36,7 +36,8 @@ def edge_width(cell: Cell) -> float | None:
         window = np.ones((1, WINDOW), np.uint8)
         is_peak = slopes >= cv2.dilate(slopes, np.ones((1, 3), np.uint8))
         edges = is_peak & (slopes > SLOPE)
-        edges[:, : WINDOW // 2] = edges[:, -(WINDOW // 2) :] = False
+        edges[:, : WINDOW // 2] = False
+        edges[:, -(WINDOW // 2) :] = False
         ranges = cv2.dilate(levels, window) - cv2.erode(levels, window)
         widths.append(ranges[edges] / slopes[edges])
     found = np.concatenate(widths)
@@ -70,7 +71,8 @@ def fine_detail(cell: Cell) -> float | None:
     None without coarse detail. Of the tiles that have the most: sky and background have none.
     """
     image = cell.content.astype(np.float32)
-    rows, columns = image.shape[0] // TILE, image.shape[1] // TILE
+    rows = image.shape[0] // TILE
+    columns = image.shape[1] // TILE
     if not rows or not columns:
         return None
     blocks = image[: rows * TILE, : columns * TILE].reshape(rows, TILE, columns, TILE)
